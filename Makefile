@@ -1,0 +1,48 @@
+# make demo   slims a vision transformer on handwritten digits, in minutes on a laptop's CPU
+# make test   runs the tests
+# Both make .venv from requirements.txt first, when it is missing or older than that file.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/digits
+
+.PHONY: help demo test test-slow lint typecheck lock clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/sit train --config configs/digits.py --workdir $(WORKDIR) --resume
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -n auto -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+typecheck: $(VENV)/ready
+	$(BIN)/mypy
+
+# Refreshes requirements.txt: the newest versions that pyproject.toml admits, and all that they need.
+lock:
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]"
+	{ sed -n '/^#/p' requirements.txt; build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip; } > build/requirements.txt
+	mv build/requirements.txt requirements.txt
+
+clean:
+	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,45 @@
+"""Handwritten digits: a small teacher is trained, then slimmed to a third of its cost. Minutes on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+from sit_jax.config import DataConfig, LossConfig, OptimConfig, defaults, model_section
+from sit_jax.models.architecture import Architecture
+
+TEACHER = Architecture(
+    image_size=80, in_channels=1, num_classes=10, stem="conv4", dim=48, depth=14, num_heads=3, mlp_ratio=3.0,
+)  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.data = defaults(DataConfig)
+    config.data.max_rotation, config.data.max_shift, config.data.max_zoom = 8.0, 0.06, 0.1
+
+    config.teacher = ConfigDict()
+    config.teacher.run = ""
+    config.teacher.model = model_section(TEACHER)
+    config.teacher.epochs = 40
+    config.teacher.batch_size = 64
+    config.teacher.label_smoothing = 0.1
+    config.teacher.optim = defaults(OptimConfig)
+    config.teacher.optim.lr = 1e-3
+    config.teacher.optim.warmup_epochs = 3.0
+    config.teacher.optim.clip_norm = 1.0
+
+    config.model = model_section(TEACHER)
+    config.model.stage_blocks = (1, 1, 1, 11)
+    config.model.keep_ratio = 0.5
+    config.init = "teacher"
+    config.epochs = 15
+    config.batch_size = 64
+    config.eval_batch_size = 360
+    config.eval_every_epochs = 5
+    config.optim = defaults(OptimConfig)
+    config.optim.lr = 5e-4
+    config.optim.warmup_epochs = 1.0
+    config.loss = defaults(LossConfig)
+    config.loss.token = 2.0
+    config.loss.logits = 2.0
+    config.loss.label_smoothing = 0.1
+    return config

@@ -1,0 +1,125 @@
+"""What a finished run came to: summary.json, a table, curves.png and slimming.png."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sit_jax import run, workdir
+from sit_jax.analysis.benchmark import measure_throughput
+from sit_jax.analysis.flops import count_cost
+from sit_jax.analysis.slimming_maps import draw_slimming
+from sit_jax.config import Config
+from sit_jax.data.pipeline import eval_batches
+from sit_jax.data.sources import open_source
+from sit_jax.metrics import read_metrics
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+
+CURVES = "curves.png"
+SLIMMING = "slimming.png"
+_PICTURES_SHOWN = 6
+
+
+def summarize(folder: pathlib.Path) -> dict[str, Any]:
+    """Evaluates and times a finished run's student and its teacher, and writes the summary and the pictures.
+
+    Returns:
+        What `summary.json` holds: `student` and, where there is one, `teacher`, each with `top1` (share of 1),
+        `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
+        `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's).
+    """
+    config, variables = run.trained_variables(folder)
+    models = {"student": (config, variables)}
+    folders = {"student": folder}
+    if config.teacher is not None:
+        folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
+        models["teacher"] = run.trained_variables(folders["teacher"])
+    source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+    images = next(iter(eval_batches(config, source)))["image"]
+    forwards = {name: _forward(model, weights) for name, (model, weights) in models.items()}
+    speed = measure_throughput(forwards, images)
+    summary: dict[str, Any] = {}
+    for name, (model, _) in sorted(models.items(), reverse=True):
+        arch = model.model.architecture
+        entry: dict[str, Any] = {"top1": run.evaluate_run(folders[name])["top1"]}
+        if isinstance(arch, Architecture):
+            cost = count_cost(arch)
+            entry |= {"params": cost.params, "gmac": cost.gmac}
+        summary[name] = {**entry, "images_per_s": speed[name]}
+    if "teacher" in summary:
+        student, teacher = summary["student"], summary["teacher"]
+        summary["kept_accuracy"] = student["top1"] / teacher["top1"]
+        summary["gmac_ratio"] = teacher["gmac"] / student["gmac"]
+        summary["speedup"] = student["images_per_s"] / teacher["images_per_s"]
+    summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
+    workdir.write_json(folder / workdir.SUMMARY, summary)
+    draw_curves(folder, folders)
+    _draw_digits(folder, config, variables, images)
+    return summary
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Prints a summary as a table on standard output."""
+    table = Table(title=f"Images/s: {summary['images_per_s_measured']}")
+    for heading in ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in ("teacher", "student"):
+        if name not in summary:
+            continue
+        entry = summary[name]
+        compared = name == "student" and "teacher" in summary
+        table.add_row(
+            name,
+            f"{entry['top1']:.2%}",
+            f"{summary['kept_accuracy']:.2%}" if compared else "",
+            f"{entry['params']:,}" if "params" in entry else "",
+            f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
+            f"{entry['images_per_s']:,.0f}",
+            f"MMAC 1/{summary['gmac_ratio']:.2f}, speed x{summary['speedup']:.2f}" if compared else "",
+        )
+    Console().print(table)
+
+
+def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
+    """Draws loss terms and accuracy of one or several runs over their epochs into `curves.png`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(runs), 7), layout="constrained")
+    axes = figure.subplots(2, len(runs), squeeze=False)
+    for column, (name, place) in enumerate(sorted(runs.items(), reverse=True)):
+        lines = read_metrics(place)
+        train = [line for line in lines if line["kind"] == "train"]
+        scores = [line for line in lines if line["kind"] == "eval"]
+        terms = ("loss", "classification", "token", "logits", "hard")
+        for term in [term for term in terms if train and term in train[0]]:
+            axes[0, column].plot([x["step"] for x in train], [x[term] for x in train], label=term)
+        axes[0, column].set(title=f"{name}: training loss (terms unweighted)", xlabel="step", yscale="log")
+        axes[0, column].legend()
+        for key in [key for key in ("top1", "ema_top1") if scores and key in scores[0]]:
+            axes[1, column].plot([x["step"] for x in scores], [100 * x[key] for x in scores], ".-", label=key)
+        axes[1, column].set(title=f"{name}: accuracy on the evaluation split", xlabel="step", ylabel="%")
+        axes[1, column].grid(alpha=0.3)
+        axes[1, column].legend()
+    figure.savefig(folder / CURVES, dpi=110)
+
+
+def _forward(config: Config, variables: dict[str, Any]) -> Any:
+    model = build_model(config.model.architecture, dtype=config.model.dtype)
+    return lambda images: model.apply(variables, images)[0]
+
+
+def _draw_digits(folder: pathlib.Path, config: Config, variables: dict[str, Any], images: np.ndarray) -> None:
+    """Draws where the student's kept tokens look, on the first pictures of the evaluation split."""
+    arch = config.model.architecture
+    if not isinstance(arch, Architecture) or not arch.is_slimmed:
+        return
+    shown = images[:_PICTURES_SHOWN]
+    logits, outputs = build_model(arch).apply(variables, shown)
+    low, high = shown.min(), shown.max()
+    titles = [f"says {digit}" for digit in np.asarray(logits).argmax(axis=1)]
+    pictures = (shown - low) / (high - low)
+    draw_slimming(folder / SLIMMING, pictures, [np.asarray(x) for x in outputs.assignments], titles)

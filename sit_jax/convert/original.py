@@ -1,0 +1,176 @@
+"""Names and layouts of the PyTorch original's weights: its `state_dict` keys against our parameter paths.
+
+One table serves both directions. Linear kernels are transposed, convolutions go from OIHW to HWIO, the slimming
+scale loses its three unit axes; everything else is the same array.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sit_jax.errors import UserError
+from sit_jax.models.architecture import Architecture
+
+Tree = dict[str, Any]
+Path = tuple[str, ...]
+
+
+class Entry(NamedTuple):
+    """One tensor in both worlds.
+
+    Attributes:
+        key: The original's `state_dict` key.
+        path: Where it lies here; the first part is the collection: `params`, `batch_stats` or `reverse`.
+        to_flax: Turns the original's layout into ours.
+        to_torch: The inverse.
+    """
+
+    key: str
+    path: Path
+    to_flax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _transpose(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.T)
+
+
+def _oihw_to_hwio(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(2, 3, 1, 0))
+
+
+def _hwio_to_oihw(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
+
+
+def _drop_unit_axes(x: np.ndarray) -> np.ndarray:
+    return x.reshape(())
+
+
+def _three_unit_axes(x: np.ndarray) -> np.ndarray:
+    return x.reshape(1, 1, 1)
+
+
+def _plain(key: str, path: Path) -> Iterator[Entry]:
+    yield Entry(key, path, _same, _same)
+
+
+def _linear(key: str, path: Path, bias: bool = True) -> Iterator[Entry]:
+    yield Entry(f"{key}.weight", (*path, "kernel"), _transpose, _transpose)
+    if bias:
+        yield from _plain(f"{key}.bias", (*path, "bias"))
+
+
+def _norm(key: str, path: Path) -> Iterator[Entry]:
+    yield from _plain(f"{key}.weight", (*path, "scale"))
+    yield from _plain(f"{key}.bias", (*path, "bias"))
+
+
+def _stem(arch: Architecture) -> Iterator[Entry]:
+    if arch.stem == "patch":
+        kernel = ("params", "stem", "proj", "kernel")
+        yield Entry("patch_embed.proj.weight", kernel, _oihw_to_hwio, _hwio_to_oihw)
+        yield from _plain("patch_embed.proj.bias", ("params", "stem", "proj", "bias"))
+        return
+    for index in range(1, len(arch.conv_stem_layers) + 1):
+        kernel = ("params", "stem", f"conv{index}", "kernel")
+        yield Entry(f"patch_embed.conv{index}.weight", kernel, _oihw_to_hwio, _hwio_to_oihw)
+        norm = f"bn{index}"
+        yield from _norm(f"patch_embed.{norm}", ("params", "stem", norm))
+        yield from _plain(f"patch_embed.{norm}.running_mean", ("batch_stats", "stem", norm, "mean"))
+        yield from _plain(f"patch_embed.{norm}.running_var", ("batch_stats", "stem", norm, "var"))
+
+
+def _blocks(arch: Architecture) -> Iterator[Entry]:
+    for index in range(arch.depth):
+        key, path = f"blocks.{index}", ("params", f"blocks_{index}")
+        yield from _norm(f"{key}.norm1", (*path, "norm1"))
+        yield from _linear(f"{key}.attn.qkv", (*path, "attn", "qkv"), arch.qkv_bias)
+        yield from _linear(f"{key}.attn.proj", (*path, "attn", "proj"))
+        yield from _norm(f"{key}.norm2", (*path, "norm2"))
+        yield from _linear(f"{key}.mlp.fc1", (*path, "mlp", "fc1"))
+        yield from _linear(f"{key}.mlp.fc2", (*path, "mlp", "fc2"))
+
+
+def _slimming(arch: Architecture) -> Iterator[Entry]:
+    for index, block in enumerate(arch.slimming):
+        key, path = f"tsm.{index}", ("params", f"slimming_{block}")
+        yield Entry(f"{key}.scale", (*path, "scale"), _drop_unit_axes, _three_unit_axes)
+        yield from _norm(f"{key}.weight.0", (*path, "norm"))
+        yield from _linear(f"{key}.weight.1", (*path, "fc1"))
+        yield from _linear(f"{key}.weight.3", (*path, "fc2"))
+
+
+def _reverse(arch: Architecture) -> Iterator[Entry]:
+    for block in range(arch.first_reversed_block, arch.depth):
+        key, path = f"rtsm.{block}", ("reverse", f"blocks_{block}")
+        for part, name in (("mlp1", "token_mlp"), ("mlp2", "channel_mlp")):
+            yield from _norm(f"{key}.norm{part[-1]}", (*path, f"norm{part[-1]}"))
+            yield from _linear(f"{key}.{part}.fc1", (*path, name, "fc1"))
+            yield from _linear(f"{key}.{part}.fc2", (*path, name, "fc2"))
+
+
+def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
+    """Every tensor of a model in the original's checkpoint, reverse modules included unless told otherwise."""
+    entries = [
+        *_plain("cls_token", ("params", "class_token")),
+        *_plain("pos_embed", ("params", "positions")),
+        *_stem(arch),
+        *_blocks(arch),
+        *_slimming(arch),
+        *_norm("norm", ("params", "norm")),
+        *_linear("head", ("params", "head")),
+    ]
+    if arch.aux_head:
+        entries += _linear("aux_head", ("params", "aux_head"))
+    if arch.distillation_token:
+        entries += _plain("dist_token", ("params", "distillation_token"))
+        entries += _plain("dist_pos_embed", ("params", "distillation_position"))
+        entries += _linear("head_dist", ("params", "distillation_head"))
+    if reverse:
+        entries += _reverse(arch)
+    return entries
+
+
+def from_original(state_dict: Mapping[str, np.ndarray], arch: Architecture) -> Tree:
+    """Reads the original's weights.
+
+    Args:
+        state_dict: The original's keys and arrays. Reverse modules may be missing; BatchNorm's batch counters are
+            passed over.
+        arch: The model that they belong to.
+
+    Returns:
+        `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, the latter two where the model has them.
+
+    Raises:
+        UserError: A key is missing, left over or has another shape; all such keys are named.
+    """
+    entries = name_table(arch, reverse=any(key.startswith("rtsm.") for key in state_dict))
+    missing = sorted({entry.key for entry in entries} - set(state_dict))
+    extra = sorted(key for key in set(state_dict) - {e.key for e in entries} if not key.endswith("num_batches_tracked"))
+    if missing or extra:
+        raise UserError(f"weights of another model: missing {missing or 'nothing'}, left over {extra or 'nothing'}")
+    tree: Tree = {}
+    for entry in entries:
+        node = tree
+        for part in entry.path[:-1]:
+            node = node.setdefault(part, {})
+        node[entry.path[-1]] = entry.to_flax(np.asarray(state_dict[entry.key]))
+    return tree
+
+
+def to_original(tree: Tree, arch: Architecture) -> dict[str, np.ndarray]:
+    """Writes weights under the original's names: the inverse of `from_original`, without BatchNorm's batch counters."""
+    state_dict = {}
+    for entry in name_table(arch, reverse="reverse" in tree):
+        node: Any = tree
+        for part in entry.path:
+            node = node[part]
+        state_dict[entry.key] = entry.to_torch(np.asarray(node))
+    return state_dict

@@ -1,0 +1,1 @@
+"""Data: sources, transforms, and the Grain pipelines made of them."""

@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend: the command line prints them as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done; the message names the input and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration is wrong; the message begins with the offending field."""
+
+
+class RunError(UserError, RuntimeError):
+    """A run cannot start or go on: its folder, its checkpoint or its loss is not what it must be."""

@@ -1,0 +1,32 @@
+"""Evaluation over exactly the whole split, on any mesh."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sit_jax import sharding
+from sit_jax.data.pipeline import HostBatch
+from sit_jax.metrics import EvalMetrics, eval_metrics
+
+EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
+
+
+def make_eval_step(model: Any) -> EvalStep:
+    """The jitted step `(variables, batch, metrics so far) -> metrics`; `batch` holds `image`, `label` and `mask`."""
+
+    def eval_step(variables: dict[str, Any], batch: Any, metrics: EvalMetrics) -> EvalMetrics:
+        logits, _ = model.apply(variables, batch["image"])
+        return metrics.merge(eval_metrics(logits, batch["label"], batch["mask"]))
+
+    return jax.jit(eval_step)
+
+
+def evaluate(step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh) -> dict[str, float]:
+    """Loss, top-1, top-5 (shares of 1) and the number of examples of a model over all batches."""
+    metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
+    for batch in batches:
+        metrics = step(variables, sharding.put_batch(mesh, batch), metrics)
+    averages = {name: float(value) for name, value in metrics.compute().items()}
+    return {**averages, "examples": float(metrics.top1.count)}

@@ -1,0 +1,96 @@
+"""Metrics: how they are summed up, and where they are written."""
+
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+
+from sit_jax import losses
+
+
+@flax.struct.dataclass
+class EvalMetrics(clu_metrics.Collection):
+    """Loss, top-1 and top-5 accuracy over every example whose mask is 1."""
+
+    loss: clu_metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    top1: clu_metrics.Average.from_output("top1")  # type: ignore[valid-type]
+    top5: clu_metrics.Average.from_output("top5")  # type: ignore[valid-type]
+
+
+def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalMetrics:
+    """The metrics of one batch.
+
+    Args:
+        logits: (batch, classes).
+        labels: Class indices, (batch,).
+        mask: 1 for examples that count, 0 for those that fill the batch up, (batch,).
+    """
+    rank = (logits > jnp.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
+    loss = losses.label_cross_entropy(logits, labels)
+    return EvalMetrics.single_from_model_output(loss=loss, top1=rank < 1, top5=rank < 5, mask=mask)
+
+
+class MetricWriter:
+    """Writes metrics as JSON lines (`metrics.jsonl`) and, where wanted, as TensorBoard events."""
+
+    def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0) -> None:
+        """Opens the files; lines of steps after `resume_step`, from a run that was cut off, are dropped."""
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a")
+        self._board: Any = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # Takes a while to import, and not every run wants it.
+
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
+            )
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """Writes one line of metrics.
+
+        Args:
+            step: Optimizer steps done.
+            kind: `train` or `eval`.
+            values: Name -> value.
+        """
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, oldest first; a last line that was cut off is left out."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def is_finite(values: dict[str, float]) -> bool:
+    """Whether every metric is a finite number."""
+    return all(math.isfinite(value) for value in values.values())

@@ -1,0 +1,35 @@
+"""Models: Flax Linen modules, and the plain numbers that describe them."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture, RegNetY
+from sit_jax.models.sit import SiT
+from sit_jax.models.slimming import ReverseSlimming
+from sit_jax.models.vit import Outputs, ViT
+
+__all__ = ["Outputs", "build_model", "build_reverse"]
+
+
+def build_model(
+    arch: Architecture | RegNetArchitecture, drop_path: float = 0.0, dtype: str = "float32", remat: bool = False
+) -> Any:
+    """The module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
+
+    Args:
+        arch: The model's shape.
+        drop_path: Stochastic depth of the last block (transformers only).
+        dtype: Type of the products, `float32` or `bfloat16`.
+        remat: Recompute blocks in the backward pass (transformers only).
+    """
+    if isinstance(arch, RegNetArchitecture):
+        return RegNetY(arch, dtype=jnp.dtype(dtype))
+    module = SiT if arch.is_slimmed else ViT
+    return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat)
+
+
+def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:
+    """The training-only reverse modules of a slimmed architecture."""
+    return ReverseSlimming(arch, dtype=jnp.dtype(dtype))

@@ -1,0 +1,200 @@
+"""What a model is, as plain numbers: read by the modules, the cost counter, the converters and the configs alike."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
+
+from sit_jax.errors import ConfigError
+
+Stem = Literal["patch", "conv4", "conv6"]
+
+# The strided convolutions of the conv stems always reduce by this factor, whatever patch_size says.
+CONV_STEM_STRIDE = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The shape of a vision transformer, slimmed (`stage_blocks` given) or not (`stage_blocks` empty).
+
+    A slimmed model is cut into stages; a token slimming module stands after every stage but the last. Stage `i`
+    works on `token_counts[i]` patch tokens: `int(N * keep_ratio**i)` of the grid's `N` (the original's rule), or what
+    `kept_tokens` says.
+
+    Attributes:
+        family: Tells this shape from a RegNet's.
+        image_size: Height and width of the input in pixels.
+        in_channels: Channels of the input image.
+        num_classes: Width of the classification head.
+        stem: `patch` is one strided convolution (ViT, DeiT); `conv4` and `conv6` are the 3x3 stems with BatchNorm of
+            the paper's models.
+        patch_size: Pixels per side of a patch. The conv stems reduce by 16 and accept nothing else.
+        dim: Width of a token.
+        depth: Number of transformer blocks.
+        num_heads: Attention heads; divides `dim`.
+        mlp_ratio: Hidden width of a block's MLP over `dim`.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        residual_scale: Residual branches are divided by this (LV-ViT's `skip_lam`).
+        norm_eps: Epsilon of every LayerNorm in the blocks and before the head.
+        distillation_token: A second learned token and head, trained on a CNN teacher's hard labels (DeiT).
+        aux_head: The frozen per-token head that token-labelled teachers carry in their checkpoints.
+        stage_blocks: Blocks per stage; empty for a model without slimming.
+        keep_ratio: Share of the tokens that each stage keeps of the one before.
+        kept_tokens: Explicit patch tokens per stage, the first being the whole grid; overrides `keep_ratio`.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    family: Literal["vit"] = "vit"
+    image_size: int = 224
+    in_channels: int = 3
+    num_classes: int = 1000
+    stem: Stem = "patch"
+    patch_size: int = 16
+    dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    residual_scale: float = 1.0
+    norm_eps: float = 1e-6
+    distillation_token: bool = False
+    aux_head: bool = False
+    stage_blocks: tuple[int, ...] = ()
+    keep_ratio: float | None = None
+    kept_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("stage_blocks", "kept_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._check_sizes()
+        self._check_stages()
+
+    def _check_sizes(self) -> None:
+        for name in ("image_size", "in_channels", "num_classes", "patch_size", "dim", "depth", "num_heads"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 1, name, f"must be a whole number of at least 1, is {value!r}")
+        for name in ("mlp_ratio", "residual_scale", "norm_eps"):
+            value = getattr(self, name)
+            _require(value > 0, name, f"must be above 0, is {value!r}")
+        _require(self.stem in get_args(Stem), "stem", f"must be one of {', '.join(get_args(Stem))}, is {self.stem!r}")
+        if self.stem != "patch":
+            problem = f"must be {CONV_STEM_STRIDE} with the {self.stem} stem, is {self.patch_size}"
+            _require(self.patch_size == CONV_STEM_STRIDE, "patch_size", problem)
+            _require(self.dim % 8 == 0, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
+        problem = f"{self.image_size} does not divide by patch_size {self.patch_size}"
+        _require(self.image_size % self.patch_size == 0, "image_size", problem)
+        _require(self.dim % self.num_heads == 0, "dim", f"{self.dim} does not divide by num_heads {self.num_heads}")
+
+    def _check_stages(self) -> None:
+        if not self.stage_blocks:
+            _require(self.keep_ratio is None, "keep_ratio", "is given, but stage_blocks is empty")
+            _require(not self.kept_tokens, "kept_tokens", "is given, but stage_blocks is empty")
+            return
+        blocks = self.stage_blocks
+        _require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
+        problem = f"{blocks} adds up to {sum(blocks)}, but depth is {self.depth}"
+        _require(sum(blocks) == self.depth, "stage_blocks", problem)
+        counts = self.token_counts if self.kept_tokens or self.keep_ratio is not None else ()
+        if self.kept_tokens:
+            problem = f"has {len(counts)} entries for {len(blocks)} stages"
+            _require(len(counts) == len(blocks), "kept_tokens", problem)
+            problem = f"must begin with the grid's {self.num_patches} tokens, begins with {counts[0]}"
+            _require(counts[0] == self.num_patches, "kept_tokens", problem)
+            falling = all(later <= earlier for earlier, later in itertools.pairwise(counts))
+            _require(falling and min(counts) >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
+            return
+        ratio = self.keep_ratio
+        problem = f"must be above 0 and at most 1 where stage_blocks is given, is {ratio}"
+        _require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
+        problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {self.num_patches}"
+        _require(min(counts) >= 1, "keep_ratio", problem)
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patch tokens before any slimming."""
+        return self.grid_size**2
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens that are not patches: the class token and, where there is one, the distillation token."""
+        return 2 if self.distillation_token else 1
+
+    @property
+    def is_slimmed(self) -> bool:
+        """Whether any token slimming module is in the model."""
+        return len(self.stage_blocks) > 1
+
+    @property
+    def token_counts(self) -> tuple[int, ...]:
+        """Patch tokens in each stage; one stage of all tokens without slimming."""
+        if self.kept_tokens:
+            return self.kept_tokens
+        ratio = 1.0 if self.keep_ratio is None else self.keep_ratio
+        return tuple(int(self.num_patches * ratio**stage) for stage in range(max(1, len(self.stage_blocks))))
+
+    @property
+    def slimming(self) -> dict[int, int]:
+        """Block index -> tokens kept by the slimming module behind that block, in order."""
+        ends = [sum(self.stage_blocks[: stage + 1]) - 1 for stage in range(len(self.stage_blocks) - 1)]
+        return dict(zip(ends, self.token_counts[1:], strict=False))
+
+    @property
+    def block_input_tokens(self) -> tuple[int, ...]:
+        """Patch tokens that each block works on."""
+        blocks = self.stage_blocks or (self.depth,)
+        return tuple(n for n, repeats in zip(self.token_counts, blocks, strict=True) for _ in range(repeats))
+
+    @property
+    def block_output_tokens(self) -> tuple[int, ...]:
+        """Patch tokens after each block and the slimming module behind it: what the reverse modules receive."""
+        return tuple(self.slimming.get(block, n) for block, n in enumerate(self.block_input_tokens))
+
+    @property
+    def first_reversed_block(self) -> int:
+        """Index of the first block with a reverse module; the depth where nothing is slimmed."""
+        return min(self.slimming, default=self.depth)
+
+    @property
+    def conv_stem_layers(self) -> tuple[tuple[int, int], ...]:
+        """(features, stride) of each 3x3 convolution of a conv stem, in order; empty for the patch stem."""
+        if self.stem == "patch":
+            return ()
+        eighth = self.dim // 8
+        extra = ((eighth, 1), (eighth, 1)) if self.stem == "conv6" else ()
+        return ((eighth, 2), *extra, (self.dim // 4, 2), (self.dim // 2, 2), (self.dim, 2))
+
+    def without_slimming(self) -> "Architecture":
+        """The teacher's shape: the same model with no slimming module and no distillation token."""
+        return dataclasses.replace(self, stage_blocks=(), keep_ratio=None, kept_tokens=(), distillation_token=False)
+
+
+def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Architecture:
+    """Builds an architecture from a mapping of its fields.
+
+    Args:
+        values: Field name -> value.
+        where: Prefix of the field's name in messages, such as `model.`.
+
+    Raises:
+        ConfigError: An unknown field or an impossible value; the message begins with the field's name.
+    """
+    known = {field.name for field in dataclasses.fields(Architecture)}
+    for name in values:
+        _require(
+            name in known, f"{where}{name}", f"is no field of an architecture; there are {', '.join(sorted(known))}"
+        )
+    try:
+        return Architecture(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
+
+
+def _require(condition: bool, field: str, problem: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: {problem}")

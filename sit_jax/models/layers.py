@@ -1,0 +1,177 @@
+"""The parts of a vision transformer: stems, attention, MLP, block, drop path, normalisation.
+
+Everything takes a `dtype` for the products and keeps softmax, statistics and parameters in float32.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sit_jax.models.architecture import Architecture
+
+# The original draws weights from a normal of this deviation cut off at two absolute units, which is next to no cut.
+TOKEN_INIT = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True) -> nn.Dense:
+    """A linear layer with the original's initialisation."""
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=TOKEN_INIT, name=name)
+
+
+def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics; the two-pass variance, since the fast one loses digits on large means."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU by the error function (Flax's default is the tanh approximation)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class BatchNorm(nn.Module):
+    """BatchNorm as PyTorch keeps it: the running variance is the unbiased one, which `flax.linen.BatchNorm` has biased.
+
+    Under `jit` a batch sharded over a mesh gives the statistics of the global batch.
+
+    Attributes:
+        dtype: Type of the result; statistics are float32.
+        momentum: Share of the old running value that is kept (PyTorch's 0.1 is 0.9 here).
+        epsilon: Added to the variance.
+    """
+
+    dtype: Any = jnp.float32
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width dim"], train: bool
+    ) -> Float[Array, "batch height width dim"]:
+        features = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        if train:
+            values = x.astype(jnp.float32)
+            mean = values.mean(axis=(0, 1, 2))
+            var = jnp.square(values - mean[None, None, None]).mean(axis=(0, 1, 2))
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                unbiased = var * (count / max(1, count - 1))
+                running_mean.value = self.momentum * running_mean.value + (1 - self.momentum) * mean
+                running_var.value = self.momentum * running_var.value + (1 - self.momentum) * unbiased
+        else:
+            mean, var = running_mean.value, running_var.value
+        factor = scale * jax.lax.rsqrt(var + self.epsilon)
+        shift = bias - mean * factor
+        return (x * factor[None, None, None] + shift[None, None, None]).astype(self.dtype)
+
+
+class PatchStem(nn.Module):
+    """One strided convolution that turns each patch into a token (ViT's patch embedding)."""
+
+    arch: Architecture
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool
+    ) -> Float[Array, "batch rows columns dim"]:
+        size = (self.arch.patch_size,) * 2
+        return nn.Conv(self.arch.dim, size, size, "VALID", dtype=self.dtype, kernel_init=CONV_INIT, name="proj")(images)
+
+
+class ConvStem(nn.Module):
+    """The 3x3 stem of the paper's models: `conv4` has four stride-2 convolutions, `conv6` two of stride 1 besides.
+
+    Every convolution is followed by BatchNorm, and by GELU but for the last. Source: `PatchEmbed4_2` and its
+    six-convolution sibling in the original.
+    """
+
+    arch: Architecture
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool
+    ) -> Float[Array, "batch rows columns dim"]:
+        layers = self.arch.conv_stem_layers
+        x = images
+        for index, (features, stride) in enumerate(layers, start=1):
+            # Explicit padding: 'SAME' at stride 2 pads one side only, PyTorch's padding=1 pads both.
+            conv = nn.Conv(features, (3, 3), stride, 1, use_bias=False, dtype=self.dtype, kernel_init=CONV_INIT)
+            x = conv.copy(name=f"conv{index}")(x)
+            x = BatchNorm(dtype=self.dtype, name=f"bn{index}")(x, train)
+            if index < len(layers):
+                x = exact_gelu(x)
+        return x
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with softmax in float32."""
+
+    num_heads: int
+    qkv_bias: bool
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens dim"]:
+        batch, tokens, dim = x.shape
+        head_dim = dim // self.num_heads
+        qkv = dense(3 * dim, self.dtype, "qkv", self.qkv_bias)(x)
+        query, key, value = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, head_dim), 2, 0)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores).astype(self.dtype)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, dim)
+        return dense(dim, self.dtype, "proj")(mixed)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between."""
+
+    hidden_dim: int
+    out_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead in_dim"]) -> Float[Array, "*lead out_dim"]:
+        hidden = exact_gelu(dense(self.hidden_dim, self.dtype, "fc1")(x))
+        return dense(self.out_dim, self.dtype, "fc2")(hidden)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch per example and scales the others up. Needs the rng `drop_path`."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
+        if not train or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (x.shape[0], 1, 1))
+        return x * (kept / keep).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose residual branches are divided by the residual scale."""
+
+    arch: Architecture
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
+        arch = self.arch
+        drop = DropPath(self.drop_path)
+        normed = layer_norm(arch.norm_eps, self.dtype, "norm1")(x)
+        branch = Attention(arch.num_heads, arch.qkv_bias, self.dtype, name="attn")(normed)
+        x = x + drop(branch, train) / arch.residual_scale
+        normed = layer_norm(arch.norm_eps, self.dtype, "norm2")(x)
+        branch = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")(normed)
+        return x + drop(branch, train) / arch.residual_scale

@@ -1,0 +1,126 @@
+"""RegNetY, the convolutional teacher of the distillation token (Radosavovic et al. 2020; DeiT uses RegNetY-16GF)."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sit_jax.errors import ConfigError
+from sit_jax.models.layers import CONV_INIT, BatchNorm, dense
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegNetArchitecture:
+    """The shape of a RegNetY.
+
+    Attributes:
+        family: Tells this shape from a vision transformer's.
+        image_size: Height and width of the input in pixels.
+        in_channels: Channels of the input image.
+        num_classes: Width of the classification head.
+        stem_width: Channels of the stride-2 stem.
+        widths: Channels of each stage; each halves the resolution.
+        depths: Blocks of each stage.
+        group_width: Channels per group of the 3x3 convolutions; divides every width.
+        squeeze_ratio: Width of the squeeze-and-excitation bottleneck over the block's input width.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    family: Literal["regnet"] = "regnet"
+    image_size: int = 224
+    in_channels: int = 3
+    num_classes: int = 1000
+    stem_width: int = 32
+    widths: tuple[int, ...] = (224, 448, 1232, 3024)
+    depths: tuple[int, ...] = (2, 4, 11, 1)
+    group_width: int = 112
+    squeeze_ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if len(self.widths) != len(self.depths) or not self.depths:
+            raise ConfigError(f"depths: {self.depths} and widths {self.widths} must name the same stages")
+        if any(width % self.group_width for width in self.widths):
+            raise ConfigError(f"widths: {self.widths} do not divide by group_width {self.group_width}")
+        stride = 2 ** (len(self.widths) + 1)
+        if self.image_size % stride:
+            raise ConfigError(f"image_size: {self.image_size} does not divide by the stages' stride {stride}")
+
+
+class _ConvNorm(nn.Module):
+    features: int
+    kernel: int
+    stride: int = 1
+    groups: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch h w dim"]:
+        x = nn.Conv(
+            self.features,
+            (self.kernel, self.kernel),
+            self.stride,
+            self.kernel // 2,
+            feature_group_count=self.groups,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=CONV_INIT,
+            name="conv",
+        )(x)
+        return BatchNorm(dtype=self.dtype, name="bn")(x, train)
+
+
+class _Block(nn.Module):
+    features: int
+    stride: int
+    groups: int
+    squeeze: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch h w dim"]:
+        shortcut = x
+        if x.shape[-1] != self.features or self.stride != 1:
+            shortcut = _ConvNorm(self.features, 1, self.stride, dtype=self.dtype, name="downsample")(x, train)
+        x = jax.nn.relu(_ConvNorm(self.features, 1, dtype=self.dtype, name="conv1")(x, train))
+        x = jax.nn.relu(_ConvNorm(self.features, 3, self.stride, self.groups, dtype=self.dtype, name="conv2")(x, train))
+        gate = x.mean(axis=(1, 2), keepdims=True)
+        gate = jax.nn.relu(nn.Conv(self.squeeze, (1, 1), dtype=self.dtype, name="squeeze")(gate))
+        x = x * jax.nn.sigmoid(nn.Conv(self.features, (1, 1), dtype=self.dtype, name="excite")(gate))
+        x = _ConvNorm(self.features, 1, dtype=self.dtype, name="conv3")(x, train)
+        return jax.nn.relu(x + shortcut)
+
+
+class RegNetY(nn.Module):
+    """RegNetY: a stride-2 stem, then stages of bottleneck blocks with grouped convolutions and squeeze-excitation.
+
+    Attributes:
+        arch: The model's shape.
+        dtype: Type of the products; logits are float32.
+    """
+
+    arch: RegNetArchitecture
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> tuple[Float[Array, "batch classes"], None]:
+        """Returns logits (batch, classes) in float32, and None where the transformers return their outputs."""
+        arch = self.arch
+        x = images.astype(self.dtype)
+        x = jax.nn.relu(_ConvNorm(arch.stem_width, 3, 2, dtype=self.dtype, name="stem")(x, train))
+        for stage, (width, depth) in enumerate(zip(arch.widths, arch.depths, strict=True)):
+            for index in range(depth):
+                squeeze = round(x.shape[-1] * arch.squeeze_ratio)
+                stride = 2 if index == 0 else 1
+                groups = width // arch.group_width
+                block = _Block(width, stride, groups, squeeze, self.dtype, name=f"stage{stage}_block{index}")
+                x = block(x, train)
+        logits = dense(arch.num_classes, self.dtype, "head")(x.mean(axis=(1, 2)))
+        return logits.astype(jnp.float32), None

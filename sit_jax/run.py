@@ -1,0 +1,214 @@
+"""A run from its first weights to its last checkpoint: the only place where training has side effects."""
+
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from sit_jax import sharding, workdir
+from sit_jax.checkpoint import Checkpoints, load_variables
+from sit_jax.config import Config, TeacherConfig
+from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
+from sit_jax.data.sources import open_source
+from sit_jax.errors import ConfigError, RunError
+from sit_jax.evaluate import evaluate, make_eval_step
+from sit_jax.metrics import MetricWriter, is_finite
+from sit_jax.models import build_model
+from sit_jax.progress import Progress
+from sit_jax.state import TrainState
+from sit_jax.train import Task, abstract_state, init_state, make_task, make_train_step
+
+Evaluator = Callable[[TrainState], dict[str, float]]
+
+
+def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str = "train") -> dict[str, float]:
+    """Trains a model, its teachers first where they are not given; the result lies in the run's folder.
+
+    A teacher that is trained here is a run of its own in `folder/teacher` (or `folder/cnn_teacher`).
+
+    Args:
+        config: What to do.
+        folder: The run's folder.
+        resume: Go on with the run in the folder, if there is one.
+        label: Name of this part of the work in the progress bar.
+
+    Returns:
+        The metrics of the last evaluation.
+
+    Raises:
+        ConfigError: Values that do not fit the data or the devices.
+        RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
+    """
+    mesh = sharding.make_mesh()
+    sharding.check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
+    sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    workdir.claim(folder, config, resume)
+    teachers = {
+        name: _teacher_variables(config, teacher, folder / name, mesh, name)
+        for name, teacher in (("teacher", config.teacher), ("cnn_teacher", config.cnn_teacher))
+        if teacher is not None
+    }
+    data = TrainData(config)
+    task = make_task(config, data.steps_per_epoch)
+    with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
+        state = _first_state(task, checkpoints, mesh, teachers)
+        evaluator = _make_evaluator(task, mesh)
+        if checkpoints.latest_step is None:
+            _print_overview(label, state)
+        needed = {name: teachers[name] for name in ("teacher", "cnn_teacher") if getattr(task, name) is not None}
+        return train_loop(task, state, needed, data, mesh, checkpoints, evaluator, folder, label)
+
+
+def train_loop(
+    task: Task,
+    state: TrainState,
+    teachers: dict[str, Any],
+    data: TrainData,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    evaluator: Evaluator,
+    folder: pathlib.Path,
+    label: str,
+) -> dict[str, float]:
+    """Steps from the state's step to the last one; evaluates, writes metrics and checkpoints on the way.
+
+    The metrics of a step are read while the next one runs.
+
+    Raises:
+        RunError: A loss or gradient that is not finite; the newest checkpoint is from before that step.
+    """
+    config, epoch = task.config, data.steps_per_epoch
+    total = (config.epochs + config.optim.cooldown_epochs) * epoch
+    start = int(state.step)
+    step_fn = make_train_step(task, mesh)
+    batches = data.batches(start)
+    window: list[dict[str, float]] = []
+    evaluation: dict[str, float] = {}
+    with (
+        MetricWriter(folder, config.log.tensorboard, start) as writer,
+        Progress(label, total, start, config.batch_size) as progress,
+    ):
+        pending: tuple[int, Any] | None = None
+
+        def settle() -> None:
+            """Reads the pending step's metrics, and stops the run where they are not finite."""
+            nonlocal pending
+            if pending is None:
+                return
+            step, values = pending[0], {name: float(x) for name, x in jax.device_get(pending[1]).items()}
+            pending = None
+            if not is_finite(values):
+                bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+                raise RunError(
+                    f"step {step}: {bad} is not finite; lower optim.lr or set optim.clip_norm. "
+                    f"The last good checkpoint is of step {checkpoints.latest_step} in {folder}"
+                )
+            window.append(values)
+            progress.update(step, values)
+            if step % config.log.every_steps == 0 or step == total:
+                writer.write(step, "train", {k: sum(x[k] for x in window) / len(window) for k in values})
+                window.clear()
+
+        for step in range(start + 1, total + 1):
+            batch = sharding.put_batch(mesh, next(batches))
+            state, metrics = step_fn(state, batch, teachers)
+            settle()
+            pending = (step, metrics)
+            ends, last = step % epoch == 0, step == total
+            scores: dict[str, float] = {}
+            if last or (ends and step // epoch % config.eval_every_epochs == 0):
+                settle()
+                scores = evaluation = evaluator(state)
+                writer.write(step, "eval", evaluation)
+                progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
+            if last or (ends and step // epoch % config.checkpoint.every_epochs == 0):
+                settle()
+                checkpoints.save(state, scores)
+    return evaluation or evaluator(state)
+
+
+def trained_variables(
+    folder: pathlib.Path, ema: bool = False, step: int | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the model's variables of a run.
+
+    Args:
+        folder: The run's folder.
+        ema: The moving average instead of the weights.
+        step: Which checkpoint; the newest where None.
+
+    Raises:
+        RunError: There is no run, no checkpoint, or no moving average in it.
+    """
+    config = workdir.read_config(folder)
+    task = make_task(config, steps_per_epoch=1)
+    if ema and config.optim.ema_decay == 0:
+        raise RunError(f"{folder} keeps no moving average: optim.ema_decay is 0 there")
+    return config, load_variables(folder, abstract_state(task).variables, ema, step)
+
+
+def evaluate_run(folder: pathlib.Path, ema: bool = False, step: int | None = None) -> dict[str, float]:
+    """Evaluates a run's checkpoint over its evaluation split; see `trained_variables` and `evaluate`."""
+    config, variables = trained_variables(folder, ema, step)
+    mesh = sharding.make_mesh()
+    sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+    model = build_model(config.model.architecture, dtype=config.model.dtype)
+    variables = jax.device_put(variables, sharding.replicated(mesh))
+    return evaluate(make_eval_step(model), variables, eval_batches(config, source), mesh)
+
+
+def _make_evaluator(task: Task, mesh: Mesh) -> Evaluator:
+    config = task.config
+    source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+    check_classes(config, source)
+    step = make_eval_step(task.model)
+
+    def evaluator(state: TrainState) -> dict[str, float]:
+        result = evaluate(step, state.variables, eval_batches(config, source), mesh)
+        if state.ema is not None:
+            averaged = evaluate(step, state.ema, eval_batches(config, source), mesh)
+            result |= {f"ema_{name}": value for name, value in averaged.items() if name != "examples"}
+        return result
+
+    return evaluator
+
+
+def _first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict[str, Any]) -> TrainState:
+    """Restore order: this run's newest checkpoint, else the weights that `init` names, else random ones."""
+    config = task.config
+    if checkpoints.latest_step is not None:
+        abstract = abstract_state(task)
+        shardings = sharding.state_shardings(mesh, abstract)
+        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        return checkpoints.restore(placed)
+    if config.init == "teacher":
+        return init_state(task, mesh, teachers.get("teacher"))
+    if config.init == "random":
+        return init_state(task, mesh)
+    _, variables = trained_variables(pathlib.Path(config.init))
+    try:
+        return init_state(task, mesh, variables)
+    except ValueError as error:
+        raise ConfigError(f"init: the run in {config.init} does not fit the model: {error}") from None
+
+
+def _teacher_variables(config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, label: str) -> Any:
+    """A teacher's frozen variables, on every device; trains it first where no run is named."""
+    source = pathlib.Path(teacher.run) if teacher.run else folder
+    if not teacher.run:
+        run(config.teacher_run(teacher), folder, resume=True, label=label)
+    theirs, variables = trained_variables(source)
+    if theirs.model.architecture != teacher.model.architecture:
+        raise ConfigError(f"{label}.run: the model in {source} is not the one that {label}.model describes")
+    return jax.device_put(variables, sharding.replicated(mesh))
+
+
+def _print_overview(label: str, state: TrainState) -> None:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
+    print(f"{label}: parameters\n{overview}", file=sys.stderr)

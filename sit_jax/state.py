@@ -1,0 +1,46 @@
+"""Everything that changes from step to step, and where its random numbers come from."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# One stream per use of randomness. A key is a function of (seed, stream, step), so none is stored in a checkpoint.
+STREAMS = {"init": 0, "drop_path": 1}
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The training state, a pytree.
+
+    Attributes:
+        step: Optimizer steps done, int32 scalar.
+        params: `{'model': ..., 'reverse': ...}`, float32; `reverse` is missing where nothing is recovered.
+        batch_stats: BatchNorm's running statistics; an empty dict without BatchNorm.
+        opt_state: The optimizer's.
+        ema: `{'params': ..., 'batch_stats': ...}`, the moving average of the model; None where switched off.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: Any
+    ema: dict[str, Any] | None
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables, as `apply` takes them."""
+        return {"params": self.params["model"], "batch_stats": self.batch_stats}
+
+
+def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
+    """The random key of a stream at a step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
+
+
+def update_ema(ema: Any, new: Any, decay: float, step: jax.Array) -> Any:
+    """Moves the average towards the new weights; the first steps use a smaller decay, so that the average does not
+    remember its start for long (`min(decay, (1 + step) / (10 + step))`, as TensorFlow's and timm's do)."""
+    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, fresh: old * rate + fresh * (1.0 - rate), ema, new)

@@ -1,0 +1,215 @@
+"""The train step: one pure function for plain training, slimming alone, and distillation.
+
+Distillation is a loss plus a teacher argument: a term whose weight is 0 leaves no trace in the compiled program.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sit_jax import losses, sharding
+from sit_jax.config import Config, LossConfig, ModelConfig
+from sit_jax.data.mixing import soft_labels
+from sit_jax.models import build_model, build_reverse
+from sit_jax.models.architecture import Architecture
+from sit_jax.optim import Schedule, make_optimizer, schedules
+from sit_jax.state import TrainState, stream_key, update_ema
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]
+
+
+class Task(NamedTuple):
+    """The functions a run is made of; no arrays.
+
+    Attributes:
+        model: The module that is trained.
+        reverse: The reverse modules, or None where no token is recovered.
+        teacher: The un-slimmed teacher's module, or None.
+        cnn_teacher: The convolutional teacher's module, or None.
+        optimizer: The optimizer over `{'model': ..., 'reverse': ...}`.
+        rates: The learning-rate schedule of each parameter group.
+        config: The run's configuration.
+    """
+
+    model: Any
+    reverse: Any
+    teacher: Any
+    cnn_teacher: Any
+    optimizer: optax.GradientTransformation
+    rates: dict[str, Schedule]
+    config: Config
+
+
+def make_task(config: Config, steps_per_epoch: int) -> Task:
+    """Builds modules and optimizer of a run."""
+
+    def build(model: ModelConfig) -> Any:
+        return build_model(model.architecture, model.drop_path, model.dtype, model.remat)
+
+    loss, model = config.loss, config.model
+    arch = model.architecture
+    recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
+    return Task(
+        model=build(model),
+        reverse=build_reverse(arch, model.dtype) if recovers and isinstance(arch, Architecture) else None,
+        teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
+        cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
+        optimizer=make_optimizer(config.optim, config.epochs, steps_per_epoch),
+        rates=schedules(config.optim, config.epochs, steps_per_epoch),
+        config=config,
+    )
+
+
+def init_state(task: Task, mesh: Mesh, variables: dict[str, Any] | None = None) -> TrainState:
+    """The state before the first step, created in its sharding.
+
+    Args:
+        task: The run's functions.
+        mesh: Where the state lives.
+        variables: `{'params': ..., 'batch_stats': ...}` to start the model from; whatever parameter is missing there
+            (a student's slimming modules, say) is drawn at random.
+    """
+    create = jax.jit(lambda: _fresh_state(task), out_shardings=sharding.state_shardings(mesh, abstract_state(task)))
+    state = create()
+    if variables is None:
+        return state
+    params = {**state.params, "model": _overlay(state.params["model"], variables["params"])}
+    stats = _overlay(state.batch_stats, variables.get("batch_stats", {}))
+    ema = {"params": jax.tree.map(jnp.copy, params["model"]), "batch_stats": jax.tree.map(jnp.copy, stats)}
+    return state.replace(params=params, batch_stats=stats, ema=ema if state.ema is not None else None)
+
+
+def abstract_state(task: Task) -> TrainState:
+    """Shapes and types of the training state, without computing it."""
+    return jax.eval_shape(lambda: _fresh_state(task))
+
+
+def _fresh_state(task: Task) -> TrainState:
+    arch = task.config.model.architecture
+    key = stream_key(task.config.seed, "init")
+    images = jnp.zeros((2, arch.image_size, arch.image_size, arch.in_channels))
+    variables = task.model.init(key, images)
+    params = {"model": variables["params"]}
+    stats = variables.get("batch_stats", {})
+    if task.reverse is not None:
+        (_, outputs) = task.model.apply(variables, images)
+        params["reverse"] = task.reverse.init(jax.random.fold_in(key, 1), outputs.tokens)["params"]
+    ema = {"params": params["model"], "batch_stats": stats} if task.config.optim.ema_decay > 0 else None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=stats,
+        opt_state=task.optimizer.init(params),
+        ema=ema,
+    )
+
+
+def _overlay(mine: Any, theirs: Any) -> Any:
+    """`mine` with a copy of every leaf that `theirs` has, in the sharding of `mine`.
+
+    A copy, since the train step donates the state: an array shared with a teacher would be taken from it.
+    """
+    if not isinstance(mine, dict):
+        if jnp.shape(theirs) != jnp.shape(mine):
+            raise ValueError(f"a weight is {jnp.shape(theirs)}, the model's is {jnp.shape(mine)}")
+        return jax.device_put(jnp.array(theirs, mine.dtype, copy=True), mine.sharding)
+    return {name: _overlay(value, theirs[name]) if name in theirs else value for name, value in mine.items()}
+
+
+def make_train_step(task: Task, mesh: Mesh) -> Step:
+    """The jitted train step `(state, batch, teachers) -> (state, metrics)`; the old state's memory is reused.
+
+    `batch` holds `image` (batch, height, width, channels) and `label`, class indices (batch,) or soft
+    labels (batch, classes).
+    `teachers` holds the frozen variables under `teacher` and `cnn_teacher`, where the task has them.
+    Metrics are float32 scalars: `loss`, each term by its name before weighting, `accuracy`, `grad_norm`, and the
+    learning rate of each parameter group.
+    """
+    sharded = sharding.state_shardings(mesh, abstract_state(task))
+    # The input's sharding comes with the arrays; the output's is pinned, so that the second step compiles to the first.
+    return jax.jit(
+        lambda state, batch, teachers: train_step(task, state, batch, teachers),
+        donate_argnums=0,
+        out_shardings=(sharded, sharding.replicated(mesh)),
+    )
+
+
+def train_step(task: Task, state: TrainState, batch: Batch, teachers: dict[str, Any]) -> tuple[TrainState, Metrics]:
+    """One optimizer step; a pure function. See `make_train_step`."""
+    config = task.config
+    key = stream_key(config.seed, "drop_path", state.step)
+    grads, batch_stats, metrics = _accumulated_gradients(task, state, batch, teachers, key)
+    updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        fresh = {"params": params["model"], "batch_stats": batch_stats}
+        ema = update_ema(ema, fresh, config.optim.ema_decay, state.step)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    for group, rate in task.rates.items():
+        if group in params:
+            metrics[f"lr/{group}"] = jnp.asarray(rate(state.step), jnp.float32)
+    state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
+    return state, metrics
+
+
+def _accumulated_gradients(
+    task: Task, state: TrainState, batch: Batch, teachers: dict[str, Any], key: jax.Array
+) -> tuple[Any, Any, Metrics]:
+    """Gradients, BatchNorm statistics and metrics of a batch, worked off in micro-batches."""
+    parts = task.config.optim.accumulate_steps
+    gradient = jax.value_and_grad(compute_loss, argnums=1, has_aux=True)
+    if parts == 1:
+        (_, (stats, metrics)), grads = gradient(task, state.params, state.batch_stats, batch, teachers, key)
+        return grads, stats, metrics
+    # Every part takes each parts-th example: so each device works off its own examples, none travels.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def work(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
+        summed, stats = carry
+        micro, index = part
+        micro_key = jax.random.fold_in(key, index)
+        (_, (stats, metrics)), grads = gradient(task, state.params, stats, micro, teachers, micro_key)
+        return (jax.tree.map(jnp.add, summed, grads), stats), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (summed, stats), metrics = jax.lax.scan(work, (zeros, state.batch_stats), (split, jnp.arange(parts)))
+    grads = jax.tree.map(lambda x: x / parts, summed)
+    return grads, stats, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+
+def compute_loss(
+    task: Task, params: Any, batch_stats: Any, batch: Batch, teachers: dict[str, Any], key: jax.Array
+) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    """The loss, the new BatchNorm statistics and the metrics of one (micro-)batch."""
+    weights: LossConfig = task.config.loss
+    images, labels = batch["image"], batch["label"]
+    if labels.ndim == 1:
+        labels = soft_labels(labels, task.config.model.architecture.num_classes, weights.label_smoothing)
+    variables = {"params": params["model"], "batch_stats": batch_stats}
+    (logits, outputs), updated = task.model.apply(
+        variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"]
+    )
+    terms = {"classification": losses.soft_target_cross_entropy(logits, labels)}
+    if task.teacher is not None:
+        teacher_logits, teacher_outputs = jax.lax.stop_gradient(task.teacher.apply(teachers["teacher"], images))
+        if weights.token > 0:
+            recovered = outputs.tokens
+            if task.reverse is not None:
+                recovered = task.reverse.apply({"params": params["reverse"]}, recovered)
+            terms["token"] = losses.token_distillation(recovered, teacher_outputs.tokens)
+        if weights.logits > 0:
+            terms["logits"] = losses.logits_distillation(logits, teacher_logits, weights.temperature)
+    if task.cnn_teacher is not None:
+        cnn_logits, _ = jax.lax.stop_gradient(task.cnn_teacher.apply(teachers["cnn_teacher"], images))
+        terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)
+    factors = {"classification": 1.0, "token": weights.token, "logits": weights.logits, "hard": weights.hard}
+    total = sum((factors[name] * value for name, value in terms.items()), start=jnp.zeros(()))
+    accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
+    return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})

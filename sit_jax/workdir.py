@@ -1,0 +1,81 @@
+"""The folder of a run: what identifies it, and whether a run may start in it."""
+
+import json
+import pathlib
+from typing import Any
+
+from sit_jax.checkpoint import FOLDER
+from sit_jax.config import Config, from_config_dict, to_dict
+from sit_jax.errors import RunError
+
+CONFIG = "config.json"
+SUMMARY = "summary.json"
+
+# What may differ between a run and its continuation.
+_FREE = ("log", "checkpoint", "data.data_dir")
+
+
+def claim(workdir: pathlib.Path, config: Config, resume: bool) -> None:
+    """Makes a folder this configuration's, or finds that it already is.
+
+    Raises:
+        RunError: The folder cannot be written, holds another configuration's run, or holds this one's and `resume`
+            is False.
+    """
+    path = workdir / CONFIG
+    if path.exists():
+        difference = _difference(_read(path), to_dict(config))
+        if difference:
+            raise RunError(f"{workdir} holds another configuration's run ({difference}); choose another --workdir")
+        if not resume:
+            raise RunError(
+                f"{workdir} already holds this run; pass --resume to go on with it, or choose another --workdir"
+            )
+        return
+    if (workdir / FOLDER).exists():
+        raise RunError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(config))
+    except OSError as error:
+        raise RunError(f"{workdir} cannot be written: {error.strerror or error}; choose another --workdir") from None
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The configuration of the run in a folder.
+
+    Raises:
+        RunError: There is no run in it.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise RunError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+    return from_config_dict(_read(path))
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+        return values
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid JSON: {error}") from None
+
+
+def _difference(theirs: Any, mine: Any, where: str = "") -> str:
+    """The first key in which two configurations differ, as text; empty where they are the same run."""
+    if where in _FREE:
+        return ""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in sorted(theirs.keys() | mine.keys()):
+            inner = _difference(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
+            if inner:
+                return inner
+        return ""
+    return "" if theirs == mine else f"{where} is {theirs!r} there and {mine!r} here"

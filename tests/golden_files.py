@@ -1,0 +1,105 @@
+"""Reads the golden files: numbers made by the PyTorch original on small models (see golden/README.md)."""
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.convert.original import Tree, from_original
+from sit_jax.models.architecture import Architecture
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+TRAINED = ("lvvit_4c", "lvvit_6c", "deit_naive")
+STEMS = {"4c": "conv4", "6c": "conv6", "naive": "patch"}
+
+
+class Golden(NamedTuple):
+    """One file, its architecture, and its weights in our layout.
+
+    Attributes:
+        data: The arrays as stored.
+        meta: The settings as stored.
+        arch: The student's architecture.
+        teacher: The teacher's variables.
+        student: The student's variables at the start, reverse modules under `reverse`.
+    """
+
+    data: dict[str, np.ndarray]
+    meta: dict[str, Any]
+    arch: Architecture
+    teacher: Tree
+    student: Tree
+
+
+@functools.cache
+def load(name: str) -> Golden:
+    """Reads a golden file by its name without suffix."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        data = {key: file[key] for key in file.files}
+    meta = json.loads(bytes(data["meta_json"]))
+    arch = architecture(meta["model"])
+    teacher = part(data, "teacher/")
+    own = part(data, "student_own/")
+    initial = FOLDER / f"{name}_initial.npz"
+    if initial.exists():
+        with np.load(initial) as file:
+            own = {key: file[key] for key in file.files}
+    return Golden(
+        data, meta, arch, from_original(teacher, arch.without_slimming()), from_original({**teacher, **own}, arch)
+    )
+
+
+def part(data: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The arrays under a prefix, without it."""
+    return {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
+
+
+def architecture(model: dict[str, Any]) -> Architecture:
+    """Our architecture for the original's model arguments."""
+    return Architecture(
+        image_size=model["img_size"],
+        in_channels=model["in_chans"],
+        num_classes=model["num_classes"],
+        stem=STEMS[model["p_emb"]],
+        patch_size=model["patch_size"],
+        dim=model["embed_dim"],
+        depth=model["depth"],
+        num_heads=model["num_heads"],
+        mlp_ratio=model["mlp_ratio"],
+        qkv_bias=model["qkv_bias"],
+        residual_scale=model["skip_lam"],
+        norm_eps=1e-5,
+        distillation_token=model.get("conv_distillation", False),
+        aux_head=True,
+        stage_blocks=tuple(model["stage_blocks"]),
+        keep_ratio=model["keeping_ratio"],
+    )
+
+
+def config(golden: Golden) -> Config:
+    """The golden run's configuration: one step is one epoch, and everything is decayed that the original decays."""
+    optim, weights = golden.meta["optimizer"], golden.meta["distillation"]
+    return Config(
+        model=ModelConfig(architecture=golden.arch),
+        teacher=TeacherConfig(model=ModelConfig(architecture=golden.arch.without_slimming())),
+        epochs=optim["epochs"],
+        batch_size=golden.data["steps/images_nchw"].shape[1],
+        loss=LossConfig(token=weights["lambda_token"], logits=weights["lambda_logits"], temperature=weights["tau"]),
+        optim=OptimConfig(
+            lr=optim["lr"],
+            min_lr=optim["min_lr"],
+            rtsm_lr_scale=optim["rtsm_lr_scale"],
+            schedule_per="epoch",
+            weight_decay=optim["weight_decay"],
+            eps=optim["eps"],
+            faithful=True,
+        ),
+    )
+
+
+def nhwc(images: np.ndarray) -> np.ndarray:
+    """Images with the channels last."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
