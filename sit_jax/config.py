@@ -38,6 +38,7 @@ class ModelConfig:
         drop_path: Stochastic depth of the last block, growing linearly from 0 at the first.
         dtype: Type of the products. Softmax, norms, losses and the stored weights are float32 whatever this says.
         remat: Recompute each block in the backward pass instead of keeping its activations.
+        scan: Compile runs of equal blocks once in training and loop over them: the same result, compiled faster.
     """
 
     architecture: Annotated[Architecture | RegNetArchitecture, Field(discriminator="family")]
@@ -45,6 +46,7 @@ class ModelConfig:
     drop_path: Fraction = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
+    scan: bool = True
 
 
 @_frozen
@@ -127,6 +129,9 @@ class TeacherConfig:
     batch_size: Count = 64
     optim: OptimConfig = OptimConfig()
     label_smoothing: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        _check_training(self.epochs, self.batch_size, self.optim)
 
 
 @_frozen
@@ -218,8 +223,7 @@ class Config:
 
     def __post_init__(self) -> None:
         arch = self.model.architecture
-        _require(self.batch_size % self.optim.accumulate_steps == 0, "batch_size", "must divide by accumulate_steps")
-        _require(self.optim.warmup_epochs < self.epochs, "optim.warmup_epochs", f"must be below epochs, {self.epochs}")
+        _check_training(self.epochs, self.batch_size, self.optim)
         if self.loss.needs_teacher:
             _require(self.teacher is not None, "teacher", "is missing, but loss.token or loss.logits is above 0")
         if self.loss.hard > 0:
@@ -258,7 +262,7 @@ def named_model(name: str, **overrides: Any) -> ConfigDict:
     Raises:
         ConfigError: Unknown name or field, or an impossible combination.
     """
-    compute = {key: overrides.pop(key) for key in ("drop_path", "dtype", "remat") if key in overrides}
+    compute = {key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "scan") if key in overrides}
     return model_section(get_architecture(name, **overrides), name=name, **compute)
 
 
@@ -336,6 +340,13 @@ def _hint(parts: list[str]) -> str:
     }
     close = difflib.get_close_matches(parts[-1], names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _check_training(epochs: int, batch_size: int, optim: OptimConfig) -> None:
+    problem = f"{batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
+    _require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
+    problem = f"{optim.warmup_epochs} must be below epochs, {epochs}"
+    _require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)
 
 
 def _require(condition: bool, field: str, problem: str) -> None:

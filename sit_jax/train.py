@@ -50,14 +50,16 @@ def make_task(config: Config, steps_per_epoch: int) -> Task:
     """Builds modules and optimizer of a run."""
 
     def build(model: ModelConfig) -> Any:
-        return build_model(model.architecture, model.drop_path, model.dtype, model.remat)
+        return build_model(model.architecture, model.drop_path, model.dtype, model.remat, model.scan)
 
     loss, model = config.loss, config.model
     arch = model.architecture
     recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
     return Task(
         model=build(model),
-        reverse=build_reverse(arch, model.dtype) if recovers and isinstance(arch, Architecture) else None,
+        reverse=build_reverse(arch, model.dtype, model.remat, model.scan)
+        if recovers and isinstance(arch, Architecture)
+        else None,
         teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.optim, config.epochs, steps_per_epoch),

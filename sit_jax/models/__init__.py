@@ -14,7 +14,11 @@ __all__ = ["Outputs", "build_model", "build_reverse"]
 
 
 def build_model(
-    arch: Architecture | RegNetArchitecture, drop_path: float = 0.0, dtype: str = "float32", remat: bool = False
+    arch: Architecture | RegNetArchitecture,
+    drop_path: float = 0.0,
+    dtype: str = "float32",
+    remat: bool = False,
+    scan: bool = False,
 ) -> Any:
     """The module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
 
@@ -23,13 +27,16 @@ def build_model(
         drop_path: Stochastic depth of the last block (transformers only).
         dtype: Type of the products, `float32` or `bfloat16`.
         remat: Recompute blocks in the backward pass (transformers only).
+        scan: Compile runs of equal blocks once and loop over them (transformers only).
     """
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
     module = SiT if arch.is_slimmed else ViT
-    return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat)
+    return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
 
 
-def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:
-    """The training-only reverse modules of a slimmed architecture."""
-    return ReverseSlimming(arch, dtype=jnp.dtype(dtype))
+def build_reverse(
+    arch: Architecture, dtype: str = "float32", remat: bool = False, scan: bool = False
+) -> ReverseSlimming:
+    """The training-only reverse modules of a slimmed architecture; the options are those of `build_model`."""
+    return ReverseSlimming(arch, dtype=jnp.dtype(dtype), remat=remat, scan=scan)

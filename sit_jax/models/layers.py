@@ -144,34 +144,42 @@ class Mlp(nn.Module):
         return dense(self.out_dim, self.dtype, "fc2")(hidden)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch per example and scales the others up. Needs the rng `drop_path`."""
+def drop_path(
+    branch: Float[Array, "batch tokens dim"], rate: float | Float[Array, ""], key: Array | None
+) -> Float[Array, "batch tokens dim"]:
+    """Stochastic depth: drops a residual branch per example and scales the others up.
 
-    rate: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
-        if not train or self.rate == 0.0:
-            return x
-        keep = 1.0 - self.rate
-        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (x.shape[0], 1, 1))
-        return x * (kept / keep).astype(x.dtype)
+    Args:
+        branch: The residual branch.
+        rate: Share of the examples that lose it.
+        key: Random key; None drops nothing.
+    """
+    if key is None:
+        return branch
+    keep = 1.0 - rate
+    kept = jax.random.bernoulli(key, keep, (branch.shape[0], 1, 1))
+    return branch * (kept / keep).astype(branch.dtype)
 
 
 class Block(nn.Module):
     """Pre-norm transformer block whose residual branches are divided by the residual scale."""
 
     arch: Architecture
-    drop_path: float = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens dim"], train: bool) -> Float[Array, "batch tokens dim"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens dim"],
+        drop_rate: float | Float[Array, ""] = 0.0,
+        key: Array | None = None,
+    ) -> Float[Array, "batch tokens dim"]:
+        """Transforms the tokens; with a key, drop path of the given rate applies to both branches."""
         arch = self.arch
-        drop = DropPath(self.drop_path)
+        keys = (None, None) if key is None else jax.random.split(key)
         normed = layer_norm(arch.norm_eps, self.dtype, "norm1")(x)
         branch = Attention(arch.num_heads, arch.qkv_bias, self.dtype, name="attn")(normed)
-        x = x + drop(branch, train) / arch.residual_scale
+        x = x + drop_path(branch, drop_rate, keys[0]) / arch.residual_scale
         normed = layer_norm(arch.norm_eps, self.dtype, "norm2")(x)
         branch = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")(normed)
-        return x + drop(branch, train) / arch.residual_scale
+        return x + drop_path(branch, drop_rate, keys[1]) / arch.residual_scale

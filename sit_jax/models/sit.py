@@ -14,7 +14,7 @@ class SiT(ViT):
     parameters fit into its student unchanged. Class and distillation tokens pass the slimming modules by.
     """
 
-    def between_blocks(
+    def after_stage(
         self, block: int, stream: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch kept dim"], Float[Array, "batch patches slim"] | None]:
         """Slims the patch tokens behind the last block of a stage."""

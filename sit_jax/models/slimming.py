@@ -1,5 +1,6 @@
 """Token slimming (TSM) and its training-only reverse (RTSM): sections 3.1 and 3.2 of the paper."""
 
+import itertools
 from typing import Any
 
 import flax.linen as nn
@@ -67,10 +68,18 @@ class ReverseSlimming(nn.Module):
     """One RTSM per block from the first slimmed block on; blocks before it already hold the full grid.
 
     A module of its own with its own parameters: what is deployed has no trace of it.
+
+    Attributes:
+        arch: The student's shape.
+        dtype: Type of the products.
+        scan: Compile the modules of blocks with equally many tokens once and loop over them.
+        remat: Recompute each module's activations in the backward pass instead of keeping them.
     """
 
     arch: Architecture
     dtype: Any = jnp.float32
+    scan: bool = False
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -78,7 +87,24 @@ class ReverseSlimming(nn.Module):
     ) -> tuple[Float[Array, "batch patches dim"], ...]:
         """Recovers each block's patch tokens (after its TSM) to `num_patches`."""
         first = self.arch.first_reversed_block
-        return tuple(
-            x if block < first else ReverseTokenSlimming(self.arch.num_patches, self.dtype, name=f"blocks_{block}")(x)
-            for block, x in enumerate(tokens)
-        )
+        recovered = list(tokens[:first])
+        for _, group in itertools.groupby(range(first, self.arch.depth), lambda block: tokens[block].shape[1]):
+            recovered += self._recover(list(group), tokens)
+        return tuple(recovered)
+
+    def _recover(self, blocks: list[int], tokens: tuple[Array, ...]) -> list[Array]:
+        """Recovers the tokens of blocks that all have equally many."""
+        patches = self.arch.num_patches
+        if not self.scan or len(blocks) == 1 or self.is_initializing():
+            kind = nn.remat(ReverseTokenSlimming) if self.remat else ReverseTokenSlimming
+            return [kind(patches, self.dtype, name=f"blocks_{block}")(tokens[block]) for block in blocks]
+        module = ReverseTokenSlimming(patches, self.dtype, parent=None)
+
+        def body(carry: None, inputs: Any) -> tuple[None, Array]:
+            params, x = inputs
+            return None, module.apply({"params": params}, x)
+
+        params = [self.get_variable("params", f"blocks_{block}") for block in blocks]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        inputs = (stacked, jnp.stack([tokens[block] for block in blocks]))
+        return list(jax.lax.scan(jax.checkpoint(body) if self.remat else body, None, inputs)[1])

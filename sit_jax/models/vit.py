@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -28,19 +29,22 @@ class Outputs(NamedTuple):
 class ViT(nn.Module):
     """A vision transformer with class token, learned positions and any of the stems.
 
-    Subclasses change the patch tokens between blocks by overriding `between_blocks`.
+    Subclasses change the patch tokens between stages by overriding `after_stage`.
 
     Attributes:
         arch: The model's shape.
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         dtype: Type of the products: float32 or bfloat16. Softmax, norms and logits stay float32.
         remat: Recompute each block's activations in the backward pass instead of keeping them.
+        scan: Compile runs of equal blocks once and loop over them. Parameters and result are the same and compiling is
+            several times faster, but every pass copies the weights: for training, not for serving.
     """
 
     arch: Architecture
     drop_path: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
+    scan: bool = False
 
     @nn.compact
     def __call__(
@@ -58,26 +62,56 @@ class ViT(nn.Module):
         """
         arch = self.arch
         patches, prefix = self._embed(images, train)
-        rates = np.linspace(0.0, self.drop_path, arch.depth)
-        block_type = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        stream = jnp.concatenate([prefix, patches], axis=1)
         tokens: list[Array] = []
         assignments: list[Array] = []
-        stream = jnp.concatenate([prefix, patches], axis=1)
-        for index in range(arch.depth):
-            stream = block_type(arch, float(rates[index]), self.dtype, name=f"blocks_{index}")(stream, train)
-            stream, assignment = self.between_blocks(index, stream)
-            tokens.append(stream[:, arch.num_prefix_tokens :])
+        for first, count in _runs_of_blocks(arch):
+            stream, run_tokens = self._run_blocks(first, count, stream, train)
+            stream, assignment = self.after_stage(first + count - 1, stream)
             if assignment is not None:
+                run_tokens[-1] = stream[:, arch.num_prefix_tokens :]
                 assignments.append(assignment)
+            tokens += run_tokens
         normed = layer_norm(arch.norm_eps, self.dtype, "norm")(stream[:, : arch.num_prefix_tokens])
         logits, distillation_logits = self._heads(normed, train)
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits)
 
-    def between_blocks(
+    def after_stage(
         self, block: int, stream: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch kept dim"], Float[Array, "batch patches slim"] | None]:
-        """What happens to the tokens after a block: nothing here."""
+        """What happens to the tokens behind the last block of a stage: nothing here."""
         return stream, None
+
+    def _run_blocks(
+        self, first: int, count: int, stream: Float[Array, "batch tokens dim"], train: bool
+    ) -> tuple[Float[Array, "batch tokens dim"], list[Float[Array, "batch patches dim"]]]:
+        """Runs `count` equal blocks from `first` on; returns the stream and each block's patch tokens."""
+        arch, prefix = self.arch, self.arch.num_prefix_tokens
+        rates = np.linspace(0.0, self.drop_path, arch.depth, dtype=np.float32)[first : first + count]
+        keys: Array | None = None
+        if train and self.drop_path > 0:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("drop_path"), np.arange(first, first + count))
+        if not (self.scan and count > 1) or self.is_initializing():
+            block_type = nn.remat(Block) if self.remat and train else Block
+            tokens = []
+            for index in range(count):
+                key = None if keys is None else keys[index]
+                stream = block_type(arch, self.dtype, name=f"blocks_{first + index}")(stream, float(rates[index]), key)
+                tokens.append(stream[:, prefix:])
+            return stream, tokens
+        block = Block(arch, self.dtype, parent=None)
+
+        def body(carry: Array, inputs: Any) -> tuple[Array, Array]:
+            params, rate, key = inputs
+            carry = block.apply({"params": params}, carry, rate, key)
+            return carry, carry[:, prefix:]
+
+        params = [self.get_variable("params", f"blocks_{index}") for index in range(first, first + count)]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        stream, stacked_tokens = jax.lax.scan(
+            jax.checkpoint(body) if self.remat else body, stream, (stacked, rates, keys)
+        )
+        return stream, list(stacked_tokens)
 
     def _embed(
         self, images: Float[Array, "batch height width channels"], train: bool
@@ -112,3 +146,9 @@ class ViT(nn.Module):
         head = dense(arch.num_classes, self.dtype, "distillation_head")
         distillation_logits = head(normed[:, 1]).astype(jnp.float32)
         return (logits if train else (logits + distillation_logits) / 2), distillation_logits
+
+
+def _runs_of_blocks(arch: Architecture) -> list[tuple[int, int]]:
+    """(first block, number of blocks) of each stage."""
+    stages = arch.stage_blocks or (arch.depth,)
+    return [(sum(stages[:index]), count) for index, count in enumerate(stages)]
