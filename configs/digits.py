@@ -6,8 +6,8 @@ from sit_jax.config import DataConfig, LossConfig, OptimConfig, defaults, model_
 from sit_jax.models.architecture import Architecture
 
 TEACHER = Architecture(
-    image_size=80, in_channels=1, num_classes=10, stem="conv4", dim=48, depth=14, num_heads=3, mlp_ratio=3.0,
-)  # fmt: skip
+    image_size=64, in_channels=1, num_classes=10, stem="conv4", dim=48, depth=14, num_heads=3, mlp_ratio=4.0
+)
 
 
 def get_config() -> ConfigDict:
@@ -16,28 +16,32 @@ def get_config() -> ConfigDict:
     config.data = defaults(DataConfig)
     config.data.max_rotation, config.data.max_shift, config.data.max_zoom = 8.0, 0.06, 0.1
 
+    # The teacher, trained first.
     config.teacher = ConfigDict()
     config.teacher.run = ""
-    config.teacher.model = model_section(TEACHER)
-    config.teacher.epochs = 40
+    config.teacher.model = model_section(TEACHER, scan=True, remat=True)
+    config.teacher.epochs = 30
     config.teacher.batch_size = 64
     config.teacher.label_smoothing = 0.1
     config.teacher.optim = defaults(OptimConfig)
-    config.teacher.optim.lr = 1e-3
-    config.teacher.optim.warmup_epochs = 3.0
+    config.teacher.optim.lr = 2e-3
+    config.teacher.optim.warmup_epochs = 4.0
     config.teacher.optim.clip_norm = 1.0
 
-    config.model = model_section(TEACHER)
+    # The student: the same model with three slimming modules, started from the teacher's weights.
+    config.model = model_section(TEACHER, scan=True, remat=True)
     config.model.stage_blocks = (1, 1, 1, 11)
     config.model.keep_ratio = 0.5
     config.init = "teacher"
-    config.epochs = 15
+    config.epochs = 10
     config.batch_size = 64
-    config.eval_batch_size = 360
+    config.eval_batch_size = 120
     config.eval_every_epochs = 5
     config.optim = defaults(OptimConfig)
-    config.optim.lr = 5e-4
+    config.optim.lr = 1e-3
+    config.optim.rtsm_lr_scale = 2.0
     config.optim.warmup_epochs = 1.0
+    config.optim.clip_norm = 1.0
     config.loss = defaults(LossConfig)
     config.loss.token = 2.0
     config.loss.logits = 2.0

@@ -153,7 +153,7 @@ def train_step(task: Task, state: TrainState, batch: Batch, teachers: dict[str, 
     if ema is not None:
         fresh = {"params": params["model"], "batch_stats": batch_stats}
         ema = update_ema(ema, fresh, config.optim.ema_decay, state.step)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     for group, rate in task.rates.items():
         if group in params:
             metrics[f"lr/{group}"] = jnp.asarray(rate(state.step), jnp.float32)

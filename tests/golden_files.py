@@ -5,6 +5,8 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
@@ -13,6 +15,8 @@ from sit_jax.models.architecture import Architecture
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 TRAINED = ("lvvit_4c", "lvvit_6c", "deit_naive")
+# Files whose initial student weights are known: see golden/README.md.
+RECOVERED = tuple(name for name in TRAINED if (FOLDER / f"{name}_initial.npz").exists())
 STEMS = {"4c": "conv4", "6c": "conv6", "naive": "patch"}
 
 
@@ -50,6 +54,10 @@ def load(name: str) -> Golden:
     return Golden(
         data, meta, arch, from_original(teacher, arch.without_slimming()), from_original({**teacher, **own}, arch)
     )
+
+
+def _tree(weights: dict[str, np.ndarray], arch: Architecture) -> Tree:
+    return jax.tree.map(jnp.asarray, from_original(weights, arch))
 
 
 def part(data: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
@@ -100,6 +108,6 @@ def config(golden: Golden) -> Config:
     )
 
 
-def nhwc(images: np.ndarray) -> np.ndarray:
+def nhwc(images: np.ndarray) -> jax.Array:
     """Images with the channels last."""
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1))
+    return jnp.asarray(images.transpose(0, 2, 3, 1))

@@ -12,14 +12,16 @@ from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 
-# The original draws weights from a normal of this deviation cut off at two absolute units, which is next to no cut.
-TOKEN_INIT = nn.initializers.truncated_normal(0.02, lower=-100.0, upper=100.0)
+TOKEN_INIT = nn.initializers.normal(0.02)
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# Glorot's rule, as ViT and big_vision have it: it fits narrow models too, for which the original's 0.02 is too small.
+DENSE_INIT = nn.initializers.xavier_uniform()
 
 
-def dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True) -> nn.Dense:
-    """A linear layer with the original's initialisation."""
-    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=TOKEN_INIT, name=name)
+def dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True, head: bool = False) -> nn.Dense:
+    """A linear layer; `head` starts a classification head near zero."""
+    init = TOKEN_INIT if head else DENSE_INIT
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
 
 
 def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:

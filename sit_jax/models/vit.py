@@ -137,13 +137,13 @@ class ViT(nn.Module):
         self, normed: Float[Array, "batch prefix dim"], train: bool
     ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"] | None]:
         arch = self.arch
-        logits = dense(arch.num_classes, self.dtype, "head")(normed[:, 0]).astype(jnp.float32)
+        logits = dense(arch.num_classes, self.dtype, "head", head=True)(normed[:, 0]).astype(jnp.float32)
         if arch.aux_head and self.is_initializing():
             # Carried for the checkpoints' sake and never used: token-labelled teachers have it.
-            dense(arch.num_classes, self.dtype, "aux_head")(normed[:, 0])
+            dense(arch.num_classes, self.dtype, "aux_head", head=True)(normed[:, 0])
         if not arch.distillation_token:
             return logits, None
-        head = dense(arch.num_classes, self.dtype, "distillation_head")
+        head = dense(arch.num_classes, self.dtype, "distillation_head", head=True)
         distillation_logits = head(normed[:, 1]).astype(jnp.float32)
         return (logits if train else (logits + distillation_logits) / 2), distillation_logits
 
