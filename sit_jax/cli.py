@@ -110,9 +110,9 @@ def _models(arguments: argparse.Namespace, _: list[str]) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    headings = ("model", "parameters", "with RTSM", "GMAC", "tokens per stage", "pixels")
+    headings = ("model", "parameters", "with RTSM", "GMAC", "tokens", "px")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("model", "tokens per stage") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("model", "tokens") else "right", no_wrap=True)
     for row in rows:
         both = row["params"] + row["rtsm_params"]
         tokens = "/".join(str(count) for count in row["tokens"])

@@ -6,5 +6,16 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import pytest
+
+from sit_jax.data.sources import open_source
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the digits prepared in it."""
+    folder = str(tmp_path_factory.mktemp("data"))
+    open_source("digits", "train", folder)
+    return folder

@@ -13,6 +13,7 @@ from golden_files import RECOVERED, TRAINED
 from sit_jax import losses
 from sit_jax.convert.original import from_original, to_original
 from sit_jax.models import build_model, build_reverse
+from sit_jax.optim import schedules
 from sit_jax.sharding import make_mesh
 from sit_jax.state import TrainState
 from sit_jax.train import compute_loss, make_task, make_train_step
@@ -65,6 +66,16 @@ def test_recovered_tokens(name: str) -> None:
     close(logits, golden.data["train0/logits"], 1e-4)
     for block, tokens in enumerate(recovered):
         close(tokens, golden.data[f"train0/student_tokens/{block}"], 1e-4)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_learning_rates(name: str) -> None:
+    golden = golden_files.load(name)
+    optim = golden_files.config(golden).optim
+    rates = schedules(optim, golden.meta["optimizer"]["epochs"], steps_per_epoch=1)
+    for step in range(golden.meta["optimizer"]["steps"]):
+        mine = [float(rates["model"](step)), float(rates["reverse"](step))]
+        np.testing.assert_allclose(mine, golden.data[f"steps/{step}/lr_backbone_rtsm"], rtol=1e-6)
 
 
 class Trajectory(NamedTuple):

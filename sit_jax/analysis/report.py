@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -118,7 +119,7 @@ def _draw_digits(folder: pathlib.Path, config: Config, variables: dict[str, Any]
     if not isinstance(arch, Architecture) or not arch.is_slimmed:
         return
     shown = images[:_PICTURES_SHOWN]
-    logits, outputs = build_model(arch).apply(variables, shown)
+    logits, outputs = build_model(arch).apply(variables, jnp.asarray(shown))
     low, high = shown.min(), shown.max()
     titles = [f"says {digit}" for digit in np.asarray(logits).argmax(axis=1)]
     pictures = (shown - low) / (high - low)

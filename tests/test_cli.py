@@ -1,0 +1,59 @@
+"""The commands that need no run."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from sit_jax import cli
+from sit_jax.config import from_config_dict, to_dict
+from sit_jax.models.variants import VARIANTS
+
+
+def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(VARIANTS)
+    assert {"params", "rtsm_params", "gmac", "tokens"} <= set(rows["sit_tiny"])
+    assert (rows["sit_tiny"]["params"], rows["sit_tiny"]["rtsm_params"]) == (15_872_934, 14_015_176)
+    assert rows["sit_tiny"]["tokens"] == [196, 98, 49, 24]
+    assert rows["lvvit_tiny"]["rtsm_params"] == 0
+
+
+def test_models_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert "148,168,398" in out
+    assert "…" not in out
+
+
+def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["models", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 0
+        assert "usage: sit" in capsys.readouterr().out
+
+
+def test_unknown_words(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["tran"], ["models", "--jsn"], ["evaluate", "--workdir", "x", "--config.seed=1"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 2
+        assert "sit" in capsys.readouterr().err
+
+
+def test_python_m_is_the_command() -> None:
+    out = subprocess.run([sys.executable, "-m", "sit_jax", "--version"], check=True, capture_output=True, text=True)
+    assert out.stdout.startswith("sit_jax 0.")
+
+
+@pytest.mark.parametrize("path", sorted(pathlib.Path("configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_passes_the_door_and_returns(path: pathlib.Path) -> None:
+    config = cli.load_config(str(path))
+    assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
+    changed = cli.load_config(str(path), ["--config.optim.lr=0.5", "--config.seed=3"])
+    assert (changed.optim.lr, changed.seed) == (0.5, 3)

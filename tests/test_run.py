@@ -1,0 +1,228 @@
+"""Whole runs on the digits: results, resuming, and every way in which a run must refuse."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sit_jax import cli, workdir
+from sit_jax.analysis.report import summarize
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.config import LossConfig as Loss
+from sit_jax.errors import ConfigError, RunError
+from sit_jax.evaluate import evaluate, make_eval_step
+from sit_jax.metrics import read_metrics
+from sit_jax.models import build_model
+from sit_jax.run import evaluate_run, run, trained_variables
+from sit_jax.sharding import make_mesh
+
+EPOCH = 1438 // 128
+
+
+@pytest.fixture(scope="session")
+def config(digits_dir: str) -> Config:
+    return tiny.config(
+        data=DataConfig(data_dir=digits_dir),
+        batch_size=128,
+        eval_batch_size=96,
+        optim=OptimConfig(lr=1e-3, ema_decay=0.9),
+        log=LogConfig(every_steps=5),
+        checkpoint=CheckpointConfig(keep=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A teacher, then its student, trained for a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    run(config, folder)
+    return folder
+
+
+def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
+    lines = read_metrics(finished)
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [5, 10, 15, 20, 22]
+    assert all(set(line) > {"loss", "token", "logits", "classification", "lr/model", "lr/reverse"} for line in train)
+    scores = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in scores] == [EPOCH, 2 * EPOCH]
+    assert scores[-1]["examples"] == 359
+    assert {"top1", "top5", "loss", "ema_top1"} <= set(scores[-1])
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    with Checkpoints(finished) as checkpoints:
+        assert checkpoints.latest_step == 2 * EPOCH
+    assert workdir.read_config(finished) == config
+    assert workdir.read_config(finished / "teacher") == config.teacher_run(config.teacher)  # type: ignore[arg-type]
+
+
+def test_summary(finished: pathlib.Path) -> None:
+    summary = summarize(finished)
+    assert summary == json.loads((finished / "summary.json").read_text())
+    for name in ("teacher", "student"):
+        assert set(summary[name]) == {"top1", "params", "gmac", "images_per_s"}
+        folder = finished / "teacher" if name == "teacher" else finished
+        assert summary[name]["top1"] == pytest.approx(evaluate_run(folder)["top1"])
+    assert summary["gmac_ratio"] == pytest.approx(summary["teacher"]["gmac"] / summary["student"]["gmac"])
+    assert summary["kept_accuracy"] == pytest.approx(summary["student"]["top1"] / summary["teacher"]["top1"])
+    assert summary["speedup"] > 0
+    for picture in ("curves.png", "slimming.png"):
+        assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
+    config, variables = trained_variables(finished)
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(40, 32, 32, 1)).astype(np.float32), rng.integers(0, 10, 40).astype(np.int32)
+    mask = (np.arange(40) < 33).astype(np.float32)
+    model = build_model(config.model.architecture)
+    batches = [
+        {"image": images[i : i + 8], "label": labels[i : i + 8], "mask": mask[i : i + 8]} for i in range(0, 40, 8)
+    ]
+    mesh = make_mesh(jax.devices()[:1])
+    result = evaluate(make_eval_step(model), variables, batches, mesh)
+    logits = np.asarray(model.apply(variables, jax.numpy.asarray(images[:33]))[0], np.float64)
+    order = np.argsort(-logits, axis=1)
+    top1 = (order[:, 0] == labels[:33]).mean()
+    top5 = (order[:, :5] == labels[:33, None]).any(axis=1).mean()
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    assert result["examples"] == 33
+    assert result["top1"] == pytest.approx(top1, abs=1e-6)
+    assert result["top5"] == pytest.approx(top5, abs=1e-6)
+    assert result["loss"] == pytest.approx(-log_probs[np.arange(33), labels[:33]].mean(), rel=1e-5)
+
+
+def test_resumed_run_equals_an_undisturbed_one(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(finished, folder)
+    with Checkpoints(folder) as checkpoints:
+        steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+        assert steps == [EPOCH, 2 * EPOCH]
+        assert checkpoints.best_step in steps
+    shutil.rmtree(folder / "checkpoints" / str(2 * EPOCH))
+    run(config, folder, resume=True)
+    _, mine = trained_variables(folder)
+    _, theirs = trained_variables(finished)
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    _, mine = trained_variables(folder, ema=True)
+    _, theirs = trained_variables(finished, ema=True)
+    jax.tree.map(np.testing.assert_array_equal, mine, theirs)
+    before, after = read_metrics(finished), read_metrics(folder)
+    assert [(x["step"], x["kind"]) for x in after] == [(x["step"], x["kind"]) for x in before]
+    assert after[-1]["top1"] == before[-1]["top1"]
+
+
+def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arch = dataclasses.replace(tiny.STUDENT, distillation_token=True)
+    assert config.teacher is not None
+    cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN), batch_size=128)
+    given = dataclasses.replace(config.teacher, run=str(finished / "teacher"))
+    changed = dataclasses.replace(
+        config,
+        model=ModelConfig(architecture=arch, scan=True),
+        loss=Loss(hard=1.0),
+        teacher=given,
+        cnn_teacher=cnn,
+        epochs=1,
+    )
+    result = run(changed, tmp_path / "run")
+    assert result["examples"] == 359
+    assert (tmp_path / "run" / "cnn_teacher" / "config.json").exists()
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config, tmp_path: pathlib.Path) -> None:
+    plain = dataclasses.replace(
+        config,
+        model=ModelConfig(architecture=tiny.TEACHER, scan=True),
+        teacher=None,
+        loss=Loss(),
+        optim=OptimConfig(lr=1e-3),
+        epochs=1,
+    )
+    run(plain, tmp_path)
+    # The same run, continued with a rate that cannot go well.
+    wild = dataclasses.replace(plain, epochs=3, optim=OptimConfig(lr=1e30))
+    (tmp_path / "config.json").write_text(json.dumps(workdir.to_dict(wild)))
+    with pytest.raises(RunError, match=rf"^step 1\d: .* is not finite; .* checkpoint is of step {EPOCH} "):
+        run(wild, tmp_path, resume=True)
+    _, variables = trained_variables(tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def overrides(digits_dir: str) -> list[str]:
+    words = {
+        "data.data_dir": digits_dir,
+        "teacher.epochs": 5,
+        "batch_size": 64,
+    }
+    return [f"--config.{key}={value}" for key, value in words.items()]
+
+
+def sit(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
+    """Runs the command; its exit code and what it printed on standard error."""
+    code = cli.main([str(word) for word in words])
+    return code, capsys.readouterr().err.strip()
+
+
+def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any, digits_dir: str) -> None:
+    train = ["train", "--config", "configs/digits.py", *overrides(digits_dir)]
+    fresh = tmp_path / "fresh"
+    cases = [
+        ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "Did you mean"),
+        ([*train, "--workdir", fresh, "--config.optim.lr=fast"], "--config.optim.lr=fast"),
+        ([*train, "--workdir", fresh, "--config.optim.lr=-1"], "optim.lr: "),
+        ([*train, "--workdir", fresh, "--config.model.num_heads=5"], "model.dim: 48 does not divide by num_heads 5"),
+        (
+            [*train, "--workdir", fresh, "--config.teacher.model.depth=12"],
+            "teacher.model.depth: is 12, but the student's is 14",
+        ),
+        (["train", "--config", "configs/none.py", "--workdir", fresh], "there is no file configs/none.py"),
+        (["train", "--config", "pyproject.toml", "--workdir", fresh], "pyproject.toml"),
+        ([*train, "--workdir", "/proc/none"], "/proc/none cannot be written"),
+        ([*train, "--workdir", finished], "holds another configuration's run"),
+        (["evaluate", "--workdir", fresh], "is not the folder of a run"),
+        (["evaluate", "--workdir", finished, "--step", "3"], "checkpoint 3"),
+        (["evaluate", "--workdir", finished / "teacher", "--ema"], "optim.ema_decay"),
+    ]
+    for words, expected in cases:
+        code, error = sit(capsys, *words)
+        assert code == 2, words
+        assert expected in error
+        assert len(error.splitlines()) == 1, error
+        assert not fresh.exists()
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    with pytest.raises(RunError, match="--resume"):
+        run(config, finished)
+    assert config.teacher is not None
+    other = dataclasses.replace(tiny.TEACHER, num_heads=4)
+    teacher = TeacherConfig(model=ModelConfig(architecture=other), run=str(finished / "teacher"))
+    with pytest.raises(ConfigError, match=r"^teacher.run: the model in"):
+        run(dataclasses.replace(config, teacher=teacher), tmp_path / "other")
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+
+def test_checkpoint_of_another_model(finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    folder = tmp_path / "swapped"
+    shutil.copytree(finished / "teacher", folder)
+    shutil.copy(finished / "config.json", folder / "config.json")
+    code, error = sit(capsys, "evaluate", "--workdir", folder)
+    assert code == 2
+    assert "does not hold this model" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_evaluate_prints(finished: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", "--workdir", str(finished), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["examples"] == 359
+    assert result == evaluate_run(finished)
+    assert cli.main(["evaluate", "--workdir", str(finished), "--ema"]) == 0
+    assert "over 359 examples" in capsys.readouterr().out
