@@ -90,7 +90,7 @@ def _models(arguments: argparse.Namespace, _: list[str]) -> None:
     from sit_jax.analysis.flops import count_cost
     from sit_jax.models.variants import VARIANTS
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, arch in VARIANTS.items():
         cost = count_cost(arch)
         rows.append(

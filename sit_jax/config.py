@@ -25,10 +25,9 @@ Fraction = Annotated[float, Ge(0), Lt(1)]
 Count = Annotated[int, Ge(1)]
 
 _STRICT = PydanticConfig(extra="forbid")
-_frozen = dataclass(frozen=True, kw_only=True, config=_STRICT)
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ModelConfig:
     """A model and how it is computed.
 
@@ -49,7 +48,7 @@ class ModelConfig:
     scan: bool = True
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimConfig:
     """AdamW, its schedule, and what stands around it.
 
@@ -86,7 +85,7 @@ class OptimConfig:
     faithful: bool = False
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LossConfig:
     """Weights of the loss terms; a term with weight 0 is not computed.
 
@@ -110,7 +109,7 @@ class LossConfig:
         return self.token > 0 or self.logits > 0
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TeacherConfig:
     """Where a teacher comes from: a finished run, or a training of its own before the student's.
 
@@ -134,7 +133,7 @@ class TeacherConfig:
         _check_training(self.epochs, self.batch_size, self.optim)
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
     """The data set and how its pictures are varied.
 
@@ -158,7 +157,7 @@ class DataConfig:
     max_zoom: Fraction = 0.0
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class CheckpointConfig:
     """When checkpoints are written, and how many stay. The last step's is always written.
 
@@ -171,7 +170,7 @@ class CheckpointConfig:
     keep: Count = 2
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class LogConfig:
     """What is written down while a run goes on.
 
@@ -184,7 +183,7 @@ class LogConfig:
     tensorboard: bool = True
 
 
-@_frozen
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
     """One run: a model trained on a data set, with or without teachers.
 

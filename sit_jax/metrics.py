@@ -18,9 +18,9 @@ from sit_jax import losses
 class EvalMetrics(clu_metrics.Collection):
     """Loss, top-1 and top-5 accuracy over every example whose mask is 1."""
 
-    loss: clu_metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    top1: clu_metrics.Average.from_output("top1")  # type: ignore[valid-type]
-    top5: clu_metrics.Average.from_output("top5")  # type: ignore[valid-type]
+    loss: clu_metrics.Average.from_output("loss")
+    top1: clu_metrics.Average.from_output("top1")
+    top5: clu_metrics.Average.from_output("top5")
 
 
 def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalMetrics:

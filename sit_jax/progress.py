@@ -35,9 +35,10 @@ class Progress:
             # The first step compiles; counting it would spoil the rate for minutes.
             self._begun, self._start = time.monotonic(), step
         rate = (step - self._start) * self._batch_size / max(1e-9, time.monotonic() - self._begun)
-        shown = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
+        shown: dict[str, str] = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
         if self._bar is not None:
-            self._bar.set_postfix({**shown, "images/s": f"{rate:.0f}"}, refresh=False)
+            shown["images/s"] = f"{rate:.0f}"
+            self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._step)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = time.monotonic()

@@ -11,13 +11,13 @@ import numpy as np
 
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.convert.original import Tree, from_original
-from sit_jax.models.architecture import Architecture
+from sit_jax.models.architecture import Architecture, Stem
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 TRAINED = ("lvvit_4c", "lvvit_6c", "deit_naive")
 # Files whose initial student weights are known: see golden/README.md.
 RECOVERED = tuple(name for name in TRAINED if (FOLDER / f"{name}_initial.npz").exists())
-STEMS = {"4c": "conv4", "6c": "conv6", "naive": "patch"}
+STEMS: dict[str, Stem] = {"4c": "conv4", "6c": "conv6", "naive": "patch"}
 
 
 class Golden(NamedTuple):

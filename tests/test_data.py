@@ -96,7 +96,7 @@ def test_affine_moves_turns_and_scales() -> None:
     image = Image.fromarray(np.pad(np.full((5, 5), 255, np.uint8), 10))
     rng = np.random.default_rng(0)
     still = transforms.random_affine(image, rng, 0.0, 0.0, 0.0)
-    assert np.array_equal(still, image)
+    assert still.tobytes() == image.tobytes()
     rows, columns = np.mgrid[:25, :25]
     centres = []
     for seed in range(200):
@@ -124,4 +124,4 @@ def test_normalize_and_resize() -> None:
     np.testing.assert_allclose(transforms.normalize(rgb), expected, rtol=1e-4, atol=1e-5)
     grey = transforms.normalize(rgb.convert("L"))
     assert grey.shape == (6, 6, 1)
-    assert np.array_equal(transforms.resize(rgb, 9), rgb.resize((9, 9), Image.Resampling.BICUBIC))
+    assert transforms.resize(rgb, 9).tobytes() == rgb.resize((9, 9), Image.Resampling.BICUBIC).tobytes()

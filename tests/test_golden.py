@@ -200,7 +200,7 @@ def test_distillation_token() -> None:
     (logits, outputs), _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
     close(logits, data["train0/logits"], 1e-4)
     close(outputs.distillation_logits, data["train0/dist_logits"], 1e-4)
-    recovered = build_reverse(golden.arch).apply({"params": golden.student["reverse"]}, outputs.tokens)
+    recovered: Any = build_reverse(golden.arch).apply({"params": golden.student["reverse"]}, outputs.tokens)
     for block, tokens in enumerate(recovered):
         close(tokens, data[f"train0/student_tokens/{block}"], 1e-4)
     teacher_logits, teacher_outputs = build_model(golden.arch.without_slimming()).apply(golden.teacher, images)

@@ -14,7 +14,16 @@ import tiny
 from sit_jax import cli, workdir
 from sit_jax.analysis.report import summarize
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.config import CheckpointConfig, Config, DataConfig, LogConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TeacherConfig,
+    to_dict,
+)
 from sit_jax.config import LossConfig as Loss
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.evaluate import evaluate, make_eval_step
@@ -150,7 +159,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config
     run(plain, tmp_path)
     # The same run, continued with a rate that cannot go well.
     wild = dataclasses.replace(plain, epochs=3, optim=OptimConfig(lr=1e30))
-    (tmp_path / "config.json").write_text(json.dumps(workdir.to_dict(wild)))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(wild)))
     with pytest.raises(RunError, match=rf"^step 1\d: .* is not finite; .* checkpoint is of step {EPOCH} "):
         run(wild, tmp_path, resume=True)
     _, variables = trained_variables(tmp_path)
@@ -175,7 +184,7 @@ def sit(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
 def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any, digits_dir: str) -> None:
     train = ["train", "--config", "configs/digits.py", *overrides(digits_dir)]
     fresh = tmp_path / "fresh"
-    cases = [
+    cases: list[tuple[list[Any], str]] = [
         ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "Did you mean"),
         ([*train, "--workdir", fresh, "--config.optim.lr=fast"], "--config.optim.lr=fast"),
         ([*train, "--workdir", fresh, "--config.optim.lr=-1"], "optim.lr: "),

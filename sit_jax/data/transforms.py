@@ -46,7 +46,7 @@ def random_affine(
 def normalize(image: Image.Image) -> np.ndarray:
     """Float32 (height, width, channels), standardised by ImageNet's statistics (their mean over channels for grey)."""
     values = np.asarray(image, np.float32) / 255.0
-    mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+    mean, std = np.asarray(IMAGENET_MEAN, np.float32), np.asarray(IMAGENET_STD, np.float32)
     if values.ndim == 2:
         return ((values - mean.mean()) / std.mean())[:, :, None]
     return (values - mean) / std

@@ -102,9 +102,10 @@ class ReverseSlimming(nn.Module):
 
         def body(carry: None, inputs: Any) -> tuple[None, Array]:
             params, x = inputs
-            return None, module.apply({"params": params}, x)
+            result: Any = module.apply({"params": params}, x)
+            return None, result
 
-        params = [self.get_variable("params", f"blocks_{block}") for block in blocks]
+        params: list[Any] = [self.get_variable("params", f"blocks_{block}") for block in blocks]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         inputs = (stacked, jnp.stack([tokens[block] for block in blocks]))
         return list(jax.lax.scan(jax.checkpoint(body) if self.remat else body, None, inputs)[1])

@@ -103,10 +103,10 @@ class ViT(nn.Module):
 
         def body(carry: Array, inputs: Any) -> tuple[Array, Array]:
             params, rate, key = inputs
-            carry = block.apply({"params": params}, carry, rate, key)
-            return carry, carry[:, prefix:]
+            result: Any = block.apply({"params": params}, carry, rate, key)
+            return result, result[:, prefix:]
 
-        params = [self.get_variable("params", f"blocks_{index}") for index in range(first, first + count)]
+        params: list[Any] = [self.get_variable("params", f"blocks_{index}") for index in range(first, first + count)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         stream, stacked_tokens = jax.lax.scan(
             jax.checkpoint(body) if self.remat else body, stream, (stacked, rates, keys)
