@@ -25,7 +25,7 @@ demo: $(VENV)/ready
 	$(BIN)/sit train --config configs/digits.py --workdir $(WORKDIR) --resume
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto -m slow

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from sit_jax.config import DataConfig, LossConfig, OptimConfig, defaults, model_section
+from sit_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig, defaults, model_section
 from sit_jax.models.architecture import Architecture
 
 TEACHER = Architecture(
@@ -36,7 +36,9 @@ def get_config() -> ConfigDict:
     config.epochs = 8
     config.batch_size = 64
     config.eval_batch_size = 120
-    config.eval_every_epochs = 4
+    config.eval_every_epochs = 2
+    config.checkpoint = defaults(CheckpointConfig)
+    config.checkpoint.every_epochs = 4
     config.optim = defaults(OptimConfig)
     config.optim.lr = 1e-3
     config.optim.warmup_epochs = 1.0

@@ -42,10 +42,11 @@ class Progress:
             self._bar.update(step - self._step)
         elif time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES or step == self._total:
             self._last_line = time.monotonic()
-            left = (self._total - step) * self._batch_size / max(rate, 1e-9)
             numbers = " ".join(f"{name} {value}" for name, value in shown.items())
-            line = f"{self._label}: step {step}/{self._total} {numbers} images/s {rate:.0f} left {left:.0f} s"
-            print(line, file=sys.stderr, flush=True)
+            if rate > 0:
+                left = (self._total - step) * self._batch_size / rate
+                numbers += f" images/s {rate:.0f} left {left:.0f} s"
+            print(f"{self._label}: step {step}/{self._total} {numbers}", file=sys.stderr, flush=True)
         self._step = step
 
     def note(self, text: str) -> None:
