@@ -119,6 +119,9 @@ def load_variables(
         if checkpointer.latest is None:
             raise RunError(f"{workdir} holds no checkpoint")
         chosen = checkpointer.latest.step if step is None else step
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        if chosen not in steps:
+            raise RunError(f"{workdir} holds no checkpoint {chosen}; there are {', '.join(map(str, steps))}")
         part = "ema" if ema else "model"
         try:
             loaded = checkpointer.load_checkpointables(chosen, {part: wanted})
