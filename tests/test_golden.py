@@ -148,8 +148,9 @@ def test_gradients(name: str) -> None:
     theirs = golden_files.part(golden.data, "train0/grad/")
     assert set(theirs) == {key for key in mine if "running" not in key and "aux_head" not in key}
     for key, gradient in theirs.items():
-        # Gradients this small are differences of far larger numbers: the slimming scales' is 1e-6 of the largest one.
-        bound = max(1e-3 * np.abs(gradient).max(), 1e-8 * largest_gradient(golden.data))
+        # Below float32's epsilon of the largest gradient there is only rounding, on their side as on ours: a bias that
+        # the softmax over tokens does not see has the gradient zero, and a stored one of 1e-9.
+        bound = max(1e-3 * np.abs(gradient).max(), 1e-7 * largest_gradient(golden.data))
         np.testing.assert_allclose(mine[key], gradient, rtol=0, atol=bound, err_msg=key)
 
 

@@ -77,13 +77,13 @@ def test_deit_models(size: str) -> None:
 
 
 def test_counter_agrees_with_the_compiler() -> None:
-    arch = dataclasses.replace(TINY, stage_blocks=(2, 2))
+    arch = dataclasses.replace(TINY, stage_blocks=(2, 2), dim=192, num_heads=4)
     model = build_model(arch)
     variables = model.init(jax.random.key(0), IMAGES)
     analysis = jax.jit(lambda x: model.apply(variables, x)[0]).lower(IMAGES[:1]).cost_analysis()
     assert analysis is not None
     # The compiler counts additions, norms and GELU besides the products, so it may only be somewhat above.
-    assert 2e9 * count_cost(arch).gmac <= analysis["flops"] <= 1.35 * 2e9 * count_cost(arch).gmac
+    assert 1.0 <= analysis["flops"] / (2e9 * count_cost(arch).gmac) <= 1.1
 
 
 def test_regnet_has_torchvisions_parameter_count() -> None:
