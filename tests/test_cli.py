@@ -9,6 +9,7 @@ import pytest
 
 from sit_jax import cli
 from sit_jax.config import from_config_dict, to_dict
+from sit_jax.errors import ConfigError
 from sit_jax.models.variants import VARIANTS
 
 
@@ -20,6 +21,14 @@ def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert (rows["sit_tiny"]["params"], rows["sit_tiny"]["rtsm_params"]) == (15_872_934, 14_015_176)
     assert rows["sit_tiny"]["tokens"] == [196, 98, 49, 24]
     assert rows["lvvit_tiny"]["rtsm_params"] == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "key"), [("model.stem=conv5", "model.stem"), ("teacher.model.dtype=int8", "teacher.model.dtype")]
+)
+def test_choices_that_do_not_exist(word: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{key}: "):
+        cli.load_config("configs/digits.py", [f"--config.{word}"])
 
 
 def test_models_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

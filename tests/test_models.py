@@ -154,7 +154,7 @@ def test_bfloat16_products_float32_logits() -> None:
 def test_drop_path_keeps_the_mean() -> None:
     ones = jnp.ones((4000, 1, 2))
     dropped = np.asarray(drop_path(ones, 0.25, jax.random.key(0)))
-    assert set(np.unique(dropped.round(4))) == {0.0, 1.3333}
+    assert np.unique(dropped) == pytest.approx([0.0, 4 / 3])
     assert np.array_equal(dropped[:, 0, 0], dropped[:, 0, 1])
     assert dropped.mean() == pytest.approx(1.0, abs=0.03)
 
@@ -195,7 +195,6 @@ def test_token_counts() -> None:
         ("kept_tokens", {"kept_tokens": (16, 4, 2)}),
         ("image_size", {"image_size": 36}),
         ("patch_size", {"stem": "conv4"}),
-        ("stem", {"stem": "conv5"}),
         ("depth", {"depth": 0}),
         ("norm_eps", {"norm_eps": 0.0}),
     ],
