@@ -41,7 +41,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_variations() -> None:
-    overrides = re.findall(r"--config\.[\w.]+=[\w./-]+", TEXT)
+    overrides = re.findall(r"--config\.[a-z][\w.]*=[\w./-]+", TEXT)
     assert len(overrides) >= 8
     for override in overrides:
         cli.load_config("configs/digits.py", [override])
