@@ -151,7 +151,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
 def _override_problem(error: Exception) -> str:
     text = str(error.args[0]) if error.args else str(error)
     # ml_collections nests one KeyError's text, quoted and escaped, in another's.
-    text = text.replace("\\n", " ").replace("\\'", "'").strip("\"'")
+    text = text.replace("\\n", " ").replace("\\'", "").replace("'", "")
     return " ".join(text.split())[:400]
 
 
