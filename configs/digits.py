@@ -2,7 +2,17 @@
 
 from ml_collections import ConfigDict
 
-from sit_jax.config import CheckpointConfig, DataConfig, LossConfig, OptimConfig, defaults, model_section
+from sit_jax.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    MixConfig,
+    OptimConfig,
+    defaults,
+    model_section,
+)
 from sit_jax.models.architecture import Architecture
 
 TEACHER = Architecture(
@@ -14,11 +24,16 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.data = defaults(DataConfig)
-    config.data.max_rotation, config.data.max_shift, config.data.max_zoom = 8.0, 0.06, 0.1
+    config.data.resampler = "pillow"
+    config.augment = defaults(AugmentConfig)
+    config.augment.max_rotation, config.augment.max_shift, config.augment.max_zoom = 8.0, 0.06, 0.1
+
+    config.mix = defaults(MixConfig)
 
     # The teacher, trained first.
     config.teacher = ConfigDict()
     config.teacher.run = ""
+    config.teacher.init = "random"
     config.teacher.model = model_section(TEACHER, scan=True, remat=True)
     config.teacher.epochs = 40
     config.teacher.batch_size = 64
@@ -38,6 +53,7 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 120
     config.eval_every_epochs = 2
     config.checkpoint = defaults(CheckpointConfig)
+    config.log = defaults(LogConfig)
     config.checkpoint.every_epochs = 4
     config.optim = defaults(OptimConfig)
     config.optim.lr = 1e-3

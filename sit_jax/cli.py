@@ -23,16 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    strays = [word for word in rest if not (arguments.verb == "train" and word.startswith("--config."))]
+    command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")
+    strays = [word for word in rest if not ("config" in arguments and word.startswith("--config."))]
     if strays:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
     try:
         arguments.run(arguments, rest)
     except UserError as error:
-        print(f"sit {arguments.verb}: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"sit {arguments.verb}: interrupted", file=sys.stderr)
+        print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -42,21 +43,63 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sit_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = _verb(verbs, "train", _train, "train a model, or a teacher and its slimmed student")
-    train.add_argument("--config", required=True, help="Python file with a get_config() that returns a ConfigDict")
+    _add_config(train)
     train.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run; made if missing")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
-    train.epilog = "Any value of the configuration: --config.KEY=VALUE, such as --config.optim.lr=1e-3"
     evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run's checkpoint over its evaluation split")
     evaluate.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
     evaluate.add_argument("--ema", action="store_true", help="the moving average of the weights")
     evaluate.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    evaluate.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
+    evaluate.add_argument("--split", help="another split")
+    evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
+    _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Verb, help_text: str) -> argparse.ArgumentParser:
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    prepare = _verb(tasks, "prepare", _data_prepare, "download or convert a data set to ArrayRecord")
+    prepare.add_argument("--name", help="the data set: digits, a tfds name, or a new name with --from_folder")
+    prepare.add_argument("--data_dir", default="", help="where prepared data sets lie; tfds's default if not given")
+    prepare.add_argument("--manual_dir", default="", help="where files lie that must be downloaded by hand")
+    prepare.add_argument("--from_folder", type=pathlib.Path, help="folder of pictures to convert")
+    prepare.add_argument("--held_out", type=float, default=0.1, help="share for val where the folder has no splits")
+    prepare.add_argument("--skip_broken", action="store_true", help="leave pictures out that cannot be read")
+    prepare.add_argument("--from_tfrecord", type=pathlib.Path, help="folder of a prepared TFRecord version to convert")
+    show = _verb(tasks, "show", _data_show, "draw training pictures as the model gets them")
+    _add_config(show)
+    show.add_argument("--output", type=pathlib.Path, default=pathlib.Path("examples.png"), help="PNG file to write")
+    show.add_argument("--count", type=_positive, default=32, help="pictures, at most a batch")
+    show.add_argument("--step", type=int, default=0, help="which batch")
+    check = _verb(tasks, "check", _data_check, "read every picture once; list broken and unusual ones")
+    _add_config(check)
+    check.add_argument("--threads", type=_positive, default=8, help="pictures read at a time")
+    check.add_argument("--all", action="store_true", help="list every name")
+    check.add_argument("--json", action="store_true", help="print a list of objects")
+    label = _verb(tasks, "label", _data_label, "write dense labels for token labelling with a trained model")
+    label.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the model's run")
+    label.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
+    label.add_argument("--top", type=_positive, default=5, help="likeliest classes stored per place")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    text = "Python file with a get_config() that returns a ConfigDict; FILE:ARGUMENT hands it an argument"
+    parser.add_argument("--config", required=True, help=text)
+    parser.epilog = "Any value of the configuration: --config.KEY=VALUE, such as --config.optim.lr=1e-3"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+    return value
+
+
+def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.ArgumentParser:
     description = help_text[0].upper() + help_text[1:] + "."
     parser = verbs.add_parser(name, help=help_text, description=description, allow_abbrev=False)
     parser.set_defaults(run=run)
@@ -76,14 +119,83 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     _quiet_libraries()
-    from sit_jax.run import evaluate_run
+    import dataclasses
 
-    result = evaluate_run(arguments.workdir, arguments.ema, arguments.step)
+    from sit_jax.run import evaluate_run
+    from sit_jax.workdir import read_config
+
+    chosen = {"name": arguments.name, "eval_split": arguments.split, "data_dir": arguments.data_dir}
+    changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
+    data = dataclasses.replace(read_config(arguments.workdir).data, **changes)
+    result = evaluate_run(arguments.workdir, arguments.ema, arguments.step, data)
     if arguments.json:
         print(json.dumps(result))
         return
     shares = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
     print(f"{shares} over {result['examples']:.0f} examples")
+
+
+def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
+    _quiet_libraries()
+    from sit_jax.data.config import DataConfig
+    from sit_jax.data.prepare import convert_tfrecord, prepare_folder, prepare_named
+
+    ways = [arguments.from_folder, arguments.from_tfrecord]
+    if all(ways) or (arguments.from_tfrecord and arguments.name):
+        raise UserError("--from_tfrecord stands alone: the copy keeps the data set's name")
+    if not arguments.from_tfrecord and not arguments.name:
+        raise UserError("--name: which data set? A tfds name, digits, or a new name with --from_folder")
+    if not 0 < arguments.held_out < 1:
+        raise UserError(f"--held_out: must be above 0 and below 1, is {arguments.held_out}")
+    data = DataConfig(
+        name=arguments.name or "digits",
+        data_dir=arguments.data_dir,
+        held_out=arguments.held_out,
+        on_broken="skip" if arguments.skip_broken else "error",
+    )
+    if arguments.from_tfrecord:
+        path = convert_tfrecord(arguments.from_tfrecord, arguments.data_dir)
+    elif arguments.from_folder:
+        path = prepare_folder(arguments.from_folder, arguments.name, data)
+    else:
+        path = prepare_named(data, arguments.manual_dir)
+    print(f"Prepared: {path}")
+
+
+def _data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(arguments.config, overrides)
+    _quiet_libraries()
+    from sit_jax.data.show import draw_examples
+    from sit_jax.data.sources import open_source
+
+    config = config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
+    count = draw_examples(config, arguments.output, arguments.count, arguments.step)
+    print(f"Written: {arguments.output} ({count} pictures)")
+
+
+def _data_check(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    config = load_config(arguments.config, overrides)
+    import dataclasses
+
+    from sit_jax.data.check import check_data
+
+    reports = check_data(config.data, arguments.threads)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
+    else:
+        for report in reports:
+            print("\n".join(report.lines(config.data.on_broken, arguments.all)))
+    broken = sum(len(report.broken) for report in reports)
+    if broken:
+        raise UserError(f"{broken} pictures cannot be read")
+
+
+def _data_label(arguments: argparse.Namespace, _: list[str]) -> None:
+    _quiet_libraries()
+    from sit_jax.annotate import write_label_maps
+
+    count = write_label_maps(arguments.workdir, arguments.output, arguments.top)
+    print(f"Written: {arguments.output} ({count} pictures); use it with data.label_maps={arguments.output}")
 
 
 def _models(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -133,8 +245,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
 
     from sit_jax.config import from_config_dict
 
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"--config: there is no file {path}")
+    # `page.py:argument` hands the argument on to the page's get_config.
+    file = path if path.endswith(".py") else path.rpartition(":")[0] or path
+    if not pathlib.Path(file).is_file():
+        raise ConfigError(f"--config: there is no file {file}")
     values = flags.FlagValues()
     words = ["sit", f"--config={path}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)

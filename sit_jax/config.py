@@ -9,25 +9,23 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Lt
 from ml_collections import ConfigDict
-from pydantic import ConfigDict as PydanticConfig
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from sit_jax.data.config import STRICT as STRICT
+from sit_jax.data.config import AugmentConfig as AugmentConfig
+from sit_jax.data.config import Count, Fraction, NonNegative
+from sit_jax.data.config import DataConfig as DataConfig
+from sit_jax.data.config import MixConfig as MixConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import get_architecture
 
-NonNegative = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
-Count = Annotated[int, Ge(1)]
 
-_STRICT = PydanticConfig(extra="forbid")
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
     """A model and how it is computed.
 
@@ -48,12 +46,13 @@ class ModelConfig:
     scan: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
     """AdamW, its schedule, and what stands around it.
 
     Attributes:
         lr: Peak learning rate of the model.
+        lr_batch_size: The batch size that `lr` is meant for: it is scaled in proportion to the run's; 0 for no scaling.
         min_lr: Where the cosine ends, for every parameter group.
         rtsm_lr_scale: Peak learning rate of the reverse modules over that of the model.
         warmup_epochs: Linear warm-up from 0, before the cosine.
@@ -70,6 +69,7 @@ class OptimConfig:
     """
 
     lr: Annotated[float, Gt(0)] = 4e-4
+    lr_batch_size: Annotated[int, Ge(0)] = 0
     min_lr: NonNegative = 1e-5
     rtsm_lr_scale: Annotated[float, Gt(0)] = 5.0
     warmup_epochs: NonNegative = 0.0
@@ -85,7 +85,7 @@ class OptimConfig:
     faithful: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LossConfig:
     """Weights of the loss terms; a term with weight 0 is not computed.
 
@@ -93,6 +93,8 @@ class LossConfig:
         token: Weight of the token distillation (needs a teacher).
         logits: Weight of the logits distillation (needs a teacher).
         hard: Weight of the CNN teacher's hard labels (needs `cnn_teacher` and a distillation token).
+        token_label: Weight of token labelling, LV-ViT's dense labels per patch (needs `data.label_maps` and
+            `model.aux_head`).
         temperature: Temperature of the logits distillation.
         label_smoothing: Share of a label spread over all classes.
     """
@@ -100,6 +102,7 @@ class LossConfig:
     token: NonNegative = 0.0
     logits: NonNegative = 0.0
     hard: NonNegative = 0.0
+    token_label: NonNegative = 0.0
     temperature: Annotated[float, Gt(0)] = 1.0
     label_smoothing: Fraction = 0.0
 
@@ -109,13 +112,14 @@ class LossConfig:
         return self.token > 0 or self.logits > 0
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherConfig:
     """Where a teacher comes from: a finished run, or a training of its own before the student's.
 
     Attributes:
         model: The teacher.
         run: Folder of the run whose last checkpoint is the teacher; empty to train one with the fields below.
+        init: Where that training's first weights come from: `random`, or the folder of a run.
         epochs: Epochs of the cosine.
         batch_size: Examples per step.
         optim: Optimizer and schedule.
@@ -124,6 +128,7 @@ class TeacherConfig:
 
     model: ModelConfig
     run: str = ""
+    init: str = "random"
     epochs: Count = 1
     batch_size: Count = 64
     optim: OptimConfig = OptimConfig()
@@ -133,31 +138,7 @@ class TeacherConfig:
         _check_training(self.epochs, self.batch_size, self.optim)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
-class DataConfig:
-    """The data set and how its pictures are varied.
-
-    Attributes:
-        name: The data set: `digits` (scikit-learn's handwritten digits).
-        data_dir: Where tfds keeps prepared data sets; empty for tfds's own default (`TFDS_DATA_DIR` or
-            `~/tensorflow_datasets`).
-        train_split: Split to train on.
-        eval_split: Split to evaluate on.
-        max_rotation: Training pictures are turned by up to this many degrees.
-        max_shift: ... and moved by up to this share of their side in each direction.
-        max_zoom: ... and scaled by up to this share up or down.
-    """
-
-    name: Literal["digits"] = "digits"
-    data_dir: str = ""
-    train_split: str = "train"
-    eval_split: str = "test"
-    max_rotation: Annotated[float, Ge(0), Le(180)] = 0.0
-    max_shift: Fraction = 0.0
-    max_zoom: Fraction = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """When checkpoints are written, and how many stay. The last step's is always written.
 
@@ -170,7 +151,7 @@ class CheckpointConfig:
     keep: Count = 2
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogConfig:
     """What is written down while a run goes on.
 
@@ -183,13 +164,15 @@ class LogConfig:
     tensorboard: bool = True
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
     """One run: a model trained on a data set, with or without teachers.
 
     Attributes:
         model: The model that is trained.
-        data: The data set.
+        data: The data set and how it is read.
+        augment: How training pictures are varied.
+        mix: How the pictures of a batch are mixed with one another.
         seed: Everything random follows from it.
         epochs: Epochs of the cosine; `optim.cooldown_epochs` come on top.
         batch_size: Examples per step, over all devices.
@@ -207,6 +190,8 @@ class Config:
 
     model: ModelConfig
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
     seed: Annotated[int, Ge(0), Lt(2**31)] = 0
     epochs: Count = 1
     batch_size: Count = 64
@@ -229,6 +214,13 @@ class Config:
             has_token = isinstance(arch, Architecture) and arch.distillation_token
             _require(self.cnn_teacher is not None, "cnn_teacher", "is missing, but loss.hard is above 0")
             _require(has_token, "model.distillation_token", "must be True where loss.hard is above 0")
+        if self.loss.token_label > 0:
+            labels = isinstance(arch, Architecture) and arch.aux_head and not arch.is_slimmed
+            _require(labels, "loss.token_label", "needs model.aux_head=True and a model without slimming")
+            _require(bool(self.data.label_maps), "data.label_maps", "is empty, but loss.token_label is above 0")
+        if self.mix.mix_token > 0:
+            mixes = isinstance(arch, Architecture) and self.loss.hard == 0
+            _require(mixes, "mix.mix_token", "needs a vision transformer, and no convolutional teacher")
         if self.teacher is not None:
             self._check_teacher(arch, self.teacher.model.architecture)
 
@@ -249,9 +241,43 @@ class Config:
             batch_size=teacher.batch_size,
             optim=teacher.optim,
             loss=LossConfig(label_smoothing=teacher.label_smoothing),
-            init="random",
+            init=teacher.init,
             teacher=None,
             cnn_teacher=None,
+        )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along a side of the transformer's picture."""
+        arch = self.model.architecture
+        assert isinstance(arch, Architecture), "only transformers have patches"
+        return arch.grid_size
+
+    @property
+    def scaled_optim(self) -> OptimConfig:
+        """The optimizer with its rate scaled to the run's batch."""
+        optim = self.optim
+        if not optim.lr_batch_size:
+            return optim
+        return dataclasses.replace(optim, lr=optim.lr * self.batch_size / optim.lr_batch_size, lr_batch_size=0)
+
+    def with_classes(self, num_classes: int) -> "Config":
+        """The configuration with this many classes wherever a model leaves them to the data (`num_classes` 0)."""
+
+        def settle(model: ModelConfig) -> ModelConfig:
+            arch = model.architecture
+            if arch.num_classes:
+                return model
+            return dataclasses.replace(model, architecture=dataclasses.replace(arch, num_classes=num_classes))
+
+        def settle_teacher(teacher: TeacherConfig | None) -> TeacherConfig | None:
+            return teacher and dataclasses.replace(teacher, model=settle(teacher.model))
+
+        return dataclasses.replace(
+            self,
+            model=settle(self.model),
+            teacher=settle_teacher(self.teacher),
+            cnn_teacher=settle_teacher(self.cnn_teacher),
         )
 
 
@@ -333,10 +359,9 @@ def _describe(error: ValidationError) -> str:
 
 
 def _hint(parts: list[str]) -> str:
-    sections = (Config, ModelConfig, Architecture, OptimConfig, LossConfig, TeacherConfig, DataConfig)
-    names = {
-        field.name for section in (*sections, CheckpointConfig, LogConfig) for field in dataclasses.fields(section)
-    }
+    models = (Config, ModelConfig, Architecture, OptimConfig, LossConfig, TeacherConfig)
+    others = (DataConfig, AugmentConfig, MixConfig, CheckpointConfig, LogConfig)
+    names = {field.name for section in (*models, *others) for field in dataclasses.fields(section)}
     close = difflib.get_close_matches(parts[-1], names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -11,3 +11,7 @@ class ConfigError(UserError, ValueError):
 
 class RunError(UserError, RuntimeError):
     """A run cannot start or go on: its folder, its checkpoint or its loss is not what it must be."""
+
+
+class PictureError(UserError):
+    """A picture cannot be read; the message names it and says why."""

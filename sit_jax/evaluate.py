@@ -7,17 +7,19 @@ import jax
 from jax.sharding import Mesh
 
 from sit_jax import sharding
+from sit_jax.data.config import DataConfig
 from sit_jax.data.pipeline import HostBatch
+from sit_jax.data.preprocess import normalize
 from sit_jax.metrics import EvalMetrics, eval_metrics
 
 EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
 
 
-def make_eval_step(model: Any) -> EvalStep:
-    """The jitted step `(variables, batch, metrics so far) -> metrics`; `batch` holds `image`, `label` and `mask`."""
+def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
+    """The jitted step `(variables, batch, metrics so far) -> metrics`; `batch` is one of `eval_batches`."""
 
     def eval_step(variables: dict[str, Any], batch: Any, metrics: EvalMetrics) -> EvalMetrics:
-        logits, _ = model.apply(variables, batch["image"])
+        logits, _ = model.apply(variables, normalize(batch["image"], data))
         return metrics.merge(eval_metrics(logits, batch["label"], batch["mask"]))
 
     return jax.jit(eval_step)

@@ -17,6 +17,13 @@ def soft_target_cross_entropy(
     return -(labels * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1).mean()
 
 
+def token_labelling(
+    logits: Float[Array, "batch patches classes"], labels: Float[Array, "batch patches classes"]
+) -> Float[Array, ""]:
+    """Soft-target cross entropy of every patch with its dense label, averaged over patches (LV-ViT, section 3.2)."""
+    return -(labels * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1).mean()
+
+
 def token_distillation(
     recovered: Sequence[Float[Array, "batch patches dim"]], targets: Sequence[Float[Array, "batch patches dim"]]
 ) -> Float[Array, ""]:

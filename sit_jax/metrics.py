@@ -28,9 +28,13 @@ def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalM
 
     Args:
         logits: (batch, classes).
-        labels: Class indices, (batch,).
+        labels: Class indices, (batch,), or those of all right classes, (batch, labels), filled up with -1: the one that
+            the model finds likeliest counts.
         mask: 1 for examples that count, 0 for those that fill the batch up, (batch,).
     """
+    if labels.ndim == 2:
+        scores = jnp.where(labels >= 0, jnp.take_along_axis(logits, labels, axis=1), -jnp.inf)
+        labels = jnp.take_along_axis(labels, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
     rank = (logits > jnp.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
     loss = losses.label_cross_entropy(logits, labels)
     return EvalMetrics.single_from_model_output(loss=loss, top1=rank < 1, top5=rank < 5, mask=mask)

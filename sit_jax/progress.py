@@ -18,6 +18,7 @@ class Progress:
         self._total, self._start, self._step = total, start, start
         self._last_line = time.monotonic()
         self._begun: float | None = None
+        self._skipped = 0
         self._bar: Any = None
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, leave=True)
@@ -36,6 +37,9 @@ class Progress:
             self._begun, self._start = time.monotonic(), step
         rate = (step - self._start) * self._batch_size / max(1e-9, time.monotonic() - self._begun)
         shown: dict[str, str] = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
+        self._skipped += int(values.get("skipped", 0))
+        if self._skipped:
+            shown["skipped pictures"] = str(self._skipped)
         if self._bar is not None:
             shown["images/s"] = f"{rate:.0f}"
             self._bar.set_postfix(shown, refresh=False)

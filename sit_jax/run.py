@@ -1,5 +1,6 @@
 """A run from its first weights to its last checkpoint: the only place where training has side effects."""
 
+import dataclasses
 import math
 import pathlib
 import sys
@@ -12,13 +13,13 @@ from jax.sharding import Mesh
 
 from sit_jax import sharding, workdir
 from sit_jax.checkpoint import Checkpoints, load_variables
-from sit_jax.config import Config, TeacherConfig
+from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.sources import open_source
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import MetricWriter, is_finite
-from sit_jax.models import build_model
+from sit_jax.models import HEADS, build_model
 from sit_jax.progress import Progress
 from sit_jax.state import TrainState
 from sit_jax.train import Task, abstract_state, init_state, make_task, make_train_step
@@ -44,16 +45,20 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
         ConfigError: Values that do not fit the data or the devices.
         RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
     """
+    config = config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
     sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    # Whatever may be wrong with the inputs shows before the folder is this run's.
+    data = TrainData(config)
+    check_classes(config, open_source(config.data, config.data.eval_split))
+    _check_runs(config)
     workdir.claim(folder, config, resume)
     teachers = {
         name: _teacher_variables(config, teacher, folder / name, mesh, name)
         for name, teacher in (("teacher", config.teacher), ("cnn_teacher", config.cnn_teacher))
         if teacher is not None
     }
-    data = TrainData(config)
     task = make_task(config, data.steps_per_epoch)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
         state = _first_state(task, checkpoints, mesh, teachers)
@@ -152,22 +157,31 @@ def trained_variables(
     return config, load_variables(folder, abstract_state(task).variables, ema, step)
 
 
-def evaluate_run(folder: pathlib.Path, ema: bool = False, step: int | None = None) -> dict[str, float]:
-    """Evaluates a run's checkpoint over its evaluation split; see `trained_variables` and `evaluate`."""
+def evaluate_run(
+    folder: pathlib.Path, ema: bool = False, step: int | None = None, data: DataConfig | None = None
+) -> dict[str, float]:
+    """Evaluates a run's checkpoint over its evaluation split, or over that of other data; see `trained_variables`.
+
+    Raises:
+        UserError: There is no such checkpoint or data.
+        ConfigError: The data has other classes than the model.
+    """
     config, variables = trained_variables(folder, ema, step)
+    config = dataclasses.replace(config, data=data or config.data)
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
-    source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+    source = open_source(config.data, config.data.eval_split)
+    check_classes(config, source)
     model = build_model(config.model.architecture, dtype=config.model.dtype)
     variables = jax.device_put(variables, sharding.replicated(mesh))
-    return evaluate(make_eval_step(model), variables, eval_batches(config, source), mesh)
+    return evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh)
 
 
 def _make_evaluator(task: Task, mesh: Mesh) -> Evaluator:
     config = task.config
-    source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
+    source = open_source(config.data, config.data.eval_split)
     check_classes(config, source)
-    step = make_eval_step(task.model)
+    step = make_eval_step(task.model, config.data)
 
     def evaluator(state: TrainState) -> dict[str, float]:
         result = evaluate(step, state.variables, eval_batches(config, source), mesh)
@@ -191,7 +205,11 @@ def _first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dic
         return init_state(task, mesh, teachers.get("teacher"))
     if config.init == "random":
         return init_state(task, mesh)
-    _, variables = trained_variables(pathlib.Path(config.init))
+    theirs, variables = trained_variables(pathlib.Path(config.init))
+    if theirs.model.architecture.num_classes != config.model.architecture.num_classes:
+        print(f"init: {config.init} has other classes, so the heads start at random", file=sys.stderr)
+        params = {name: value for name, value in variables["params"].items() if name not in HEADS}
+        variables = {**variables, "params": params}
     try:
         return init_state(task, mesh, variables)
     except ValueError as error:
@@ -203,10 +221,21 @@ def _teacher_variables(config: Config, teacher: TeacherConfig, folder: pathlib.P
     source = pathlib.Path(teacher.run) if teacher.run else folder
     if not teacher.run:
         run(config.teacher_run(teacher), folder, resume=True, label=label)
-    theirs, variables = trained_variables(source)
-    if theirs.model.architecture != teacher.model.architecture:
-        raise ConfigError(f"{label}.run: the model in {source} is not the one that {label}.model describes")
+    _, variables = trained_variables(source)
     return jax.device_put(variables, sharding.replicated(mesh))
+
+
+def _check_runs(config: Config) -> None:
+    """Raises a UserError where a run that the configuration names is not there, or holds another teacher."""
+    if config.init not in ("teacher", "random"):
+        workdir.read_config(pathlib.Path(config.init))
+    for label, teacher in (("teacher", config.teacher), ("cnn_teacher", config.cnn_teacher)):
+        if teacher is None:
+            continue
+        if not teacher.run:
+            _check_runs(config.teacher_run(teacher))
+        elif workdir.read_config(pathlib.Path(teacher.run)).model.architecture != teacher.model.architecture:
+            raise ConfigError(f"{label}.run: the model in {teacher.run} is not the one that {label}.model describes")
 
 
 def _print_overview(label: str, state: TrainState) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 # One stream per use of randomness. A key is a function of (seed, stream, step), so none is stored in a checkpoint.
-STREAMS = {"init": 0, "drop_path": 1}
+STREAMS = {"init": 0, "drop_path": 1, "erase": 2, "mix": 3}
 
 
 @flax.struct.dataclass

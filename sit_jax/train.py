@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from sit_jax import losses, sharding
 from sit_jax.config import Config, LossConfig, ModelConfig
-from sit_jax.data.mixing import soft_labels
+from sit_jax.data.device import prepare_batch
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.optim import Schedule, make_optimizer, schedules
@@ -62,8 +62,8 @@ def make_task(config: Config, steps_per_epoch: int) -> Task:
         else None,
         teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
-        optimizer=make_optimizer(config.optim, config.epochs, steps_per_epoch),
-        rates=schedules(config.optim, config.epochs, steps_per_epoch),
+        optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
+        rates=schedules(config.scaled_optim, config.epochs, steps_per_epoch),
         config=config,
     )
 
@@ -127,8 +127,7 @@ def _overlay(mine: Any, theirs: Any) -> Any:
 def make_train_step(task: Task, mesh: Mesh) -> Step:
     """The jitted train step `(state, batch, teachers) -> (state, metrics)`; the old state's memory is reused.
 
-    `batch` holds `image` (batch, height, width, channels) and `label`, class indices (batch,) or soft
-    labels (batch, classes).
+    `batch` is the loader's; see `prepare_batch`, which makes it what the loss takes.
     `teachers` holds the frozen variables under `teacher` and `cnn_teacher`, where the task has them.
     Metrics are float32 scalars: `loss`, each term by its name before weighting, `accuracy`, `grad_norm`, and the
     learning rate of each parameter group.
@@ -146,7 +145,10 @@ def train_step(task: Task, state: TrainState, batch: Batch, teachers: dict[str, 
     """One optimizer step; a pure function. See `make_train_step`."""
     config = task.config
     key = stream_key(config.seed, "drop_path", state.step)
-    grads, batch_stats, metrics = _accumulated_gradients(task, state, batch, teachers, key)
+    prepared = prepare_batch(config, batch, state.step)
+    grads, batch_stats, metrics = _accumulated_gradients(task, state, prepared, teachers, key)
+    if config.data.on_broken == "skip" and "skipped" in batch:
+        metrics["skipped"] = (batch["skipped"] > 0).sum(dtype=jnp.float32)
     updates, opt_state = task.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -189,18 +191,19 @@ def _accumulated_gradients(
 def compute_loss(
     task: Task, params: Any, batch_stats: Any, batch: Batch, teachers: dict[str, Any], key: jax.Array
 ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-    """The loss, the new BatchNorm statistics and the metrics of one (micro-)batch."""
+    """The loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
     weights: LossConfig = task.config.loss
     images, labels = batch["image"], batch["label"]
-    if labels.ndim == 1:
-        labels = soft_labels(labels, task.config.model.architecture.num_classes, weights.label_smoothing)
+    mixed = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
     variables = {"params": params["model"], "batch_stats": batch_stats}
     (logits, outputs), updated = task.model.apply(
-        variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"]
+        variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **mixed
     )
     terms = {"classification": losses.soft_target_cross_entropy(logits, labels)}
     if task.teacher is not None:
-        teacher_logits, teacher_outputs = jax.lax.stop_gradient(task.teacher.apply(teachers["teacher"], images))
+        teacher_logits, teacher_outputs = jax.lax.stop_gradient(
+            task.teacher.apply(teachers["teacher"], images, **mixed)
+        )
         if weights.token > 0:
             recovered = outputs.tokens
             if task.reverse is not None:
@@ -208,10 +211,15 @@ def compute_loss(
             terms["token"] = losses.token_distillation(recovered, teacher_outputs.tokens)
         if weights.logits > 0:
             terms["logits"] = losses.logits_distillation(logits, teacher_logits, weights.temperature)
+    if weights.token_label > 0:
+        terms["token_label"] = losses.token_labelling(outputs.patch_logits, batch["patch_label"])
     if task.cnn_teacher is not None:
         cnn_logits, _ = jax.lax.stop_gradient(task.cnn_teacher.apply(teachers["cnn_teacher"], images))
         terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)
-    factors = {"classification": 1.0, "token": weights.token, "logits": weights.logits, "hard": weights.hard}
-    total = sum((factors[name] * value for name, value in terms.items()), start=jnp.zeros(()))
+    total = sum((_weight(weights, name) * value for name, value in terms.items()), start=jnp.zeros(()))
     accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
     return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})
+
+
+def _weight(weights: LossConfig, term: str) -> float:
+    return 1.0 if term == "classification" else float(getattr(weights, term))

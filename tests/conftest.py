@@ -8,6 +8,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import pytest
 
+from sit_jax.data.config import DataConfig
 from sit_jax.data.sources import open_source
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -17,5 +18,5 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the digits prepared in it."""
     folder = str(tmp_path_factory.mktemp("data"))
-    open_source("digits", "train", folder)
+    open_source(DataConfig(data_dir=folder), "train")
     return folder

@@ -88,15 +88,16 @@ def test_summary(finished: pathlib.Path) -> None:
 def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
     config, variables = trained_variables(finished)
     rng = np.random.default_rng(0)
-    images, labels = rng.normal(size=(40, 32, 32, 1)).astype(np.float32), rng.integers(0, 10, 40).astype(np.int32)
+    images, labels = rng.integers(0, 256, (40, 32, 32, 1), np.uint8), rng.integers(0, 10, 40).astype(np.int32)
     mask = (np.arange(40) < 33).astype(np.float32)
     model = build_model(config.model.architecture)
     batches = [
         {"image": images[i : i + 8], "label": labels[i : i + 8], "mask": mask[i : i + 8]} for i in range(0, 40, 8)
     ]
     mesh = make_mesh(jax.devices()[:1])
-    result = evaluate(make_eval_step(model), variables, batches, mesh)
-    logits = np.asarray(model.apply(variables, jax.numpy.asarray(images[:33]))[0], np.float64)
+    result = evaluate(make_eval_step(model, config.data), variables, batches, mesh)
+    normalised = (images[:33] / 255 - np.mean(config.data.mean)) / np.mean(config.data.std)
+    logits = np.asarray(model.apply(variables, jax.numpy.asarray(normalised, np.float32))[0], np.float64)
     order = np.argsort(-logits, axis=1)
     top1 = (order[:, 0] == labels[:33]).mean()
     top5 = (order[:, :5] == labels[:33, None]).any(axis=1).mean()

@@ -34,6 +34,11 @@ def config(loss: LossConfig = FRD, arch: Architecture = STUDENT, **changes: Any)
     return Config(**{**fields, **changes})
 
 
+def plain(**changes: Any) -> Architecture:
+    """The teacher's shape with some fields changed."""
+    return dataclasses.replace(TEACHER, **changes)
+
+
 def batch(size: int, seed: int = 0) -> dict[str, jax.Array]:
     """A batch of noise."""
     rng = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """What a finished run came to: summary.json, a table, curves.png and slimming.png."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.slimming_maps import draw_slimming
 from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
+from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
 from sit_jax.metrics import read_metrics
 from sit_jax.models import build_model
@@ -39,8 +41,9 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     if config.teacher is not None:
         folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
         models["teacher"] = run.trained_variables(folders["teacher"])
-    source = open_source(config.data.name, config.data.eval_split, config.data.data_dir)
-    images = next(iter(eval_batches(config, source)))["image"]
+    source = open_source(config.data, config.data.eval_split)
+    pixels = next(iter(eval_batches(config, source)))["image"]
+    images = np.asarray(normalize(jnp.asarray(pixels), config.data))
     forwards = {name: _forward(model, weights) for name, (model, weights) in models.items()}
     speed = measure_throughput(forwards, images)
     summary: dict[str, Any] = {}
@@ -59,7 +62,7 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
     workdir.write_json(folder / workdir.SUMMARY, summary)
     draw_curves(folder, folders)
-    _draw_digits(folder, config, variables, images)
+    _draw_examples(folder, config, variables, pixels, images, source.class_names)
     return summary
 
 
@@ -113,14 +116,19 @@ def _forward(config: Config, variables: dict[str, Any]) -> Any:
     return lambda images: model.apply(variables, images)[0]
 
 
-def _draw_digits(folder: pathlib.Path, config: Config, variables: dict[str, Any], images: np.ndarray) -> None:
+def _draw_examples(
+    folder: pathlib.Path,
+    config: Config,
+    variables: dict[str, Any],
+    pixels: np.ndarray,
+    images: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
     """Draws where the student's kept tokens look, on the first pictures of the evaluation split."""
     arch = config.model.architecture
     if not isinstance(arch, Architecture) or not arch.is_slimmed:
         return
-    shown = images[:_PICTURES_SHOWN]
-    logits, outputs = build_model(arch).apply(variables, jnp.asarray(shown))
-    low, high = shown.min(), shown.max()
-    titles = [f"says {digit}" for digit in np.asarray(logits).argmax(axis=1)]
-    pictures = (shown - low) / (high - low)
+    logits, outputs = build_model(arch).apply(variables, jnp.asarray(images[:_PICTURES_SHOWN]))
+    titles = [f"says {class_names[index]}" for index in np.asarray(logits).argmax(axis=1)]
+    pictures = pixels[:_PICTURES_SHOWN].astype(np.float32) / 255
     draw_slimming(folder / SLIMMING, pictures, [np.asarray(x) for x in outputs.assignments], titles)

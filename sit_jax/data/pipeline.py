@@ -1,18 +1,54 @@
 """Grain pipelines: batches as a function of (seed, step), with no state that would have to be saved."""
 
-import functools
+import dataclasses
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
-from sit_jax.config import Config, DataConfig
-from sit_jax.data import transforms
-from sit_jax.data.sources import Example, Source, open_source
-from sit_jax.errors import ConfigError
+from sit_jax.config import Config
+from sit_jax.data.label_maps import LabelMaps
+from sit_jax.data.loading import EvalExamples, TrainExamples, start_worker
+from sit_jax.data.order import TrainOrder
+from sit_jax.data.sources import Source, open_source
+from sit_jax.data.transforms import EvalTransform, TrainTransform
+from sit_jax.errors import ConfigError, RunError, UserError
 
 HostBatch = dict[str, np.ndarray]
+
+# Positions in the endless stream; more than any run reaches.
+_ENDLESS = 2**50
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Which share of every global batch this process reads.
+
+    Attributes:
+        index: This process.
+        count: All processes.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> "Hosts":
+        """This process's share under jax.distributed."""
+        return cls(jax.process_index(), jax.process_count())
+
+    def share(self, name: str, batch_size: int) -> int:
+        """Examples of a global batch that each process reads.
+
+        Raises:
+            ConfigError: They do not divide.
+        """
+        if batch_size % self.count:
+            raise ConfigError(f"{name}: {batch_size} examples do not divide over {self.count} processes")
+        return batch_size // self.count
 
 
 class TrainData:
@@ -23,58 +59,121 @@ class TrainData:
         steps_per_epoch: Full batches in an epoch. What is left over comes in the next one: no example is lost.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, hosts: Hosts | None = None) -> None:
         """Opens the training split.
+
+        Args:
+            config: The run's configuration.
+            hosts: The share to read; this process's if not given.
 
         Raises:
             UserError: The data cannot be prepared or read.
             ConfigError: The batch is larger than the data set, or the model has another number of classes.
         """
-        self.source = open_source(config.data.name, config.data.train_split, config.data.data_dir)
+        self.source = open_source(config.data, config.data.train_split)
         check_classes(config, self.source)
+        if self.source.multi_label:
+            raise ConfigError(f"data.name: {config.data.name} has several right classes per picture: evaluate only")
         self.steps_per_epoch = len(self.source) // config.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError(f"batch_size: {config.batch_size} is more than the {len(self.source)} training examples")
+        self._workers, self._threads = config.data.workers, config.data.threads
+        self._hosts = hosts or Hosts.here()
+        self._share = self._hosts.share("batch_size", config.batch_size)
         arch = config.model.architecture
-        augment = functools.partial(train_example, data=config.data, size=arch.image_size, channels=arch.in_channels)
-        # The order and the choices depend on the seed and the example's index in the endless stream, nothing else.
-        self._batches = (
-            grain.MapDataset.source(self.source)
+        maps = LabelMaps(pathlib.Path(config.data.label_maps)) if config.data.label_maps else None
+        if maps is not None:
+            maps.check(len(self.source), arch.num_classes)
+        order = TrainOrder(len(self.source), config.batch_size, config.augment.repeats, config.seed)
+        transform = TrainTransform(config.data, config.augment, arch.image_size, arch.in_channels)
+        skip = config.data.on_broken == "skip"
+        # The order and the choices depend on the seed and the position in the global stream, nothing else.
+        self._examples = (
+            grain.MapDataset.range(_ENDLESS)
             .seed(config.seed)
-            .shuffle()
-            .repeat()
-            .random_map(augment)
-            .batch(config.batch_size, drop_remainder=True)
+            .random_map(TrainExamples(self.source, order, transform, maps, skip))
         )
 
     def batches(self, start_step: int = 0) -> Iterator[HostBatch]:
-        """The endless stream of batches, from a step on; reading threads run ahead of it."""
-        iterator = iter(self._batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)))
-        iterator.set_state({"next_index": start_step})
-        return iterator
+        """The endless stream of this process's share of the batches, from a step on; readers run ahead of it.
+
+        Each holds uint8 `image` (share, height, width, channels), int32 `label` (share,), `crop` and `flipped` (see
+        `TrainTransform`), int32 `skipped` (share,): broken pictures that others stand in for; with label maps also
+        `map_classes` and `map_values`.
+
+        Raises:
+            UserError: While iterating: a picture cannot be read.
+            RunError: While iterating: a loader process died.
+        """
+        first = start_step * self._hosts.count + self._hosts.index
+        mine = self._examples.batch(self._share, drop_remainder=True)[first :: self._hosts.count]
+        return read_ahead(mine, self._workers, self._threads)
 
 
-def eval_batches(config: Config, source: Source) -> Iterator[HostBatch]:
-    """The whole evaluation split once, in order, with `mask` 0 on the examples that fill the last batch up."""
-    arch, size = config.model.architecture, config.eval_batch_size
-    prepare = functools.partial(eval_example, size=arch.image_size, channels=arch.in_channels)
-    for batch in grain.MapDataset.source(source).map(prepare).batch(size, drop_remainder=False).to_iter_dataset():
-        count = len(batch["label"])
-        padded = {key: np.pad(x, [(0, size - count)] + [(0, 0)] * (x.ndim - 1)) for key, x in batch.items()}
-        yield {**padded, "mask": (np.arange(size) < count).astype(np.float32)}
+def eval_batches(config: Config, source: Source, hosts: Hosts | None = None) -> Iterator[HostBatch]:
+    """This process's share of the whole evaluation split, once and in order.
+
+    Every process yields as many batches. `mask` is 0 on examples that fill up the last ones, and on broken pictures
+    where `data.on_broken` is `skip`. `label` is (share,), or (share, labels) filled up with -1 for a source with
+    several right classes.
+
+    Raises:
+        UserError: While iterating: a picture cannot be read.
+        RunError: While iterating: a loader process died.
+    """
+    hosts = hosts or Hosts.here()
+    share = hosts.share("eval_batch_size", config.eval_batch_size)
+    arch = config.model.architecture
+    transform = EvalTransform(config.data, arch.image_size, arch.in_channels)
+    # Filled up to whole global batches, so that no process is a step ahead of another.
+    total = -(-len(source) // config.eval_batch_size) * config.eval_batch_size
+    examples = EvalExamples(source, transform, config.data.on_broken == "skip")
+    batches = grain.MapDataset.range(total).map(examples).batch(share, drop_remainder=True)
+    return read_ahead(batches[hosts.index :: hosts.count], config.data.workers, config.data.threads)
 
 
-def train_example(example: Example, rng: np.random.Generator, data: DataConfig, size: int, channels: int) -> Any:
-    """One training example, varied at random."""
-    image = transforms.resize(transforms.decode(example.image, channels), size)
-    image = transforms.random_affine(image, rng, data.max_rotation, data.max_shift, data.max_zoom)
-    return {"image": transforms.normalize(image), "label": np.int32(example.label)}
+def read_ahead(batches: Any, workers: int, threads: int) -> Iterator[HostBatch]:
+    """Iterates over a Grain data set of batches with readers running ahead.
 
+    Args:
+        batches: A `grain.MapDataset`.
+        workers: Processes that read; 0 for threads of this one.
+        threads: Threads in each.
 
-def eval_example(example: Example, size: int, channels: int) -> Any:
-    """One evaluation example."""
-    image = transforms.resize(transforms.decode(example.image, channels), size)
-    return {"image": transforms.normalize(image), "label": np.int32(example.label)}
+    Raises:
+        UserError: What a transform raises.
+        RunError: A process died.
+    """
+    # At most two finished batches per reader wait, so memory stays bounded however slow the steps are.
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    dataset = batches.to_iter_dataset(options)
+    if workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to its processes, and insists on parsed ones.
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=start_worker
+        )
+    iterator = iter(dataset)
+    try:
+        while True:
+            try:
+                yield next(iterator)
+            except StopIteration:
+                return
+            except UserError as error:
+                raise type(error)(str(error)) from None  # Without the traceback of another process.
+            except RuntimeError as error:
+                if "terminated unexpectedly" not in str(error):
+                    raise
+                raise RunError(
+                    f"a loader process died ({' '.join(str(error).split()[:9])}); was it out of memory? "
+                    "Go on with --resume, with fewer data.workers if it happens again"
+                ) from None
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()
 
 
 def check_classes(config: Config, source: Source) -> None:

@@ -1,14 +1,23 @@
-"""Where pictures come from: every source is a sequence of (image bytes, label) with class names."""
+"""Where pictures come from: every source is a sequence of (encoded bytes, label) with class names.
+
+Sources travel to loader processes by pickle, and open their files there.
+"""
 
 import contextlib
 import logging
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from sit_jax.errors import UserError
+import numpy as np
+
+from sit_jax.data.config import DataConfig
+from sit_jax.errors import ConfigError, UserError
+
+# ImageNet ReaL gives a picture several right classes; tfds calls them so.
+_LABEL_KEYS = ("label", "real_label")
 
 
 class Example(NamedTuple):
@@ -16,17 +25,27 @@ class Example(NamedTuple):
 
     Attributes:
         image: Encoded bytes (PNG, JPEG).
-        label: Class index.
+        label: Class index; -1 where no class is right.
+        name: File or record that it came from, for messages.
+        labels: All right classes where a source has `multi_label`; else empty.
     """
 
     image: bytes
     label: int
+    name: str = "picture"
+    labels: tuple[int, ...] = ()
 
 
 class Source(Protocol):
-    """Random access to a split of a data set."""
+    """Random access to a split of a data set.
 
-    class_names: list[str]
+    Attributes:
+        class_names: Names of the classes, by index.
+        multi_label: Whether several classes, or none, may be right.
+    """
+
+    class_names: Sequence[str]
+    multi_label: bool
 
     def __len__(self) -> int: ...
 
@@ -34,49 +53,111 @@ class Source(Protocol):
 
 
 class TfdsSource:
-    """A split of a tfds image classification data set, read as ArrayRecord without TensorFlow.
-
-    Attributes:
-        class_names: Names of the classes, by index.
-    """
+    """A split of a tfds image classification data set, read as ArrayRecord without TensorFlow."""
 
     def __init__(self, builder: Any, split: str) -> None:
         """Opens a split of a prepared builder; `split` takes tfds's syntax, such as `train[:90%]`.
 
         Raises:
-            UserError: There is no such split.
+            UserError: There is no such split, or it holds no pictures with class labels.
         """
         import tensorflow_datasets as tfds
 
-        self.class_names: list[str] = list(builder.info.features["label"].names)
+        features = builder.info.features
+        keys = [key for key in _LABEL_KEYS if key in features]
+        if not keys or "image" not in features:
+            raise UserError(f"data.name: {builder.name} holds no pictures with class labels, but {', '.join(features)}")
+        self._key = keys[0]
+        self.multi_label = not isinstance(features[self._key], tfds.features.ClassLabel)
+        names = features[self._key].feature.names if self.multi_label else features[self._key].names
+        self.class_names: Sequence[str] = tuple(names)
+        self._name = f"{builder.name} {split}"
+        splits = ", ".join(builder.info.splits)
         try:
             decoders = {"image": tfds.decode.SkipDecoding()}
             self._records = builder.as_data_source(split=split, decoders=decoders)
+        except NotImplementedError:
+            raise UserError(
+                f"data.name: {builder.name} in {builder.data_path} is stored in a format without random access; "
+                f"convert it: sit data prepare --from_tfrecord {builder.data_path} --data_dir DIR"
+            ) from None
         except ValueError as error:
-            splits = ", ".join(builder.info.splits)
             raise UserError(f"split {split!r} of {builder.name} cannot be read: there are {splits} ({error})") from None
+        if len(self._records) == 0:
+            raise UserError(f"split {split!r} of {builder.name} is empty: there are {splits}")
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        return Example(record["image"], int(record["label"]))
+        name = f"{self._name}, example {index}"
+        try:
+            record = self._records[int(index)]
+        except Exception as error:  # The reader of a damaged or missing shard raises what it likes.
+            raise UserError(f"{name} cannot be read from its shard: {' '.join(str(error).split())[:300]}") from None
+        name = str(record.get("file_name", name)) or name
+        if not self.multi_label:
+            return Example(record["image"], int(record[self._key]), name)
+        labels = tuple(int(x) for x in np.asarray(record[self._key]).ravel())
+        return Example(record["image"], labels[0] if labels else -1, name, labels)
 
 
-def open_source(name: str, split: str, data_dir: str = "") -> Source:
-    """Opens a split of a data set by name, preparing it first where it is embedded and not there yet.
+def open_source(data: DataConfig, split: str) -> Source:
+    """Opens a split of the data set of a configuration; the embedded digits are prepared where they are not yet.
 
     Args:
-        name: `digits`.
-        split: tfds split.
-        data_dir: Where prepared data sets lie; empty for tfds's default.
+        data: Names the data set.
+        split: tfds split, or the split of a folder.
 
     Raises:
-        UserError: The folder cannot be written, or there is no such split.
+        UserError: The data set is not there or not readable, the folder cannot be written, or there is no such split.
     """
-    assert name == "digits", name  # The config admits nothing else.
-    return TfdsSource(_prepared_digits(data_dir), split)
+    if data.name == "folder":
+        from sit_jax.data.folder import FolderSource
+
+        if not data.data_dir:
+            raise ConfigError("data.data_dir: must name the folder of pictures where data.name is folder")
+        return FolderSource(pathlib.Path(data.data_dir).expanduser(), split, data.held_out)
+    if data.name == "digits":
+        return TfdsSource(_prepared_digits(data.data_dir), split)
+    return TfdsSource(_prepared(data.name, data.data_dir), split)
+
+
+def _prepared(name: str, data_dir: str) -> Any:
+    builder = find_builder(name, data_dir)
+    if not builder.is_prepared():
+        raise UserError(
+            f"data.name: {name} is not prepared in {builder.data_path}; run: sit data prepare --name {name}"
+            + (f" --data_dir {data_dir}" if data_dir else "")
+        )
+    return builder
+
+
+def find_builder(name: str, data_dir: str) -> Any:
+    """The tfds builder of a data set that tfds knows, or of one that lies prepared in `data_dir`.
+
+    Raises:
+        UserError: Neither knows it.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        with quiet_tfds():
+            folder = pathlib.Path(data_dir).expanduser() if data_dir else None
+            return tfds.builder(name, data_dir=folder, file_format="array_record", try_gcs=False)
+    except (ValueError, tfds.core.DatasetNotFoundError):
+        pass
+    try:
+        with quiet_tfds():
+            # Prepared by somebody else's builder, or in another format than ArrayRecord.
+            return tfds.builder(name, data_dir=folder, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        known = "digits, folder, or a name from https://www.tensorflow.org/datasets/catalog"
+        raise UserError(
+            f"data.name: there is no data set {name!r} in {data_dir or 'the tfds folder'}; use {known}"
+        ) from None
+    except (ValueError, ImportError) as error:
+        raise UserError(f"data.name: {name!r} cannot be opened: {' '.join(str(error).split())[:300]}") from None
 
 
 def _prepared_digits(data_dir: str) -> Any:
@@ -84,7 +165,7 @@ def _prepared_digits(data_dir: str) -> Any:
 
     folder = pathlib.Path(data_dir).expanduser() if data_dir else None
     try:
-        with _quiet_tfds():
+        with quiet_tfds():
             builder = SitDigits(data_dir=folder, file_format="array_record")
             # Prepared in a temporary folder and renamed when whole, so a run that was cut off leaves nothing usable.
             builder.download_and_prepare()
@@ -95,8 +176,8 @@ def _prepared_digits(data_dir: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet_tfds() -> Iterator[None]:
-    """tfds greets every preparation with progress bars and notes on its own state; this one takes a second."""
+def quiet_tfds() -> Iterator[None]:
+    """tfds greets every preparation with progress bars and notes on its own state."""
     import tensorflow_datasets as tfds
 
     logger = logging.getLogger("absl")

@@ -1,23 +1,173 @@
-"""From encoded bytes to the arrays a model takes; every random choice comes from the generator passed in."""
+"""From a picture's bytes to the uint8 array that goes to the device; every random choice comes from the generator
+passed in.
 
-import io
+Nothing here imports the models: loader processes start with this module.
+"""
+
+import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from sit_jax.data.config import AugmentConfig, DataConfig
+from sit_jax.data.decode import decode
+from sit_jax.data.rand_augment import RandAugmentSpec, parse_rand_augment, rand_augment
+from sit_jax.data.sources import Example
+
+# Loader workers are the parallelism; OpenCV's own threads would fight over the same cores.
+cv2.setNumThreads(0)
+
+RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
+_CROP_ATTEMPTS = 10
+
+# Left, top, width, height in pixels.
+Box = tuple[int, int, int, int]
 
 
-def decode(encoded: bytes, channels: int) -> Image.Image:
-    """Decodes a picture to grey (1 channel) or RGB (3)."""
-    return Image.open(io.BytesIO(encoded)).convert("L" if channels == 1 else "RGB")
+@dataclasses.dataclass(frozen=True)
+class TrainTransform:
+    """Decodes and varies a training picture.
+
+    Attributes:
+        data: How pictures are read.
+        augment: How they are varied.
+        size: Pixels per side of the result.
+        channels: 1 or 3.
+    """
+
+    data: DataConfig
+    augment: AugmentConfig
+    size: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        spec = parse_rand_augment(self.augment.rand_augment) if self.augment.rand_augment else None
+        object.__setattr__(self, "_spec", spec)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+        """One example as uint8 `image` (height, width, channels), int32 `label`, and where its pixels come from:
+        float32 `crop` (left, top, right, bottom as shares of the picture) and bool `flipped`."""
+        pixels = decode(example.image, self.channels, example.name, self.data.max_pixels)
+        augment = self.augment
+        height, width = pixels.shape[:2]
+        if self.data.resize == "crop":
+            box = random_crop_box(width, height, rng, augment.crop_scale, augment.crop_ratio)
+        else:
+            box = (0, 0, width, height)
+        flipped = bool(augment.flip > 0 and rng.random() < augment.flip)
+        image = self._vary(resize_box(pixels, box, self.size, self.data), rng, flipped)
+        left, top, box_width, box_height = box
+        crop = (left / width, top / height, (left + box_width) / width, (top + box_height) / height)
+        return {
+            "image": _with_channels(image),
+            "label": np.int32(example.label),
+            "crop": np.array(crop, np.float32),
+            "flipped": np.bool_(flipped),
+        }
+
+    def _vary(self, image: Image.Image, rng: np.random.Generator, flipped: bool) -> Image.Image:
+        augment = self.augment
+        spec: RandAugmentSpec | None = getattr(self, "_spec")  # noqa: B009 (set in __post_init__ of a frozen class)
+        if augment.max_rotation or augment.max_shift or augment.max_zoom:
+            image = random_affine(image, rng, augment.max_rotation, augment.max_shift, augment.max_zoom)
+        if flipped:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if spec is not None:
+            fill = fill_colour(self.data.mean, self.channels)
+            image = rand_augment(image, rng, spec, _affine_filter(self.data.interpolation), fill)
+        if augment.color_jitter:
+            image = color_jitter(image, rng, augment.color_jitter)
+        return image
 
 
-def resize(image: Image.Image, size: int) -> Image.Image:
-    """Resizes to a square, bicubic. Pillow's resize antialiases when it shrinks, as torchvision's does."""
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+@dataclasses.dataclass(frozen=True)
+class EvalTransform:
+    """Decodes an evaluation picture and cuts its centre out, or stretches it.
+
+    Attributes:
+        data: How pictures are read.
+        size: Pixels per side of the result.
+        channels: 1 or 3.
+    """
+
+    data: DataConfig
+    size: int
+    channels: int
+
+    def __call__(self, example: Example) -> dict[str, Any]:
+        """One example as uint8 `image` (height, width, channels) and int32 `label`."""
+        image = to_pillow(decode(example.image, self.channels, example.name, self.data.max_pixels))
+        resample = RESAMPLING[self.data.interpolation]
+        if self.data.resize == "crop":
+            image = center_crop(image, self.size, self.data.crop_fraction, resample)
+        else:
+            image = image.resize((self.size, self.size), resample)
+        return {"image": _with_channels(image), "label": np.int32(example.label)}
+
+
+def random_crop_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: Sequence[float] = (0.08, 1.0),
+    ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> Box:
+    """The box of Inception's random resized crop, with torchvision's rules.
+
+    Args:
+        width: Of the picture, in pixels.
+        height: Of the picture.
+        rng: Source of the random choices.
+        scale: Smallest and largest share of the area, drawn uniformly.
+        ratio: Smallest and largest width over height, drawn uniformly in the logarithm.
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * rng.uniform(scale[0], scale[1])
+        aspect = math.exp(rng.uniform(low, high))
+        box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left, top = rng.integers(0, width - box_width + 1), rng.integers(0, height - box_height + 1)
+            return int(left), int(top), box_width, box_height
+    # No box fits: the largest one in the middle whose ratio is allowed.
+    box_width, box_height = width, height
+    if width / height < ratio[0]:
+        box_height = min(height, max(1, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        box_width = min(width, max(1, round(height * ratio[1])))
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
+
+
+def resize_box(pixels: np.ndarray, box: Box, size: int, data: DataConfig) -> Image.Image:
+    """Cuts a box out and makes it a square of `size` pixels, without aliasing; see `DataConfig.resampler`."""
+    left, top, width, height = box
+    if data.resampler == "pillow":
+        edges = (left, top, left + width, top + height)
+        return to_pillow(pixels).resize((size, size), RESAMPLING[data.interpolation], edges)
+    shrinks = width > size and height > size
+    method = cv2.INTER_AREA if shrinks else _OPENCV[data.interpolation]
+    return to_pillow(cv2.resize(pixels[top : top + height, left : left + width], (size, size), interpolation=method))
+
+
+def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.Resampling) -> Image.Image:
+    """Resizes the shorter side to `int(size / fraction)` and cuts the centre square out, as torchvision does."""
+    shorter = int(size / fraction)
+    width, height = image.size
+    if width <= height:
+        scaled = (shorter, max(shorter, int(shorter * height / width)))
+    else:
+        scaled = (max(shorter, int(shorter * width / height)), shorter)
+    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+    return image.resize(scaled, resample).crop((left, top, left + size, top + size))
 
 
 def random_affine(
@@ -43,10 +193,31 @@ def random_affine(
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
 
 
-def normalize(image: Image.Image) -> np.ndarray:
-    """Float32 (height, width, channels), standardised by ImageNet's statistics (their mean over channels for grey)."""
-    values = np.asarray(image, np.float32) / 255.0
-    mean, std = np.asarray(IMAGENET_MEAN, np.float32), np.asarray(IMAGENET_STD, np.float32)
-    if values.ndim == 2:
-        return ((values - mean.mean()) / std.mean())[:, :, None]
-    return (values - mean) / std
+def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) -> Image.Image:
+    """Changes brightness, contrast and saturation by factors of 1 ± `strength`, in random order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    factors = rng.uniform(1.0 - strength, 1.0 + strength, len(enhancers))
+    for index in rng.permutation(len(enhancers)):
+        image = enhancers[index](image).enhance(float(factors[index]))
+    return image
+
+
+def fill_colour(mean: Sequence[float], channels: int) -> tuple[int, ...]:
+    """The data set's mean as 8-bit levels, for pixels that come in from outside."""
+    levels = tuple(min(255, round(255 * value)) for value in mean)
+    return levels if channels == 3 else (round(sum(levels) / len(levels)),)
+
+
+def to_pillow(pixels: np.ndarray) -> Image.Image:
+    """A uint8 array (height, width, channels) or (height, width) as a Pillow image."""
+    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+
+
+def _affine_filter(interpolation: str) -> Image.Resampling:
+    """Pillow's geometric transforms know no Lanczos filter; bicubic is the next."""
+    return Image.Resampling.BICUBIC if interpolation == "lanczos" else RESAMPLING[interpolation]
+
+
+def _with_channels(image: Image.Image) -> np.ndarray:
+    values = np.asarray(image)
+    return values[:, :, None] if values.ndim == 2 else values

@@ -4,13 +4,17 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture, RegNetY
 from sit_jax.models.sit import SiT
 from sit_jax.models.slimming import ReverseSlimming
 from sit_jax.models.vit import Outputs, ViT
 
-__all__ = ["Outputs", "build_model", "build_reverse"]
+__all__ = ["HEADS", "Outputs", "build_model", "build_reverse"]
+
+# Parameters whose width is the number of classes.
+HEADS = frozenset({"head", "distillation_head", "aux_head"})
 
 
 def build_model(
@@ -28,7 +32,12 @@ def build_model(
         dtype: Type of the products, `float32` or `bfloat16`.
         remat: Recompute blocks in the backward pass (transformers only).
         scan: Compile runs of equal blocks once and loop over them (transformers only).
+
+    Raises:
+        ConfigError: The number of classes was left open.
     """
+    if arch.num_classes == 0:
+        raise ConfigError("num_classes: is 0, left to the data; say how many classes the model has")
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
     module = SiT if arch.is_slimmed else ViT

@@ -25,7 +25,8 @@ class Architecture:
         family: Tells this shape from a RegNet's.
         image_size: Height and width of the input in pixels.
         in_channels: Channels of the input image.
-        num_classes: Width of the classification head.
+        num_classes: Width of the classification head. 0 leaves it to the data: a run fills it in before it builds a
+            model.
         stem: `patch` is one strided convolution (ViT, DeiT); `conv4` and `conv6` are the 3x3 stems with BatchNorm of
             the paper's models.
         patch_size: Pixels per side of a patch. The conv stems reduce by 16 and accept nothing else.
@@ -37,7 +38,7 @@ class Architecture:
         residual_scale: Residual branches are divided by this (LV-ViT's `skip_lam`).
         norm_eps: Epsilon of every LayerNorm in the blocks and before the head.
         distillation_token: A second learned token and head, trained on a CNN teacher's hard labels (DeiT).
-        aux_head: The frozen per-token head that token-labelled teachers carry in their checkpoints.
+        aux_head: The per-token head of token-labelled teachers; only token labelling trains or uses it.
         stage_blocks: Blocks per stage; empty for a model without slimming.
         keep_ratio: Share of the tokens that each stage keeps of the one before.
         kept_tokens: Explicit patch tokens per stage, the first being the whole grid; overrides `keep_ratio`.
@@ -72,8 +73,9 @@ class Architecture:
 
     def _check_sizes(self) -> None:
         for name in ("image_size", "in_channels", "num_classes", "patch_size", "dim", "depth", "num_heads"):
-            value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 1, name, f"must be a whole number of at least 1, is {value!r}")
+            value, least = getattr(self, name), 0 if name == "num_classes" else 1
+            problem = f"must be a whole number of at least {least}, is {value!r}"
+            _require(isinstance(value, int) and value >= least, name, problem)
         for name in ("mlp_ratio", "residual_scale", "norm_eps"):
             value = getattr(self, name)
             _require(value > 0, name, f"must be above 0, is {value!r}")

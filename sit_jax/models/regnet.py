@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from sit_jax.errors import ConfigError
 from sit_jax.models.layers import CONV_INIT, BatchNorm, dense
+from sit_jax.models.vit import Outputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class RegNetArchitecture:
         family: Tells this shape from a vision transformer's.
         image_size: Height and width of the input in pixels.
         in_channels: Channels of the input image.
-        num_classes: Width of the classification head.
+        num_classes: Width of the classification head; 0 leaves it to the data.
         stem_width: Channels of the stride-2 stem.
         widths: Channels of each stage; each halves the resolution.
         depths: Blocks of each stage.
@@ -110,8 +111,9 @@ class RegNetY(nn.Module):
     @nn.compact
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
-    ) -> tuple[Float[Array, "batch classes"], None]:
-        """Returns logits (batch, classes) in float32, and None where the transformers return their outputs."""
+    ) -> tuple[Float[Array, "batch classes"], Outputs]:
+        """Returns logits (batch, classes) in float32 and `Outputs`, of which only `patch_logits` is there: the head at
+        every place of the last map."""
         arch = self.arch
         x = images.astype(self.dtype)
         x = jax.nn.relu(_ConvNorm(arch.stem_width, 3, 2, dtype=self.dtype, name="stem")(x, train))
@@ -122,5 +124,7 @@ class RegNetY(nn.Module):
                 groups = width // arch.group_width
                 block = _Block(width, stride, groups, squeeze, self.dtype, name=f"stage{stage}_block{index}")
                 x = block(x, train)
-        logits = dense(arch.num_classes, self.dtype, "head")(x.mean(axis=(1, 2)))
-        return logits.astype(jnp.float32), None
+        head = dense(arch.num_classes, self.dtype, "head")
+        logits = head(x.mean(axis=(1, 2))).astype(jnp.float32)
+        patch_logits = head(x.reshape(x.shape[0], -1, x.shape[-1])).astype(jnp.float32)
+        return logits, Outputs((), (), None, patch_logits)

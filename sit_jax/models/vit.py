@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import TOKEN_INIT, Block, ConvStem, PatchStem, dense, layer_norm
@@ -19,11 +19,14 @@ class Outputs(NamedTuple):
         tokens: Each block's patch tokens, (batch, tokens, dim), after the slimming module behind the block.
         assignments: Each slimming module's assignment, (batch, tokens, kept), columns summing to one; in order.
         distillation_logits: Logits of the distillation head, (batch, classes), or None where there is none.
+        patch_logits: Logits of the auxiliary head for every patch, (batch, patches, classes), float32; None without
+            that head, and in a slimmed model, whose tokens are no patches any more.
     """
 
     tokens: tuple[Array, ...]
     assignments: tuple[Array, ...]
     distillation_logits: Array | None
+    patch_logits: Array | None = None
 
 
 class ViT(nn.Module):
@@ -48,20 +51,25 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], train: bool = False
+        self,
+        images: Float[Array, "batch height width channels"],
+        train: bool = False,
+        token_mix: Bool[Array, "batch patches"] | None = None,
     ) -> tuple[Float[Array, "batch classes"], Outputs]:
         """Runs the model.
 
         Args:
             images: Normalised images, NHWC, of the architecture's size and channels.
             train: Batch statistics and drop path (rng `drop_path`) where True.
+            token_mix: True where a patch behind the stem is replaced by that of the image at the mirrored place of the
+                batch (LV-ViT's MixToken).
 
         Returns:
             Logits (batch, classes) in float32 and `Outputs`. With a distillation token the logits are the class head's
             in training and the mean of both heads in evaluation.
         """
         arch = self.arch
-        patches, prefix = self._embed(images, train)
+        patches, prefix = self._embed(images, train, token_mix)
         stream = jnp.concatenate([prefix, patches], axis=1)
         tokens: list[Array] = []
         assignments: list[Array] = []
@@ -72,9 +80,14 @@ class ViT(nn.Module):
                 run_tokens[-1] = stream[:, arch.num_prefix_tokens :]
                 assignments.append(assignment)
             tokens += run_tokens
-        normed = layer_norm(arch.norm_eps, self.dtype, "norm")(stream[:, : arch.num_prefix_tokens])
-        logits, distillation_logits = self._heads(normed, train)
-        return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits)
+        used = stream if self._has_patch_logits else stream[:, : arch.num_prefix_tokens]
+        normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
+        logits, distillation_logits, patch_logits = self._heads(normed, train)
+        return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
+
+    @property
+    def _has_patch_logits(self) -> bool:
+        return self.arch.aux_head and not self.arch.is_slimmed
 
     def after_stage(
         self, block: int, stream: Float[Array, "batch tokens dim"]
@@ -114,7 +127,10 @@ class ViT(nn.Module):
         return stream, list(stacked_tokens)
 
     def _embed(
-        self, images: Float[Array, "batch height width channels"], train: bool
+        self,
+        images: Float[Array, "batch height width channels"],
+        train: bool,
+        token_mix: Bool[Array, "batch patches"] | None,
     ) -> tuple[Float[Array, "batch patches dim"], Float[Array, "batch prefix dim"]]:
         """The patch tokens and the prefix tokens, positions added."""
         arch = self.arch
@@ -123,6 +139,8 @@ class ViT(nn.Module):
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected}")
         stem = (PatchStem if arch.stem == "patch" else ConvStem)(arch, self.dtype, name="stem")
         patches = stem(images.astype(self.dtype), train).reshape(images.shape[0], arch.num_patches, arch.dim)
+        if token_mix is not None:
+            patches = jnp.where(token_mix[:, :, None], patches[::-1], patches)
         class_token = self.param("class_token", TOKEN_INIT, (1, 1, arch.dim))
         positions = self.param("positions", TOKEN_INIT, (1, 1 + arch.num_patches, arch.dim))
         prefix = class_token + positions[:, :1]
@@ -134,18 +152,26 @@ class ViT(nn.Module):
         return patches + positions[:, 1:].astype(self.dtype), prefix
 
     def _heads(
-        self, normed: Float[Array, "batch prefix dim"], train: bool
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"] | None]:
-        arch = self.arch
+        self, normed: Float[Array, "batch tokens dim"], train: bool
+    ) -> tuple[
+        Float[Array, "batch classes"],
+        Float[Array, "batch classes"] | None,
+        Float[Array, "batch patches classes"] | None,
+    ]:
+        """Logits, the distillation head's, and the auxiliary head's for every patch."""
+        arch, patch_logits = self.arch, None
         logits = dense(arch.num_classes, self.dtype, "head", head=True)(normed[:, 0]).astype(jnp.float32)
-        if arch.aux_head and self.is_initializing():
-            # Carried for the checkpoints' sake and never used: token-labelled teachers have it.
+        if self._has_patch_logits:
+            aux_head = dense(arch.num_classes, self.dtype, "aux_head", head=True)
+            patch_logits = aux_head(normed[:, arch.num_prefix_tokens :]).astype(jnp.float32)
+        elif arch.aux_head and self.is_initializing():
+            # A slimmed model carries its teacher's for the checkpoints' sake.
             dense(arch.num_classes, self.dtype, "aux_head", head=True)(normed[:, 0])
         if not arch.distillation_token:
-            return logits, None
+            return logits, None, patch_logits
         head = dense(arch.num_classes, self.dtype, "distillation_head", head=True)
         distillation_logits = head(normed[:, 1]).astype(jnp.float32)
-        return (logits if train else (logits + distillation_logits) / 2), distillation_logits
+        return (logits if train else (logits + distillation_logits) / 2), distillation_logits, patch_logits
 
 
 def _runs_of_blocks(arch: Architecture) -> list[tuple[int, int]]:

@@ -1,0 +1,80 @@
+"""Your own pictures: a ViT is trained (or fine-tuned) on a folder of them, then slimmed to about half its cost.
+
+The folder holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or `CLASS/*.jpg`, of which a tenth is then held out. The
+number of classes and their names come from it. The image size stands behind the colon, 224 without one. Look at the
+pictures first: `sit data check`, `sit data show`. Expect what a small ViT makes of as many pictures as you have: with
+few, start the teacher from a trained one of the same shape (`--config.teacher.init=RUN`; its head may have other
+classes). Hardware: one GPU or TPU chip at 224 pixels; at 64 pixels two CPU cores train some 100 pictures per second.
+
+    sit train --config configs/folder.py:64 --workdir runs/mine --config.data.data_dir=pictures
+"""
+
+from ml_collections import ConfigDict
+
+from sit_jax.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    MixConfig,
+    OptimConfig,
+    defaults,
+    model_section,
+)
+from sit_jax.models.architecture import Architecture
+
+
+def get_config(image_size: str = "224") -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.data = defaults(DataConfig)
+    config.data.name = "folder"
+    config.data.eval_split = "val"
+    config.data.resize = "crop"
+    config.augment = defaults(AugmentConfig)
+    config.augment.crop_scale = (0.35, 1.0)
+    config.augment.flip = 0.5
+    config.augment.rand_augment = "rand-m5-mstd0.5-inc1"
+    config.mix = defaults(MixConfig)
+    config.mix.mixup = 0.2
+    config.mix.cutmix = 0.5
+    config.mix.probability = 0.5
+
+    # The teacher, trained first. Zero classes: as many as the folder has.
+    shape = Architecture(image_size=int(image_size), num_classes=0, stem="conv4", dim=192, depth=12, num_heads=3)
+    config.teacher = ConfigDict()
+    config.teacher.run = ""
+    config.teacher.init = "random"
+    config.teacher.model = model_section(shape)
+    config.teacher.epochs = 30
+    config.teacher.batch_size = 64
+    config.teacher.label_smoothing = 0.1
+    config.teacher.optim = defaults(OptimConfig)
+    config.teacher.optim.lr = 1e-3
+    config.teacher.optim.lr_batch_size = 64
+    config.teacher.optim.warmup_epochs = 3.0
+    config.teacher.optim.clip_norm = 1.0
+
+    # The student: the same model with three slimming modules, started from the teacher's weights.
+    config.model = model_section(shape)
+    config.model.stage_blocks = (3, 3, 3, 3)
+    config.model.keep_ratio = 0.5
+    config.init = "teacher"
+    config.epochs = 10
+    config.batch_size = 64
+    config.eval_batch_size = 64
+    config.eval_every_epochs = 2
+    config.checkpoint = defaults(CheckpointConfig)
+    config.log = defaults(LogConfig)
+    config.checkpoint.every_epochs = 2
+    config.optim = defaults(OptimConfig)
+    config.optim.lr = 5e-4
+    config.optim.lr_batch_size = 64
+    config.optim.warmup_epochs = 1.0
+    config.loss = defaults(LossConfig)
+    # The paper's weight is 2, for teachers that divide their residual branches; see configs/digits.py.
+    config.loss.token = 0.1
+    config.loss.logits = 2.0
+    config.loss.label_smoothing = 0.1
+    return config

@@ -1,0 +1,133 @@
+"""Pictures in folders named after their classes."""
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+from sit_jax.data.sources import Example
+from sit_jax.errors import PictureError, UserError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
+TRAIN, HELD_OUT = "train", "val"
+# Other names that people give the held-out part.
+_HELD_OUT_NAMES = (HELD_OUT, "valid", "validation", "test")
+_SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+class FolderSource:
+    """A split of a folder of pictures.
+
+    `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val` (or `valid`, `validation`,
+    `test`); with the classes in `root` itself, every class gives a share of its pictures, spread evenly over their
+    sorted names, to `val`. Classes are numbered by name. Folders within a class belong to it.
+
+    Attributes:
+        class_names: Names of the classes, by index.
+        files: The pictures' paths and labels, sorted.
+        base: The folder that holds the classes.
+    """
+
+    multi_label = False
+
+    def __init__(self, root: pathlib.Path, split: str, held_out: float = 0.1) -> None:
+        """Lists the pictures.
+
+        Args:
+            root: The folder.
+            split: `train`, `val`, or a part of one, such as `train[:90%]`.
+            held_out: Share of each class that goes to `val` where the folder has no splits.
+
+        Raises:
+            UserError: No such folder or split, or no pictures in it.
+        """
+        if not root.is_dir():
+            raise UserError(f"data.data_dir: there is no folder {root}")
+        match = _SPLIT.fullmatch(split)
+        if match is None:
+            raise UserError(f"split {split!r} is not understood: write train, val, train[:90%] or train[100:]")
+        name = match[1]
+        present = [x for x in (TRAIN, *_HELD_OUT_NAMES) if (root / x).is_dir()]
+        has_splits = TRAIN in present
+        if has_splits and name in _HELD_OUT_NAMES and name not in present:
+            name = next((x for x in present if x != TRAIN), name)  # Whatever the held-out part is called.
+        if name not in (present if has_splits else (TRAIN, *_HELD_OUT_NAMES)):
+            raise UserError(f"split {name!r} of {root}: there are {', '.join(present) or 'train, val'}")
+        base = root / (TRAIN if has_splits else "")
+        self.class_names: Sequence[str] = _classes(base)
+        self.base = root / name if has_splits else root
+        by_class = [_pictures(self.base / x) for x in self.class_names]
+        if has_splits:
+            _check_classes(root / name, self.class_names)
+        else:
+            by_class = [_part(paths, held_out, name != TRAIN) for paths in by_class]
+        everything = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
+        # Sorted by class, a slice would hold a few classes only: take the pictures of all classes in turn.
+        everything = _interleave(by_class) if match[2] or match[3] else everything
+        start, stop = (_bound(match[i], len(everything)) for i in (2, 3))
+        self.files: Sequence[tuple[str, int]] = everything[start:stop]
+        if not self.files:
+            raise UserError(f"split {split!r} of {root}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def ignored(self) -> list[str]:
+        """Files among the pictures that are none by their suffix, sorted."""
+        found = (path for name in self.class_names for path in (self.base / name).rglob("*"))
+        return sorted(str(path) for path in found if path.is_file() and not _is_picture(path.name))
+
+    def __getitem__(self, index: int) -> Example:
+        path, label = self.files[index]
+        try:
+            with open(path, "rb") as file:
+                return Example(file.read(), label, path)
+        except OSError as error:
+            raise PictureError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _classes(base: pathlib.Path) -> tuple[str, ...]:
+    names = sorted(x.name for x in base.iterdir() if x.is_dir() and not x.name.startswith("."))
+    if not names:
+        raise UserError(f"data.data_dir: {base} holds no folder per class (CLASS/picture.jpg)")
+    return tuple(names)
+
+
+def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
+    strays = sorted(set(_classes(folder)) - set(names))
+    if strays:
+        raise UserError(f"data.data_dir: {folder} has classes that train has not: {', '.join(strays[:5])}")
+
+
+def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(x for x in folders if not x.startswith("."))
+        found += [pathlib.Path(place, x) for x in names if _is_picture(x)]
+    return sorted(found)
+
+
+def _is_picture(name: str) -> bool:
+    return pathlib.PurePath(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+
+
+def _part(paths: list[pathlib.Path], held_out: float, wants_held_out: bool) -> list[pathlib.Path]:
+    """Every class is cut by itself, so that small ones are in both parts; adding pictures moves few others."""
+    crossed = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(paths))]
+    return [path for path, out in zip(paths, crossed, strict=True) if out == wants_held_out]
+
+
+def _interleave(by_class: list[list[pathlib.Path]]) -> list[tuple[str, int]]:
+    ranked = [
+        ((rank + 0.5) / len(paths), label, str(path))
+        for label, paths in enumerate(by_class)
+        for rank, path in enumerate(paths)
+    ]
+    return [(path, label) for _, label, path in sorted(ranked)]
+
+
+def _bound(text: str | None, length: int) -> int | None:
+    if text is None:
+        return None
+    return int(length * int(text[:-1]) / 100) if text.endswith("%") else int(text)

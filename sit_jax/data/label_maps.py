@@ -1,0 +1,95 @@
+"""Dense labels for token labelling: for every training picture, the likeliest classes at each place of a grid."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from sit_jax.errors import ConfigError, UserError
+
+_CLASSES, _VALUES, _ABOUT = "classes.npy", "values.npy", "about.json"
+
+
+class LabelMaps:
+    """A folder of dense labels, in the order of the training split, read through memory maps.
+
+    `classes.npy` is uint16 (examples, grid, grid, top), `values.npy` float16 of the same shape: the `top` likeliest
+    classes at each place of the whole, unflipped picture, and their probabilities. What they leave to 1 is spread over
+    all classes when used.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Opens the folder.
+
+        Raises:
+            UserError: It is not there, or not whole.
+        """
+        self._folder = folder
+        self._open()
+
+    def _open(self) -> None:
+        folder = self._folder
+        try:
+            self._about = json.loads((folder / _ABOUT).read_text())
+            self._classes = np.load(folder / _CLASSES, mmap_mode="r")
+            self._values = np.load(folder / _VALUES, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"data.label_maps: {folder} holds no label maps ({error}); make them: sit data label"
+            ) from None
+        if self._classes.shape != self._values.shape or self._classes.ndim != 4:
+            raise UserError(f"data.label_maps: {folder} is not whole; make it again: sit data label")
+
+    def __getstate__(self) -> dict[str, pathlib.Path]:
+        return {"folder": self._folder}  # Every process opens its own memory map.
+
+    def __setstate__(self, state: dict[str, pathlib.Path]) -> None:
+        self._folder = state["folder"]
+        self._open()
+
+    def __len__(self) -> int:
+        return len(self._classes)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Classes, int32, and probabilities, float32, of a picture, each (grid, grid, top)."""
+        return self._classes[index].astype(np.int32), self._values[index].astype(np.float32)
+
+    def check(self, examples: int, num_classes: int) -> None:
+        """Raises a ConfigError where they were made for another data set."""
+        if len(self) != examples:
+            raise ConfigError(f"data.label_maps: has {len(self)} maps, but data.train_split has {examples} examples")
+        theirs = self._about.get("num_classes")
+        if theirs != num_classes:
+            raise ConfigError(f"data.label_maps: is for {theirs} classes, but the data set has {num_classes}")
+
+
+class LabelMapWriter:
+    """Writes a folder of label maps; it counts as one only when closed without an error."""
+
+    def __init__(self, folder: pathlib.Path, examples: int, grid: int, top: int, num_classes: int) -> None:
+        """Makes the folder and room for all maps.
+
+        Raises:
+            UserError: It exists already or cannot be written.
+        """
+        if (folder / _ABOUT).exists():
+            raise UserError(f"{folder} holds label maps already; choose another --output")
+        shape = (examples, grid, grid, top)
+        self._folder, self._about = folder, {"num_classes": num_classes, "grid": grid, "top": top}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._classes = np.lib.format.open_memmap(folder / _CLASSES, mode="w+", dtype=np.uint16, shape=shape)
+            self._values = np.lib.format.open_memmap(folder / _VALUES, mode="w+", dtype=np.float16, shape=shape)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
+
+    def write(self, start: int, classes: np.ndarray, values: np.ndarray) -> None:
+        """Stores the maps of some pictures, the first of which has the index `start`."""
+        self._classes[start : start + len(classes)] = classes
+        self._values[start : start + len(values)] = values
+
+    def close(self) -> None:
+        """Makes the folder count; without this it is refused when opened."""
+        self._classes.flush()
+        self._values.flush()
+        (self._folder / _ABOUT).write_text(json.dumps(self._about) + "\n")

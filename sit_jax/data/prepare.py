@@ -1,0 +1,173 @@
+"""Makes data sets readable at random: downloads, folders and TFRecord copies become ArrayRecord.
+
+tfds writes into a temporary folder and renames it when whole, so what is cut off is never taken for a data set.
+"""
+
+import io
+import pathlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from sit_jax.data.config import DataConfig
+from sit_jax.data.decode import decode
+from sit_jax.data.folder import FolderSource
+from sit_jax.data.sources import find_builder, open_source, quiet_tfds
+from sit_jax.errors import PictureError, UserError
+
+
+class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """A folder of pictures as a tfds data set; subclasses say which."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    root: pathlib.Path
+    sources: dict[str, FolderSource]
+    skip_broken = False
+
+    def _info(self) -> Any:
+        names = next(iter(self.sources.values())).class_names
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=list(names)),
+            "file_name": tfds.features.Text(),
+        }
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            description=f"Pictures from a folder named {self.root.name}.",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
+        return {split: self._generate_examples(split) for split in self.sources}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        source = self.sources[split]
+        for index in tqdm(range(len(source)), desc=split, unit="pictures"):
+            example = source[index]
+            name = str(pathlib.Path(example.name).relative_to(self.root))
+            try:
+                decode(example.image, 3, name)
+            except PictureError as error:
+                if self.skip_broken:
+                    tqdm.write(f"left out: {error}")
+                    continue
+                raise
+            yield name, {"image": io.BytesIO(example.image), "label": example.label, "file_name": name}
+
+
+def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.Path:
+    """Turns a folder of pictures into a tfds data set of ArrayRecord files.
+
+    Args:
+        root: The folder; see `FolderSource`.
+        name: What the data set is to be called; lower case with underscores.
+        data: Where it goes (`data_dir`), the share held out, and what a broken picture does.
+
+    Returns:
+        The folder it lies in.
+
+    Raises:
+        UserError: A wrong name, a data set of that name, no pictures, a broken picture, or a full disk.
+    """
+    if not name.isidentifier() or name != name.lower():
+        raise UserError(f"--name: {name!r} must be lower-case letters, digits and underscores")
+    sources = {split: FolderSource(root, split, data.held_out) for split in ("train", "val")}
+    members = {
+        "name": name,
+        "root": root,
+        "sources": sources,
+        "skip_broken": data.on_broken == "skip",
+        "__module__": __name__,
+    }
+    # Not registered with tfds: reading back goes by what lies on the disk.
+    keywords = {"skip_registration": True}
+    builder_class: Any = types.new_class(
+        "FolderBuilder", (_FolderBuilder,), keywords, lambda space: space.update(members)
+    )
+    builder = builder_class(data_dir=data.data_dir or None, file_format="array_record")
+    if builder.is_prepared():
+        raise UserError(f"{builder.data_path} is prepared already; choose another --name or remove it")
+    with quiet_tfds():
+        return _prepare(builder, None)
+
+
+def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
+    """Downloads and converts a data set that tfds knows, or makes the embedded digits.
+
+    Args:
+        data: Its name and where it goes.
+        manual_dir: Where the files lie that must be downloaded by hand (ImageNet's tars); empty for tfds's default.
+
+    Raises:
+        UserError: There is no such data set, files are missing, TensorFlow is needed and missing, or the disk is full.
+    """
+    if data.name == "digits":
+        open_source(data, "train")
+        from sit_jax.data.digits import SitDigits
+
+        return pathlib.Path(SitDigits(data_dir=data.data_dir or None, file_format="array_record").data_path)
+    builder = find_builder(data.name, data.data_dir)
+    if builder.is_prepared():
+        return pathlib.Path(builder.data_path)
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+    return _prepare(builder, config)
+
+
+def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
+    """Turns a prepared tfds data set of TFRecord files into one of ArrayRecord, with tfds's own converter.
+
+    Args:
+        source: The version's folder, such as `~/tensorflow_datasets/imagenet2012/5.1.0`.
+        data_dir: Where the copy goes, under the same name and version.
+
+    Raises:
+        UserError: No such data set, a copy that is there already, TensorFlow is missing, or the disk is full.
+    """
+    if not (source / "dataset_info.json").is_file():
+        raise UserError(f"--from_tfrecord: {source} is no prepared tfds data set: it has no dataset_info.json")
+    try:
+        from tensorflow_datasets.scripts.cli import convert_format_utils
+    except ImportError:
+        raise UserError(_NEEDS_TENSORFLOW) from None
+    builder = tfds.builder_from_directory(str(source))
+    base = pathlib.Path(data_dir).expanduser() if data_dir else pathlib.Path("~/tensorflow_datasets").expanduser()
+    target = base / pathlib.Path(*pathlib.Path(builder.info.full_name).parts)
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another --data_dir")
+    # The converter writes in place: into a folder of another name first, so that a part is never taken for the whole.
+    partial = target.with_name(f"{target.name}.incomplete")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        convert_format_utils.convert_dataset_dir(
+            from_dir=source, out_dir=partial, out_file_format=tfds.core.FileFormat.ARRAY_RECORD, overwrite=True
+        )
+        partial.rename(target)
+    except ImportError:
+        raise UserError(_NEEDS_TENSORFLOW) from None
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
+    return target
+
+
+_NEEDS_TENSORFLOW = (
+    "tfds needs TensorFlow to prepare this data set (not to read it afterwards): pip install tensorflow, then try again"
+)
+
+
+def _prepare(builder: Any, config: Any) -> pathlib.Path:
+    try:
+        builder.download_and_prepare(download_config=config)
+    except PictureError as error:
+        raise UserError(f"{error}; mend or remove it, or pass --skip_broken. Nothing was written") from None
+    except ImportError as error:
+        if "tensorflow" not in str(error).lower():
+            raise
+        raise UserError(_NEEDS_TENSORFLOW) from None
+    except OSError as error:
+        raise UserError(f"{builder.data_path} cannot be written: {error.strerror or error}") from None
+    except (AssertionError, tfds.download.DownloadError) as error:
+        raise UserError(f"{builder.name} cannot be prepared: {' '.join(str(error).split())[:400]}") from None
+    return pathlib.Path(builder.data_path)

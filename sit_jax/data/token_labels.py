@@ -1,0 +1,55 @@
+"""Token labelling: a stored map of likely classes becomes a soft label per patch of the picture as it was cropped.
+
+Source: 'All Tokens Matter: Token Labeling for Training Better Vision Transformers' (LV-ViT, NeurIPS 2021). The region
+is aligned on the device, as two small products per picture.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Points per patch and axis that the map is read at; their mean is the patch's label (RoI align).
+_SAMPLES = 2
+
+
+def patch_labels(
+    classes: Int[Array, "batch side side top"],
+    values: Float[Array, "batch side side top"],
+    crop: Float[Array, "batch 4"],
+    flipped: Bool[Array, " batch"],
+    grid: int,
+    num_classes: int,
+    smoothing: float = 0.0,
+) -> Float[Array, "batch patches classes"]:
+    """A distribution over the classes for every patch, row by row.
+
+    Args:
+        classes: Likeliest classes at each place of the whole picture.
+        values: Their probabilities; what they leave to 1 is spread over all classes.
+        crop: Left, top, right, bottom of the training crop as shares of the picture.
+        flipped: Whether the crop was mirrored.
+        grid: Patches along a side of the crop.
+        num_classes: All classes.
+        smoothing: Share of a label spread over all classes.
+    """
+    side = classes.shape[1]
+    rest = (1.0 - values.sum(axis=-1, keepdims=True)) / num_classes
+    dense = (jax.nn.one_hot(classes, num_classes) * values[..., None]).sum(axis=-2) + rest
+    across = _alignment(crop[:, 0], crop[:, 2], side, grid)
+    across = jnp.where(flipped[:, None, None], across[:, ::-1], across)
+    down = _alignment(crop[:, 1], crop[:, 3], side, grid)
+    labels = jnp.einsum("biy,bjx,byxc->bijc", down, across, dense)
+    labels = labels.reshape(labels.shape[0], grid * grid, num_classes)
+    return labels * (1.0 - smoothing) + smoothing / num_classes
+
+
+def _alignment(
+    start: Float[Array, " batch"], stop: Float[Array, " batch"], side: int, grid: int
+) -> Float[Array, "batch grid side"]:
+    """Weights of the map's places along one axis in each patch: bilinear reads at evenly spaced points, averaged."""
+    points = (jnp.arange(grid * _SAMPLES) + 0.5) / (grid * _SAMPLES)
+    # Place k of the map covers [k, k + 1); its value stands in the middle.
+    where = (start[:, None] + points[None, :] * (stop - start)[:, None]) * side - 0.5
+    where = jnp.clip(where, 0.0, side - 1.0)
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(where[..., None] - jnp.arange(side)[None, None, :]))
+    return weights.reshape(-1, grid, _SAMPLES, side).mean(axis=2)

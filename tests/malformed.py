@@ -1,0 +1,143 @@
+"""Pictures as they really turn up: broken ones, and odd ones that are fine."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pictures
+import skimage.data
+from PIL import Image, PngImagePlugin
+
+PHOTO = Image.fromarray(skimage.data.chelsea()).resize((90, 60))
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    """A picture as a file of a format."""
+    encoded = io.BytesIO()
+    if kind == "JPEG":
+        options.setdefault("quality", 95)
+    image.save(encoded, kind, **options)
+    return encoded.getvalue()
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _huge_png(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + _png_chunk(b"IHDR", header)
+        + _png_chunk(b"IDAT", zlib.compress(b"x"))
+        + _png_chunk(b"IEND", b"")
+    )
+
+
+def _huge_jpeg(width: int, height: int) -> bytes:
+    jpeg = bytearray(JPEG)
+    start = jpeg.index(b"\xff\xc0")
+    jpeg[start + 5 : start + 9] = struct.pack(">HH", height, width)
+    return bytes(jpeg)
+
+
+JPEG = pictures.jpeg(np.asarray(PHOTO))
+PNG = saved(PHOTO, "PNG")
+GIF = saved(PHOTO.convert("P"), "GIF")
+BMP = saved(PHOTO, "BMP")
+TIFF = saved(PHOTO, "TIFF")
+WEBP = saved(PHOTO, "WEBP", lossless=True)
+
+# File name -> bytes that are no picture, or only a part of one.
+BROKEN: dict[str, bytes] = {
+    "empty.jpg": b"",
+    "one_byte.jpg": b"\xff",
+    "zeros.jpg": bytes(1000),
+    "text.jpg": b"not a picture at all, but a note to myself",
+    "html.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
+    "json.png": b'{"error": "quota exceeded"}',
+    "jpeg_half.jpg": JPEG[: len(JPEG) // 2],
+    "jpeg_without_end.jpg": JPEG[:-200],
+    "jpeg_header_only.jpg": JPEG[:20],
+    "jpeg_marker_only.jpg": JPEG[:2],
+    "jpeg_start_and_end.jpg": b"\xff\xd8\xff\xd9",
+    "jpeg_tables_gone.jpg": JPEG[:2] + JPEG[JPEG.index(b"\xff\xda") :],
+    "jpeg_huge_header.jpg": _huge_jpeg(60000, 60000),
+    "jpeg_zero_size.jpg": _huge_jpeg(0, 0),
+    "png_half.png": PNG[: len(PNG) // 2],
+    "png_signature_only.png": PNG[:8],
+    "png_no_data.png": b"\x89PNG\r\n\x1a\n"
+    + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 8, 2, 0, 0, 0))
+    + _png_chunk(b"IEND", b""),
+    "png_huge_header.png": _huge_png(50000, 50000),
+    "png_absurd_header.png": _huge_png(2**31 - 1, 2**31 - 1),
+    "png_zero_size.png": _huge_png(0, 10),
+    "png_bad_checksum.png": PNG[:20] + bytes([PNG[20] ^ 255]) + PNG[21:],
+    "png_bad_data.png": PNG[:60] + bytes(len(PNG) - 120) + PNG[-60:],
+    "gif_half.gif": GIF[: len(GIF) // 2],
+    "gif_header_only.gif": GIF[:13],
+    "bmp_half.bmp": BMP[: len(BMP) // 2],
+    "bmp_header_only.bmp": BMP[:30],
+    "tiff_half.tif": TIFF[: len(TIFF) // 2],
+    "tiff_header_only.tif": TIFF[:8],
+    "webp_half.webp": WEBP[: len(WEBP) // 2],
+    "webp_header_only.webp": WEBP[:16],
+    "float.tif": saved(Image.fromarray(np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)), "TIFF"),
+    "zip.png": b"PK\x03\x04" + bytes(200),
+    "pdf.jpg": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
+    "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>',
+}
+
+
+def _exif(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+def _palette_with_transparency() -> bytes:
+    image = PHOTO.convert("P")
+    return saved(image, "PNG", transparency=bytes(range(256)))
+
+
+def _text_chunks() -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", "x" * 1000)
+    return saved(PHOTO, "PNG", pnginfo=info)
+
+
+_DEEP = (np.asarray(PHOTO.convert("L"), np.uint16) << 8) + 77
+
+# File name -> bytes that are a picture, and a word of what `sit data check` says of it (empty: nothing).
+ODD: dict[str, tuple[bytes, str]] = {
+    "plain.jpg": (JPEG, ""),
+    "plain.png": (PNG, ""),
+    "grey.jpg": (saved(PHOTO.convert("L"), "JPEG"), "grey"),
+    "one_bit.png": (saved(PHOTO.convert("1"), "PNG"), "grey"),
+    "cmyk.jpg": (saved(PHOTO.convert("CMYK"), "JPEG"), "CMYK"),
+    "deep.png": (saved(Image.fromarray(_DEEP), "PNG"), "16-bit"),
+    "palette.png": (saved(PHOTO.convert("P"), "PNG"), "palette"),
+    "palette_transparent.png": (_palette_with_transparency(), "transparent"),
+    "alpha.png": (saved(PHOTO.convert("RGBA"), "PNG"), "transparent"),
+    "grey_alpha.png": (saved(PHOTO.convert("LA"), "PNG"), "transparent"),
+    "animated.gif": (saved(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]), "animated"),
+    "still.gif": (GIF, "palette"),
+    "animated.png": (saved(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]), "animated"),
+    "jpeg_called.png": (JPEG, "suffix"),
+    "png_called.jpeg": (PNG, "suffix"),
+    "turned.jpg": (saved(PHOTO, "JPEG", exif=_exif(6)), "EXIF"),
+    "bad_orientation.jpg": (saved(PHOTO, "JPEG", exif=_exif(77)), ""),
+    "bad_exif.jpg": (saved(PHOTO, "JPEG", exif=b"Exif\x00\x00" + b"\xff" * 40), ""),
+    "bad_icc.jpg": (saved(PHOTO, "JPEG", icc_profile=b"\x00garbage" * 30), ""),
+    "bad_icc.png": (saved(PHOTO, "PNG", icc_profile=b"\x00garbage" * 30), ""),
+    "one_pixel.png": (saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), ""),
+    "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), ""),
+    "progressive.jpg": (saved(PHOTO, "JPEG", progressive=True), ""),
+    "trailing_zeros.jpg": (JPEG + bytes(64), ""),
+    "trailing_text.jpg": (JPEG + b"camera maker's notes", ""),
+    "text_chunks.png": (_text_chunks(), ""),
+    "bitmap.bmp": (BMP, ""),
+    "scan.tif": (TIFF, ""),
+    "web.webp": (WEBP, ""),
+}

@@ -1,0 +1,50 @@
+"""Real JPEGs for the tests: crops of photographs that scikit-learn and scikit-image bring along."""
+
+import io
+import pathlib
+
+import numpy as np
+import skimage.data
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "rocket")
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """Name -> pixels, uint8 (height, width, 3)."""
+    found = {name: getattr(skimage.data, name)() for name in PHOTOGRAPHS}
+    samples = load_sample_images()
+    return {**found, **{pathlib.Path(n).stem: x for n, x in zip(samples.filenames, samples.images, strict=True)}}
+
+
+def jpeg(pixels: np.ndarray, quality: int = 85) -> bytes:
+    """The pixels as a JPEG file."""
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue()
+
+
+def make_folder(
+    root: pathlib.Path, per_class: int, split: str = "", seed: int = 0, size: tuple[int, int] = (96, 80)
+) -> None:
+    """Writes `root/[split/]CLASS/0001.jpg` and so on: random crops of about a photograph's half, resized.
+
+    Args:
+        root: The folder.
+        per_class: Pictures of each photograph.
+        split: `train`, `val` or nothing.
+        seed: Decides the crops.
+        size: Width and height of a picture.
+    """
+    rng = np.random.default_rng(seed)
+    for name, pixels in photographs().items():
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        image = Image.fromarray(pixels)
+        for index in range(per_class):
+            share = rng.uniform(0.3, 0.6)
+            width, height = int(image.width * share), int(image.height * share)
+            left, top = int(rng.integers(image.width - width)), int(rng.integers(image.height - height))
+            crop = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+            (folder / f"{index:04d}.jpg").write_bytes(jpeg(np.asarray(crop)))

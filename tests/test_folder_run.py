@@ -1,0 +1,197 @@
+"""From a folder of JPEGs to a slimmed model, with the commands that a user types."""
+
+import json
+import pathlib
+from typing import Any
+
+import malformed
+import numpy as np
+import pictures
+import pytest
+from PIL import Image
+
+from sit_jax import cli, workdir
+from sit_jax.data.label_maps import LabelMaps
+from sit_jax.errors import ConfigError
+from sit_jax.metrics import read_metrics
+
+SMALL = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Eight photographs' crops: forty of each to train on, eight held out."""
+    root = tmp_path_factory.mktemp("photos")
+    pictures.make_folder(root, 40, "train", size=(72, 64))
+    pictures.make_folder(root, 8, "val", seed=1, size=(72, 64))
+    return root
+
+
+def words(folder: pathlib.Path, **more: Any) -> list[str]:
+    shapes = {f"{part}model.{key}": value for part in ("", "teacher.") for key, value in SMALL.items()}
+    values = {"data.data_dir": folder, "model.stage_blocks": "(1,1,1,1)", **shapes, **more}
+    return ["--config", "configs/folder.py:64", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A teacher and its student, trained on the folder."""
+    run = tmp_path_factory.mktemp("runs") / "photos"
+    short = {
+        "teacher.epochs": 14,
+        "teacher.batch_size": 32,
+        "teacher.optim.lr": 4e-3,
+        "batch_size": 32,
+        "epochs": 6,
+        "augment.rand_augment": "",
+        "mix.probability": 0.2,
+        "eval_every_epochs": 14,
+        "checkpoint.every_epochs": 14,
+    }
+    assert cli.main(["train", *words(folder, **short), "--workdir", str(run)]) == 0
+    return run
+
+
+def test_accuracy_is_far_above_chance(finished: pathlib.Path, capsys: Any) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["teacher"]["top1"] > 0.6
+    assert summary["student"]["top1"] > 0.6
+    assert cli.main(["evaluate", "--workdir", str(finished), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["examples"] == 64
+    assert result["top1"] == pytest.approx(summary["student"]["top1"])
+    config = workdir.read_config(finished)
+    assert config.model.architecture.num_classes == 8
+    # 4e-3 is for batches of 64; half the batch, half the rate.
+    teacher = workdir.read_config(finished / "teacher")
+    assert teacher.scaled_optim.lr == pytest.approx(2e-3)
+    first = next(line for line in read_metrics(finished / "teacher") if line["kind"] == "train")
+    assert first["lr/model"] < 2e-3
+
+
+def test_evaluation_on_other_data(
+    finished: pathlib.Path, folder: pathlib.Path, capsys: Any, tmp_path: pathlib.Path
+) -> None:
+    evaluate = ["evaluate", "--workdir", str(finished), "--json"]
+    assert cli.main([*evaluate, "--split", "train"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 320
+    pictures.make_folder(tmp_path / "elsewhere", 5, "val", seed=2, size=(72, 64))
+    (tmp_path / "elsewhere" / "train").symlink_to(tmp_path / "elsewhere" / "val")
+    assert cli.main([*evaluate, "--data_dir", str(tmp_path / "elsewhere")]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 40
+    for mistake in (["--split", "tset"], ["--data_dir", str(tmp_path / "none")], ["--name", "none"]):
+        assert cli.main([*evaluate, *mistake]) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert cli.main([*evaluate, "--name", "digits", "--split", "test"]) == 2
+    assert "model.num_classes: is 8, but the data set has 10" in capsys.readouterr().err
+
+
+def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    # A teacher with an auxiliary head, started from the finished one, labels the pictures; the next learns from that.
+    maps, first, second = (str(tmp_path / name) for name in ("maps", "first", "second"))
+    assert cli.main(["data", "label", "--workdir", str(finished), "--output", maps]) == 2
+    assert "labels no single places" in capsys.readouterr().err
+    page = tmp_path / "page.py"
+    page.write_text(
+        "import runpy\n"
+        "def get_config():\n"
+        "    config = runpy.run_path('configs/folder.py')['get_config']('64')\n"
+        "    del config.teacher\n"
+        "    config.model.aux_head = True\n"
+        "    config.model.stage_blocks, config.model.keep_ratio = (), None\n"
+        f"    for key, value in {SMALL!r}.items():\n"
+        "        config.model[key] = value\n"
+        f"    config.data.data_dir, config.init = {str(folder)!r}, {str(finished / 'teacher')!r}\n"
+        "    config.loss.token = config.loss.logits = 0.0\n"
+        "    config.epochs, config.batch_size, config.optim.warmup_epochs = 1, 32, 0.0\n"
+        "    return config\n"
+    )
+    assert cli.main(["train", "--config", str(page), "--workdir", first]) == 0
+    assert cli.main(["data", "label", "--workdir", first, "--output", maps, "--top", "3"]) == 0
+    stored = LabelMaps(pathlib.Path(maps))
+    assert len(stored) == 320
+    classes, values = stored[7]
+    assert classes.shape == values.shape == (4, 4, 3)
+    assert (np.diff(values, axis=-1) <= 0).all()
+    assert values.sum(axis=-1).max() <= 1.001
+    assert cli.main(["data", "label", "--workdir", first, "--output", maps]) == 2
+    assert "holds label maps already" in capsys.readouterr().err
+    dense = [f"--config.data.label_maps={maps}", "--config.loss.token_label=0.5"]
+    mixed = ["--config.mix.mix_token=1.0", "--config.mix.mixup=0.0", "--config.mix.cutmix=0.0"]
+    assert cli.main(["train", "--config", str(page), "--workdir", second, *dense, *mixed]) == 0
+    lines = [line for line in read_metrics(pathlib.Path(second)) if line["kind"] == "train"]
+    assert all(np.isfinite(line["token_label"]) for line in lines)
+    for wrong, message in (
+        (["--config.loss.token_label=0.5"], "data.label_maps"),
+        ([*dense, "--config.model.aux_head=False"], "loss.token_label"),
+        ([*dense, "--config.mix.mix_token=1.0"], "mix.mix_token"),
+        (["--config.data.label_maps=" + first, "--config.loss.token_label=0.5"], "holds no label maps"),
+        ([*dense, "--config.data.train_split=val"], "has 320 maps, but data.train_split has 64"),
+    ):
+        assert cli.main(["train", "--config", str(page), "--workdir", str(tmp_path / "third"), *wrong]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "third").exists()
+
+
+def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    check = ["data", "check", *words(folder)]
+    assert cli.main(check) == 0
+    out = capsys.readouterr().out
+    assert "train: 320 pictures, 8 classes, 40 to 40 per class" in out
+    assert "none broken" in out
+    zoo = tmp_path / "zoo" / "train"
+    for index, files in enumerate((malformed.BROKEN, {name: data for name, (data, _) in malformed.ODD.items()})):
+        (zoo / f"class{index}").mkdir(parents=True)
+        for name, data in files.items():
+            (zoo / f"class{index}" / name).write_bytes(data)
+    (zoo / "class0" / "notes.txt").write_text("hello")
+    (zoo / "empty").mkdir()
+    options = [
+        f"--config.data.data_dir={tmp_path / 'zoo'}",
+        "--config.data.eval_split=train",
+        "--config.data.max_pixels=1000000",
+    ]
+    assert cli.main([*check, *options, "--all"]) == 2
+    printed = capsys.readouterr()
+    assert f"{len(malformed.BROKEN)} pictures cannot be read" in printed.err
+    assert f"{len(malformed.BROKEN)} broken (training stops at them; data.on_broken=error)" in printed.out
+    assert all(name in printed.out for name in malformed.BROKEN)
+    for word in (
+        "CMYK: turned to RGB",
+        "16-bit: scaled",
+        "animated: only",
+        "turned by EXIF",
+        "notes.txt",
+        "classes without",
+    ):
+        assert word in printed.out
+    assert cli.main([*check, *options, "--json"]) == 2
+    (report,) = json.loads(capsys.readouterr().out)
+    assert report["pictures"] == len(malformed.BROKEN) + len(malformed.ODD)
+    assert len(report["broken"]) == len(malformed.BROKEN)
+    assert report["per_class"]["empty"] == 0
+
+
+def test_show_draws_what_the_model_sees(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    path = tmp_path / "deep" / "grid.png"
+    assert cli.main(["data", "show", *words(folder), "--output", str(path), "--count", "12"]) == 0
+    assert "12 pictures" in capsys.readouterr().out
+    with Image.open(path) as image:
+        assert min(image.size) > 200
+        assert len(np.unique(np.asarray(image.convert("L")))) > 50
+    assert cli.main(["data", "show", *words(folder), "--output", "/proc/none/grid.png"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_settings_that_contradict_each_other(folder: pathlib.Path) -> None:
+    for key, value, message in (
+        ("augment.rand_augment", "rand-x9", r"^augment.rand_augment: 'x9' in 'rand-x9'"),
+        ("augment.crop_scale", "(0.9,0.2)", r"^augment.crop_scale: 0.9 is above 0.2"),
+        ("augment.flip", "1.5", r"^augment.flip: "),
+        ("mix.mode", "some", r"^mix.mode: "),
+        ("data.interpolation", "nearest", r"^data.interpolation: "),
+        ("data.std", "(0.2,0.0,0.2)", r"^data.std.1: "),
+        ("loss.token_label", "0.5", r"^loss.token_label: needs model.aux_head"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cli.load_config("configs/folder.py:64", [f"--config.{key}={value}"])

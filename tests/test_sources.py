@@ -1,0 +1,224 @@
+"""Folders and tfds data sets as sources, and `sit data prepare`."""
+
+import errno
+import io
+import pathlib
+import pickle
+import shutil
+from typing import Any
+
+import malformed
+import numpy as np
+import pictures
+import pytest
+import tensorflow_datasets as tfds
+import tiny
+from PIL import Image
+
+from sit_jax import cli
+from sit_jax.config import LossConfig, ModelConfig
+from sit_jax.data.config import DataConfig
+from sit_jax.data.folder import FolderSource
+from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
+from sit_jax.data.sources import open_source
+from sit_jax.errors import ConfigError, UserError
+
+
+@pytest.fixture(scope="module")
+def flat(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Eight classes of twenty pictures, without splits."""
+    root = tmp_path_factory.mktemp("pictures") / "flat"
+    pictures.make_folder(root, 20, size=(24, 20))
+    return root
+
+
+def names(source: Any) -> set[str]:
+    return {source[index].name for index in range(len(source))}
+
+
+def test_flat_folder_holds_out_a_share_of_every_class(flat: pathlib.Path) -> None:
+    train, held_out = FolderSource(flat, "train", 0.1), FolderSource(flat, "val", 0.1)
+    assert (len(train), len(held_out)) == (8 * 18, 8 * 2)
+    assert not names(train) & names(held_out)
+    assert len(names(train) | names(held_out)) == 160
+    assert train.class_names == held_out.class_names == tuple(sorted(train.class_names))
+    labels = [held_out[index].label for index in range(len(held_out))]
+    assert labels == sorted(list(range(8)) * 2)
+    example = train[0]
+    assert pathlib.Path(example.name).read_bytes() == example.image
+    assert pathlib.Path(example.name).parent.name == train.class_names[example.label]
+    assert pickle.loads(pickle.dumps(train))[5] == train[5]
+    # A picture more moves few others.
+    assert len(names(FolderSource(flat, "test", 0.25))) == 8 * 5
+
+
+def test_folder_with_splits_and_slices(tmp_path: pathlib.Path) -> None:
+    pictures.make_folder(tmp_path, 10, "train", size=(24, 20))
+    pictures.make_folder(tmp_path, 3, "valid", seed=1, size=(24, 20))
+    deeper = tmp_path / "train" / "china" / "more"
+    deeper.mkdir()
+    (deeper / "x.PNG").write_bytes(malformed.PNG)
+    (tmp_path / "train" / "china" / "notes.txt").write_text("not a picture")
+    (tmp_path / "train" / "china" / "._hidden.jpg").write_bytes(b"")
+    train = FolderSource(tmp_path, "train")
+    assert (len(train), len(FolderSource(tmp_path, "val"))) == (81, 24)
+    assert [pathlib.Path(x).name for x in train.ignored] == ["._hidden.jpg", "notes.txt"]
+    first, second = FolderSource(tmp_path, "train[:50%]"), FolderSource(tmp_path, "train[50%:]")
+    assert len(first) + len(second) == 81
+    assert not names(first) & names(second)
+    counts = np.bincount([first[index].label for index in range(len(first))])
+    assert counts.min() >= 4  # A part has something of every class.
+    assert len(FolderSource(tmp_path, "train[:7]")) == 7
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [("tst", "there are train, val"), ("train[5", "not understood"), ("train[:0]", "holds no pictures")],
+)
+def test_wrong_splits_of_folders(flat: pathlib.Path, split: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FolderSource(flat, split)
+
+
+def test_folders_that_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"there is no folder .*nowhere"):
+        FolderSource(tmp_path / "nowhere", "train")
+    with pytest.raises(UserError, match="holds no folder per class"):
+        FolderSource(tmp_path, "train")
+    with pytest.raises(ConfigError, match=r"^data.data_dir: must name the folder"):
+        open_source(DataConfig(name="folder"), "train")
+    pictures.make_folder(tmp_path, 1, "train", size=(8, 8))
+    pictures.make_folder(tmp_path, 1, "val", size=(8, 8))
+    (tmp_path / "val" / "zebra").mkdir()
+    with pytest.raises(UserError, match=r"has classes that train has not: zebra"):
+        FolderSource(tmp_path, "val")
+
+
+def folder_config(data: DataConfig, **changes: Any) -> Any:
+    arch = tiny.plain(in_channels=3, num_classes=8)
+    fields = {"model": ModelConfig(architecture=arch), "teacher": None, "loss": LossConfig(), "data": data, **changes}
+    return tiny.config(**{"batch_size": 16, "eval_batch_size": 16, **fields})
+
+
+def test_prepared_folder_is_the_same_data(flat: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    words = ["data", "prepare", "--from_folder", str(flat), "--name", "photos", "--data_dir", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert "Prepared: " in capsys.readouterr().out
+    for split in ("train", "val"):
+        prepared, plain = (
+            open_source(DataConfig(name=n, data_dir=str(d)), split) for n, d in (("photos", tmp_path), ("folder", flat))
+        )
+        assert prepared.class_names == plain.class_names
+        mine = sorted((x.image, x.label) for x in (prepared[i] for i in range(len(prepared))))
+        assert mine == sorted((x.image, x.label) for x in (plain[i] for i in range(len(plain))))
+    assert cli.main(words) == 2
+    assert "prepared already" in capsys.readouterr().err
+
+
+def test_prepare_refuses_or_leaves_out_broken_pictures(flat: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    root = tmp_path / "some"
+    shutil.copytree(flat, root)
+    (root / "china" / "0003.jpg").write_bytes(malformed.BROKEN["jpeg_half.jpg"])
+    words = ["data", "prepare", "--from_folder", str(root), "--name", "some", "--data_dir", str(tmp_path / "data")]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sit data prepare: china/0003.jpg: cannot be read")
+    assert not list((tmp_path / "data").rglob("*.array_record*"))
+    with pytest.raises(UserError, match=r"some is not prepared in|there is no data set"):
+        open_source(DataConfig(name="some", data_dir=str(tmp_path / "data")), "train")
+    assert cli.main([*words, "--skip_broken"]) == 0
+    assert len(open_source(DataConfig(name="some", data_dir=str(tmp_path / "data")), "train")) == 8 * 18 - 1
+
+
+def test_full_disk_leaves_nothing_behind(
+    flat: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from array_record.python import array_record_module
+
+    class FullDisk:
+        def __init__(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(array_record_module, "ArrayRecordWriter", FullDisk)
+    words = ["data", "prepare", "--from_folder", str(flat), "--name", "full", "--data_dir", str(tmp_path)]
+    assert cli.main(words) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"full is not prepared in|there is no data set"):
+        open_source(DataConfig(name="full", data_dir=str(tmp_path)), "train")
+
+
+def test_prepare_refusals(tmp_path: pathlib.Path, flat: pathlib.Path, capsys: Any) -> None:
+    cases = [
+        (["--from_folder", str(flat)], "--name"),
+        (["--name", "Big Name", "--from_folder", str(flat)], "must be lower-case"),
+        (["--name", "no_such_set", "--data_dir", str(tmp_path)], "there is no data set 'no_such_set'"),
+        (["--from_tfrecord", str(tmp_path / "x")], "is no prepared tfds data set"),
+        (["--name", "x", "--from_folder", str(tmp_path / "none")], "there is no folder"),
+        (["--name", "x", "--held_out", "2", "--from_folder", str(flat)], "--held_out"),
+    ]
+    for words, message in cases:
+        assert cli.main(["data", "prepare", *words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+
+
+class ManyLabels(tfds.core.GeneratorBasedBuilder):
+    """As ImageNet ReaL: several right classes, one, or none."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> Any:
+        label = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=8))
+        features = {"image": tfds.features.Image(shape=(None, None, 3)), "real_label": label}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: Any) -> Any:
+        return {"validation": self._generate_examples()}
+
+    def _generate_examples(self) -> Any:
+        for index, labels in enumerate(([3], [], [1, 5], [0, 2, 7])):
+            yield index, {"image": io.BytesIO(malformed.JPEG), "real_label": labels}
+
+
+def test_several_right_classes(tmp_path: pathlib.Path) -> None:
+    ManyLabels(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    data = DataConfig(name="many_labels", data_dir=str(tmp_path), train_split="validation")
+    source = open_source(data, "validation")
+    config = folder_config(data, batch_size=2, eval_batch_size=8)
+    with pytest.raises(ConfigError, match="several right classes"):
+        TrainData(config, Hosts())
+    (batch,) = eval_batches(config, source, Hosts())
+    assert batch["mask"].sum() == 3
+    sets = sorted(
+        tuple(int(x) for x in row if x >= 0) for row, m in zip(batch["label"], batch["mask"], strict=True) if m
+    )
+    assert sets == [(0, 2, 7), (1, 5), (3,)]
+
+
+def test_unreadable_shard_is_named(flat: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert cli.main(["data", "prepare", "--from_folder", str(flat), "--name", "hurt", "--data_dir", str(tmp_path)]) == 0
+    data = DataConfig(name="hurt", data_dir=str(tmp_path))
+    (shard,) = tmp_path.rglob("*train.array_record*")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match=r"hurt"):
+        list(eval_batches(folder_config(data), open_source(data, "train"), Hosts()))
+
+
+def test_not_prepared(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        UserError, match=r"cifar100 is not prepared .* run: sit data prepare --name cifar100 --data_dir"
+    ):
+        open_source(DataConfig(name="cifar100", data_dir=str(tmp_path)), "train")
+
+
+def test_images_of_a_source_reach_the_batch(flat: pathlib.Path) -> None:
+    data = DataConfig(name="folder", data_dir=str(flat), resampler="pillow")
+    source = open_source(data, "train")
+    batches = list(eval_batches(folder_config(data), source, Hosts()))
+    images = np.concatenate([batch["image"] for batch in batches])[: len(source)]
+    for index in (0, 37, len(source) - 1):
+        with Image.open(source[index].name) as image:
+            expected = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC), np.int64)
+        assert np.abs(images[index] - expected).max() <= 2
