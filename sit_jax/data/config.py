@@ -39,8 +39,8 @@ class DataConfig:
             random resized crop in training, resize and centre crop in evaluation.
         crop_fraction: Share of the shorter side that the centre crop leaves.
         interpolation: Filter of every resize.
-        resampler: What resizes training pictures, neither with aliasing: `opencv` averages areas where it shrinks and
-            takes half the time; `pillow` widens the filter, as timm's transforms do. Evaluation is always Pillow's.
+        resampler: What resizes training pictures, neither with aliasing: `opencv` blurs before it shrinks and takes a
+            sixth of the time; `pillow` widens the filter, as timm's transforms do. Evaluation is always Pillow's.
         mean: Mean of the channels, of values from 0 to 1, that is taken off; averaged over channels for grey pictures.
         std: Standard deviation that they are divided by.
         on_broken: What a picture that cannot be read does: stop with an `error` that names it, or `skip` it and count.
