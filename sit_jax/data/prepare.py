@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
-from sit_jax.data.sources import find_builder, open_source, quiet_tfds
+from sit_jax.data.sources import find_builder, open_source, quiet_tfds, writing
 from sit_jax.errors import PictureError, UserError
 
 
@@ -140,15 +140,14 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     # The converter writes in place: into a folder of another name first, so that a part is never taken for the whole.
     partial = target.with_name(f"{target.name}.incomplete")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        convert_format_utils.convert_dataset_dir(
-            from_dir=source, out_dir=partial, out_file_format=tfds.core.FileFormat.ARRAY_RECORD, overwrite=True
-        )
-        partial.rename(target)
+        with writing(target):
+            partial.mkdir(parents=True, exist_ok=True)
+            convert_format_utils.convert_dataset_dir(
+                from_dir=source, out_dir=partial, out_file_format=tfds.core.FileFormat.ARRAY_RECORD, overwrite=True
+            )
+            partial.rename(target)
     except ImportError:
         raise UserError(_NEEDS_TENSORFLOW) from None
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
     return target
 
 
@@ -159,15 +158,14 @@ _NEEDS_TENSORFLOW = (
 
 def _prepare(builder: Any, config: Any) -> pathlib.Path:
     try:
-        builder.download_and_prepare(download_config=config)
+        with writing(builder.data_path):
+            builder.download_and_prepare(download_config=config)
     except PictureError as error:
         raise UserError(f"{error}; mend or remove it, or pass --skip_broken. Nothing was written") from None
     except ImportError as error:
         if "tensorflow" not in str(error).lower():
             raise
         raise UserError(_NEEDS_TENSORFLOW) from None
-    except OSError as error:
-        raise UserError(f"{builder.data_path} cannot be written: {error.strerror or error}") from None
     except (AssertionError, tfds.download.DownloadError) as error:
         raise UserError(f"{builder.name} cannot be prepared: {' '.join(str(error).split())[:400]}") from None
     return pathlib.Path(builder.data_path)

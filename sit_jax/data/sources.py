@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -164,15 +165,33 @@ def _prepared_digits(data_dir: str) -> Any:
     from sit_jax.data.digits import SitDigits
 
     folder = pathlib.Path(data_dir).expanduser() if data_dir else None
-    try:
-        with quiet_tfds():
-            builder = SitDigits(data_dir=folder, file_format="array_record")
-            # Prepared in a temporary folder and renamed when whole, so a run that was cut off leaves nothing usable.
-            builder.download_and_prepare()
-    except OSError as error:
-        where = folder or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-        raise UserError(f"data.data_dir: the digits cannot be prepared in {where}: {error}") from None
+    where = folder or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    with writing(where, "data.data_dir"), quiet_tfds():
+        builder = SitDigits(data_dir=folder, file_format="array_record")
+        # Prepared in a temporary folder and renamed when whole, so a run that was cut off leaves nothing usable.
+        builder.download_and_prepare()
     return builder
+
+
+@contextlib.contextmanager
+def writing(place: object, key: str = "") -> Iterator[None]:
+    """Turns what a full disk or a folder without permission raises into a UserError that names the place.
+
+    Args:
+        place: What is written.
+        key: The configuration's key or the option that names it, if any.
+    """
+    prefix = f"{key}: " if key else ""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{prefix}{place} cannot be written: {error.strerror or error}") from None
+    except RuntimeError as error:
+        # The ArrayRecord writer is C++ and says so in its own way.
+        match = re.search(r"(?:write|open|close|flush)\(\) failed: ([^;]+)", str(error))
+        if match is None:
+            raise
+        raise UserError(f"{prefix}{place} cannot be written: {match[1]}") from None
 
 
 @contextlib.contextmanager
