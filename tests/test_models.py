@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from sit_jax.analysis.flops import count_cost
 from sit_jax.errors import ConfigError
@@ -210,3 +211,51 @@ def test_unknown_names() -> None:
     with pytest.raises(ConfigError, match=r"^dimm: "):
         get_architecture("sit_small", dimm=3)
     assert get_architecture("sit_small", num_classes=7).num_classes == 7
+
+
+def test_mix_token_is_cutmix_on_the_patch_grid() -> None:
+    # With the patch stem, which sees every patch by itself, moving tokens is moving the pixels of their patches.
+    arch = tiny.plain(stem="patch", patch_size=8, in_channels=3)
+    model = build_model(arch)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(4, 32, 32, 3)).astype(np.float32)
+    mask = rng.random((4, 16)) < 0.4
+    variables = model.init(jax.random.key(0), jnp.asarray(images))
+    pixels = mask.reshape(4, 4, 4).repeat(8, axis=1).repeat(8, axis=2)[..., None]
+    moved = np.where(pixels, images[::-1], images)
+    mine, outputs = model.apply(variables, jnp.asarray(images), token_mix=jnp.asarray(mask))
+    theirs, expected = model.apply(variables, jnp.asarray(moved))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(outputs.tokens[0], expected.tokens[0], rtol=1e-5, atol=1e-5)
+    plain, _ = model.apply(variables, jnp.asarray(images))
+    assert not np.allclose(mine, plain, atol=1e-3)
+
+
+def test_patch_logits_against_numpy() -> None:
+    model = build_model(tiny.plain(aux_head=True))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
+    variables = model.init(jax.random.key(1), images)
+    _, outputs = model.apply(variables, images)
+    params = jax.tree.map(np.asarray, variables["params"])
+    tokens = np.asarray(outputs.tokens[-1], np.float64)
+    centred = tokens - tokens.mean(axis=-1, keepdims=True)
+    normed = centred / np.sqrt(centred.var(axis=-1, keepdims=True) + 1e-6)
+    normed = normed * params["norm"]["scale"] + params["norm"]["bias"]
+    expected = normed @ params["aux_head"]["kernel"] + params["aux_head"]["bias"]
+    np.testing.assert_allclose(outputs.patch_logits, expected, rtol=1e-4, atol=1e-5)
+    slimmed = build_model(dataclasses.replace(tiny.STUDENT, aux_head=True))
+    assert slimmed.apply(slimmed.init(jax.random.key(1), images), images)[1].patch_logits is None
+
+
+def test_convolutional_patch_logits_average_to_the_logits() -> None:
+    model = build_model(tiny.CNN)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
+    logits, outputs = model.apply(model.init(jax.random.key(1), images), images)
+    assert outputs.patch_logits.shape == (2, 16, 10)
+    np.testing.assert_allclose(outputs.patch_logits.mean(axis=1), logits, rtol=1e-4, atol=1e-5)
+    assert float(outputs.patch_logits.std(axis=1).max()) > 1e-4
+
+
+def test_classes_left_to_the_data_must_be_settled_first() -> None:
+    with pytest.raises(ConfigError, match="num_classes: is 0"):
+        build_model(tiny.plain(num_classes=0))

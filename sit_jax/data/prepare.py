@@ -4,6 +4,7 @@ tfds writes into a temporary folder and renames it when whole, so what is cut of
 """
 
 import io
+import os
 import pathlib
 import types
 from collections.abc import Iterator
@@ -124,14 +125,15 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
         data_dir: Where the copy goes, under the same name and version.
 
     Raises:
-        UserError: No such data set, a copy that is there already, TensorFlow is missing, or the disk is full.
+        UserError: No such data set, a copy that is there already, the converter's packages are missing, or the disk is
+            full.
     """
     if not (source / "dataset_info.json").is_file():
         raise UserError(f"--from_tfrecord: {source} is no prepared tfds data set: it has no dataset_info.json")
     try:
         from tensorflow_datasets.scripts.cli import convert_format_utils
     except ImportError:
-        raise UserError(_NEEDS_TENSORFLOW) from None
+        raise UserError(_NEEDS_CONVERTER) from None
     builder = tfds.builder_from_directory(str(source))
     base = pathlib.Path(data_dir).expanduser() if data_dir else pathlib.Path("~/tensorflow_datasets").expanduser()
     target = base / pathlib.Path(*pathlib.Path(builder.info.full_name).parts)
@@ -142,15 +144,19 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     try:
         with writing(target):
             partial.mkdir(parents=True, exist_ok=True)
-            convert_format_utils.convert_dataset_dir(
-                from_dir=source, out_dir=partial, out_file_format=tfds.core.FileFormat.ARRAY_RECORD, overwrite=True
+            convert_format_utils.convert_dataset(
+                out_dir=partial,
+                out_file_format="array_record",
+                dataset_version_dir=source,
+                num_workers=os.cpu_count() or 1,
             )
             partial.rename(target)
     except ImportError:
-        raise UserError(_NEEDS_TENSORFLOW) from None
+        raise UserError(_NEEDS_CONVERTER) from None
     return target
 
 
+_NEEDS_CONVERTER = "tfds's converter needs TensorFlow and Apache Beam (reading does not): pip install tensorflow apache-beam, then try again"
 _NEEDS_TENSORFLOW = (
     "tfds needs TensorFlow to prepare this data set (not to read it afterwards): pip install tensorflow, then try again"
 )

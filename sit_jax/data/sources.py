@@ -96,7 +96,8 @@ class TfdsSource:
             record = self._records[int(index)]
         except Exception as error:  # The reader of a damaged or missing shard raises what it likes.
             raise UserError(f"{name} cannot be read from its shard: {' '.join(str(error).split())[:300]}") from None
-        name = str(record.get("file_name", name)) or name
+        stored = record.get("file_name", name)
+        name = stored.decode(errors="replace") if isinstance(stored, bytes) else str(stored)
         if not self.multi_label:
             return Example(record["image"], int(record[self._key]), name)
         labels = tuple(int(x) for x in np.asarray(record[self._key]).ravel())
