@@ -4,8 +4,9 @@ tfds writes into a temporary folder and renames it when whole, so what is cut of
 """
 
 import io
-import os
+import json
 import pathlib
+import shutil
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -136,27 +137,47 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
         raise UserError(_NEEDS_CONVERTER) from None
     builder = tfds.builder_from_directory(str(source))
     base = pathlib.Path(data_dir).expanduser() if data_dir else pathlib.Path("~/tensorflow_datasets").expanduser()
-    target = base / pathlib.Path(*pathlib.Path(builder.info.full_name).parts)
+    target = base / builder.info.full_name
     if target.exists():
         raise UserError(f"{target} exists already; choose another --data_dir")
-    # The converter writes in place: into a folder of another name first, so that a part is never taken for the whole.
-    partial = target.with_name(f"{target.name}.incomplete")
+    # The converter is sound only where the copy comes to lie beside the original: in a folder of links to it, which
+    # becomes the data set when whole.
+    scratch = base / f"incomplete.{builder.info.name}"
+    partial = scratch / builder.info.full_name
     try:
         with writing(target):
-            partial.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+            partial.mkdir(parents=True)
+            originals = [path for path in source.iterdir() if path.is_file()]
+            for path in originals:
+                if path.suffix in (".json", ".txt"):
+                    shutil.copy(path, partial)
+                else:
+                    (partial / path.name).symlink_to(path.absolute())
             convert_format_utils.convert_dataset(
-                out_dir=partial,
-                out_file_format="array_record",
-                dataset_version_dir=source,
-                num_workers=os.cpu_count() or 1,
+                out_dir=None, out_file_format="array_record", dataset_version_dir=str(partial), num_workers=1
             )
+            for path in partial.iterdir():
+                if path.is_symlink():
+                    path.unlink()
+            info = json.loads((partial / "dataset_info.json").read_text())
+            info["fileFormat"] = "array_record"
+            info.pop("alternativeFileFormats", None)
+            (partial / "dataset_info.json").write_text(json.dumps(info, indent=2))
+            target.parent.mkdir(parents=True, exist_ok=True)
             partial.rename(target)
+            shutil.rmtree(scratch)
+    except ValueError as error:
+        raise UserError(f"{source} cannot be converted: {' '.join(str(error).split())[:300]}") from None
     except ImportError:
         raise UserError(_NEEDS_CONVERTER) from None
     return target
 
 
-_NEEDS_CONVERTER = "tfds's converter needs TensorFlow and Apache Beam (reading does not): pip install tensorflow apache-beam, then try again"
+_NEEDS_CONVERTER = (
+    "tfds's converter needs TensorFlow and Apache Beam (reading afterwards does not): "
+    "pip install tensorflow apache-beam, then try again"
+)
 _NEEDS_TENSORFLOW = (
     "tfds needs TensorFlow to prepare this data set (not to read it afterwards): pip install tensorflow, then try again"
 )

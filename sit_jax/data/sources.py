@@ -91,6 +91,8 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         name = f"{self._name}, example {index}"
         try:
             record = self._records[int(index)]
