@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.model.stage_blocks = (1, 1, 1, 11)
     config.model.keep_ratio = 0.5
     config.init = "teacher"
-    config.epochs = 8
+    config.epochs = 4
     config.batch_size = 64
     config.eval_batch_size = 120
     config.eval_every_epochs = 2
