@@ -10,9 +10,8 @@ from sit_jax.config import (
     LossConfig,
     MixConfig,
     OptimConfig,
-    defaults,
-    model_section,
 )
+from sit_jax.config_dict import defaults, model_section
 from sit_jax.models.architecture import Architecture
 
 TEACHER = Architecture(

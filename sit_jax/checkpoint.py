@@ -113,7 +113,7 @@ def load_variables(
     """
     if not (workdir / FOLDER).is_dir():
         raise RunError(f"{workdir} holds no checkpoint")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
     with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
         if checkpointer.latest is None:

@@ -46,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run; made if missing")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
+    _add_processes(train)
     evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run's checkpoint over its evaluation split")
     evaluate.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
     evaluate.add_argument("--ema", action="store_true", help="the moving average of the weights")
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", help="another split")
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+    _add_processes(evaluate)
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
@@ -92,6 +95,21 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Any value of the configuration: --config.KEY=VALUE, such as --config.optim.lr=1e-3"
 
 
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many processes", "Found out on Cloud TPU, under SLURM and under Open MPI.")
+    group.add_argument("--coordinator", default="", help="host:port of process 0")
+    group.add_argument("--num_processes", type=_positive, default=0, help="processes in all")
+    group.add_argument("--process_id", type=int, default=-1, help="this process, from 0")
+
+
+def _join(arguments: argparse.Namespace) -> bool:
+    """Joins the other processes; whether this is the one that writes and prints."""
+    from sit_jax.distributed import Processes, initialize, is_first
+
+    initialize(Processes(arguments.coordinator, arguments.num_processes, arguments.process_id))
+    return is_first()
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -109,16 +127,24 @@ def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.A
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     _quiet_libraries()
+    first = _join(arguments)
     from sit_jax.analysis.report import print_summary, summarize
-    from sit_jax.run import run
+    from sit_jax.run import print_sharding, run
 
+    if arguments.print_sharding:
+        print_sharding(config)
+        return
     run(config, arguments.workdir, arguments.resume, label="student" if config.teacher else "model")
-    print_summary(summarize(arguments.workdir))
+    summary = summarize(arguments.workdir)
+    if not first:
+        return
+    print_summary(summary)
     print(f"Written: {arguments.workdir / 'summary.json'}, curves.png and the checkpoints beside it")
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     _quiet_libraries()
+    first = _join(arguments)
     import dataclasses
 
     from sit_jax.run import evaluate_run
@@ -128,6 +154,8 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     data = dataclasses.replace(read_config(arguments.workdir).data, **changes)
     result = evaluate_run(arguments.workdir, arguments.ema, arguments.step, data)
+    if not first:
+        return
     if arguments.json:
         print(json.dumps(result))
         return
@@ -166,10 +194,9 @@ def _data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     _quiet_libraries()
     from sit_jax.data.show import draw_examples
-    from sit_jax.data.sources import open_source
+    from sit_jax.run import settle_classes
 
-    config = config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
-    count = draw_examples(config, arguments.output, arguments.count, arguments.step)
+    count = draw_examples(settle_classes(config), arguments.output, arguments.count, arguments.step)
     print(f"Written: {arguments.output} ({count} pictures)")
 
 
@@ -243,16 +270,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    from sit_jax.config import from_config_dict
+    from sit_jax.config_dict import from_config_dict, with_defaults
 
     # `page.py:argument` hands the argument on to the page's get_config.
     file = path if path.endswith(".py") else path.rpartition(":")[0] or path
     if not pathlib.Path(file).is_file():
         raise ConfigError(f"--config: there is no file {file}")
-    values = flags.FlagValues()
-    words = ["sit", f"--config={path}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
     try:
+        # First the page by itself, then the words over it and all that it leaves to defaults.
+        page = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=page, sys_argv=["sit"])
+        page(["sit", f"--config={path}"])
+        values = flags.FlagValues()
+        words = ["sit", *overrides]
+        config_flags.DEFINE_config_dict("config", with_defaults(page.config), flag_values=values, sys_argv=words)
         values(words)
         config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -5,13 +5,10 @@ door, by `from_config_dict`. Everything behind the door can trust its values.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
-from ml_collections import ConfigDict
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sit_jax.data.config import STRICT as STRICT
@@ -22,7 +19,11 @@ from sit_jax.data.config import MixConfig as MixConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
-from sit_jax.models.variants import get_architecture
+
+
+def _require(condition: bool, field: str, problem: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: {problem}")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -139,6 +140,27 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeshConfig:
+    """How the devices are arranged; one of the sizes may be -1, the rest.
+
+    Attributes:
+        data: Groups of devices that hold copies of the weights and split the batch.
+        fsdp: Devices that split the batch and every large array of the state and the teachers.
+        tensor: Devices that split attention heads and the MLPs' hidden units.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, name, f"must be at least 1, or -1 for the rest, is {size}")
+        _require(list(sizes.values()).count(-1) <= 1, "data", "only one of data, fsdp and tensor can be -1, the rest")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
     """When checkpoints are written, and how many stay. The last step's is always written.
 
@@ -184,6 +206,7 @@ class Config:
         loss: Weights of the loss terms.
         teacher: The un-slimmed teacher, if any.
         cnn_teacher: The convolutional teacher of the distillation token, if any.
+        mesh: How the devices are arranged.
         checkpoint: When checkpoints are written.
         log: What is written down.
     """
@@ -202,6 +225,7 @@ class Config:
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig | None = None
     cnn_teacher: TeacherConfig | None = None
+    mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
@@ -247,6 +271,12 @@ class Config:
         )
 
     @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers that there are, by the name of their section."""
+        both = {"teacher": self.teacher, "cnn_teacher": self.cnn_teacher}
+        return {name: teacher for name, teacher in both.items() if teacher is not None}
+
+    @property
     def grid_size(self) -> int:
         """Patches along a side of the transformer's picture."""
         arch = self.model.architecture
@@ -281,98 +311,8 @@ class Config:
         )
 
 
-def named_model(name: str, **overrides: Any) -> ConfigDict:
-    """The `model` section of a ConfigDict for a named variant, every field spelled out so that each can be overridden.
-
-    Raises:
-        ConfigError: Unknown name or field, or an impossible combination.
-    """
-    compute = {key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "scan") if key in overrides}
-    return model_section(get_architecture(name, **overrides), name=name, **compute)
-
-
-def model_section(architecture: Architecture | RegNetArchitecture, **compute: Any) -> ConfigDict:
-    """The `model` section of a ConfigDict for any architecture."""
-    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name != "architecture"}
-    return ConfigDict({**fields, **dataclasses.asdict(architecture), **compute})
-
-
-def defaults(section: type) -> ConfigDict:
-    """A ConfigDict of a section's defaults, for configs to write their differences into."""
-    return ConfigDict({f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING})
-
-
-def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
-    """Checks a ConfigDict and freezes it.
-
-    Raises:
-        ConfigError: An unknown key, a value of the wrong type or out of range, or values that contradict each other;
-            the message begins with the key.
-    """
-    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    for section in ("model", "teacher", "cnn_teacher"):
-        holder = values if section == "model" else values.get(section)
-        if isinstance(holder, dict) and isinstance(holder.get("model"), dict):
-            holder["model"] = _split_model(holder["model"])
-    try:
-        return _ADAPTER.validate_python(values)
-    except ValidationError as error:
-        raise ConfigError(_describe(error)) from None
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON values, architecture fields standing in the model sections; the inverse of
-    `from_config_dict`."""
-    values = _ADAPTER.dump_python(config, mode="json")
-    for holder in (values, values["teacher"], values["cnn_teacher"]):
-        if holder is not None:
-            holder["model"].update(holder["model"].pop("architecture"))
-    return values
-
-
-_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
-
-
-def _split_model(section: dict[str, Any]) -> dict[str, Any]:
-    own = {field.name for field in dataclasses.fields(ModelConfig)} - {"architecture"}
-    split = {key: value for key, value in section.items() if key in own}
-    shape = {key: value for key, value in section.items() if key not in own}
-    split["architecture"] = {"family": "vit", **shape}
-    return split
-
-
-def _describe(error: ValidationError) -> str:
-    """One line for all that is wrong: `optim.lrr: there is no such key; did you mean lr?`."""
-    lines = []
-    for problem in error.errors():
-        parts = [str(p) for p in problem["loc"] if str(p) not in ("architecture", "vit", "regnet")]
-        key = ".".join(parts)
-        match problem["type"]:
-            case "unexpected_keyword_argument":
-                lines.append(f"{key}: there is no such key{_hint(parts)}")
-            case "value_error":
-                message = str(problem["ctx"]["error"])
-                lines.append(f"{key}.{message}" if key else message)
-            case _:
-                lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, is {problem['input']!r}")
-    return "; ".join(dict.fromkeys(lines))
-
-
-def _hint(parts: list[str]) -> str:
-    models = (Config, ModelConfig, Architecture, OptimConfig, LossConfig, TeacherConfig)
-    others = (DataConfig, AugmentConfig, MixConfig, CheckpointConfig, LogConfig)
-    names = {field.name for section in (*models, *others) for field in dataclasses.fields(section)}
-    close = difflib.get_close_matches(parts[-1], names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _check_training(epochs: int, batch_size: int, optim: OptimConfig) -> None:
     problem = f"{batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
     _require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
     problem = f"{optim.warmup_epochs} must be below epochs, {epochs}"
     _require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise ConfigError(f"{field}: {problem}")

@@ -43,13 +43,23 @@ def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalM
 class MetricWriter:
     """Writes metrics as JSON lines (`metrics.jsonl`) and, where wanted, as TensorBoard events."""
 
-    def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0) -> None:
-        """Opens the files; lines of steps after `resume_step`, from a run that was cut off, are dropped."""
+    def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0, quiet: bool = False) -> None:
+        """Opens the files; lines of steps after `resume_step`, from a run that was cut off, are dropped.
+
+        Args:
+            workdir: The run's folder.
+            tensorboard: Whether to write events.
+            resume_step: The step that the run goes on from.
+            quiet: Write nothing at all: another process does.
+        """
+        self._file: Any = None
+        self._board: Any = None
+        if quiet:
+            return
         self._path = workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("a")
-        self._board: Any = None
         if tensorboard:
             from tensorboardX import SummaryWriter  # Takes a while to import, and not every run wants it.
 
@@ -61,7 +71,8 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 
@@ -73,6 +84,8 @@ class MetricWriter:
             kind: `train` or `eval`.
             values: Name -> value.
         """
+        if self._file is None:
+            return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()

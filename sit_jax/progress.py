@@ -12,15 +12,16 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress:
     """Shows steps done, loss, images per second and time left, on standard error."""
 
-    def __init__(self, label: str, total: int, start: int, batch_size: int) -> None:
-        """Starts at step `start` of `total`."""
+    def __init__(self, label: str, total: int, start: int, batch_size: int, quiet: bool = False) -> None:
+        """Starts at step `start` of `total`; shows nothing where `quiet`."""
+        self._quiet = quiet
         self._label, self._batch_size = label, batch_size
         self._total, self._start, self._step = total, start, start
         self._last_line = time.monotonic()
         self._begun: float | None = None
         self._skipped = 0
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             self._bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, leave=True)
 
     def __enter__(self) -> "Progress":
@@ -32,6 +33,8 @@ class Progress:
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows a step's metrics."""
+        if self._quiet:
+            return
         if self._begun is None:
             # The first step compiles; counting it would spoil the rate for minutes.
             self._begun, self._start = time.monotonic(), step
@@ -55,6 +58,8 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Prints a line without breaking the bar."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.write(f"{self._label}: {text}", file=sys.stderr)
         else:

@@ -13,9 +13,8 @@ from sit_jax.config import (
     LossConfig,
     MixConfig,
     OptimConfig,
-    defaults,
-    named_model,
 )
+from sit_jax.config_dict import defaults, named_model
 
 
 def imagenet(batch_size: int = 1024) -> ConfigDict:

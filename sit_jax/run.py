@@ -1,5 +1,6 @@
 """A run from its first weights to its last checkpoint: the only place where training has side effects."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -11,7 +12,7 @@ import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from sit_jax import sharding, workdir
+from sit_jax import distributed, sharding, workdir
 from sit_jax.checkpoint import Checkpoints, load_variables
 from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
@@ -45,28 +46,63 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
         ConfigError: Values that do not fit the data or the devices.
         RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
     """
-    config = config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
-    mesh = sharding.make_mesh()
-    sharding.check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
-    sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    config = settle_classes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config)
     # Whatever may be wrong with the inputs shows before the folder is this run's.
     data = TrainData(config)
     check_classes(config, open_source(config.data, config.data.eval_split))
     _check_runs(config)
-    workdir.claim(folder, config, resume)
+    distributed.on_first(lambda: workdir.claim(folder, config, resume))
     teachers = {
         name: _teacher_variables(config, teacher, folder / name, mesh, name)
-        for name, teacher in (("teacher", config.teacher), ("cnn_teacher", config.cnn_teacher))
-        if teacher is not None
+        for name, teacher in config.teachers.items()
     }
     task = make_task(config, data.steps_per_epoch)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
         state = _first_state(task, checkpoints, mesh, teachers)
         evaluator = _make_evaluator(task, mesh)
-        if checkpoints.latest_step is None:
+        if checkpoints.latest_step is None and distributed.is_first():
             _print_overview(label, state)
         needed = {name: teachers[name] for name in ("teacher", "cnn_teacher") if getattr(task, name) is not None}
         return train_loop(task, state, needed, data, mesh, checkpoints, evaluator, folder, label)
+
+
+def settle_classes(config: Config) -> Config:
+    """The configuration with the data set's number of classes wherever a model leaves it open.
+
+    Raises:
+        UserError: The data cannot be opened.
+    """
+    models = [config.model, *(teacher.model for teacher in config.teachers.values())]
+    if all(model.architecture.num_classes for model in models):
+        return config
+    return config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
+
+
+def print_sharding(config: Config) -> None:
+    """Prints where every array of a run's training state would lie on this machine's devices.
+
+    Raises:
+        UserError: The data cannot be opened.
+        ConfigError: The mesh does not fit the devices, or a batch or the heads do not fit the mesh.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    config = settle_classes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config)
+    table = Table(title="Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()), box=None)
+    for heading in ("array", "shape", "split along", "MiB per device"):
+        table.add_column(heading, justify="right" if heading.startswith("MiB") else "left", overflow="fold")
+    total = 0.0
+    for entry in sharding.placements(mesh, abstract_state(make_task(config, steps_per_epoch=1))):
+        total += entry.mib
+        split = " x ".join(str(axis or "-") for axis in entry.spec) or "-"
+        table.add_row(entry.name, " x ".join(map(str, entry.shape)), split, f"{entry.mib:.3f}")
+    table.add_row("all", "", "", f"{total:.3f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def train_loop(
@@ -91,12 +127,12 @@ def train_loop(
     total = (config.epochs + config.optim.cooldown_epochs) * epoch
     start = int(state.step)
     step_fn = make_train_step(task, mesh)
-    batches = data.batches(start)
     window: list[dict[str, float]] = []
     evaluation: dict[str, float] = {}
     with (
-        MetricWriter(folder, config.log.tensorboard, start) as writer,
-        Progress(label, total, start, config.batch_size) as progress,
+        contextlib.closing(data.batches(start)) as batches,
+        MetricWriter(folder, config.log.tensorboard, start, quiet=not distributed.is_first()) as writer,
+        Progress(label, total, start, config.batch_size, quiet=not distributed.is_first()) as progress,
     ):
         pending: tuple[int, Any] | None = None
 
@@ -173,7 +209,7 @@ def evaluate_run(
     source = open_source(config.data, config.data.eval_split)
     check_classes(config, source)
     model = build_model(config.model.architecture, dtype=config.model.dtype)
-    variables = jax.device_put(variables, sharding.replicated(mesh))
+    variables = sharding.place(variables, sharding.state_shardings(mesh, variables))
     return evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh)
 
 
@@ -222,16 +258,14 @@ def _teacher_variables(config: Config, teacher: TeacherConfig, folder: pathlib.P
     if not teacher.run:
         run(config.teacher_run(teacher), folder, resume=True, label=label)
     _, variables = trained_variables(source)
-    return jax.device_put(variables, sharding.replicated(mesh))
+    return sharding.place(variables, sharding.state_shardings(mesh, variables))
 
 
 def _check_runs(config: Config) -> None:
     """Raises a UserError where a run that the configuration names is not there, or holds another teacher."""
     if config.init not in ("teacher", "random"):
         workdir.read_config(pathlib.Path(config.init))
-    for label, teacher in (("teacher", config.teacher), ("cnn_teacher", config.cnn_teacher)):
-        if teacher is None:
-            continue
+    for label, teacher in config.teachers.items():
         if not teacher.run:
             _check_runs(config.teacher_run(teacher))
         elif workdir.read_config(pathlib.Path(teacher.run)).model.architecture != teacher.model.architecture:

@@ -5,14 +5,15 @@ import pathlib
 from typing import Any
 
 from sit_jax.checkpoint import FOLDER
-from sit_jax.config import Config, from_config_dict, to_dict
+from sit_jax.config import Config
+from sit_jax.config_dict import from_config_dict, to_dict
 from sit_jax.errors import RunError
 
 CONFIG = "config.json"
 SUMMARY = "summary.json"
 
 # What may differ between a run and its continuation.
-_FREE = ("log", "checkpoint", "data.data_dir")
+_FREE = ("log", "checkpoint", "mesh", "data.data_dir", "data.workers", "data.threads")
 
 
 def claim(workdir: pathlib.Path, config: Config, resume: bool) -> None:

@@ -1,9 +1,13 @@
 """Strict tests: eight virtual devices and no silent rank promotion; pyproject.toml adds shapes and warnings."""
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile the same steps again and again, in several processes: they share what is compiled, also from run to run.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(".pytest_cache/jax").absolute())
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 import pytest

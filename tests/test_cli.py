@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from sit_jax import cli
-from sit_jax.config import from_config_dict, to_dict
+from sit_jax.config_dict import from_config_dict, to_dict
 from sit_jax.errors import ConfigError
 from sit_jax.models.variants import VARIANTS
 

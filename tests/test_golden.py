@@ -90,7 +90,7 @@ def trajectory(name: str) -> Trajectory:
     """Runs the golden steps; the weights after each one in the original's layout."""
     golden = golden_files.load(name)
     task = make_task(golden_files.config(golden), steps_per_epoch=1)
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     step = make_train_step(task, mesh)
     state = initial_state(name, task)
     metrics, states = [], []

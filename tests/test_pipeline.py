@@ -48,7 +48,7 @@ def config(folder: pathlib.Path, augment: AugmentConfig = VARIED, **data: Any) -
 def take(data: TrainData, count: int, start: int = 0) -> list[dict[str, np.ndarray]]:
     stream = data.batches(start)
     batches = list(itertools.islice(stream, count))
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     return batches
 
 
@@ -106,6 +106,14 @@ def test_workers_and_threads_change_nothing(folder: pathlib.Path) -> None:
     assert_equal(take(TrainData(config(folder, threads=4), Hosts()), 6), alone)
     assert_equal(take(TrainData(config(folder, workers=2, threads=1), Hosts()), 6), alone)
     assert_equal(take(TrainData(config(folder, workers=3, threads=1), Hosts()), 2, start=4), alone[4:])
+
+
+def test_tfds_sources_travel_to_workers(digits_dir: str) -> None:
+    def batches(workers: int) -> list[dict[str, np.ndarray]]:
+        section = DataConfig(data_dir=digits_dir, workers=workers, threads=1)
+        return take(TrainData(tiny.config(batch_size=64, data=section), Hosts()), 3)
+
+    assert_equal(batches(1), batches(0))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

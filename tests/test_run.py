@@ -22,9 +22,9 @@ from sit_jax.config import (
     ModelConfig,
     OptimConfig,
     TeacherConfig,
-    to_dict,
 )
 from sit_jax.config import LossConfig as Loss
+from sit_jax.config_dict import to_dict
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import read_metrics
@@ -94,7 +94,7 @@ def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
     batches = [
         {"image": images[i : i + 8], "label": labels[i : i + 8], "mask": mask[i : i + 8]} for i in range(0, 40, 8)
     ]
-    mesh = make_mesh(jax.devices()[:1])
+    mesh = make_mesh(devices=jax.devices()[:1])
     result = evaluate(make_eval_step(model, config.data), variables, batches, mesh)
     normalised = (images[:33] / 255 - np.mean(config.data.mean)) / np.mean(config.data.std)
     logits = np.asarray(model.apply(variables, jax.numpy.asarray(normalised, np.float32))[0], np.float64)

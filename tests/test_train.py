@@ -25,7 +25,7 @@ def teacher_variables(mesh: Any) -> dict[str, Any]:
 
 def steps(config: Config, devices: int, count: int) -> tuple[list[dict[str, float]], TrainState, Any, Task]:
     """Runs some steps from the teacher's weights; also returns the jitted step."""
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     task = make_task(config, steps_per_epoch=10)
     teacher = teacher_variables(mesh)
     state = init_state(task, mesh, teacher)
@@ -65,7 +65,7 @@ def test_no_recompilation_and_falling_loss(one_device: Any) -> None:
 
 
 def test_teacher_stays_bit_for_bit() -> None:
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     task = make_task(tiny.config(), steps_per_epoch=10)
     teacher = teacher_variables(mesh)
     before = jax.tree.map(np.array, teacher)
@@ -93,7 +93,7 @@ def test_accumulation_equals_the_large_batch() -> None:
             teacher=TeacherConfig(model=ModelConfig(architecture=teacher)),
             optim=OptimConfig(lr=1e-3, accumulate_steps=parts, eps=1e-3),
         )
-        mesh = sharding.make_mesh(jax.devices()[:2])
+        mesh = sharding.make_mesh(devices=jax.devices()[:2])
         task = make_task(config, steps_per_epoch=10)
         variables = build_model(teacher).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))
         variables = jax.device_put(variables, sharding.replicated(mesh))
@@ -108,7 +108,7 @@ def test_accumulation_equals_the_large_batch() -> None:
 def test_terms_that_are_off_leave_no_trace() -> None:
     task = make_task(tiny.config(loss=LossConfig()), steps_per_epoch=10)
     assert (task.teacher, task.reverse) == (None, None)
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     state, metrics = make_train_step(task, mesh)(init_state(task, mesh), tiny.batch(16), {})
     assert set(state.params) == {"model"}
     assert metrics["loss"] == metrics["classification"]
@@ -118,7 +118,7 @@ def test_cnn_teacher_trains_the_distillation_token() -> None:
     arch = dataclasses.replace(tiny.STUDENT, distillation_token=True)
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN))
     config = tiny.config(dataclasses.replace(tiny.FRD, hard=1.0), arch, cnn_teacher=cnn)
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     task = make_task(config, steps_per_epoch=10)
     images = jnp.zeros((1, 32, 32, 1))
     teachers = {
@@ -144,7 +144,7 @@ def test_batch_that_does_not_divide() -> None:
 
 def test_moving_average() -> None:
     config = tiny.config(loss=LossConfig(), optim=OptimConfig(lr=1e-2, ema_decay=0.25))
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     task = make_task(config, steps_per_epoch=10)
     state, step = init_state(task, mesh), make_train_step(task, mesh)
     average = np.array(state.params["model"]["head"]["kernel"])

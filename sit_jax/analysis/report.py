@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sit_jax import run, workdir
+from sit_jax import distributed, run, workdir
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.slimming_maps import draw_slimming
@@ -60,6 +60,8 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         summary["gmac_ratio"] = teacher["gmac"] / student["gmac"]
         summary["speedup"] = student["images_per_s"] / teacher["images_per_s"]
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
+    if not distributed.is_first():
+        return summary
     workdir.write_json(folder / workdir.SUMMARY, summary)
     draw_curves(folder, folders)
     _draw_examples(folder, config, variables, pixels, images, source.class_names)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import grain
@@ -18,6 +18,8 @@ from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ConfigError, RunError, UserError
 
 HostBatch = dict[str, np.ndarray]
+# Closing it ends the readers.
+Stream = Generator[HostBatch, None, None]
 
 # Positions in the endless stream; more than any run reaches.
 _ENDLESS = 2**50
@@ -94,7 +96,7 @@ class TrainData:
             .random_map(TrainExamples(self.source, order, transform, maps, skip))
         )
 
-    def batches(self, start_step: int = 0) -> Iterator[HostBatch]:
+    def batches(self, start_step: int = 0) -> Stream:
         """The endless stream of this process's share of the batches, from a step on; readers run ahead of it.
 
         Each holds uint8 `image` (share, height, width, channels), int32 `label` (share,), `crop` and `flipped` (see
@@ -110,7 +112,7 @@ class TrainData:
         return read_ahead(mine, self._workers, self._threads)
 
 
-def eval_batches(config: Config, source: Source, hosts: Hosts | None = None) -> Iterator[HostBatch]:
+def eval_batches(config: Config, source: Source, hosts: Hosts | None = None) -> Stream:
     """This process's share of the whole evaluation split, once and in order.
 
     Every process yields as many batches. `mask` is 0 on examples that fill up the last ones, and on broken pictures
@@ -132,7 +134,7 @@ def eval_batches(config: Config, source: Source, hosts: Hosts | None = None) -> 
     return read_ahead(batches[hosts.index :: hosts.count], config.data.workers, config.data.threads)
 
 
-def read_ahead(batches: Any, workers: int, threads: int) -> Iterator[HostBatch]:
+def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
     """Iterates over a Grain data set of batches with readers running ahead.
 
     Args:

@@ -1,0 +1,140 @@
+"""Configurations as `ml_collections.ConfigDict`s: how the pages in `configs/` write them, and how they are read."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from pydantic import TypeAdapter, ValidationError
+
+from sit_jax.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    MeshConfig,
+    MixConfig,
+    ModelConfig,
+    OptimConfig,
+    TeacherConfig,
+)
+from sit_jax.errors import ConfigError
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.variants import get_architecture
+
+_SECTIONS = {
+    "data": DataConfig,
+    "augment": AugmentConfig,
+    "mix": MixConfig,
+    "optim": OptimConfig,
+    "loss": LossConfig,
+    "mesh": MeshConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
+
+
+def named_model(name: str, **overrides: Any) -> ConfigDict:
+    """The `model` section of a ConfigDict for a named variant, every field spelled out so that each can be overridden.
+
+    Raises:
+        ConfigError: Unknown name or field, or an impossible combination.
+    """
+    compute = {key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "scan") if key in overrides}
+    return model_section(get_architecture(name, **overrides), name=name, **compute)
+
+
+def model_section(architecture: Architecture | RegNetArchitecture, **compute: Any) -> ConfigDict:
+    """The `model` section of a ConfigDict for any architecture."""
+    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name != "architecture"}
+    return ConfigDict({**fields, **dataclasses.asdict(architecture), **compute})
+
+
+def defaults(section: type) -> ConfigDict:
+    """A ConfigDict of a section's defaults, for configs to write their differences into."""
+    return ConfigDict({f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING})
+
+
+def with_defaults(config: ConfigDict) -> ConfigDict:
+    """The same configuration with every key that it leaves to its default written out, so that each can be overridden
+    on the command line."""
+    filled = ConfigDict(config.to_dict())
+    for name, section in _SECTIONS.items():
+        filled[name] = ConfigDict({**defaults(section).to_dict(), **filled.get(name, ConfigDict()).to_dict()})
+    for name in ("teacher", "cnn_teacher"):
+        teacher = filled.get(name)
+        if teacher is not None:
+            optim = {**defaults(OptimConfig).to_dict(), **teacher.get("optim", ConfigDict()).to_dict()}
+            filled[name] = ConfigDict({**defaults(TeacherConfig).to_dict(), **teacher.to_dict(), "optim": optim})
+    for key, value in defaults(Config).items():
+        if key not in filled:
+            filled[key] = value
+    return filled
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, Any]) -> Config:
+    """Checks a ConfigDict and freezes it.
+
+    Raises:
+        ConfigError: An unknown key, a value of the wrong type or out of range, or values that contradict each other;
+            the message begins with the key.
+    """
+    values = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    for section in ("model", "teacher", "cnn_teacher"):
+        holder = values if section == "model" else values.get(section)
+        if isinstance(holder, dict) and isinstance(holder.get("model"), dict):
+            holder["model"] = _split_model(holder["model"])
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(_describe(error)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values, architecture fields standing in the model sections; the inverse of
+    `from_config_dict`."""
+    values = _ADAPTER.dump_python(config, mode="json")
+    for holder in (values, values["teacher"], values["cnn_teacher"]):
+        if holder is not None:
+            holder["model"].update(holder["model"].pop("architecture"))
+    return values
+
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def _split_model(section: dict[str, Any]) -> dict[str, Any]:
+    own = {field.name for field in dataclasses.fields(ModelConfig)} - {"architecture"}
+    split = {key: value for key, value in section.items() if key in own}
+    shape = {key: value for key, value in section.items() if key not in own}
+    split["architecture"] = {"family": "vit", **shape}
+    return split
+
+
+def _describe(error: ValidationError) -> str:
+    """One line for all that is wrong: `optim.lrr: there is no such key; did you mean lr?`."""
+    lines = []
+    for problem in error.errors():
+        parts = [str(p) for p in problem["loc"] if str(p) not in ("architecture", "vit", "regnet")]
+        key = ".".join(parts)
+        match problem["type"]:
+            case "unexpected_keyword_argument":
+                lines.append(f"{key}: there is no such key{_hint(parts)}")
+            case "value_error":
+                message = str(problem["ctx"]["error"])
+                lines.append(f"{key}.{message}" if key else message)
+            case _:
+                lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, is {problem['input']!r}")
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _hint(parts: list[str]) -> str:
+    models = (Config, ModelConfig, Architecture, OptimConfig, LossConfig, TeacherConfig)
+    others = (DataConfig, AugmentConfig, MixConfig, MeshConfig, CheckpointConfig, LogConfig)
+    names = {field.name for section in (*models, *others) for field in dataclasses.fields(section)}
+    close = difflib.get_close_matches(parts[-1], names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

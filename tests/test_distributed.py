@@ -1,0 +1,178 @@
+"""Real processes that find one another, miss one another, and train together."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from sit_jax import cli, distributed
+from sit_jax.distributed import Processes, call_the_roll, launcher
+from sit_jax.errors import ConfigError, RunError
+
+SMALL = {
+    "model.dim": 16,
+    "teacher.model.dim": 16,
+    "model.num_heads": 2,
+    "teacher.model.num_heads": 2,
+    "model.depth": 2,
+    "teacher.model.depth": 2,
+    "model.stage_blocks": "(1,1)",
+    "teacher.epochs": 1,
+    "epochs": 1,
+    "teacher.optim.warmup_epochs": 0.0,
+    "optim.warmup_epochs": 0.0,
+    "batch_size": 128,
+    "teacher.batch_size": 128,
+    "log.every_steps": 1,
+}
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def roll_call(count: int, present: list[int]) -> dict[int, str]:
+    """What each present process hears: nothing if all came."""
+    port, heard = free_port(), {}
+
+    def arrive(index: int) -> None:
+        try:
+            call_the_roll(Processes(f"localhost:{port}", count, index))
+            heard[index] = ""
+        except RunError as error:
+            heard[index] = str(error)
+
+    threads = [threading.Thread(target=arrive, args=(index,)) for index in present]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    return heard
+
+
+def test_all_arrive() -> None:
+    assert roll_call(4, [2, 0, 3, 1]) == {0: "", 1: "", 2: "", 3: ""}
+    call_the_roll(Processes("localhost:1", 1, 0))  # Nobody to wait for.
+
+
+def test_everyone_hears_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "ARRIVAL_TIMEOUT_S", 2.0)
+    heard = roll_call(5, [0, 2, 4])
+    assert set(heard) == {0, 2, 4}
+    assert all("process 1, 3 of 5 did not arrive within 2 s at localhost:" in text for text in heard.values())
+    (alone,) = roll_call(2, [1]).values()
+    assert alone.startswith("process 0 at localhost:")
+
+
+def test_strangers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "ARRIVAL_TIMEOUT_S", 4.0)
+    port, heard = free_port(), []
+
+    def first() -> None:
+        call_the_roll(Processes(f"localhost:{port}", 2, 0))
+        heard.append("all")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    for greeting in (b"GET / HTTP/1.1\r\n\r\n", b"sit_jax 7 2\n", b"sit_jax 1 3\n", b"\xff\xfe\n"):
+        for _ in range(50):
+            try:
+                with socket.create_connection(("localhost", port), timeout=2) as connection:
+                    connection.sendall(greeting)
+                break
+            except OSError:
+                threading.Event().wait(0.05)
+    assert heard == []
+    call_the_roll(Processes(f"localhost:{port}", 2, 1))
+    thread.join(timeout=10)
+    assert heard == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (("localhost:1", 0, -1), "give all three"),
+        (("", 2, 0), "give all three"),
+        (("localhost", 2, 0), "not of the form host:port"),
+        (("localhost:1", 2, 2), "must be below"),
+    ],
+)
+def test_flags_that_make_no_sense(fields: tuple[str, int, int], message: str, capsys: Any) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Processes(*fields)
+    words = [f"--coordinator={fields[0]}", f"--process_id={fields[2]}"] + (
+        [f"--num_processes={fields[1]}"] if fields[1] else []
+    )
+    assert cli.main(["evaluate", "--workdir", "none", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_launchers_are_told_by_their_variables() -> None:
+    assert launcher({}) == ""
+    assert launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == ""
+    assert launcher({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}) == "SLURM"
+    assert launcher({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
+    assert launcher({"TPU_WORKER_HOSTNAMES": "10.0.0.1"}) == ""
+    assert launcher({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}) == "Cloud TPU"
+
+
+def start(devices: int, *words: str) -> "subprocess.Popen[str]":
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sit_jax", *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tmp_path: pathlib.Path, digits_dir: str) -> None:
+    overrides = [f"--config.{key}={value}" for key, value in {**SMALL, "data.data_dir": digits_dir}.items()]
+    train = ["train", "--config", "configs/digits.py", *overrides]
+    port = free_port()
+    two = [
+        start(
+            4,
+            *train,
+            "--workdir",
+            str(tmp_path / "two"),
+            "--config.mesh.fsdp=2",
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={index}",
+        )
+        for index in range(2)
+    ]
+    printed = [process.communicate(timeout=600)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], printed
+    assert "process 1 of 2: 4 of 8 devices" in printed[1]
+    assert "Written: " in printed[0]
+    assert "Written: " not in printed[1]  # Only process 0 writes and tells.
+    one = start(8, *train, "--workdir", str(tmp_path / "one"))
+    text, _ = one.communicate(timeout=600)
+    assert one.returncode == 0, text
+    for part in ("", "teacher"):
+        lines = [
+            [json.loads(line) for line in (tmp_path / run / part / "metrics.jsonl").read_text().splitlines()]
+            for run in ("one", "two")
+        ]
+        assert len(lines[0]) == len(lines[1]) == 12
+        for mine, theirs in zip(*lines, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert lines[0][-1]["examples"] == lines[1][-1]["examples"] == 359
+    # What two processes wrote on another mesh, one opens.
+    again = start(1, "evaluate", "--workdir", str(tmp_path / "two"), "--json")
+    text, _ = again.communicate(timeout=600)
+    result = json.loads(text.strip().splitlines()[-1])
+    assert result["top1"] == pytest.approx(lines_top1(tmp_path / "two"))
+
+
+def lines_top1(run: pathlib.Path) -> float:
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return float(last["top1"])
