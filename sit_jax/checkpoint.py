@@ -1,11 +1,14 @@
 """Checkpoints through Orbax: written in the background, whole or not at all, read onto any mesh."""
 
 import pathlib
+import time
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from sit_jax import distributed
+from sit_jax.config import CheckpointConfig
 from sit_jax.errors import RunError
 from sit_jax.state import TrainState
 
@@ -95,6 +98,37 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._checkpointer.close()
+
+
+class Due:
+    """Decides when the next checkpoint is due."""
+
+    def __init__(self, config: CheckpointConfig, steps_per_epoch: int, check_every: int) -> None:
+        """Starts the clock.
+
+        Args:
+            config: What was asked for.
+            steps_per_epoch: Steps in an epoch.
+            check_every: Steps between two looks at process 0's clock.
+        """
+        self._config, self._epoch, self._check_every = config, steps_per_epoch, check_every
+        self._saved_at = time.monotonic()
+
+    def now(self, step: int) -> bool:
+        """Whether to save after this step; the same answer in all processes."""
+        config = self._config
+        epoch, rest = divmod(step, self._epoch)
+        by_epoch = config.every_epochs > 0 and rest == 0 and epoch % config.every_epochs == 0
+        by_step = config.every_steps > 0 and step % config.every_steps == 0
+        if by_epoch or by_step:
+            return True
+        if not config.every_minutes or step % self._check_every:
+            return False
+        return distributed.first_says(time.monotonic() - self._saved_at > 60 * config.every_minutes)
+
+    def saved(self) -> None:
+        """Starts the clock anew."""
+        self._saved_at = time.monotonic()
 
 
 def load_variables(

@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
-from sit_jax.errors import ConfigError, UserError
+from sit_jax.errors import ConfigError, StoppedError, UserError
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
 USER_ERROR = 2
+# What sysexits.h calls a temporary failure: whoever started the command may start it again, with --resume.
+STOPPED = 75
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 75 for a run that was told to end and can be
+    resumed, 130 when interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments, rest)
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
-        return USER_ERROR
+        return STOPPED if isinstance(error, StoppedError) else USER_ERROR
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -165,11 +165,15 @@ class CheckpointConfig:
     """When checkpoints are written, and how many stay. The last step's is always written.
 
     Attributes:
-        every_epochs: Epochs between two checkpoints.
+        every_epochs: Epochs between two checkpoints; 0 for none at the ends of epochs.
+        every_steps: Steps between two checkpoints; 0 for none.
+        every_minutes: Minutes after which another one is due; 0 for none.
         keep: The newest ones that stay; the best by accuracy stays besides.
     """
 
-    every_epochs: Count = 1
+    every_epochs: Annotated[int, Ge(0)] = 1
+    every_steps: Annotated[int, Ge(0)] = 0
+    every_minutes: NonNegative = 0.0
     keep: Count = 2
 
 

@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -170,6 +172,44 @@ def _report(processes: Processes, deadline: float) -> str:
 def is_first() -> bool:
     """Whether this is the process that writes."""
     return bool(jax.process_index() == 0)
+
+
+class StopSignal:
+    """Whether the run was told to end: SIGTERM here, or a preemption notice to any of the processes."""
+
+    def __init__(self) -> None:
+        self._told = False
+        self._former: Any = None
+
+    def __enter__(self) -> "StopSignal":
+        # Under jax.distributed its own handler is in place, which agrees with the others on a step.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._former = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._former is not None:
+            signal.signal(signal.SIGTERM, self._former)
+
+    def _tell(self, *_: object) -> None:
+        self._told = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and end after this step; the same answer in all processes."""
+        if jax.process_count() == 1:
+            return self._told
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+def first_says(value: bool) -> bool:
+    """What process 0 decided, in all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
 def on_first(work: Callable[[], None]) -> None:

@@ -15,3 +15,7 @@ class RunError(UserError, RuntimeError):
 
 class PictureError(UserError):
     """A picture cannot be read; the message names it and says why."""
+
+
+class StoppedError(RunError):
+    """A run was told to end (SIGTERM, or a notice that its machine will go), has saved its state and can be resumed."""

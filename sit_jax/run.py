@@ -13,11 +13,11 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from sit_jax import distributed, sharding, workdir
-from sit_jax.checkpoint import Checkpoints, load_variables
+from sit_jax.checkpoint import Checkpoints, Due, load_variables
 from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.sources import open_source
-from sit_jax.errors import ConfigError, RunError
+from sit_jax.errors import ConfigError, RunError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import MetricWriter, is_finite
 from sit_jax.models import HEADS, build_model
@@ -122,15 +122,18 @@ def train_loop(
 
     Raises:
         RunError: A loss or gradient that is not finite; the newest checkpoint is from before that step.
+        StoppedError: The run was told to end; the newest checkpoint is of the step that it got to.
     """
     config, epoch = task.config, data.steps_per_epoch
     total = (config.epochs + config.optim.cooldown_epochs) * epoch
     start = int(state.step)
     step_fn = make_train_step(task, mesh)
+    due = Due(config.checkpoint, epoch, config.log.every_steps)
     window: list[dict[str, float]] = []
     evaluation: dict[str, float] = {}
     with (
         contextlib.closing(data.batches(start)) as batches,
+        distributed.StopSignal() as stop,
         MetricWriter(folder, config.log.tensorboard, start, quiet=not distributed.is_first()) as writer,
         Progress(label, total, start, config.batch_size, quiet=not distributed.is_first()) as progress,
     ):
@@ -167,9 +170,13 @@ def train_loop(
                 scores = evaluation = evaluator(state)
                 writer.write(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
-            if last or (ends and step // epoch % config.checkpoint.every_epochs == 0):
+            stopped = stop.reached(step) and not last
+            if last or stopped or due.now(step):
                 settle()
                 checkpoints.save(state, scores)
+                due.saved()
+            if stopped:
+                raise StoppedError(f"told to end: saved after step {step} of {total}; go on with --resume")
     return evaluation or evaluator(state)
 
 
