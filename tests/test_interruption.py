@@ -1,7 +1,6 @@
 """Runs that are told to end, or killed outright, and go on as if nothing had happened."""
 
 import itertools
-import json
 import os
 import pathlib
 import random
@@ -91,9 +90,7 @@ def test_killed_at_random_moments(undisturbed: pathlib.Path, tmp_path: pathlib.P
         time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         text, _ = process.communicate(timeout=60)
-        lines = [
-            json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if line[-1:] == "}"
-        ]
+        lines = [line["step"] for line in read_metrics(run)]
         with Checkpoints(run) as checkpoints:
             latest = checkpoints.latest_step or 0
         # Saves are asynchronous: one may have been under way, the one before it was whole.
