@@ -290,14 +290,18 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
         values(words)
         config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(_override_problem(error)) from None
+        raise ConfigError(_override_problem(error, path)) from None
     except Exception as error:  # Whatever a user's own Python file does.
         raise ConfigError(f"--config: {path} raises {type(error).__name__}: {error}") from None
     return from_config_dict(config)
 
 
-def _override_problem(error: Exception) -> str:
+def _override_problem(error: Exception, path: str) -> str:
     text = str(error.args[0]) if error.args else str(error)
+    if "Traceback (most recent call last)" in text:
+        # ml_collections hands on the traceback of a page that raises; its last line says what is wrong.
+        problem = text.strip().splitlines()[-1].partition(": ")
+        return f"--config: {path}: {problem[2] or problem[0]}"
     # ml_collections nests one KeyError's text, quoted and escaped, in another's.
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "")
     return " ".join(text.split())[:400]

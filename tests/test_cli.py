@@ -66,3 +66,22 @@ def test_every_config_passes_the_door_and_returns(path: pathlib.Path) -> None:
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
     changed = cli.load_config(str(path), ["--config.optim.lr=0.5", "--config.seed=3"])
     assert (changed.optim.lr, changed.seed) == (0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("page", "message"),
+    [
+        ("configs/folder.py:65", "image_size: 65 does not divide by patch_size 16"),
+        ("configs/folder.py:big", "invalid literal for int"),
+        ("configs/imagenet_lvvit_tiny.py:scrach", "'scrach' is neither finetune nor scratch"),
+        ("configs/imagenet_deit_tiny_sit.py:0.6", "there is no model 'deit_tiny_sit_0.6'"),
+        ("configs/digits.py:7", "takes 0 positional arguments"),
+    ],
+)
+def test_arguments_that_a_page_does_not_take(page: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--config", page, "--workdir", "none"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"sit train: --config: {page}: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert "Traceback" not in error

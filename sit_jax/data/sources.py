@@ -129,7 +129,9 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 def _prepared(name: str, data_dir: str) -> Any:
     builder = find_builder(name, data_dir)
-    if not builder.is_prepared():
+    with quiet_tfds():
+        prepared = builder.is_prepared()
+    if not prepared:
         raise UserError(
             f"data.name: {name} is not prepared in {builder.data_path}; run: sit data prepare --name {name}"
             + (f" --data_dir {data_dir}" if data_dir else "")
@@ -188,6 +190,9 @@ def writing(place: object, key: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # Not the file system: a download that failed.
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{prefix}{place} cannot be prepared: {type(error).__name__}: {reason}") from None
         raise UserError(f"{prefix}{place} cannot be written: {error.strerror or error}") from None
     except RuntimeError as error:
         # The ArrayRecord writer is C++ and says so in its own way.
