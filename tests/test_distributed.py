@@ -3,10 +3,12 @@
 import json
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -171,6 +173,29 @@ def test_two_processes_train_what_one_trains(tmp_path: pathlib.Path, digits_dir:
     text, _ = again.communicate(timeout=600)
     result = json.loads(text.strip().splitlines()[-1])
     assert result["top1"] == pytest.approx(lines_top1(tmp_path / "two"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_ends_the_other(victim: int, tmp_path: pathlib.Path, digits_dir: str) -> None:
+    endless = {**SMALL, "data.data_dir": digits_dir, "teacher.epochs": 1000}
+    train = ["train", "--config", "configs/digits.py", *(f"--config.{key}={value}" for key, value in endless.items())]
+    together = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--workdir", str(tmp_path)]
+    two = [start(1, *train, *together, f"--process_id={index}") for index in range(2)]
+    metrics, deadline = tmp_path / "teacher" / "metrics.jsonl", time.monotonic() + 300
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    begun = time.monotonic()
+    two[victim].send_signal(signal.SIGKILL)
+    survivor = two[1 - victim]
+    try:
+        text, _ = survivor.communicate(timeout=60)
+    finally:
+        for process in two:
+            process.kill()
+            process.communicate()
+    assert survivor.returncode != 0, text
+    assert time.monotonic() - begun < 60
 
 
 def lines_top1(run: pathlib.Path) -> float:
