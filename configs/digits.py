@@ -6,9 +6,7 @@ from sit_jax.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
-    LogConfig,
     LossConfig,
-    MixConfig,
     OptimConfig,
 )
 from sit_jax.config_dict import defaults, model_section
@@ -27,12 +25,8 @@ def get_config() -> ConfigDict:
     config.augment = defaults(AugmentConfig)
     config.augment.max_rotation, config.augment.max_shift, config.augment.max_zoom = 8.0, 0.06, 0.1
 
-    config.mix = defaults(MixConfig)
-
     # The teacher, trained first.
     config.teacher = ConfigDict()
-    config.teacher.run = ""
-    config.teacher.init = "random"
     config.teacher.model = model_section(TEACHER, scan=True, remat=True)
     config.teacher.epochs = 40
     config.teacher.batch_size = 64
@@ -52,7 +46,6 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 120
     config.eval_every_epochs = 2
     config.checkpoint = defaults(CheckpointConfig)
-    config.log = defaults(LogConfig)
     config.checkpoint.every_epochs = 4
     config.optim = defaults(OptimConfig)
     config.optim.lr = 1e-3

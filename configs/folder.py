@@ -15,7 +15,6 @@ from sit_jax.config import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
-    LogConfig,
     LossConfig,
     MixConfig,
     OptimConfig,
@@ -43,8 +42,6 @@ def get_config(image_size: str = "224") -> ConfigDict:
     # The teacher, trained first. Zero classes: as many as the folder has.
     shape = Architecture(image_size=int(image_size), num_classes=0, stem="conv4", dim=192, depth=12, num_heads=3)
     config.teacher = ConfigDict()
-    config.teacher.run = ""
-    config.teacher.init = "random"
     config.teacher.model = model_section(shape)
     config.teacher.epochs = 30
     config.teacher.batch_size = 64
@@ -65,7 +62,6 @@ def get_config(image_size: str = "224") -> ConfigDict:
     config.eval_batch_size = 64
     config.eval_every_epochs = 2
     config.checkpoint = defaults(CheckpointConfig)
-    config.log = defaults(LogConfig)
     config.checkpoint.every_epochs = 2
     config.optim = defaults(OptimConfig)
     config.optim.lr = 5e-4

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,9 @@ from tqdm import tqdm
 
 from sit_jax.config import Config, DataConfig
 from sit_jax.data.label_maps import LabelMapWriter
-from sit_jax.data.loading import EvalExamples
-from sit_jax.data.pipeline import check_classes, read_ahead
+from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
-from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import UserError
 from sit_jax.models import build_model
 from sit_jax.run import trained_variables
@@ -47,15 +44,13 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     forward, grid = _dense_forward(config, variables)
     arch = config.model.architecture
     # The whole picture is labelled, whatever part of it training will crop.
-    whole = dataclasses.replace(config.data, resize="stretch")
+    whole = dataclasses.replace(config.data, resize="stretch", on_broken="skip")
+    batches = eval_batches(dataclasses.replace(config, data=whole), source, Hosts())
     size = config.eval_batch_size
-    total = -(-len(source) // size) * size
-    examples = EvalExamples(source, EvalTransform(whole, arch.image_size, arch.in_channels), True)
-    batches = grain.MapDataset.range(total).map(examples).batch(size, drop_remainder=True)
     top = min(top, arch.num_classes)
     writer = LabelMapWriter(output, len(source), grid, top, arch.num_classes)
     with tqdm(total=len(source), unit="pictures") as progress:
-        for number, batch in enumerate(read_ahead(batches, whole.workers, whole.threads)):
+        for number, batch in enumerate(batches):
             values, classes = jax.lax.top_k(forward(jnp.asarray(batch["image"])), top)
             start, count = number * size, min(size, len(source) - number * size)
             shape = (count, grid, grid, top)

@@ -7,9 +7,7 @@ from ml_collections import ConfigDict
 
 from sit_jax.config import (
     AugmentConfig,
-    CheckpointConfig,
     DataConfig,
-    LogConfig,
     LossConfig,
     MixConfig,
     OptimConfig,
@@ -37,8 +35,6 @@ def imagenet(batch_size: int = 1024) -> ConfigDict:
     config.batch_size = batch_size
     config.eval_batch_size = batch_size
     config.eval_every_epochs = 1
-    config.checkpoint = defaults(CheckpointConfig)
-    config.log = defaults(LogConfig)
     config.loss = defaults(LossConfig)
     config.loss.label_smoothing = 0.1
     return config

@@ -16,7 +16,7 @@ from sit_jax import distributed, sharding, workdir
 from sit_jax.checkpoint import Checkpoints, Due, load_variables
 from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
-from sit_jax.data.sources import open_source
+from sit_jax.data.sources import Source, open_source
 from sit_jax.errors import ConfigError, RunError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import MetricWriter, is_finite
@@ -51,7 +51,8 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
     sharding.check_mesh(mesh, config)
     # Whatever may be wrong with the inputs shows before the folder is this run's.
     data = TrainData(config)
-    check_classes(config, open_source(config.data, config.data.eval_split))
+    eval_source = open_source(config.data, config.data.eval_split)
+    check_classes(config, eval_source)
     _check_runs(config)
     distributed.on_first(lambda: workdir.claim(folder, config, resume))
     teachers = {
@@ -61,7 +62,7 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
     task = make_task(config, data.steps_per_epoch)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
         state = _first_state(task, checkpoints, mesh, teachers)
-        evaluator = _make_evaluator(task, mesh)
+        evaluator = _make_evaluator(task, eval_source, mesh)
         if checkpoints.latest_step is None and distributed.is_first():
             _print_overview(label, state)
         needed = {name: teachers[name] for name in ("teacher", "cnn_teacher") if getattr(task, name) is not None}
@@ -220,10 +221,8 @@ def evaluate_run(
     return evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh)
 
 
-def _make_evaluator(task: Task, mesh: Mesh) -> Evaluator:
+def _make_evaluator(task: Task, source: Source, mesh: Mesh) -> Evaluator:
     config = task.config
-    source = open_source(config.data, config.data.eval_split)
-    check_classes(config, source)
     step = make_eval_step(task.model, config.data)
 
     def evaluator(state: TrainState) -> dict[str, float]:

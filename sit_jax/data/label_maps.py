@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from sit_jax.data.sources import writing
 from sit_jax.errors import ConfigError, UserError
 
 _CLASSES, _VALUES, _ABOUT = "classes.npy", "values.npy", "about.json"
@@ -76,12 +77,10 @@ class LabelMapWriter:
             raise UserError(f"{folder} holds label maps already; choose another --output")
         shape = (examples, grid, grid, top)
         self._folder, self._about = folder, {"num_classes": num_classes, "grid": grid, "top": top}
-        try:
+        with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             self._classes = np.lib.format.open_memmap(folder / _CLASSES, mode="w+", dtype=np.uint16, shape=shape)
             self._values = np.lib.format.open_memmap(folder / _VALUES, mode="w+", dtype=np.float16, shape=shape)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from None
 
     def write(self, start: int, classes: np.ndarray, values: np.ndarray) -> None:
         """Stores the maps of some pictures, the first of which has the index `start`."""

@@ -10,7 +10,7 @@ import numpy as np
 from sit_jax.config import Config
 from sit_jax.data.device import prepare_batch
 from sit_jax.data.pipeline import Hosts, TrainData
-from sit_jax.errors import UserError
+from sit_jax.data.sources import writing
 
 _COLUMNS = 8
 
@@ -48,11 +48,9 @@ def draw_examples(config: Config, path: pathlib.Path, count: int, step: int = 0)
     for axis, picture, label in zip(axes.flat, pictures, labels, strict=False):
         axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
         axis.set_title(_title(label, data.source.class_names), fontsize=7)
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
     return len(pictures)
 
 
