@@ -87,6 +87,11 @@ def test_folders_that_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
         FolderSource(tmp_path / "nowhere", "train")
     with pytest.raises(UserError, match="holds no folder per class"):
         FolderSource(tmp_path, "train")
+    (tmp_path / "few" / "cat").mkdir(parents=True)
+    (tmp_path / "few" / "cat" / "1.png").write_bytes(malformed.PNG)
+    with pytest.raises(UserError, match=r"holds no pictures \(data.held_out 0.1 of each class is less than one\)"):
+        FolderSource(tmp_path / "few", "val")
+    shutil.rmtree(tmp_path / "few")
     with pytest.raises(ConfigError, match=r"^data.data_dir: must name the folder"):
         open_source(DataConfig(name="folder"), "train")
     pictures.make_folder(tmp_path, 1, "train", size=(8, 8))

@@ -67,7 +67,9 @@ class FolderSource:
         start, stop = (_bound(match[i], len(everything)) for i in (2, 3))
         self.files: Sequence[tuple[str, int]] = everything[start:stop]
         if not self.files:
-            raise UserError(f"split {split!r} of {root}: holds no pictures ({', '.join(sorted(SUFFIXES))})")
+            few = not has_splits and name != TRAIN and any(_pictures(self.base / x) for x in self.class_names)
+            why = f"data.held_out {held_out} of each class is less than one" if few else ", ".join(sorted(SUFFIXES))
+            raise UserError(f"split {split!r} of {root}: holds no pictures ({why})")
 
     def __len__(self) -> int:
         return len(self.files)
