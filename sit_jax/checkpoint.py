@@ -1,7 +1,12 @@
 """Checkpoints through Orbax: written in the background, whole or not at all, read onto any mesh."""
 
+import contextlib
+import logging
+import os
 import pathlib
+import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,7 +28,8 @@ class Checkpoints:
     """The checkpoints of one run: the newest ones and the best by evaluation accuracy.
 
     Each holds `model` (parameters and BatchNorm statistics), `ema` where there is one, and `training` (everything
-    else), apart from one another so that a model can be read without its optimizer.
+    else), apart from one another so that a model can be read without its optimizer; beside them the metrics, and what
+    it was told about itself: configuration, position in the data, mesh.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1) -> None:
@@ -36,6 +42,9 @@ class Checkpoints:
         best = _keep.BestN(
             get_metric_fn=lambda metrics: metrics.get(BEST_BY, -1.0), n=1, keep_checkpoints_without_metrics=False
         )
+        logger = logging.getLogger("absl")
+        if not any(isinstance(known, _SaidElsewhere) for known in logger.filters):
+            logger.addFilter(_SaidElsewhere())
         self._checkpointer = ocp.training.Checkpointer(
             (workdir / FOLDER).absolute(),
             save_decision_policy=_when.FixedIntervalPolicy(1),
@@ -61,11 +70,29 @@ class Checkpoints:
         scored = [(c.metrics[BEST_BY], -c.step) for c in self._checkpointer.checkpoints if c.metrics]
         return -max(scored)[1] if scored else None
 
-    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Starts writing the state; the arrays may be donated right after."""
+    def beaten_by(self, metrics: dict[str, float]) -> bool:
+        """Whether an evaluation is better than that of every checkpoint so far."""
+        best = max((c.metrics[BEST_BY] for c in self._checkpointer.checkpoints if c.metrics), default=-1.0)
+        return metrics.get(BEST_BY, -1.0) > best
+
+    def save(self, state: TrainState, metrics: dict[str, float], about: dict[str, Any] | None = None) -> None:
+        """Starts writing the state; the arrays may be donated right after.
+
+        Args:
+            state: The training state; a step that is already there is not written again.
+            metrics: Of the evaluation of this very state; empty without one.
+            about: JSON values that say what the state is of.
+
+        Raises:
+            RunError: This checkpoint or the one before could not be written.
+        """
         step = int(state.step)
-        if self.latest_step is None or step > self.latest_step:
-            self._checkpointer.save_checkpointables_async(step, _parts(state), metrics=metrics)
+        if self.latest_step is not None and step <= self.latest_step:
+            return
+        with self._writing(step):
+            self._checkpointer.save_checkpointables_async(
+                step, checkpoint_parts(state), metrics=metrics, custom_metadata=about
+            )
 
     def restore(self, abstract: TrainState) -> TrainState:
         """Reads the newest checkpoint.
@@ -78,7 +105,7 @@ class Checkpoints:
         """
         step = self.latest_step
         assert step is not None, "there is no checkpoint"
-        parts = _parts(abstract)
+        parts = checkpoint_parts(abstract)
         try:
             loaded = self._checkpointer.load_checkpointables(step, parts)
         except (ValueError, KeyError) as error:
@@ -96,8 +123,28 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpointer.close()
+        """Waits for what is being written.
+
+        Raises:
+            RunError: It could not be written.
+        """
+        with self._writing(None):
+            self._checkpointer.close()
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None) -> Iterator[None]:
+        """Says in one line why a checkpoint cannot be written, in whatever way the storage behind Orbax says it."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = _storage_problem(error)
+            if reason is None:
+                raise
+            which = "the last checkpoint" if step is None else f"checkpoint {step}, or the one before,"
+            raise RunError(
+                f"{which} could not be written in {self._checkpointer.directory}: {reason}; what is whole there stays "
+                "as it is: make room, and go on with --resume"
+            ) from None
 
 
 class Due:
@@ -131,6 +178,24 @@ class Due:
         self._saved_at = time.monotonic()
 
 
+@contextlib.contextmanager
+def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator[Any]:
+    """Orbax's checkpointer over a run's folder, for reading; nothing there is changed.
+
+    Raises:
+        RunError: There is no checkpoint, or none of that step.
+    """
+    if not (workdir / FOLDER).is_dir():
+        raise RunError(f"{workdir} holds no checkpoint")
+    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        if not steps:
+            raise RunError(f"{workdir} holds no checkpoint")
+        if step is not None and step not in steps:
+            raise RunError(f"{workdir} holds no checkpoint {step}; there are {', '.join(map(str, steps))}")
+        yield checkpointer
+
+
 def load_variables(
     workdir: pathlib.Path, abstract: dict[str, Any], ema: bool = False, step: int | None = None
 ) -> dict[str, Any]:
@@ -145,17 +210,10 @@ def load_variables(
     Raises:
         RunError: There is no checkpoint, or it is of another model, or it holds no moving average.
     """
-    if not (workdir / FOLDER).is_dir():
-        raise RunError(f"{workdir} holds no checkpoint")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
-    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
-        if checkpointer.latest is None:
-            raise RunError(f"{workdir} holds no checkpoint")
+    with open_checkpoints(workdir, step) as checkpointer:
         chosen = checkpointer.latest.step if step is None else step
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-        if chosen not in steps:
-            raise RunError(f"{workdir} holds no checkpoint {chosen}; there are {', '.join(map(str, steps))}")
         part = "ema" if ema else "model"
         try:
             loaded = checkpointer.load_checkpointables(chosen, {part: wanted})
@@ -166,13 +224,34 @@ def load_variables(
     return dict(loaded[part])
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def checkpoint_parts(state: TrainState) -> dict[str, Any]:
+    """A state (or its abstract twin) as it lies in a checkpoint: `model`, `training` and, where there is one, `ema`."""
     params = {name: value for name, value in state.params.items() if name != "model"}
     parts: dict[str, Any] = {
         "model": state.variables,
         "training": {"step": state.step, "params": params, "opt_state": state.opt_state},
     }
     return parts if state.ema is None else {**parts, "ema": state.ema}
+
+
+def _storage_problem(error: BaseException) -> str | None:
+    """What the file system said, wherever it stands in a chain of errors; None where it said nothing."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.strerror:
+            return seen.strerror
+        number = re.search(r"os_error_code='(\d+)'", str(seen))  # TensorStore's way of handing it on.
+        if number:
+            return os.strerror(int(number[1]))
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+class _SaidElsewhere(logging.Filter):
+    """Drops what Orbax's threads log when they fail: a traceback each, of an error that is raised to the caller too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _first_line(error: Exception) -> str:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
-from sit_jax.errors import ConfigError, StoppedError, UserError
+from sit_jax.errors import ConfigError, MissingProcessError, StoppedError, UserError
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
+# Nobody's mistake: processes that did not come may come at the next try.
+FAILED = 1
 USER_ERROR = 2
 # What sysexits.h calls a temporary failure: whoever started the command may start it again, with --resume.
 STOPPED = 75
@@ -22,8 +24,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 75 for a run that was told to end and can be
-    resumed, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 1 where processes are missing, 2 for a user's mistake, 75 for a run
+    that was told to end and can be resumed, 130 when interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")
@@ -34,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments, rest)
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
-        return STOPPED if isinstance(error, StoppedError) else USER_ERROR
+        codes: dict[type, int] = {StoppedError: STOPPED, MissingProcessError: FAILED}
+        return codes.get(type(error), USER_ERROR)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -62,8 +65,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(evaluate)
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
+    _add_checkpoint(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
     return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    for name, run, text in (
+        (
+            "list",
+            _checkpoint_list,
+            "list the whole checkpoints: accuracy, size, which is the best and which the newest",
+        ),
+        ("show", _checkpoint_show, "show what a checkpoint says about itself, and its arrays"),
+        ("verify", _checkpoint_verify, "read every array: whether it is whole, finite, and of the right size"),
+    ):
+        task = _verb(tasks, name, run, text)
+        task.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
+        if name != "list":
+            task.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+        task.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -164,6 +186,51 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
         return
     shares = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
     print(f"{shares} over {result['examples']:.0f} examples")
+
+
+def _on_one_cpu() -> None:
+    """Leaves accelerators to whoever uses them; must come before JAX is asked for anything."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    _quiet_libraries()
+
+
+def _checkpoint_list(arguments: argparse.Namespace, _: list[str]) -> None:
+    _on_one_cpu()
+    from sit_jax.inspection import list_checkpoints, print_list
+
+    entries = list_checkpoints(arguments.workdir)
+    if arguments.json:
+        print(json.dumps([entry._asdict() for entry in entries], indent=2))
+    else:
+        print_list(entries)
+
+
+def _checkpoint_show(arguments: argparse.Namespace, _: list[str]) -> None:
+    _on_one_cpu()
+    from sit_jax.inspection import print_contents, read_contents
+
+    contents = read_contents(arguments.workdir, arguments.step)
+    if arguments.json:
+        arrays = [array._asdict() for array in contents.arrays]
+        print(json.dumps({**contents._asdict(), "arrays": arrays}, indent=2))
+    else:
+        print_contents(contents)
+
+
+def _checkpoint_verify(arguments: argparse.Namespace, _: list[str]) -> None:
+    _on_one_cpu()
+    from sit_jax.inspection import describe_problems, verify
+
+    verdict = verify(arguments.workdir, arguments.step)
+    if arguments.json:
+        print(json.dumps(verdict._asdict(), indent=2))
+    if verdict.problems:
+        raise UserError(f"checkpoint {verdict.step} in {arguments.workdir}: {describe_problems(verdict)}")
+    if not arguments.json:
+        size = f"{verdict.bytes / 2**20:,.1f} MiB"
+        print(f"checkpoint {verdict.step}: {verdict.arrays} arrays, {size}, all readable, finite and of the right size")
 
 
 def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -10,12 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from sit_jax.errors import ConfigError, RunError, UserError
+from sit_jax.errors import ConfigError, MissingProcessError, RunError, UserError
 
 # Long enough for machines that come up one after another, short enough to notice that one does not.
 ARRIVAL_TIMEOUT_S = 50.0
@@ -24,15 +24,13 @@ HEARTBEAT_TIMEOUT_S = 30
 _MESSAGE_BYTES = 2000
 _HELLO, _GO = "sit_jax", "go"
 
-Result = TypeVar("Result")
-
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """How the processes of a run find one another.
 
     Attributes:
-        coordinator: `host:port` of process 0; empty to take all from the environment, if several processes are in it.
+        coordinator: `host:port` of process 0; empty to find everything out.
         count: Number of processes; 0 if not given.
         index: This process; -1 if not given.
     """
@@ -57,46 +55,83 @@ class Processes:
         return host, int(port)
 
 
-def launcher(variables: Mapping[str, str] | None = None) -> str:
-    """What started several processes, by its environment variables: `Cloud TPU`, `SLURM`, `Open MPI`, or nothing."""
-    values = os.environ if variables is None else variables
-    hosts = [name for name in values.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    if len(hosts) > 1:
-        return "Cloud TPU"
-    if "SLURM_PROCID" in values and int(values.get("SLURM_NTASKS") or 1) > 1:
-        return "SLURM"
-    return "Open MPI" if int(values.get("OMPI_COMM_WORLD_SIZE") or 1) > 1 else ""
+class Found(NamedTuple):
+    """Processes that something else than this command's options started.
+
+    Attributes:
+        launcher: What started them: `Cloud TPU`, `SLURM` or `Open MPI`.
+        processes: How they find one another.
+        local_devices: The accelerators that are this process's; None leaves it to JAX.
+    """
+
+    launcher: str
+    processes: Processes
+    local_devices: list[int] | None = None
+
+
+_LAUNCHERS = {"gcetpu": "Cloud TPU", "gketpu": "Cloud TPU", "slurm": "SLURM", "ompi": "Open MPI"}
+
+
+def find_processes() -> Found | None:
+    """The processes around this one, by JAX's own detection; None where it is alone.
+
+    That asks the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set.
+
+    Raises:
+        RunError: Something is there, but does not say enough.
+    """
+    # Not public, but the only code that knows every cloud's ways; pyproject.toml keeps JAX to tested versions.
+    from jax._src.clusters import ClusterEnv
+
+    clusters = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method and kind.name in _LAUNCHERS]
+    cluster = next((kind for kind in clusters if kind.is_env_present()), None)
+    if cluster is None:
+        return None
+    name = _LAUNCHERS[cluster.name]
+    try:
+        count = cluster.get_process_count()
+        if count == 1:
+            return None
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
+        processes = Processes(address, count, cluster.get_process_id())
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
+    return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
+
+
+def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
+    """All GPUs of a SLURM node with one task; JAX would take the first alone. None where tasks share a node."""
+    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return list(range(len(visible))) if visible and set(per_node) == {"1"} else None
 
 
 def initialize(processes: Processes) -> None:
     """Joins the other processes, where there are any; must come before anything asks JAX for devices.
 
     Raises:
-        RunError: They did not all arrive within a minute; with a given coordinator the message says who is missing.
+        MissingProcessError: They did not all arrive within a minute; the message says who is missing.
+        RunError: They cannot join one another for another reason.
     """
-    started_by = launcher()
-    if not processes.coordinator and not started_by:
+    found = Found("given coordinator", processes) if processes.coordinator else find_processes()
+    if found is None:
         return
-    explicit: dict[str, Any] = {}
-    if processes.coordinator:
-        # jax.distributed ends the process with a stack trace where somebody is missing, and does not say who.
-        call_the_roll(processes)
-        explicit = {
-            "coordinator_address": processes.coordinator,
-            "num_processes": processes.count,
-            "process_id": processes.index,
-        }
+    # jax.distributed ends the process with a stack trace where somebody is missing, and does not say who.
+    call_the_roll(found.processes)
     try:
         jax.distributed.initialize(
-            **explicit,
+            coordinator_address=found.processes.coordinator,
+            num_processes=found.processes.count,
+            process_id=found.processes.index,
+            local_device_ids=found.local_devices,
             initialization_timeout=int(ARRIVAL_TIMEOUT_S),
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise RunError(
-            f"the processes cannot join one another ({started_by or 'given coordinator'}): {reason}"
-        ) from None
+        raise RunError(f"the processes cannot join one another ({found.launcher}): {reason}") from None
     local, everything = jax.local_device_count(), jax.device_count()
     kind = jax.local_devices()[0].device_kind
     place = f"process {jax.process_index()} of {jax.process_count()}"
@@ -107,14 +142,15 @@ def call_the_roll(processes: Processes) -> None:
     """Waits until every process has reported to process 0, on the port that the coordinator will use afterwards.
 
     Raises:
-        RunError: Not all did within `ARRIVAL_TIMEOUT_S`; everyone who did is told who is missing.
+        MissingProcessError: Not all did within `ARRIVAL_TIMEOUT_S`; everyone who did is told who is missing.
+        RunError: The port is taken.
     """
     deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
     if processes.count == 1:
         return
     answer = _count_the_others(processes, deadline) if processes.index == 0 else _report(processes, deadline)
     if answer != _GO:
-        raise RunError(answer)
+        raise MissingProcessError(answer)
 
 
 def _count_the_others(processes: Processes, deadline: float) -> str:

@@ -19,3 +19,7 @@ class PictureError(UserError):
 
 class StoppedError(RunError):
     """A run was told to end (SIGTERM, or a notice that its machine will go), has saved its state and can be resumed."""
+
+
+class MissingProcessError(RunError):
+    """Other processes of the run did not come; trying again may help."""

@@ -1,5 +1,6 @@
 """Metrics: how they are summed up, and where they are written."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
 from sit_jax import losses
+from sit_jax.workdir import writing
 
 
 @flax.struct.dataclass
@@ -56,10 +58,14 @@ class MetricWriter:
         self._board: Any = None
         if quiet:
             return
-        self._path = workdir / "metrics.jsonl"
+        self._workdir, path = workdir, workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        self._path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self._path.open("a")
+        with writing(workdir):
+            # The whole new file or the old one: lines that a full disk cuts off would be lost for good.
+            shorter = path.with_name(f".{path.name}.part")
+            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter.replace(path)
+            self._file = path.open("a")
         if tensorboard:
             from tensorboardX import SummaryWriter  # Takes a while to import, and not every run wants it.
 
@@ -72,12 +78,13 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # What a full disk did not take was told when it was written.
+                self._file.close()
         if self._board is not None:
             self._board.close()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Writes one line of metrics.
+        """Writes one line of metrics; raises a RunError where the disk does not take it.
 
         Args:
             step: Optimizer steps done.
@@ -87,8 +94,9 @@ class MetricWriter:
         if self._file is None:
             return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self._workdir):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)

@@ -12,9 +12,10 @@ import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
-from sit_jax import distributed, sharding, workdir
+from sit_jax import __version__, distributed, sharding, workdir
 from sit_jax.checkpoint import Checkpoints, Due, load_variables
 from sit_jax.config import Config, DataConfig, TeacherConfig
+from sit_jax.config_dict import to_dict
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.sources import Source, open_source
 from sit_jax.errors import ConfigError, RunError, StoppedError
@@ -172,13 +173,24 @@ def train_loop(
                 writer.write(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.reached(step) and not last
-            if last or stopped or due.now(step):
+            if last or stopped or due.now(step) or checkpoints.beaten_by(scores):
                 settle()
-                checkpoints.save(state, scores)
+                checkpoints.save(state, scores, _about(config, mesh, step, epoch))
                 due.saved()
             if stopped:
                 raise StoppedError(f"told to end: saved after step {step} of {total}; go on with --resume")
     return evaluation or evaluator(state)
+
+
+def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
+    """What a checkpoint says about itself. The position in the data is a function of the step, and here to be read."""
+    return {
+        "config": to_dict(config),
+        "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+        "versions": {"sit_jax": __version__, "jax": jax.__version__},
+    }
 
 
 def trained_variables(

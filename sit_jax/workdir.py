@@ -1,7 +1,10 @@
 """The folder of a run: what identifies it, and whether a run may start in it."""
 
+import contextlib
 import json
 import pathlib
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from sit_jax.checkpoint import FOLDER
@@ -32,14 +35,14 @@ def claim(workdir: pathlib.Path, config: Config, resume: bool) -> None:
             raise RunError(
                 f"{workdir} already holds this run; pass --resume to go on with it, or choose another --workdir"
             )
+        with writing(workdir):  # Better now than at the first checkpoint.
+            tempfile.TemporaryFile(dir=workdir).close()
         return
     if (workdir / FOLDER).exists():
         raise RunError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
-    try:
+    with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
-    except OSError as error:
-        raise RunError(f"{workdir} cannot be written: {error.strerror or error}; choose another --workdir") from None
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -52,6 +55,16 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not path.is_file():
         raise RunError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
     return from_config_dict(_read(path))
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns what the file system refuses into a RunError that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{workdir} cannot be written: {reason}; mend that, or choose another --workdir") from None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from sit_jax import cli, distributed
-from sit_jax.distributed import Processes, call_the_roll, launcher
+from sit_jax.distributed import Processes, call_the_roll
 from sit_jax.errors import ConfigError, RunError
 
 SMALL = {
@@ -117,13 +117,65 @@ def test_flags_that_make_no_sense(fields: tuple[str, int, int], message: str, ca
     assert message in capsys.readouterr().err
 
 
-def test_launchers_are_told_by_their_variables() -> None:
-    assert launcher({}) == ""
-    assert launcher({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == ""
-    assert launcher({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}) == "SLURM"
-    assert launcher({"OMPI_COMM_WORLD_SIZE": "2"}) == "Open MPI"
-    assert launcher({"TPU_WORKER_HOSTNAMES": "10.0.0.1"}) == ""
-    assert launcher({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}) == "Cloud TPU"
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NODELIST": "node[017-019,030],other",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x4)",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+
+
+def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> distributed.Found | None:
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_")):
+            monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return distributed.find_processes()
+
+
+def test_processes_are_found_by_their_launchers_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found(monkeypatch) is None
+    slurm = found(monkeypatch, **SLURM)
+    assert slurm is not None
+    assert (slurm.launcher, slurm.processes.count, slurm.processes.index) == ("SLURM", 8, 3)
+    assert slurm.processes.address[0] == "node017"
+    assert 1024 < slurm.processes.address[1] < 2**16
+    assert found(monkeypatch, **{**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
+    mpi = found(monkeypatch, **OPEN_MPI)
+    assert mpi is not None
+    assert (mpi.launcher, mpi.processes.count, mpi.processes.index) == ("Open MPI", 2, 1)
+    assert mpi.processes.address[0] == "10.96.0.1"
+    with pytest.raises(RunError, match=r"^Open MPI is here, but does not say where"):
+        found(monkeypatch, **{**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "nonsense"})
+
+
+def test_lone_task_of_a_node_gets_all_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for per_node, visible, expected in (
+        ("1(x8)", "0,1,2,3", [0, 1, 2, 3]),
+        ("1", "0,1", [0, 1]),
+        ("2(x3),1", "0,1", None),
+        ("1(x8)", "", None),
+    ):
+        result = found(monkeypatch, **{**SLURM, "SLURM_STEP_TASKS_PER_NODE": per_node, "CUDA_VISIBLE_DEVICES": visible})
+        assert result is not None
+        assert result.local_devices == expected
+
+
+def test_missing_processes_of_a_launcher_are_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(distributed, "ARRIVAL_TIMEOUT_S", 2.0)
+    here = {"SLURM_STEP_NODELIST": "localhost", "SLURM_PROCID": "0", "SLURM_NTASKS": "3"}
+    assert found(monkeypatch, **{**SLURM, **here}) is not None
+    assert cli.main(["evaluate", "--workdir", "none"]) == 1  # Not 2: starting again may help.
+    assert "process 1, 2 of 3 did not arrive within 2 s at localhost:" in capsys.readouterr().err
 
 
 def start(devices: int, *words: str) -> "subprocess.Popen[str]":

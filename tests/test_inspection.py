@@ -1,0 +1,147 @@
+"""Looking into checkpoints, good ones and damaged ones."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sit_jax import cli, sharding, workdir
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.config import Config, MeshConfig, OptimConfig
+from sit_jax.config_dict import to_dict
+from sit_jax.inspection import list_checkpoints, read_contents, verify
+from sit_jax.train import init_state, make_task
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return tiny.config(optim=OptimConfig(ema_decay=0.9))
+
+
+@pytest.fixture(scope="module")
+def state(config: Config) -> Any:
+    """A state on a mesh of eight devices."""
+    return init_state(make_task(config, 10), sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+
+
+def write(folder: pathlib.Path, config: Config, states: dict[int, tuple[Any, dict[str, float]]]) -> None:
+    workdir.claim(folder, config, resume=False)
+    for step, (state, metrics) in states.items():
+        with Checkpoints(folder, keep=2) as checkpoints:
+            checkpoints.save(state.replace(step=jnp.asarray(step, jnp.int32)), metrics, {"data": {"next_example": 7}})
+
+
+@pytest.fixture(scope="module")
+def run(config: Config, state: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("inspected") / "run"
+    write(folder, config, {2: (state, {"top1": 0.5}), 4: (state, {"top1": 0.25}), 6: (state, {}), 8: (state, {})})
+    return folder
+
+
+def test_list(run: pathlib.Path, capsys: Any) -> None:
+    entries = list_checkpoints(run)
+    # The best stays, and the newest two; each was written by an opening of its own, as after a resume.
+    assert [(e.step, e.best, e.newest) for e in entries] == [(2, True, False), (6, False, False), (8, False, True)]
+    assert entries[0].metrics == {"top1": 0.5}
+    assert all(e.bytes > 10_000 and e.time.endswith("+00:00") for e in entries)
+    assert cli.main(["checkpoint", "list", "--workdir", str(run), "--json"]) == 0
+    assert [line["step"] for line in json.loads(capsys.readouterr().out)] == [2, 6, 8]
+    assert cli.main(["checkpoint", "list", "--workdir", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[-1] == "best"
+    assert lines[3].split()[-1] == "newest"
+
+
+def test_show(run: pathlib.Path, state: Any, capsys: Any) -> None:
+    contents = read_contents(run)
+    assert (contents.step, contents.about) == (8, {"data": {"next_example": 7}})
+    shapes = {array.name: array.shape for array in contents.arrays}
+    assert shapes["model/params/blocks_0/attn/qkv/kernel"] == (16, 48)
+    assert shapes["ema/batch_stats/stem/bn1/mean"] == (2,)
+    assert len(shapes) == len(jax.tree.leaves(state))
+    places = {array.name: array.written_from for array in contents.arrays}
+    assert places["model/params/blocks_0/attn/qkv/kernel"] == "2 x 2 x 2, split along tensor"
+    assert cli.main(["checkpoint", "show", "--workdir", str(run), "--step", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("step 2\n")
+    assert "metrics: top1 0.5000" in out
+
+
+def test_verify_a_good_one(run: pathlib.Path, state: Any, capsys: Any) -> None:
+    verdict = verify(run)
+    assert verdict.problems == ()
+    assert verdict.arrays == len(jax.tree.leaves(state))
+    assert verdict.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert cli.main(["checkpoint", "verify", "--workdir", str(run)]) == 0
+    assert "all readable, finite and of the right size" in capsys.readouterr().out
+
+
+def refused(capsys: Any, *words: object) -> str:
+    assert cli.main([str(word) for word in words]) == 2
+    text: str = capsys.readouterr().err.strip()
+    assert len(text.splitlines()) == 1, text
+    return text
+
+
+def passed(capsys: Any, *words: object) -> str:
+    assert cli.main([str(word) for word in words]) == 0
+    text: str = capsys.readouterr().out
+    return text
+
+
+def test_verify_names_what_is_not_finite(config: Config, state: Any, tmp_path: pathlib.Path, capsys: Any) -> None:
+    model = {**state.params["model"], "norm": dict(state.params["model"]["norm"])}
+    model["norm"]["bias"] = model["norm"]["bias"].at[jnp.array([1, 3])].set(jnp.array([jnp.nan, jnp.inf]))
+    sick = state.replace(params={**state.params, "model": model})
+    write(tmp_path, config, {3: (sick, {})})
+    text = refused(capsys, "checkpoint", "verify", "--workdir", tmp_path)
+    assert text.endswith("model/params/norm/bias: 2 of 16 values are not finite")
+
+
+def test_verify_names_what_the_configuration_has_otherwise(
+    run: pathlib.Path, config: Config, tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    arch = dataclasses.replace(tiny.STUDENT, num_classes=7, qkv_bias=False)
+    model = dataclasses.replace(config.model, architecture=arch)
+    teacher = dataclasses.replace(
+        config.teacher, model=dataclasses.replace(model, architecture=arch.without_slimming())
+    )  # type: ignore[type-var]
+    other = dataclasses.replace(config, model=model, teacher=teacher)
+    workdir.write_json(tmp_path / "config.json", to_dict(other))
+    problems = verify(tmp_path).problems
+    assert "model/params/head/kernel: is (16, 10), the configuration says (16, 7)" in problems
+    assert "model/params/blocks_0/attn/qkv/bias: is not in the configuration's model" in problems
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten", "gone"])
+def test_damaged_files(damage: str, run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    for part in ("model", "training"):
+        folder = tmp_path / part
+        shutil.copytree(run, folder)
+        target = max((folder / "checkpoints" / "8" / part).rglob("d/*"), key=lambda path: path.stat().st_size)
+        content = target.read_bytes()
+        if damage == "gone":
+            target.unlink()
+        elif damage == "overwritten":
+            target.write_bytes(np.random.default_rng(0).bytes(len(content)))
+        else:
+            target.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+        assert "checkpoint 8 in" in refused(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "8")
+        assert "checkpoint 6: " in passed(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "6")
+
+
+def test_refusals(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    for task in ("list", "show", "verify"):
+        assert "holds no checkpoint" in refused(capsys, "checkpoint", task, "--workdir", tmp_path)
+    assert not list(tmp_path.iterdir())
+    for task in ("show", "verify"):
+        text = refused(capsys, "checkpoint", task, "--workdir", run, "--step", "3")
+        assert text.endswith("holds no checkpoint 3; there are 2, 6, 8")
