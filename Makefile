@@ -33,6 +33,7 @@ test-slow: $(VENV)/ready
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
 
 typecheck: $(VENV)/ready
 	$(BIN)/mypy

@@ -1,0 +1,252 @@
+"""The launch scripts on one machine: what they would do, what they do, and how they end and go on."""
+
+import os
+import pathlib
+import re
+import shlex
+import signal
+import time
+
+import pytest
+from launch_machine import Machine
+
+SCRIPTS = ["tpu_pod.sh", "slurm.sbatch", "gpu_node.sh", "kubernetes.sh", "image.sh"]
+RUN = ("--config", "configs/digits.py", "--workdir", "runs/it's my run", "--config.epochs=3")
+WORDS = ["train", "--config", "configs/digits.py", "--workdir", "runs/it's my run", "--resume", "--config.epochs=3"]
+SLURM = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "2"}
+QUICK = ("--pause", "0")
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Machine:
+    return Machine(tmp_path / "a machine")
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "tpu_worker.sh", "slurm_task.sh"])
+def test_help(script: str, machine: Machine) -> None:
+    assert os.access(f"launch/{script}", os.X_OK)
+    result = machine.run(script, "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("Usage: ")
+    if script not in SCRIPTS:
+        return
+    # Every option that the script takes is there, and nothing else.
+    text = pathlib.Path("launch", script).read_text()
+    taken = set(
+        re.findall(r"^ +(--[a-z-]+)[ )|]", text.partition("while (($#))")[2].partition("esac")[0], re.MULTILINE)
+    )
+    listed = set(re.findall(r"^  (--[a-z-]+)", result.stdout, re.MULTILINE))
+    run_options = set() if script == "image.sh" else {"--config", "--workdir"}
+    assert taken | run_options == listed
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("gpu_node.sh", "", "--config is missing"),
+        ("gpu_node.sh", "--config configs/digits.py", "--workdir is missing"),
+        ("gpu_node.sh", "--config none.py --workdir w", "--config: there is no file none.py"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir gs://b/w", "gs://b/w: sit reads and writes files"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir w --config.data.data_dir=gs://b", "mount the bucket"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir w --config.epochs 3", "in one word"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir w --gpus x", "--gpus: must be a whole number"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir w --gpus 0", "at least 1, is 0"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir w --gpus", "--gpus needs a value"),
+        ("gpu_node.sh", "--config configs/digits.py --workdir w --gpus 1 --sit none", "there is no command none"),
+        ("gpu_node.sh", "--wrong", "unknown option --wrong"),
+        ("slurm.sbatch", "--config configs/digits.py --workdir w", "submit this with sbatch"),
+        ("slurm.sbatch", "--config configs/digits.py --workdir w --tries 0", "--tries: must be"),
+        ("tpu_pod.sh", "", "say what to do"),
+        ("tpu_pod.sh", "up --zone z", "--name: small letters"),
+        ("tpu_pod.sh", "up --name n", "--zone is missing"),
+        ("tpu_pod.sh", "up --name n --zone z", "--type is missing"),
+        ("tpu_pod.sh", "up --name n --zone z --type v4-8 --config ../x/configs/digits.py --workdir w", "no file"),
+        ("kubernetes.sh", "--config configs/digits.py --workdir /data/w", "--image is missing"),
+        ("kubernetes.sh", "--image i --config configs/digits.py --workdir runs/w", "runs/w is not below /data"),
+        ("kubernetes.sh", "--image i --config configs/digits.py --workdir /data/w --tpu t", "--topology is missing"),
+        ("kubernetes.sh", "--image i --config configs/digits.py --workdir /data/w --name A", "--name: small letters"),
+        ("image.sh", "--accelerator rocm", "cpu, cuda13 or tpu, not 'rocm'"),
+    ],
+)
+def test_mistakes_are_one_line(script: str, words: str, message: str, machine: Machine) -> None:
+    result = machine.run(script, *words.split())
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert machine.calls() == []
+
+
+@pytest.mark.parametrize("mode", [["--per-gpu", "--gpus", "2"], ["--gpus", "2"]])
+def test_gpu_node_does_what_its_dry_run_says(mode: list[str], machine: Machine) -> None:
+    words = [*RUN, *mode, "--sit", machine.sit]
+    dry = machine.dry_run("gpu_node.sh", *words)
+    assert machine.run("gpu_node.sh", *words, FAKE_CODES="0;0").returncode == 0
+    calls = machine.calls("sit")
+    done = [["env", f"CUDA_VISIBLE_DEVICES={call['gpus']}", machine.sit, *call["words"][1:]] for call in calls]
+    assert sorted(done) == dry
+    if "--per-gpu" in mode:
+        together = ["--coordinator", "localhost:12345", "--num_processes", "2", "--process_id"]
+        assert dry == [
+            ["env", f"CUDA_VISIBLE_DEVICES={index}", machine.sit, *WORDS, *together, str(index)] for index in range(2)
+        ]
+    else:
+        assert dry == [["env", "CUDA_VISIBLE_DEVICES=0,1", machine.sit, *WORDS]]
+
+
+def test_gpu_node_takes_the_gpus_it_is_given(machine: Machine) -> None:
+    def devices(*words: str, **variables: str) -> list[str]:
+        return [line[1] for line in machine.dry_run("gpu_node.sh", *RUN, "--per-gpu", *words, **variables)]
+
+    assert devices(CUDA_VISIBLE_DEVICES="3,5") == ["CUDA_VISIBLE_DEVICES=3", "CUDA_VISIBLE_DEVICES=5"]
+    assert devices("--gpus", "1", CUDA_VISIBLE_DEVICES="3,5") == ["CUDA_VISIBLE_DEVICES=3"]
+    listing = machine.folder / "bin" / "nvidia-smi"
+    listing.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: a)'\necho 'GPU 1: B (UUID: b)'\n")
+    listing.chmod(0o755)
+    assert devices() == ["CUDA_VISIBLE_DEVICES=0", "CUDA_VISIBLE_DEVICES=1"]
+
+
+@pytest.mark.parametrize(
+    ("codes", "starts", "code"),
+    [
+        ("75 75 0", 3, 0),  # Told to end: as often as it takes.
+        ("9 1 0", 3, 0),
+        ("1 1 4 0", 3, 4),  # A crash: three starts in all.
+        ("2", 1, 2),  # A mistake.
+    ],
+)
+def test_runs_start_again(codes: str, starts: int, code: int, machine: Machine) -> None:
+    result = machine.run("gpu_node.sh", *RUN, *QUICK, "--gpus", "1", "--sit", machine.sit, FAKE_CODES=codes)
+    assert result.returncode == code, result.stderr
+    assert machine.commands("sit") == [["sit", *WORDS]] * starts
+
+
+def test_crash_of_one_process_ends_the_others_at_once(machine: Machine) -> None:
+    words = [*RUN, *QUICK, "--gpus", "2", "--per-gpu", "--sit", machine.sit]
+    begun = time.monotonic()
+    assert machine.run("gpu_node.sh", *words, FAKE_CODES="hang 0;1 0").returncode == 0
+    assert time.monotonic() - begun < 10  # It would hang for a minute.
+    assert len(machine.commands("sit")) == 4
+
+
+def test_gpu_node_lets_the_run_save(machine: Machine) -> None:
+    words = [*RUN, "--gpus", "2", "--per-gpu", "--sit", machine.sit]
+    process = machine.start("gpu_node.sh", *words, FAKE_CODES="save;save")
+    machine.wait_for("save 0", "save 1")
+    process.send_signal(signal.SIGTERM)
+    assert machine.finish(process).returncode == 75
+    assert len(machine.commands("sit")) == 2
+    # Who does not end is killed.
+    process = machine.start("gpu_node.sh", *words, "--grace", "1", FAKE_CODES="0 deaf;0 deaf")
+    machine.wait_for("deaf 0", "deaf 1")
+    process.send_signal(signal.SIGTERM)
+    assert machine.finish(process).returncode == 137
+
+
+def test_slurm_does_what_its_dry_run_says(machine: Machine) -> None:
+    words = [*RUN, "--sit", machine.sit]
+    variables = {**SLURM, "SLURM_CPUS_PER_TASK": "4"}
+    dry = machine.dry_run("slurm.sbatch", *words, **variables)
+    task = str(pathlib.Path("launch/slurm_task.sh").absolute())
+    assert dry == [["srun", "--kill-on-bad-exit=1", "--cpus-per-task=4", task, machine.sit, *WORDS]]
+    assert machine.run("slurm.sbatch", *words, FAKE_CODES="0;0", **variables).returncode == 0
+    assert machine.commands("srun") == dry
+    assert machine.commands("sit") == [["sit", *WORDS]] * 2
+    assert machine.commands("scontrol") == []
+
+
+def test_slurm_gives_a_lonely_task_all_gpus(machine: Machine) -> None:
+    words = [*RUN, "--sit", machine.sit]
+    variables = {**SLURM, "SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}
+    dry = machine.dry_run("slurm.sbatch", *words, **variables)
+    assert dry[0][:3] == ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3", "srun"]
+    assert machine.run("slurm.sbatch", *words, FAKE_CODES="0;0", **variables).returncode == 0
+    (call,) = machine.calls("srun")
+    assert ["env", f"JAX_LOCAL_DEVICE_IDS={call['local_devices']}", *call["words"]] == dry[0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "state", "starts", "code", "requeued"),
+    [
+        ("75;75", "RUNNING", 1, 75, True),
+        ("75;75", "COMPLETING", 1, 75, False),  # Somebody cancelled it.
+        ("1 0;hang 0", "RUNNING", 2, 0, False),  # A crash is mended within the job.
+        ("2;2", "RUNNING", 1, 2, False),
+        ("2;hang", "RUNNING", 1, 2, False),
+    ],
+)
+def test_slurm_goes_on(codes: str, state: str, starts: int, code: int, requeued: bool, machine: Machine) -> None:
+    words = [*RUN, *QUICK, "--sit", machine.sit]
+    result = machine.run("slurm.sbatch", *words, FAKE_CODES=codes, FAKE_JOB_STATE=state, **SLURM)
+    assert result.returncode == code, result.stderr
+    assert len(machine.commands("srun")) == starts
+    assert machine.commands("scontrol") == ([["scontrol", "requeue", "17"]] if requeued else [])
+
+
+def test_slurm_hands_the_signal_on(machine: Machine) -> None:
+    process = machine.start("slurm.sbatch", *RUN, "--sit", machine.sit, FAKE_CODES="save;save", **SLURM)
+    machine.wait_for("save 0", "save 1", "tasks")
+    process.send_signal(signal.SIGTERM)
+    assert machine.finish(process).returncode == 75
+    assert machine.commands("scancel") == [["scancel", "--signal=TERM", "17"]]
+    assert machine.commands("scontrol") == [["scontrol", "requeue", "17"]]
+
+
+def test_sbatch_options() -> None:
+    lines = pathlib.Path("launch/slurm.sbatch").read_text().splitlines()
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH")]
+    # SLURM stops reading at the first command, and tells the shell (B) in time for saving.
+    assert [line.startswith("#") for line in lines].index(False) > lines.index(f"#SBATCH {options[-1]}")
+    assert "--signal=B:TERM@120" in options
+    assert "--requeue" in options
+
+
+def test_image(machine: Machine) -> None:
+    words = ["--accelerator", "tpu", "--tag", "registry/sit:1", "--push"]
+    dry = machine.dry_run("image.sh", *words)
+    assert machine.run("image.sh", *words).returncode == 0
+    assert machine.commands("docker") == dry
+    assert dry[0][:3] == ["docker", "build", "--file=launch/Dockerfile"]
+    assert dry[1] == ["docker", "push", "registry/sit:1"]
+
+
+def test_dockerfile_copies_what_is_there() -> None:
+    lines = pathlib.Path("launch/Dockerfile").read_text().splitlines()
+    sources = [source for line in lines if line.startswith("COPY ") for source in line.split()[1:-1]]
+    kept = [
+        line.removeprefix("!") for line in pathlib.Path(".dockerignore").read_text().splitlines() if line[:1] == "!"
+    ]
+    assert sorted(sources) == sorted(kept)
+    assert all(pathlib.Path(source).exists() for source in sources)
+    assert "*" in pathlib.Path(".dockerignore").read_text().splitlines()  # All else stays out: .git, .venv, runs.
+    assert lines.index("USER sit") < lines.index('ENTRYPOINT ["sit"]')
+
+
+def commands_of(page: str) -> list[list[str]]:
+    """The commands of a page's shell blocks, a line each."""
+    text = pathlib.Path(page).read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("page", ["launch/README.md", "README.md"])
+def test_commands_of_the_pages(page: str, machine: Machine) -> None:
+    seen = set()
+    for words in commands_of(page):
+        at = next((index for index, word in enumerate(words) if word.startswith("launch/")), None)
+        if at is None:
+            continue
+        script = words[at].removeprefix("launch/")
+        seen.add(script)
+        options = [word for word in words[at + 1 :] if word != "--dry-run"]
+        result = machine.run(script, *options, "--dry-run", CUDA_VISIBLE_DEVICES="0,1")
+        assert result.returncode == 0, (words, result.stderr)
+        assert result.stdout
+    assert seen == set(SCRIPTS) - (set() if page.startswith("launch") else {"image.sh"})
+
+
+def test_readme_names_the_pinned_jax() -> None:
+    jax = next(line for line in pathlib.Path("requirements.txt").read_text().splitlines() if line.startswith("jax=="))
+    named = re.findall(r"jax\[[a-z0-9]+\](==[\d.]+)", pathlib.Path("launch/README.md").read_text())
+    assert named == [jax.removeprefix("jax")]
