@@ -24,10 +24,10 @@ say() {
 
 # Prints words so that a shell reads the same words back.
 quote() {
-  local word text=''
+  local word text='' apostrophe="'" escaped="'\\''"
   for word in "$@"; do
     if [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then
-      word="'${word//\'/\'\\\'\'}'"
+      word=\'${word//$apostrophe/$escaped}\'
     fi
     text="$text $word"
   done

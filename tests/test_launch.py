@@ -125,7 +125,7 @@ def test_crash_of_one_process_ends_the_others_at_once(machine: Machine) -> None:
     words = [*RUN, *QUICK, "--gpus", "2", "--per-gpu", "--sit", machine.sit]
     begun = time.monotonic()
     assert machine.run("gpu_node.sh", *words, FAKE_CODES="hang 0;1 0").returncode == 0
-    assert time.monotonic() - begun < 10  # It would hang for a minute.
+    assert time.monotonic() - begun < 5  # They are not left to themselves, nor killed after five seconds.
     assert len(machine.commands("sit")) == 4
 
 
