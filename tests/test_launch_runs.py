@@ -23,11 +23,14 @@ SMALL = {
     "data.workers": 0,
     "augment.rand_augment": "",
     "augment.repeats": 1,
+    "augment.erase": 0,
+    "mix.mixup": 0,
+    "mix.cutmix": 0,
     "model.image_size": 32,
     "model.in_channels": 1,
     "model.num_classes": 10,
     "model.dim": 16,
-    "model.depth": 2,
+    "model.depth": 1,
     "model.num_heads": 2,
     "model.dtype": "float32",
     "optim.warmup_epochs": 0,
@@ -71,7 +74,7 @@ def assert_done(folder: pathlib.Path, epochs: int) -> None:
 @pytest.mark.slow
 def test_gpu_node(machine: Machine, tmp_path: pathlib.Path, digits_dir: str) -> None:
     folder = tmp_path / "my run"
-    words = [*run_words(folder, digits_dir, epochs=30), "--per-gpu", "--gpus", "2"]
+    words = [*run_words(folder, digits_dir, epochs=20), "--per-gpu", "--gpus", "2"]
     words += ["--port", str(free_port()), "--sit", machine.sit]
     process = machine.start("gpu_node.sh", *words)
     wait_for_step(folder, 3, process)
@@ -87,7 +90,7 @@ def test_gpu_node(machine: Machine, tmp_path: pathlib.Path, digits_dir: str) -> 
 @pytest.mark.slow
 def test_slurm(machine: Machine, tmp_path: pathlib.Path, digits_dir: str) -> None:
     folder = tmp_path / "my run"
-    words = [*run_words(folder, digits_dir, epochs=3), "--sit", machine.sit]
+    words = [*run_words(folder, digits_dir, epochs=2), "--sit", machine.sit]
     variables = {"SLURM_JOB_ID": machine.environment["FAKE_JOB"], "SLURM_NTASKS": "2"}
     process = machine.start("slurm.sbatch", *words, **variables)
     wait_for_step(folder, 2, process)
@@ -98,7 +101,7 @@ def test_slurm(machine: Machine, tmp_path: pathlib.Path, digits_dir: str) -> Non
     # The job comes up again.
     result = machine.run("slurm.sbatch", *words, **variables)
     assert result.returncode == 0, result.stderr
-    assert_done(folder, epochs=3)
+    assert_done(folder, epochs=2)
 
 
 @pytest.mark.slow
