@@ -27,8 +27,17 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto -m slow
+# The TPU compiler stays out of .venv: JAX would look for chips whenever it starts.
+LIBTPU := build/libtpu
+
+$(LIBTPU)/ready: $(VENV)/ready
+	rm -rf $(LIBTPU)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LIBTPU) \
+		"$$($(BIN)/python -c 'from sit_jax.analysis.plan import libtpu_requirement; print(libtpu_requirement())')"
+	@touch $@
+
+test-slow: $(LIBTPU)/ready
+	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

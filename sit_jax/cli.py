@@ -5,6 +5,7 @@ Verbs import what they need when they run, so that `sit --help` answers at once.
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -54,6 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
     _add_processes(train)
+    plan = _verb(
+        verbs, "plan", _plan, "compile a run's train step for devices that are not here, and say what it needs"
+    )
+    _add_config(plan)
+    plan.add_argument("--topology", required=True, help="TPU slice such as v5e:16x16 or v4:2x2x4, or cpu:8")
+    plan.add_argument("--examples", type=_positive, help="training examples, where the data set is not at hand")
+    plan.add_argument("--json", action="store_true", help="print JSON")
     evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run's checkpoint over its evaluation split")
     evaluate.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
     evaluate.add_argument("--ema", action="store_true", help="the moving average of the weights")
@@ -167,6 +175,23 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(f"Written: {arguments.workdir / 'summary.json'}, curves.png and the checkpoints beside it")
 
 
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    from sit_jax.analysis.chips import parse_topology
+
+    topology = parse_topology(arguments.topology)
+    config = load_config(arguments.config, overrides)
+    _on_one_cpu(topology.devices if topology.chip is None else 1)
+    from sit_jax.analysis.plan_table import make_plan, print_plan
+
+    result = make_plan(config, topology, arguments.examples)
+    if arguments.json:
+        import dataclasses
+
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        print_plan(result)
+
+
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     _quiet_libraries()
     first = _join(arguments)
@@ -188,11 +213,13 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     print(f"{shares} over {result['examples']:.0f} examples")
 
 
-def _on_one_cpu() -> None:
+def _on_one_cpu(devices: int = 1) -> None:
     """Leaves accelerators to whoever uses them; must come before JAX is asked for anything."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
     _quiet_libraries()
 
 

@@ -102,7 +102,10 @@ def find_processes() -> Found | None:
 
 
 def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
-    """All GPUs of a SLURM node with one task; JAX would take the first alone. None where tasks share a node."""
+    """All GPUs of a SLURM node with one task; JAX would take the first alone. None where tasks share a node, or where
+    JAX is told already."""
+    if "JAX_LOCAL_DEVICE_IDS" in variables:
+        return None
     per_node = re.findall(r"(\d+)(?:\(x\d+\))?", variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
     visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     return list(range(len(visible))) if visible and set(per_node) == {"1"} else None

@@ -43,9 +43,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
     shape = mesh_shape(config or MeshConfig(), len(chosen))
     # Auto axes: under Explicit ones, which jax.make_mesh takes by default, concatenating a class token is an error.
     types = (AxisType.Auto,) * len(AXES)
-    if devices is None:
-        return jax.make_mesh(shape, AXES, axis_types=types)  # Neighbours in the torus become neighbours in the mesh.
-    return Mesh(np.array(chosen).reshape(shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=chosen)  # The torus's neighbours are the mesh's.
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:

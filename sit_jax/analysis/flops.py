@@ -6,6 +6,8 @@ and additions are not, as in the paper and in the usual counters. One image, bat
 
 import dataclasses
 
+from sit_jax.config import Config
+from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 
 
@@ -17,11 +19,13 @@ class Cost:
         macs: Part (`stem`, `attention`, `mlp`, `slimming`, `head`) -> MAC of one forward pass.
         params: Parameters of the model as it is deployed.
         reverse_params: Parameters of the training-only reverse modules.
+        reverse_macs: MAC of the reverse modules per image.
     """
 
     macs: dict[str, int]
     params: int
     reverse_params: int
+    reverse_macs: int
 
     @property
     def gmac(self) -> float:
@@ -60,7 +64,36 @@ def count_cost(arch: Architecture) -> Cost:
         "slimming": slimming_macs,
         "head": used_heads * dim * arch.num_classes,
     }
-    return Cost(macs, params, _reverse_params(arch))
+    return Cost(macs, params, *_reverse(arch))
+
+
+def count_step_macs(config: Config) -> int:
+    """Multiply-accumulates of a train step per image: the student's forward pass and twice that backward, once more
+    what is recomputed (`remat`), the reverse modules likewise, and the teachers' forward passes.
+
+    Convolutional teachers are not counted: they are small beside the rest.
+    """
+    arch = config.model.architecture
+    if not isinstance(arch, Architecture):
+        raise ConfigError("model: only vision transformers can be counted")
+    cost = count_cost(arch)
+    total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The pictures need no gradient.
+    if config.model.remat:
+        total += cost.macs["attention"] + cost.macs["mlp"]
+    if config.loss.token > 0:
+        total += (4 if config.model.remat else 3) * cost.reverse_macs
+    if config.teacher is not None and config.loss.needs_teacher:
+        teacher = config.teacher.model.architecture
+        assert isinstance(teacher, Architecture)
+        total += sum(count_cost(teacher).macs.values())
+    return total
+
+
+def _first_layer(arch: Architecture) -> int:
+    if arch.stem == "patch":
+        return _stem(arch)[0]
+    features, stride = arch.conv_stem_layers[0]
+    return (arch.image_size // stride) ** 2 * 9 * arch.in_channels * features
 
 
 def _stem(arch: Architecture) -> tuple[int, int]:
@@ -78,13 +111,15 @@ def _stem(arch: Architecture) -> tuple[int, int]:
     return macs, params
 
 
-def _reverse_params(arch: Architecture) -> int:
+def _reverse(arch: Architecture) -> tuple[int, int]:
+    """Parameters and MAC of the reverse modules: an MLP over tokens for every channel, one over channels per token."""
     patches, dim = arch.num_patches, arch.dim
-    total = 0
+    params = macs = 0
     for kept in arch.block_output_tokens[arch.first_reversed_block :]:
-        total += 4 * dim + _linear(kept, 4 * patches) + _linear(4 * patches, patches)
-        total += _linear(dim, 4 * dim) + _linear(4 * dim, dim)
-    return total
+        params += 4 * dim + _linear(kept, 4 * patches) + _linear(4 * patches, patches)
+        params += _linear(dim, 4 * dim) + _linear(4 * dim, dim)
+        macs += dim * (kept * 4 * patches + 4 * patches * patches) + patches * 8 * dim**2
+    return params, macs
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> int:

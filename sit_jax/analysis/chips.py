@@ -1,0 +1,78 @@
+"""TPU chips by their published figures, and the slices that a topology's name stands for."""
+
+import dataclasses
+
+from sit_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip, by the tables of Google's Cloud TPU documentation (read November 2026).
+
+    Attributes:
+        name: The generation as topologies name it.
+        flops: Peak bfloat16 FLOP/s.
+        memory_bytes: High-bandwidth memory.
+        memory_rate: Its bandwidth in bytes/s.
+        link_rate: What a chip sends to its neighbours, all links together, in bytes/s.
+    """
+
+    name: str
+    flops: float
+    memory_bytes: int
+    memory_rate: float
+    link_rate: float
+
+
+_GIB = 2**30
+# Interchip bandwidths are published in Gbit/s per chip: 1600, 2400, 4800, 3584.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 32 * _GIB, 1228e9, 300e9),
+        Chip("v5e", 197e12, 16 * _GIB, 819e9, 200e9),
+        Chip("v5p", 459e12, 95 * _GIB, 2765e9, 600e9),
+        Chip("v6e", 918e12, 32 * _GIB, 1640e9, 448e9),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to plan for: `v5e:16x16`, or `cpu:8` for virtual devices of this machine.
+
+    Attributes:
+        name: As given.
+        chip: The chip; None for virtual devices, of which nothing is published.
+        devices: How many.
+    """
+
+    name: str
+    chip: Chip | None
+    devices: int
+
+
+def parse_topology(name: str) -> Topology:
+    """Reads a topology's name.
+
+    Raises:
+        ConfigError: It is not of the form CHIP:SIZES, or there is no such chip.
+    """
+    kind, _, sizes = name.partition(":")
+    numbers = sizes.split("x")
+    if not all(number.isdigit() and int(number) > 0 for number in numbers):
+        raise ConfigError(f"--topology: {name!r} is not of the form v5e:4x4, v4:2x2x4 or cpu:8")
+    devices = 1
+    for number in numbers:
+        devices *= int(number)
+    if kind == "cpu":
+        if len(numbers) > 1 or devices > 4096:
+            raise ConfigError(f"--topology: {name!r}: virtual devices are one number, such as cpu:8, up to 4096")
+        return Topology(name, None, devices)
+    if kind not in CHIPS:
+        raise ConfigError(f"--topology: there is no chip {kind!r}; there are {', '.join(CHIPS)}, and cpu")
+    dimensions = 2 if kind in ("v5e", "v6e") else 3
+    if len(numbers) != dimensions:
+        example = "2x4" if dimensions == 2 else "2x2x4"
+        raise ConfigError(f"--topology: slices of {kind} have {dimensions} dimensions, such as {kind}:{example}")
+    return Topology(name, CHIPS[kind], devices)

@@ -1,0 +1,329 @@
+"""What a run would need on devices that are not here: the true train step, compiled ahead of time.
+
+For TPU slices by libtpu's compiler, which needs no TPU; for virtual devices by XLA's for CPUs.
+"""
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sit_jax import sharding
+from sit_jax.analysis.chips import Chip, Topology
+from sit_jax.analysis.flops import count_step_macs
+from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
+from sit_jax.config import Config
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.train import abstract_state, make_task, make_train_step
+
+SECONDS_PER_DAY = 86400.0
+
+_NO_CHIP = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+# The two cores of a v4 chip work as one device, as on a real slice; the later chips are described so by default.
+_CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device while a step runs.
+
+    Attributes:
+        arguments: State, teachers and the batch.
+        temporaries: Activations, gradients and what else lives within a step.
+        outputs: New arrays; the state is written over the old one and not counted twice.
+        program: The compiled code.
+        peak: The most at any moment.
+        available: What the chip has; None for virtual devices.
+    """
+
+    arguments: int
+    temporaries: int
+    outputs: int
+    program: int
+    peak: int
+    available: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The least time that a step can take, by the chip's published peaks.
+
+    Attributes:
+        compute_s: The products alone.
+        memory_s: Moving the operands and results of every kernel through the chip's memory.
+        network_s: The collectives.
+        binds: The largest of the three: `compute`, `memory` or `network`.
+        step_s: That one; overlap is taken to be perfect.
+        images_per_s: Over all devices.
+        days: For the configuration's epochs, evaluation not counted; None where the number of examples is not known.
+        chip_hours: Days times devices.
+    """
+
+    compute_s: float
+    memory_s: float
+    network_s: float
+    binds: str
+    step_s: float
+    images_per_s: float
+    days: float | None
+    chip_hours: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `sit plan` says.
+
+    Attributes:
+        topology: The devices.
+        devices: How many.
+        mesh: Sizes of the axes.
+        batch_size: Examples per step, over all devices.
+        steps: Steps in all; None where the number of examples is not known.
+        fits: Whether the compiler found room for the step.
+        largest_batch: The largest batch that fits, where this one does not; None where not even the smallest does.
+        memory: None where it does not fit.
+        needed_bytes: What the compiler asked for where it does not fit.
+        flops: Of a step on each device, counted from the architectures: two per multiply-accumulate.
+        memory_bytes: Moved between each device and its memory in a step.
+        collectives: Of a step.
+        bound: None for virtual devices and where it does not fit.
+        compile_s: Seconds that compiling took here.
+    """
+
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    steps: int | None
+    fits: bool
+    largest_batch: int | None
+    memory: Memory | None
+    needed_bytes: int | None
+    flops: float
+    memory_bytes: int | None
+    collectives: tuple[Collective, ...]
+    bound: Bound | None
+    compile_s: float
+
+
+class _TooLargeError(Exception):
+    """The compiler found no room; `needed` bytes of `available` if it said so."""
+
+    def __init__(self, needed: int | None) -> None:
+        super().__init__()
+        self.needed = needed
+
+
+def plan(config: Config, topology: Topology, examples: int | None = None, progress: Any = None) -> Plan:
+    """Compiles a run's train step for a topology and reads its cost from the program.
+
+    Args:
+        config: The run's configuration, with its numbers of classes settled.
+        topology: The devices.
+        examples: Training examples, for the number of steps; None if not known.
+        progress: Called with a line of text before each compilation.
+
+    Raises:
+        ConfigError: The mesh does not fit the devices, or batches or heads do not fit the mesh.
+        UserError: The compiler for TPUs is not installed.
+    """
+    devices = topology_devices(topology)
+    mesh = sharding.make_mesh(config.mesh, devices)
+    sharding.check_mesh(mesh, config)
+    say = progress or (lambda _: None)
+    say(f"compiling the step for {topology.name}, batch {config.batch_size}; this takes minutes for large models")
+    steps = None
+    if examples:
+        steps = (config.epochs + config.optim.cooldown_epochs) * max(1, examples // config.batch_size)
+    shared: dict[str, Any] = {
+        "topology": topology.name,
+        "devices": topology.devices,
+        "mesh": dict(mesh.shape),
+        "batch_size": config.batch_size,
+        "steps": steps,
+        "flops": 2.0 * count_step_macs(config) * config.batch_size / topology.devices,
+    }
+    begun = time.monotonic()
+    try:
+        compiled = _compile(config, mesh)
+    except _TooLargeError as error:
+        largest = _largest_batch(config, mesh, topology.chip, error.needed, say)
+        return Plan(
+            **shared, fits=False, largest_batch=largest, memory=None, needed_bytes=error.needed, memory_bytes=None,
+            collectives=(), bound=None, compile_s=time.monotonic() - begun,
+        )  # fmt: skip
+    seconds = time.monotonic() - begun
+    traffic = read_traffic(compiled.as_text(), topology.devices)
+    bound = _bound(topology, config, shared["flops"], traffic, steps) if topology.chip else None
+    return Plan(
+        **shared, fits=True, largest_batch=None, memory=_memory(compiled, topology.chip), needed_bytes=None,
+        memory_bytes=traffic.memory_bytes, collectives=traffic.collectives, bound=bound, compile_s=seconds,
+    )  # fmt: skip
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """The devices of a topology.
+
+    Raises:
+        UserError: libtpu is not installed, or knows no such slice.
+        ConfigError: There are not so many virtual devices.
+    """
+    if topology.chip is None:
+        devices = jax.devices("cpu")
+        if len(devices) < topology.devices:
+            raise ConfigError(f"--topology: {topology.name}, but JAX was started with {len(devices)} CPU devices")
+        return list(devices[: topology.devices])
+    # Compiling needs no chip, so several processes of a machine may do it at a time, and nothing need be looked for.
+    for name, value in _NO_CHIP.items():
+        os.environ.setdefault(name, value)
+    try:
+        importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f'--topology: {topology.name} needs the TPU compiler: pip install "{libtpu_requirement()}"'
+        ) from None
+    from jax.experimental import topologies
+
+    try:
+        options = _CHIP_CONFIG.get(topology.chip.name, {})
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+        return list(slice_.devices)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--topology: there is no slice {topology.name}: {reason}") from None
+
+
+def libtpu_requirement() -> str:
+    """What the installed JAX requires of libtpu, as pip takes it."""
+    wanted = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
+    return wanted[0].partition(";")[0].strip() if wanted else "libtpu"
+
+
+def _compile(config: Config, mesh: Mesh) -> Any:
+    task = make_task(config, steps_per_epoch=1000)
+    state, batch, teachers = abstract_arguments(config, mesh)
+    lowered = make_train_step(task, mesh).lower(state, batch, teachers)  # type: ignore[attr-defined]
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _TooLargeError(_needed(str(error), _fixed(state, teachers))) from None
+
+
+def _fixed(state: Any, teachers: Any) -> int:
+    """Bytes on each device that do not grow with the batch."""
+    leaves = jax.tree.leaves((state, teachers))
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """State, batch and teachers of a run's train step as shapes with shardings."""
+
+    def placed(tree: Any) -> Any:
+        shardings = sharding.state_shardings(mesh, tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+    task = make_task(config, steps_per_epoch=1000)
+    teachers = {}
+    for name, teacher in config.teachers.items():
+        if getattr(task, name) is not None:
+            arch = teacher.model.architecture
+            images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
+            teachers[name] = placed(jax.eval_shape(build_model(arch).init, jax.random.key(0), images))
+    arch, count = config.model.architecture, config.batch_size
+    fields: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((count, arch.image_size, arch.image_size, arch.in_channels), np.uint8),
+        "label": ((count,), np.int32),
+    }
+    if config.data.on_broken == "skip":
+        fields["skipped"] = ((count,), np.int32)
+    if config.loss.token_label > 0:
+        assert isinstance(arch, Architecture)
+        maps = (count, arch.grid_size, arch.grid_size, 5)
+        fields |= {"map_classes": (maps, np.int32), "map_values": (maps, np.float32)}
+        fields |= {"crop": ((count, 4), np.float32), "flipped": ((count,), np.bool_)}
+    split = sharding.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in fields.items()}
+    return placed(abstract_state(task)), batch, teachers
+
+
+def _memory(compiled: Any, chip: Chip | None) -> Memory:
+    stats = compiled.memory_analysis()
+    arguments, temporaries = int(stats.argument_size_in_bytes), int(stats.temp_size_in_bytes)
+    outputs = int(stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    program = int(stats.generated_code_size_in_bytes)
+    # Where the backend reports a peak it is of arguments and temporaries alone; code lies beside them.
+    peak = arguments + temporaries + outputs + program
+    return Memory(arguments, temporaries, outputs, program, peak, chip.memory_bytes if chip else None)
+
+
+def _bound(topology: Topology, config: Config, flops: float, traffic: Traffic, steps: int | None) -> Bound:
+    chip = topology.chip
+    assert chip is not None
+    times = {
+        "compute": flops / chip.flops,
+        "memory": traffic.memory_bytes / chip.memory_rate,
+        "network": sum(collective.sent for collective in traffic.collectives) / chip.link_rate,
+    }
+    binds = max(times, key=lambda name: times[name])
+    step = times[binds]
+    days = steps * step / SECONDS_PER_DAY if steps else None
+    return Bound(
+        compute_s=times["compute"],
+        memory_s=times["memory"],
+        network_s=times["network"],
+        binds=binds,
+        step_s=step,
+        images_per_s=config.batch_size / step,
+        days=days,
+        chip_hours=None if days is None else days * 24 * topology.devices,
+    )
+
+
+def _needed(message: str, fixed: int) -> int | None:
+    """The bytes that the compiler asked for, in either of its wordings; the second leaves arguments (`fixed`) out."""
+    amount = r"([\d.]+)([KMGT])"
+    match = re.search(rf"Used {amount} of", message)
+    temporaries = re.search(rf"required for HLO temporaries \({amount}\)", message)
+    found = match or temporaries
+    if found is None:
+        return None
+    size = int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
+    return size if match else size + fixed
+
+
+def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, say: Any) -> int | None:
+    """The largest batch whose step compiles, found from what the compiler asked for and then tried."""
+    unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
+    per_unit = config.batch_size // unit
+    state, _, teachers = abstract_arguments(config, mesh)
+    fixed, guess = _fixed(state, teachers), per_unit // 2
+    if needed and chip and needed > fixed:
+        guess = min(per_unit - 1, int(per_unit * (chip.memory_bytes - fixed) / (needed - fixed)))
+    while guess > 0:
+        say(f"does not fit; trying batch {guess * unit}")
+        try:
+            _compile(dataclasses.replace(config, batch_size=guess * unit), mesh)
+        except _TooLargeError:
+            guess = min(guess - 1, int(guess * 0.95))
+            continue
+        return guess * unit
+    return None

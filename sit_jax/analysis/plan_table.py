@@ -1,0 +1,107 @@
+"""`sit plan` on the command line: a configuration in, a table out."""
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from sit_jax.analysis.chips import Topology
+from sit_jax.analysis.plan import Plan, plan
+from sit_jax.config import Config
+from sit_jax.data.sources import open_source
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.models.architecture import Architecture
+
+# So that a run on ImageNet can be planned where ImageNet is not.
+_EXAMPLES = {"imagenet2012": 1_281_167}
+_CLASSES = {"imagenet2012": 1000}
+_GIB = 2**30
+
+
+def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
+    """Plans a run; says on standard error what takes long, and what had to be assumed.
+
+    Args:
+        config: The run's configuration.
+        topology: The devices.
+        examples: Training examples; looked up where None.
+
+    Raises:
+        UserError: The configuration cannot be planned there.
+    """
+    if not isinstance(config.model.architecture, Architecture):
+        raise ConfigError("model: only vision transformers can be planned")
+    for teacher in config.teachers.values():
+        if not teacher.run:
+            _say("the teacher's own training is left out: plan it with a page of its own")
+    classes = _CLASSES.get(config.data.name)
+    models = [config.model, *(teacher.model for teacher in config.teachers.values())]
+    if examples is None or (classes is None and not all(m.architecture.num_classes for m in models)):
+        try:
+            source = open_source(config.data, config.data.train_split)
+            examples, classes = examples or len(source), len(source.class_names)
+        except UserError as error:
+            examples = examples or _EXAMPLES.get(config.data.name)
+            if examples is None:
+                _say(f"no days and hours without the number of examples, see --examples ({error})")
+    config = config.with_classes(classes or 1000)
+    return plan(config, topology, examples, _say)
+
+
+def _say(text: str) -> None:
+    print(f"sit plan: {text}", file=sys.stderr, flush=True)
+
+
+def print_plan(result: Plan) -> None:
+    """Prints a plan as tables on standard output."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in result.mesh.items())
+    print(f"{result.topology}: {result.devices} devices ({mesh}), batch {result.batch_size}")
+    if not result.fits:
+        needed = f": the step needs {result.needed_bytes / _GIB:.2f} GiB on each chip" if result.needed_bytes else ""
+        advice = "model.remat=True, optim.accumulate_steps and mesh.fsdp save memory"
+        largest = f"the largest batch that fits is {result.largest_batch}" if result.largest_batch else "no batch fits"
+        print(f"does not fit{needed}; {largest}; {advice}")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for name, value, note in _rows(result):
+        table.add_row(name, value, note)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _rows(result: Plan) -> list[tuple[str, str, str]]:
+    memory, bound = result.memory, result.bound
+    assert memory is not None
+    assert result.memory_bytes is not None
+    of = f"of {memory.available / _GIB:.0f}" if memory.available else ""
+    rows = [
+        ("memory per device, GiB", f"{memory.peak / _GIB:.2f}", of),
+        ("  arguments", f"{memory.arguments / _GIB:.2f}", "state, teachers, batch"),
+        ("  temporaries", f"{memory.temporaries / _GIB:.2f}", "activations, gradients"),
+        ("  outputs and program", f"{(memory.outputs + memory.program) / _GIB:.2f}", ""),
+        ("per device and step", "", ""),
+        ("  TFLOP", f"{result.flops / 1e12:.2f}", "" if bound is None else f"at least {1e3 * bound.compute_s:.1f} ms"),
+        (
+            "  memory traffic, GB",
+            f"{result.memory_bytes / 1e9:.1f}",
+            "" if bound is None else f"at least {1e3 * bound.memory_s:.1f} ms",
+        ),
+    ]
+    for c in result.collectives:
+        size = f"{c.bytes / 1e6:.1f}"
+        rows.append((f"  {c.kind} over {c.group}, MB", size, f"{c.runs} of them"))
+    if bound is None:
+        return rows
+    rows += [
+        ("  collectives", "", f"at least {1e3 * bound.network_s:.1f} ms"),
+        ("step, lower bound, ms", f"{1e3 * bound.step_s:.1f}", f"bound by {bound.binds}"),
+        ("images/s, upper bound", f"{bound.images_per_s:,.0f}", ""),
+    ]
+    if bound.days is not None and bound.chip_hours is not None:
+        rows += [
+            ("days, lower bound", f"{bound.days:.2f}", f"{result.steps:,} steps, evaluation not counted"),
+            ("chip-hours, lower bound", f"{bound.chip_hours:,.0f}", ""),
+        ]
+    return rows

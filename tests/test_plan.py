@@ -1,0 +1,288 @@
+"""Planning: what a compiled program's text says, chips and slices, and the command on virtual devices and for TPUs."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import pytest
+import tiny
+
+from sit_jax import cli, sharding
+from sit_jax.analysis import plan as planning
+from sit_jax.analysis.chips import CHIPS, parse_topology
+from sit_jax.analysis.flops import count_cost, count_step_macs
+from sit_jax.analysis.hlo import Collective, read_traffic
+from sit_jax.analysis.plan import Bound, abstract_arguments, plan
+from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.models.architecture import Architecture
+from sit_jax.train import make_task, make_train_step
+
+# A loop that runs five times around a kernel that reads one slice of a stack, an all-reduce over pairs, and a gather.
+PROGRAM = """HloModule jit_step
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add.9 = f32[] add(%a, %b)
+}
+
+%fused (p: f32[5,4,8], q: s32[]) -> f32[4,8] {
+  %p = f32[5,4,8]{2,1,0} parameter(0)
+  %q = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice.1 = f32[1,4,8]{2,1,0} dynamic-slice(%p, %q, %zero, %zero), dynamic_slice_sizes={1,4,8}
+}
+
+%body (t: (s32[], f32[5,4,8], f32[4,8])) -> (s32[], f32[5,4,8], f32[4,8]) {
+  %t = (s32[], f32[5,4,8]{2,1,0}, f32[4,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %stack = f32[5,4,8]{2,1,0} get-tuple-element(%t), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %layer = f32[4,8]{1,0} fusion(%stack, %i), kind=kLoop, calls=%fused
+  %all-reduce.1 = f32[4,8]{1,0} all-reduce(%layer), channel_id=1, replica_groups=[4,2]<=[8], to_apply=%sum
+  ROOT %out = (s32[], f32[5,4,8]{2,1,0}, f32[4,8]{1,0}) tuple(%next, %stack, %all-reduce.1)
+}
+
+%condition (c: (s32[], f32[5,4,8], f32[4,8])) -> pred[] {
+  %c = (s32[], f32[5,4,8]{2,1,0}, f32[4,8]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%c), index=0
+  %five = s32[] constant(5)
+  ROOT %less = pred[] compare(%n, %five), direction=LT
+}
+
+ENTRY %main (x: f32[5,4,8], y: bf16[16]) -> bf16[128] {
+  %x = f32[5,4,8]{2,1,0} parameter(0)
+  %y = bf16[16]{0:T(128)} parameter(1)
+  %start = s32[] constant(0)
+  %init = f32[4,8]{1,0} broadcast(%start), dimensions={}
+  %tuple = (s32[], f32[5,4,8]{2,1,0}, f32[4,8]{1,0}) tuple(%start, %x, %init)
+  %loop = (s32[], f32[5,4,8]{2,1,0}, f32[4,8]{1,0}) while(%tuple), condition=%condition, body=%body
+  %on_chip = bf16[16]{0:T(128)S(1)} copy(%y)
+  ROOT %all-gather.1 = bf16[128]{0} all-gather(%on_chip), channel_id=2, replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run() -> None:
+    traffic = read_traffic(PROGRAM, 8)
+    assert traffic.collectives == (
+        Collective("all-gather", group=8, runs=1, bytes=256),
+        Collective("all-reduce", group=2, runs=5, bytes=5 * 128),
+    )
+    assert [collective.sent for collective in traffic.collectives] == [256 * 7 / 8, 5 * 128 * 2 * 1 / 2]
+    # Each round: the counter (two reads, one write), a slice and the counter read and a layer written, the all-reduce.
+    each = (4 + 4 + 4) + (128 + 4 + 128) + (128 + 128)
+    # Around them: a broadcast, a copy into the chip's own memory, and a gather out of it.
+    assert traffic.memory_bytes == 5 * each + (4 + 128) + 32 + 256
+
+
+def test_what_the_compiler_noted_comes_first() -> None:
+    noted = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
+    assert read_traffic(noted, 8).collectives[1].runs == 3
+    by_data = PROGRAM.replace("%five = s32[] constant(5)", "%five = s32[] get-tuple-element(%c), index=0")
+    assert read_traffic(by_data, 8).collectives[1].runs == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
+        ("replica_groups=[2,4]<=[8]", 4),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
+        ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", 4),
+        ("replica_groups={}", 8),
+        ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", 1),
+    ],
+)
+def test_group_notations(groups: str, size: int) -> None:
+    collectives = read_traffic(PROGRAM.replace("replica_groups=[4,2]<=[8]", groups), 8).collectives
+    reduces = [collective.group for collective in collectives if collective.kind == "all-reduce"]
+    assert reduces == ([size] if size > 1 else [])
+
+
+WIDE = Architecture(
+    image_size=64, in_channels=3, num_classes=10, stem="conv4", dim=64, depth=2, num_heads=4, mlp_ratio=4.0
+)
+SLIM = dataclasses.replace(WIDE, stage_blocks=(1, 1), keep_ratio=0.5)
+
+
+def config(scan: bool, **changes: Any) -> Config:
+    teacher = TeacherConfig(model=ModelConfig(architecture=WIDE, scan=scan))
+    return tiny.config(arch=SLIM, **{"teacher": teacher, "model": ModelConfig(architecture=SLIM, scan=scan), **changes})
+
+
+def test_costs_against_the_compilers_own_count() -> None:
+    unrolled = config(scan=False, batch_size=32)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    compiled = planning._compile(unrolled, mesh)
+    counted = compiled.cost_analysis()
+    traffic = read_traffic(compiled.as_text(), 1)
+    assert traffic.collectives == ()
+    assert traffic.memory_bytes == pytest.approx(counted["bytes accessed"], rel=0.01)
+    # The compiler also counts norms, softmax, GELU and the optimizer.
+    products = 2 * count_step_macs(unrolled) * 32
+    assert products < counted["flops"] < 1.2 * products
+
+
+def test_reverse_modules_cost() -> None:
+    # One module over 16 patches of 64 channels from 8 tokens: 64 x (8 x 64 + 64 x 16) + 16 x 2 x 64 x 256.
+    one = 64 * (8 * 64 + 64 * 16) + 16 * 2 * 64 * 256
+    assert count_cost(SLIM).reverse_macs == 2 * one
+    assert count_cost(WIDE).reverse_macs == 0
+
+
+def test_abstract_arguments_are_those_of_a_real_run() -> None:
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    small = config(scan=True)
+    state, batch, teachers = abstract_arguments(small, mesh)
+    from sit_jax.train import init_state
+
+    real = init_state(make_task(small, 1000), mesh)
+    for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
+    assert batch["image"].shape == (16, 64, 64, 3)
+    assert set(teachers) == {"teacher"}
+    assert jax.eval_shape(make_train_step(make_task(small, 1000), mesh), state, batch, teachers)
+
+
+@pytest.mark.slow
+def test_plan_for_virtual_devices() -> None:
+    result = plan(config(scan=True, mesh=MeshConfig(data=2, fsdp=4)), parse_topology("cpu:8"), examples=1600)
+    assert result.fits
+    assert (result.devices, result.mesh, result.steps) == (8, {"data": 2, "fsdp": 4, "tensor": 1}, 200)
+    assert result.bound is None
+    assert result.memory is not None
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
+    held = sum(
+        leaf.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
+        for leaf in jax.tree.leaves(abstract_arguments(config(scan=True), mesh))
+    )
+    assert result.memory.arguments == pytest.approx(held, rel=0.02)
+    assert {collective.kind for collective in result.collectives} >= {"all-gather", "all-reduce"}
+    alone = plan(config(scan=True), parse_topology("cpu:1"))
+    assert alone.collectives == ()
+    assert alone.flops == 8 * result.flops
+
+
+def test_bound_is_the_largest_of_three() -> None:
+    from sit_jax.analysis.hlo import Traffic
+
+    chip = CHIPS["v5e"]
+    traffic = Traffic((Collective("all-reduce", 16, 3, 80 * 10**9),), int(3 * chip.memory_rate))
+    bound = planning._bound(parse_topology("v5e:4x4"), config(True), 2 * chip.flops, traffic, steps=86400)
+    assert bound == Bound(2.0, 3.0, 2 * 15 / 16 * 80 / 200, "memory", 3.0, 16 / 3, 3.0, 3.0 * 24 * 16)
+
+
+def test_topologies() -> None:
+    assert (parse_topology("v5e:16x16").devices, parse_topology("v4:2x2x4").devices) == (256, 16)
+    for name, message in (
+        ("v5e", "is not of the form"),
+        ("v5e:4x", "is not of the form"),
+        ("v9:2x2", "there is no chip 'v9'"),
+        ("v5e:2x2x2", "have 2 dimensions"),
+        ("v4:4x4", "have 3 dimensions"),
+        ("cpu:2x2", "are one number"),
+        ("cpu:0", "is not of the form"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_topology(name)
+
+
+def test_refusals(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["plan", "--config", "configs/digits.py", "--topology"]
+
+    def refused(*more: str) -> str:
+        assert cli.main([*words, *more]) == 2
+        lines: list[str] = capsys.readouterr().err.strip().splitlines()
+        return lines[-1]
+
+    assert "there is no chip" in refused("v9:2x2")
+    assert "batch_size: 64 examples do not divide over 5 devices" in refused("cpu:5")
+    assert "JAX was started with 8 CPU devices" in refused("cpu:16")
+
+    def absent(_: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert 'v5e:4x4 needs the TPU compiler: pip install "libtpu==' in refused("v5e:4x4")
+    with pytest.raises(UserError, match="needs the TPU compiler"):
+        planning.topology_devices(parse_topology("v4:2x2x4"))
+
+
+def test_what_the_compiler_asked_for() -> None:
+    fixed, gib = 2**29, 2**30
+    assert planning._needed("RESOURCE_EXHAUSTED: ... Used 20.5G of 15.75G hbm. Exceeded", fixed) == 20.5 * gib
+    assert planning._needed("the total memory required for HLO temporaries (36G) exceeds", fixed) == 36.5 * gib
+    assert planning._needed("no room", fixed) is None
+
+
+SMALL = {
+    "model.dim": 64,
+    "teacher.model.dim": 64,
+    "model.num_heads": 4,
+    "teacher.model.num_heads": 4,
+    "model.depth": 2,
+    "teacher.model.depth": 2,
+    "model.stage_blocks": "(1,1)",
+}
+
+
+def sit_plan(*words: str, **values: Any) -> "subprocess.CompletedProcess[str]":
+    overrides = [f"--config.{key}={value}" for key, value in {**SMALL, **values}.items()]
+    command = [sys.executable, "-m", "sit_jax", "plan", "--config", "configs/digits.py", *words, *overrides]
+    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_command_on_virtual_devices() -> None:
+    done = sit_plan("--topology", "cpu:4", "--json", **{"mesh.tensor": 2})
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["devices"], result["mesh"]) == (4, {"data": 2, "fsdp": 1, "tensor": 2})
+    assert result["steps"] == 4 * (1438 // 64)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_command_for_a_tpu_slice() -> None:
+    done = sit_plan("--topology", "v4:2x2x2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("v4:2x2x2: 8 devices (data 8, fsdp 1, tensor 1), batch 64\n")
+    for words in ("of 32", "all-reduce over 8, MB", "bound by ", "chip-hours, lower bound"):
+        assert words in done.stdout
+    assert all(line.startswith("sit plan: ") for line in done.stderr.splitlines()), done.stderr
+    wrong = sit_plan("--topology", "v5e:3x3")
+    assert wrong.returncode == 2
+    assert "there is no slice v5e:3x3" in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+def test_what_does_not_fit_says_what_would(capsys: Any) -> None:
+    # Tokens of 512 channels on 1024 patches: some GiB per few pictures.
+    arch = Architecture(image_size=512, num_classes=10, dim=512, depth=1, num_heads=8, mlp_ratio=4.0)
+    large = Config(
+        model=ModelConfig(architecture=arch), batch_size=4 * 400, eval_batch_size=4, loss=LossConfig(), init="random",
+        optim=OptimConfig(),
+    )  # fmt: skip
+    topology = parse_topology("v5e:2x2")
+    result = plan(large, topology)
+    assert not result.fits
+    assert result.needed_bytes is not None
+    assert result.needed_bytes > 2 * CHIPS["v5e"].memory_bytes
+    assert result.largest_batch is not None
+    assert 0 < result.largest_batch < 1600
+    assert plan(dataclasses.replace(large, batch_size=result.largest_batch), topology).fits
+    from sit_jax.analysis.plan_table import print_plan
+
+    print_plan(result)
+    assert f"does not fit: the step needs {result.needed_bytes / 2**30:.2f} GiB" in capsys.readouterr().out
