@@ -159,19 +159,27 @@ def largest_gradient(data: dict[str, np.ndarray]) -> float:
     return max(float(np.abs(value).max()) for value in golden_files.part(data, "train0/grad/").values())
 
 
+def has_gradient(data: dict[str, np.ndarray], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Which entries of a weight have a gradient that is more than rounding.
+
+    Adam divides a gradient by its own size, so where the true gradient is zero (a bias on all keys, a bias that the
+    softmax over tokens does not see) or lost in rounding, the weight moves at random by the learning rate.
+    """
+    gradient = data.get(f"train0/grad/{key}")
+    sure = np.ones(shape, bool) if gradient is None else np.abs(gradient) > 1e-5 * largest_gradient(data)
+    if key.endswith("attn.qkv.bias"):
+        sure[shape[0] // 3 : 2 * shape[0] // 3] = False
+    return sure
+
+
 @pytest.mark.parametrize("name", RECOVERED)
 def test_weights_after_all_steps(name: str) -> None:
     golden = golden_files.load(name)
     final, mine = golden_files.part(golden.data, "final/"), trajectory(name).states[-1]
-    # Adam divides a gradient by its own size, so where the true gradient is zero (a bias on all keys, a bias that the
-    # softmax over tokens does not see) or lost in rounding, the weight moves at random by the learning rate.
-    smallest = 1e-5 * largest_gradient(golden.data)
     compared = total = 0
     for key in mine:
-        theirs, gradient = final[key], golden.data.get(f"train0/grad/{key}")
-        sure = np.ones(theirs.shape, bool) if gradient is None else np.abs(gradient) > smallest
-        if key.endswith("attn.qkv.bias"):
-            sure[len(theirs) // 3 : 2 * len(theirs) // 3] = False
+        theirs = final[key]
+        sure = has_gradient(golden.data, key, theirs.shape)
         error = np.abs(mine[key] - theirs)
         assert error[sure].max(initial=0.0) <= 1e-3 * np.abs(theirs).max(), key
         assert error.max() <= 0.03, key
@@ -182,14 +190,23 @@ def test_weights_after_all_steps(name: str) -> None:
 @pytest.mark.parametrize("name", RECOVERED)
 def test_weights_after_every_step_in_sum(name: str) -> None:
     golden = golden_files.load(name)
-    order = list(golden_files.part(golden.data, "train0/grad/"))
+    moved = 0.0
+    exact = 0
     for index, state in enumerate(trajectory(name).states):
-        theirs = golden.data[f"steps/{index}/param_sums"]
-        moved = {key: np.abs(value).sum() for key, value in state.items() if "running" not in key}
-        assert len(theirs) == len(moved)
-        mine = np.array(sorted(moved.values()))
-        np.testing.assert_allclose(mine, np.sort(theirs), rtol=2e-3, atol=2e-3)
-    assert set(order) < set(moved)
+        theirs = np.sort(golden.data[f"steps/{index}/param_sums"])
+        model, reverse = golden.data[f"steps/{index}/lr_backbone_rtsm"]
+        moved += float(max(model, reverse))
+        sums = []
+        for key, value in state.items():
+            if "running" not in key:
+                unsure = (~has_gradient(golden.data, key, value.shape)).sum()
+                # Both sides may have moved such an entry by the rates of all steps, in either direction.
+                sums.append((float(np.abs(value).sum()), 2 * moved * float(unsure)))
+        assert len(theirs) == len(sums)
+        mine, slack = np.array(sorted(sums)).T
+        assert (np.abs(mine - theirs) <= 2e-3 + 2e-3 * theirs + slack).all()
+        exact = int((slack == 0).sum())
+    assert exact > 0.6 * len(theirs)
 
 
 def test_distillation_token() -> None:

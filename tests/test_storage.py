@@ -1,0 +1,153 @@
+"""Disks that are full and folders that cannot be written: one clear line, and whole checkpoints stay whole."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from test_interruption import LONG
+
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.inspection import list_checkpoints, verify
+from sit_jax.metrics import read_metrics
+from sit_jax.run import trained_variables
+
+# Limits the size of files from inside, once the run has begun: a write beyond it fails as on a full disk. The signal
+# that the kernel sends besides would end the process before Python hears of the error.
+FULL = """
+import resource, signal, sys, threading, time
+from sit_jax import checkpoint, cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save = checkpoint.Checkpoints.save
+def limited(self, state, *rest):
+    if int(state.step) >= int(sys.argv[1]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
+    save(self, state, *rest)
+checkpoint.Checkpoints.save = limited
+sys.exit(cli.main(sys.argv[3:]))
+"""
+
+
+def words(run: pathlib.Path, data: str, **more: Any) -> list[str]:
+    values = {**LONG, "data.data_dir": data, "log.tensorboard": False, "checkpoint.every_steps": 2, **more}
+    train = ["train", "--config", "configs/digits.py", "--workdir", str(run), "--resume"]
+    return [*train, *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def finish(command: list[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, digits_dir: str) -> pathlib.Path:
+    """A run whose disk was full when its tenth step was to be saved."""
+    run = tmp_path_factory.mktemp("filled") / "run"
+    command = [sys.executable, "-c", FULL, "10", "2000", *words(run, digits_dir, **{"teacher.epochs": 1})]
+    begun = time.monotonic()
+    done = finish(command)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("sit train: ")
+    assert "could not be written in " in last
+    assert "File too large" in last
+    assert "go on with --resume" in last
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - begun < 200, "it hangs before it ends"
+    return run
+
+
+@pytest.mark.slow
+def test_full_disk_leaves_the_earlier_checkpoints(
+    filled: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path
+) -> None:
+    # The teacher comes first, and is what the disk was too small for.
+    teacher = filled / "teacher"
+    steps = [entry.step for entry in list_checkpoints(teacher)]
+    assert steps in ([6, 8], [4, 6])  # The eighth may still have been under way.
+    for step in steps:
+        assert verify(teacher, step).problems == ()
+    # With room again the run goes on, and ends as one that was never disturbed.
+    for place, run in ((filled.parent, "run"), (tmp_path, "undisturbed")):
+        done = finish([sys.executable, "-m", "sit_jax", *words(place / run, digits_dir)])
+        assert done.returncode == 0, done.stderr
+    weights = [trained_variables(run)[1] for run in (filled, tmp_path / "undisturbed")]
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
+def without_roots_powers(command: list[str]) -> list[str]:
+    """The same command for a process to which permissions apply, root or not."""
+    if os.geteuid() != 0:
+        return command
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search,-fowner", "--inh-caps=-all", *command]
+
+
+@pytest.mark.slow
+def test_read_only_workdir(tmp_path: pathlib.Path, digits_dir: str) -> None:
+    run = tmp_path / "run"
+    more = {"epochs": 1, "teacher.epochs": 1, "eval_every_epochs": 1}
+    done = finish([sys.executable, "-m", "sit_jax", *words(run, digits_dir, **more)])
+    assert done.returncode == 0, done.stderr
+    # As if it had been cut off before its last checkpoint.
+    newest = max(entry.step for entry in list_checkpoints(run))
+    shutil.rmtree(run / "checkpoints" / str(newest))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    folders = [run, *(path for path in run.rglob("*") if path.is_dir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        command = [sys.executable, "-m", "sit_jax", *words(run, digits_dir, **more)]
+        done = finish(without_roots_powers(command))
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith(f"sit train: {run} cannot be written: Permission denied")
+        assert "Traceback" not in done.stderr
+        assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+        # Reading is another matter.
+        for verb in ("list", "verify"):
+            done = finish(
+                without_roots_powers([sys.executable, "-m", "sit_jax", "checkpoint", verb, "--workdir", str(run)])
+            )
+            assert done.returncode == 0, done.stderr
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.Path) -> None:
+    import jax.numpy as jnp
+
+    from sit_jax.state import TrainState
+
+    def state(step: int) -> Any:
+        params = {"model": {"w": jnp.full(3, float(step))}}
+        return TrainState(step=jnp.asarray(step), params=params, batch_stats={}, opt_state={"m": jnp.ones(3)}, ema=None)
+
+    for step, top1 in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8), (5, 0.1), (6, None), (7, 0.2)):
+        with Checkpoints(tmp_path, keep=1) as checkpoints:  # Each step by a process of its own, as it were.
+            better = checkpoints.beaten_by({} if top1 is None else {"top1": top1})
+            assert better == (step in (1, 2))
+            checkpoints.save(state(step), {} if top1 is None else {"top1": top1})
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert (checkpoints.best_step, checkpoints.latest_step) == (2, 7)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 7]
+
+
+def test_lines_of_a_run_that_is_cut_off_are_dropped_whole(tmp_path: pathlib.Path) -> None:
+    from sit_jax.metrics import MetricWriter
+
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, "train", {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "kind": "tr')
+    with MetricWriter(tmp_path, tensorboard=False, resume_step=2) as writer:
+        writer.write(3, "train", {"loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
