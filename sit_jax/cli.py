@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
-from sit_jax.errors import ConfigError, StoppedError, UserError
+from sit_jax.errors import ConfigError, SkippedError, StoppedError, UserError
+
+_MODEL = "a run's folder, a model folder, a .onnx or .stablehlo file"
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
+SKIPPED = 1
 USER_ERROR = 2
 # What sysexits.h calls a temporary failure: whoever started the command may start it again, with --resume.
 STOPPED = 75
@@ -22,8 +25,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 2 for a user's mistake, 75 for a run that was told to end and can be
-    resumed, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 1 where some inputs were skipped, 2 for a user's mistake, 75 for a run
+    that was told to end and can be resumed, 130 when interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments, rest)
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
+        if isinstance(error, SkippedError):
+            return SKIPPED
         return STOPPED if isinstance(error, StoppedError) else USER_ERROR
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
@@ -51,19 +56,48 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
     _add_processes(train)
-    evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run's checkpoint over its evaluation split")
-    evaluate.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
-    evaluate.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    evaluate.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run or an exported model over an evaluation split")
+    which = evaluate.add_mutually_exclusive_group(required=True)
+    which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=_MODEL)
+    which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
+    _add_checkpoint(evaluate)
     evaluate.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
     evaluate.add_argument("--split", help="another split")
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
+    _add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
+    _add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
     return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="of a run: the moving average of the weights")
+    parser.add_argument("--step", type=int, help="of a run: which checkpoint; the newest if not given")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    formats = ("folder", "onnx", "stablehlo", "original", "timm")
+    parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help="a run's folder or a model folder")
+    parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="folder or file to write; not there yet")
+    parser.add_argument("--format", required=True, choices=formats, help="what to write")
+    _add_checkpoint(parser)
+    parser.add_argument("--with_reverse", action="store_true", help="folder, original: the reverse modules too")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="onnx: type of the weights")
+    parser.add_argument("--raw_input", action="store_true", help="onnx, stablehlo: take uint8 pixels (NHWC)")
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=_MODEL)
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, folders, patterns; - reads a list")
+    _add_checkpoint(parser)
+    parser.add_argument("--top", type=_positive, default=5, help="likeliest classes told")
+    parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="how they are printed")
+    parser.add_argument("--batch_size", type=_positive, default=32, help="pictures at a time")
+    parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -150,13 +184,19 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     first = _join(arguments)
     import dataclasses
 
+    from sit_jax.export.predictor import evaluate_predictor, is_run, open_predictor
     from sit_jax.run import evaluate_run
     from sit_jax.workdir import read_config
 
     chosen = {"name": arguments.name, "eval_split": arguments.split, "data_dir": arguments.data_dir}
     changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-    data = dataclasses.replace(read_config(arguments.workdir).data, **changes)
-    result = evaluate_run(arguments.workdir, arguments.ema, arguments.step, data)
+    model = arguments.workdir or arguments.source
+    if arguments.workdir or is_run(model):
+        data = dataclasses.replace(read_config(model).data, **changes)
+        result = evaluate_run(model, arguments.ema, arguments.step, data)
+    else:
+        predictor = open_predictor(model, arguments.ema, arguments.step)
+        result = evaluate_predictor(predictor, dataclasses.replace(predictor.data, **changes))
     if not first:
         return
     if arguments.json:
@@ -164,6 +204,31 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
         return
     shares = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
     print(f"{shares} over {result['examples']:.0f} examples")
+
+
+def _export(arguments: argparse.Namespace, _: list[str]) -> None:
+    _quiet_libraries()
+    from sit_jax.export.command import export_model
+
+    export_model(
+        arguments.source,
+        arguments.dest,
+        arguments.format,
+        arguments.ema,
+        arguments.step,
+        arguments.with_reverse,
+        arguments.dtype,
+        arguments.raw_input,
+    )
+    print(f"Written: {arguments.dest}")
+
+
+def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
+    _quiet_libraries()
+    from sit_jax.predict import command
+
+    options = {"top": arguments.top, "style": arguments.format, "batch_size": arguments.batch_size}
+    command(arguments.source, arguments.pictures, arguments.ema, arguments.step, **options)
 
 
 def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
