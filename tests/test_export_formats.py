@@ -2,6 +2,8 @@
 
 import json
 import pathlib
+import re
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -16,6 +18,8 @@ import random_weights
 import safetensors.numpy
 import tiny
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from sit_jax import cli
 from sit_jax.config import Config, DataConfig, LogConfig, OptimConfig
@@ -215,7 +219,7 @@ def test_the_digits_student_scores_the_same_in_every_format(
     assert weights.about["class_names"] == [str(digit) for digit in range(10)]
     assert weights.about["provenance"]["step"] == 1438 // 32
     assert set(weights.reverse) == {f"blocks_{block}" for block in range(4)}
-    assert torch_accuracy(tmp_path / "model", digits_dir) == pytest.approx(result["top1"], abs=1e-6)
+    assert torch_accuracy(tmp_path / "model") == pytest.approx(result["top1"], abs=1e-6)
     assert cli.main(["evaluate", str(digits_run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert cli.main(["export", str(digits_run), str(tmp_path / "ema"), "--format", "folder", "--ema"]) == 0
@@ -224,12 +228,37 @@ def test_the_digits_student_scores_the_same_in_every_format(
     assert not np.allclose(averaged.params["head"]["kernel"], weights.params["head"]["kernel"])
 
 
-def torch_accuracy(folder: pathlib.Path, digits_dir: str) -> float:
-    """Top-1 of the PyTorch module on the held-out digits, read without our loader."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
+@pytest.mark.slow
+def test_the_walkthrough(
+    digits_run: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", pathlib.Path("docs/deploy.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    pathlib.Path("runs").mkdir()
+    pathlib.Path("runs/digits").symlink_to(digits_run)
+    pathlib.Path("data").symlink_to(digits_dir)
+    pathlib.Path("pictures").mkdir()
+    for index, pixels in enumerate(PIXELS):
+        Image.fromarray(pixels[:, :, 0]).save(f"pictures/{index}.png")
+    names: dict[str, Any] = {}
+    for language, text in blocks:
+        if language == "python":
+            exec(text, names)
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            assert words[0] == "sit"
+            assert cli.main(words[1:]) == 0, line
+    assert names["probabilities"].shape == (4, 10)
+    assert names["terms"]["loss"].shape == ()
+    assert names["logits"].shape == (2, 10)
+    assert len(names["names"]) == 10
+    assert sum(language == "python" for language, _ in blocks) == 5
 
-    del digits_dir
+
+def torch_accuracy(folder: pathlib.Path) -> float:
+    """Top-1 of the PyTorch module on the held-out digits, read without our loader."""
     digits = load_digits()
     model = torch_model.load(folder)
     levels = np.round(digits.images[4::5] * 255 / 16).astype(np.uint8)
