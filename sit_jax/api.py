@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -126,14 +126,23 @@ def slim(teacher: Model, keep_ratio: float = 0.5, after: Sequence[int] = (3, 6, 
         raise ConfigError(f"after: {tuple(after)} must be rising block numbers from 1 to {arch.depth - 1}")
     stages = tuple(later - earlier for earlier, later in itertools.pairwise(ends))
     student = dataclasses.replace(arch, stage_blocks=stages, keep_ratio=keep_ratio)
-    fresh = _draw(student, seed)
-    params = {**fresh["params"], **teacher.variables["params"]}
-    return Model(student, {**fresh, **teacher.variables, "params": params}, teacher.about)
+    params = teacher.variables["params"]
+    return Model(
+        student,
+        {**teacher.variables, "params": {**params, **_draw(student, seed, given=params)["params"]}},
+        teacher.about,
+    )
 
 
-def _draw(arch: Architecture, seed: int) -> dict[str, Any]:
+def _draw(arch: Architecture, seed: int, given: Collection[str] = ()) -> dict[str, Any]:
+    """Random variables, without the parameters that are given; these are then not computed either."""
+
+    def init(key: Array, images: Array) -> dict[str, Any]:
+        variables = build_model(arch).init(key, images)
+        return {**variables, "params": {name: x for name, x in variables["params"].items() if name not in given}}
+
     images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
-    return dict(jax.jit(build_model(arch).init)(jax.random.key(seed), images))
+    return jax.jit(init)(jax.random.key(seed), images)
 
 
 def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:
