@@ -166,15 +166,7 @@ def load_variables(
     return dict(loaded[part])
 
 
-def latest_step(workdir: pathlib.Path) -> int:
-    """The step of a run's newest checkpoint, of which there must be one."""
-    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
-        latest = checkpointer.latest
-        assert latest is not None, "there is no checkpoint"
-        return int(latest.step)
-
-
-def load_reverse(workdir: pathlib.Path, abstract: Any, step: int) -> Any:
+def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
     """Reads the reverse modules' parameters; see `load_variables`, which finds out first whether there is such a step.
 
     Raises:
@@ -190,6 +182,14 @@ def load_reverse(workdir: pathlib.Path, abstract: Any, step: int) -> Any:
         except (ValueError, KeyError) as error:
             raise RunError(f"{workdir}: its checkpoint holds no such reverse modules: {_first_line(error)}") from None
     return loaded["training"]["params"]["reverse"]
+
+
+def latest_step(workdir: pathlib.Path) -> int:
+    """The step of a run's newest checkpoint, of which there must be one."""
+    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
+        latest = checkpointer.latest
+        assert latest is not None, "there is no checkpoint"
+        return int(latest.step)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from typing import Any
 
 from sit_jax import __version__
 from sit_jax.errors import ConfigError, SkippedError, StoppedError, UserError
-
-_MODEL = "a run's folder, a model folder, a .onnx or .stablehlo file"
+from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -58,46 +57,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_processes(train)
     evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run or an exported model over an evaluation split")
     which = evaluate.add_mutually_exclusive_group(required=True)
-    which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=_MODEL)
+    which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
     which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
-    _add_checkpoint(evaluate)
+    add_checkpoint(evaluate)
     evaluate.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
     evaluate.add_argument("--split", help="another split")
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
-    _add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
-    _add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
+    add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
+    add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
     return parser
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ema", action="store_true", help="of a run: the moving average of the weights")
-    parser.add_argument("--step", type=int, help="of a run: which checkpoint; the newest if not given")
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    formats = ("folder", "onnx", "stablehlo", "original", "timm")
-    parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help="a run's folder or a model folder")
-    parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="folder or file to write; not there yet")
-    parser.add_argument("--format", required=True, choices=formats, help="what to write")
-    _add_checkpoint(parser)
-    parser.add_argument("--with_reverse", action="store_true", help="folder, original: the reverse modules too")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="onnx: type of the weights")
-    parser.add_argument("--raw_input", action="store_true", help="onnx, stablehlo: take uint8 pixels (NHWC)")
-
-
-def _add_predict(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=_MODEL)
-    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, folders, patterns; - reads a list")
-    _add_checkpoint(parser)
-    parser.add_argument("--top", type=_positive, default=5, help="likeliest classes told")
-    parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="how they are printed")
-    parser.add_argument("--batch_size", type=_positive, default=32, help="pictures at a time")
-    parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -210,16 +183,8 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
     _quiet_libraries()
     from sit_jax.export.command import export_model
 
-    export_model(
-        arguments.source,
-        arguments.dest,
-        arguments.format,
-        arguments.ema,
-        arguments.step,
-        arguments.with_reverse,
-        arguments.dtype,
-        arguments.raw_input,
-    )
+    words = {name: getattr(arguments, name) for name in ("ema", "step", "with_reverse", "dtype", "raw_input")}
+    export_model(arguments.source, arguments.dest, arguments.format, **words)
     print(f"Written: {arguments.dest}")
 
 

@@ -35,6 +35,8 @@ from sit_jax.sharding import make_mesh
 from sit_jax.state import TrainState
 from sit_jax.train import make_task, make_train_step
 
+NORM = ("running_mean", "running_var", "weight", "bias")
+
 
 def close(mine: torch.Tensor, theirs: np.ndarray, relative: float = 1e-4) -> None:
     """Asserts agreement relative to the largest value of the tensor."""
@@ -293,6 +295,37 @@ def test_batch_norm_folds_and_drop_path_drops(folder: pathlib.Path) -> None:
     assert moved == pytest.approx(1 - 0.9**2, abs=0.03)
     kept = last.drop_path(torch.ones(2000, 3, 16))
     assert kept.unique().tolist() == pytest.approx([0.0, 10.0])
+
+
+def test_the_stem_and_the_layer_scale_of_published_teachers() -> None:
+    shape = {**describe(tiny.TEACHER, {})["architecture"], "stem": "conv7", "stem_width": 6, "layer_scale": True}
+    torch.manual_seed(0)
+    model = SiT({"architecture": shape}).eval()
+    state = model.state_dict()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.2, 0.6)
+    assert [tuple(state[f"patch_embed.{key}.weight"].shape) for key in ("conv1", "conv2", "conv3", "proj")] == [
+        (6, 1, 7, 7),
+        (6, 6, 3, 3),
+        (6, 6, 3, 3),
+        (16, 6, 8, 8),
+    ]
+    images = torch.randn(2, 1, 32, 32)
+    x = images
+    for index, (stride, padding) in enumerate([(2, 3), (1, 1), (1, 1)], start=1):
+        x = torch.conv2d(x, state[f"patch_embed.conv{index}.weight"], None, stride, padding)
+        norm = {name: state[f"patch_embed.bn{index}.{name}"][:, None, None] for name in NORM}
+        x = (x - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt() * norm["weight"] + norm["bias"]
+        x = x.clamp(min=0)
+    x = torch.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 8)
+    close(model.patch_embed(images), x.numpy())
+    block: Any = model.blocks[0]
+    tokens = torch.randn(2, 5, 16)
+    middle = tokens + block.attn(block.norm1(tokens)) * state["blocks.0.ls1.gamma"]
+    close(block(tokens), (middle + block.mlp(block.norm2(middle)) * state["blocks.0.ls2.gamma"]).detach().numpy())
+    with pytest.raises(ValueError, match="'conv9' is not known"):
+        SiT({"architecture": {**shape, "stem": "conv9"}})
 
 
 def test_fine_tuning_groups() -> None:

@@ -1,1 +1,1 @@
-"""The way out: model folders, the original's and timm's layouts, ONNX, StableHLO, PyTorch."""
+"""Models for other programs: the only place, with `convert`, that knows other frameworks."""

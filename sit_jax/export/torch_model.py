@@ -23,6 +23,8 @@ from torch import Tensor, nn
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Slimming and reverse modules have PyTorch's default epsilon, whatever the blocks use.
 _SLIMMING_NORM_EPS = 1e-5
+# What is taken where config.json does not say how pictures are normalised.
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
@@ -40,36 +42,32 @@ class Outputs(NamedTuple):
     distillation_logits: Tensor | None
 
 
-class PatchStem(nn.Module):
-    """One strided convolution."""
+class Stem(nn.Module):
+    """From a picture to a grid of tokens: convolutions with BatchNorm, a patch projection, or one after the other.
 
-    def __init__(self, channels: int, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
+    GELU stands between the convolutions where nothing follows them (the paper's models), ReLU behind each of them where
+    a projection does (LV-ViT).
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, dim, rows, columns)."""
-        return self.proj(x)
-
-
-class ConvStem(nn.Module):
-    """3x3 convolutions with BatchNorm, and GELU between them."""
-
-    def __init__(self, channels: int, layers: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, channels: int, layers: Sequence[tuple[int, int, int]], dim: int, patch: int) -> None:
+        """Builds the layers, (features, kernel, stride) each, and a projection of patches of a side; 0 for none."""
         super().__init__()
         self.count = len(layers)
-        for index, (features, stride) in enumerate(layers, start=1):
-            setattr(self, f"conv{index}", nn.Conv2d(channels, features, 3, stride, 1, bias=False))
+        for index, (features, kernel, stride) in enumerate(layers, start=1):
+            setattr(self, f"conv{index}", nn.Conv2d(channels, features, kernel, stride, kernel // 2, bias=False))
             setattr(self, f"bn{index}", nn.BatchNorm2d(features))
             channels = features
+        self.proj = nn.Conv2d(channels, dim, patch, patch) if patch else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, channels, height, width) -> (batch, dim, rows, columns)."""
         for index in range(1, self.count + 1):
             x = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(x))
-            if index < self.count:
+            if self.proj is not None:
+                x = F.relu(x)
+            elif index < self.count:
                 x = F.gelu(x)
-        return x
+        return x if self.proj is None else self.proj(x)
 
 
 class Attention(nn.Module):
@@ -116,6 +114,18 @@ class DropPath(nn.Module):
         return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep
 
 
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, DeiT-III)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, dim) -> the same."""
+        return x * self.gamma
+
+
 class Block(nn.Module):
     """Pre-norm transformer block whose residual branches are divided by the residual scale."""
 
@@ -127,12 +137,14 @@ class Block(nn.Module):
         self.attn = Attention(dim, shape["num_heads"], shape["qkv_bias"])
         self.norm2 = nn.LayerNorm(dim, shape["norm_eps"])
         self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim)
+        learned = shape.get("layer_scale", False)
+        self.ls1, self.ls2 = (LayerScale(dim) if learned else nn.Identity() for _ in range(2))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, dim) -> the same."""
-        x = x + self.drop_path(self.attn(self.norm1(x))) / self.residual_scale
-        return x + self.drop_path(self.mlp(self.norm2(x))) / self.residual_scale
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x)))) / self.residual_scale
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))) / self.residual_scale
 
 
 class TokenSlimming(nn.Module):
@@ -191,8 +203,8 @@ class SiT(nn.Module):
         ends = [sum(blocks[: i + 1]) - 1 for i in range(len(blocks) - 1)]
         kept = dict(zip(ends, config.get("kept_tokens", [patches])[1:], strict=True))
         self.tsm_index = {block: index for index, block in enumerate(kept)}
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, dim))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, dim))
         self.patch_embed = _stem(shape)
         self.blocks = nn.ModuleList(Block(shape, drop_path * i / max(1, depth - 1)) for i in range(depth))
         if kept:
@@ -203,13 +215,10 @@ class SiT(nn.Module):
         self.aux_head = nn.Linear(dim, classes) if shape["aux_head"] else None
         self.head_dist = None
         if shape["distillation_token"]:
-            self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
-            self.dist_pos_embed = nn.Parameter(torch.zeros(1, 1, dim))
+            self.dist_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+            self.dist_pos_embed = nn.Parameter(0.02 * torch.randn(1, 1, dim))
             self.head_dist = nn.Linear(dim, classes)
         self.rtsm = nn.ModuleList(_reverse_modules(dim, depth, patches, kept)) if reverse and kept else None
-        for name, parameter in self.named_parameters():
-            if name in _TOKENS:
-                nn.init.normal_(parameter, std=0.02)
 
     def forward(self, images: Tensor, return_outputs: bool = False) -> Any:
         """Runs the model.
@@ -249,8 +258,10 @@ class SiT(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Pictures of the model's size, uint8 (batch, height, width, channels), as its input (batch, channels, ...)."""
-        values = self.config["preprocessing"]
+        values = {**_IMAGENET, **self.config.get("preprocessing", {})}
         mean, std = (torch.tensor(values[name], device=pixels.device) for name in ("mean", "std"))
+        if pixels.shape[-1] == 1:
+            mean, std = mean.mean(), std.mean()
         return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(self.pos_embed.dtype)
 
     def _embed(self, images: Tensor) -> Tensor:
@@ -309,11 +320,10 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 def fold_batch_norm(model: SiT) -> SiT:
     """Puts every BatchNorm of the stem into the convolution before it, in place; for evaluation only."""
     stem = model.patch_embed
-    if isinstance(stem, ConvStem):
-        for index in range(1, stem.count + 1):
-            conv, norm = getattr(stem, f"conv{index}"), getattr(stem, f"bn{index}")
-            setattr(stem, f"conv{index}", nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
-            setattr(stem, f"bn{index}", nn.Identity())
+    for index in range(1, stem.count + 1):
+        conv, norm = getattr(stem, f"conv{index}"), getattr(stem, f"bn{index}")
+        setattr(stem, f"conv{index}", nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
+        setattr(stem, f"bn{index}", nn.Identity())
     return model
 
 
@@ -366,14 +376,19 @@ def parameter_groups(model: SiT, lr: float, weight_decay: float = 0.05, rtsm_lr_
     ]
 
 
-def _stem(shape: Mapping[str, Any]) -> nn.Module:
-    channels, dim = shape["in_channels"], shape["dim"]
-    if shape["stem"] == "patch":
-        return PatchStem(channels, dim, shape["patch_size"])
-    if shape["stem"] not in ("conv4", "conv6"):
-        raise ValueError(f"architecture.stem: {shape['stem']!r} is not known here")
-    extra = [(dim // 8, 1)] * 2 if shape["stem"] == "conv6" else []
-    return ConvStem(channels, [(dim // 8, 2), *extra, (dim // 4, 2), (dim // 2, 2), (dim, 2)])
+def _stem(shape: Mapping[str, Any]) -> Stem:
+    channels, dim, patch, kind = shape["in_channels"], shape["dim"], shape["patch_size"], shape["stem"]
+    eighth, width = dim // 8, shape.get("stem_width", 64)
+    after_first = [(dim // 4, 3, 2), (dim // 2, 3, 2), (dim, 3, 2)]
+    stems = {
+        "patch": ([], patch),
+        "conv4": ([(eighth, 3, 2), *after_first], 0),
+        "conv6": ([(eighth, 3, 2), (eighth, 3, 1), (eighth, 3, 1), *after_first], 0),
+        "conv7": ([(width, 7, 2), (width, 3, 1), (width, 3, 1)], patch // 2),
+    }
+    if kind not in stems:
+        raise ValueError(f"architecture.stem: {kind!r} is not known here")
+    return Stem(channels, stems[kind][0], dim, stems[kind][1])
 
 
 def _reverse_modules(dim: int, depth: int, patches: int, kept: Mapping[int, int]) -> list[nn.Module]:
