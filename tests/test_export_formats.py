@@ -37,16 +37,20 @@ IMAGES = random_weights.images(tiny.STUDENT, 5)
 PIXELS = random_weights.pixels(tiny.STUDENT, 5)
 
 
+def by_jax(images: np.ndarray) -> np.ndarray:
+    apply = jax.jit(build_model(tiny.STUDENT).apply)
+    return np.asarray(apply(random_weights.variables(WEIGHTS), jnp.asarray(images, jnp.float32))[0])
+
+
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
     """The logits of `IMAGES` by the model itself."""
-    return np.asarray(build_model(tiny.STUDENT).apply(random_weights.variables(WEIGHTS), jnp.asarray(IMAGES))[0])
+    return by_jax(IMAGES)
 
 
 @pytest.fixture(scope="module")
 def expected_of_pixels() -> np.ndarray:
-    images = jnp.asarray((PIXELS / 255 - 0.4) / 0.2, jnp.float32)
-    return np.asarray(build_model(tiny.STUDENT).apply(random_weights.variables(WEIGHTS), images)[0])
+    return by_jax((PIXELS / 255 - 0.4) / 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ assert not {{"sit_jax", "jax", "safetensors"}} & set(sys.modules)
     logits = torch.load(tmp_path / "logits.pt")
     pixels = (np.arange(2 * 32 * 32) % 256).reshape(2, 32, 32, 1)
     weights = random_weights.draw()
-    expected, _ = build_model(weights.arch).apply(
+    expected, _ = jax.jit(build_model(weights.arch).apply)(
         random_weights.variables(weights), jnp.asarray((pixels / 255 - 0.4) / 0.2, jnp.float32)
     )
     close(logits, np.asarray(expected))

@@ -80,8 +80,10 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     ort = _import("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # It warns of every constant that its CPU part cannot fold in float16.
     try:
-        session = ort.InferenceSession(str(path), providers=ort.get_available_providers())
+        session = ort.InferenceSession(str(path), options, providers=ort.get_available_providers())
     except Exception as error:  # onnxruntime has a class for each of its failures, none of them public.
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from None
     text = session.get_modelmeta().custom_metadata_map.get(PROPERTY)
