@@ -95,6 +95,29 @@ def test_onnx(
     assert predictor.about["licence"] == "Apache-2.0"
 
 
+def test_damaged_onnx_files(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.onnx"
+    assert cli.main(["export", str(folder), str(file), "--format", "onnx"]) == 0
+    model = onnx.load(file)
+    whole = file.read_bytes()
+    assert "Written" in capsys.readouterr().out
+
+    def properties(value: str | None) -> bytes:
+        del model.metadata_props[:]
+        if value is not None:
+            model.metadata_props.add(key="sit_jax", value=value)
+        return bytes(model.SerializeToString())
+
+    described = whole.index(b'{"format"')
+    broken = [whole[:1000], b"no model", whole[:described] + b"\xff" + whole[described + 1 :]]
+    for damaged in (*broken, *map(properties, ("{", "[]", "{}", None))):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"model.onnx: ") as raised:
+            open_predictor(file)
+        assert len(str(raised.value).splitlines()) == 1
+    assert capsys.readouterr() == ("", "")
+
+
 def test_onnx_in_float16(folder: pathlib.Path, tmp_path: pathlib.Path, expected_of_pixels: np.ndarray) -> None:
     file = tmp_path / "half.onnx"
     assert cli.main(["export", str(folder), str(file), "--format", "onnx", "--dtype", "float16", "--raw_input"]) == 0
@@ -117,6 +140,7 @@ def test_stablehlo(
     description = json.loads((tmp_path / "model.stablehlo.json").read_text())
     assert description["class_names"] == WEIGHTS.about["class_names"]
     assert description["preprocessing"] == WEIGHTS.about["preprocessing"]
+    assert b".py" not in file.read_bytes()
     np.save(tmp_path / "given.npy", PIXELS if raw else IMAGES)
     program = f"""
 import sys
@@ -298,7 +322,7 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
 def test_files_that_are_no_models(tmp_path: pathlib.Path) -> None:
     for name in ("empty.onnx", "empty.stablehlo", "model.txt"):
         (tmp_path / name).write_bytes(b"")
-        (tmp_path / f"{name}.json").write_text("{}")
+        (tmp_path / f"{name}.json").write_text("[]")
         with pytest.raises(UserError, match=name) as raised:
             open_predictor(tmp_path / name)
         assert len(str(raised.value).splitlines()) == 1
@@ -309,13 +333,14 @@ def test_files_that_are_no_models(tmp_path: pathlib.Path) -> None:
         open_predictor(tmp_path / "empty.stablehlo")
 
 
-def test_half_a_stablehlo_artifact(tmp_path: pathlib.Path) -> None:
+def test_a_damaged_stablehlo_artifact(tmp_path: pathlib.Path) -> None:
     weights = random_weights.draw(tiny.plain(stem="patch"))
     description = {"input": "images"}
     stablehlo.save(tmp_path / "m.stablehlo", make_forward(weights, raw_input=False), (32, 32, 1), description)
     raw = (tmp_path / "m.stablehlo").read_bytes()
-    for length in (1, 100, len(raw) // 2, len(raw) - 100):
-        (tmp_path / "m.stablehlo").write_bytes(raw[:length])
+    flipped = [raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :] for at in (0, 3000, len(raw) // 2, len(raw) - 1)]
+    for damaged in (*flipped, raw[:1], raw[: len(raw) // 2], raw + b"\0"):
+        (tmp_path / "m.stablehlo").write_bytes(damaged)
         with pytest.raises(UserError, match=r"m.stablehlo: is damaged") as raised:
             stablehlo.load(tmp_path / "m.stablehlo")
         assert len(str(raised.value).splitlines()) == 1

@@ -82,15 +82,21 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     ort = _import("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # It warns of every constant that its CPU part cannot fold in float16.
-    try:
-        session = ort.InferenceSession(str(path), options, providers=ort.get_available_providers())
-    except Exception as error:  # onnxruntime has a class for each of its failures, none of them public.
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from None
-    text = session.get_modelmeta().custom_metadata_map.get(PROPERTY)
-    if text is None:
+    with _told_in_one_line(path, "cannot be read"):
+        # Without its fallback, which prints banners about files that are simply damaged.
+        session = ort.InferenceSession(
+            str(path), options, providers=ort.get_available_providers(), enable_fallback=False
+        )
+        text = session.get_modelmeta().custom_metadata_map.get(PROPERTY, "null")
+        description, name = json.loads(text), session.get_inputs()[0].name
+    if not isinstance(description, dict):
         raise UserError(f"{path}: was not written by sit export: it does not say what model it holds")
-    name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0], json.loads(text)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with _told_in_one_line(path, "cannot be run"):
+            return session.run(None, {name: images})[0]
+
+    return run, description
 
 
 def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
@@ -170,3 +176,12 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _told_in_one_line(path: pathlib.Path, problem: str) -> Iterator[None]:
+    """onnxruntime has an exception for each of its failures, none of them public, and of many lines."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: {problem}: {' '.join(str(error).split())[:300]}") from None
