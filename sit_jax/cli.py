@@ -157,7 +157,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     first = _join(arguments)
     import dataclasses
 
-    from sit_jax.export.predictor import evaluate_predictor, is_run, open_predictor
+    from sit_jax.export.predictor import evaluate_predictor, evaluation_data, is_run, open_predictor
     from sit_jax.run import evaluate_run
     from sit_jax.workdir import read_config
 
@@ -169,7 +169,7 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
         result = evaluate_run(model, arguments.ema, arguments.step, data)
     else:
         predictor = open_predictor(model, arguments.ema, arguments.step)
-        result = evaluate_predictor(predictor, dataclasses.replace(predictor.data, **changes))
+        result = evaluate_predictor(predictor, evaluation_data(predictor, changes))
     if not first:
         return
     if arguments.json:

@@ -319,6 +319,22 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
         assert list(tmp_path.iterdir()) == []
 
 
+def test_evaluating_a_model_of_unknown_origin(
+    folder: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", str(folder), "--data_dir", digits_dir]) == 2
+    assert "--name: which data set?" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(folder), "--name", "digits", "--data_dir", digits_dir, "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["examples"] == 359
+    # Random weights know nothing.
+    assert scores["top1"] < 0.3
+    for words in ([], [str(folder), "--workdir", str(folder)]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["evaluate", *words])
+        assert stop.value.code == 2
+
+
 def test_files_that_are_no_models(tmp_path: pathlib.Path) -> None:
     for name in ("empty.onnx", "empty.stablehlo", "model.txt"):
         (tmp_path / name).write_bytes(b"")

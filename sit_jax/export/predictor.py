@@ -12,7 +12,7 @@ import numpy as np
 from sit_jax.checkpoint import latest_step
 from sit_jax.config import Config, DataConfig, ModelConfig
 from sit_jax.convert.weights import Weights
-from sit_jax.data.pipeline import check_classes, eval_batches
+from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
 from sit_jax.errors import UserError
@@ -104,6 +104,19 @@ def is_run(source: pathlib.Path) -> bool:
     return source.is_dir() and not is_folder(source)
 
 
+def evaluation_data(predictor: Predictor, changes: dict[str, Any]) -> DataConfig:
+    """The data that a model is evaluated on: what it was trained for, with some fields of `DataConfig` changed.
+
+    Raises:
+        UserError: The model does not say what it was trained for, and the changes name no data set.
+    """
+    provenance = predictor.about.get("provenance")
+    known = isinstance(provenance, dict) and "data" in provenance
+    if not known and "name" not in changes:
+        raise UserError("--name: which data set? The model does not say what it was trained on")
+    return dataclasses.replace(predictor.data, **changes)
+
+
 def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int = 64) -> dict[str, float]:
     """Loss, top-1, top-5 (shares of 1) and the number of examples over the whole evaluation split of a data set.
 
@@ -115,7 +128,8 @@ def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int =
     check_classes(config, source)
     metrics = EvalMetrics.empty()
     merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))
-    for batch in eval_batches(config, source):
+    # Where there are several processes, each evaluates all of it: there is no mesh that would sum up their shares.
+    for batch in eval_batches(config, source, Hosts()):
         metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
     averages = {name: float(value) for name, value in metrics.compute().items()}
     return {**averages, "examples": float(metrics.top1.count)}
