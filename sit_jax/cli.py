@@ -5,18 +5,20 @@ Verbs import what they need when they run, so that `sit --help` answers at once.
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
-from sit_jax.errors import ConfigError, MissingProcessError, StoppedError, UserError
+from sit_jax.checkpoint_command import add_checkpoint_tasks
+from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
+from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
+from sit_jax.process import quiet_libraries, take_cpu
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
-# Nobody's mistake: processes that did not come may come at the next try.
+# Nobody's mistake: some inputs were skipped, or processes did not come and may at the next try.
 FAILED = 1
 USER_ERROR = 2
 # What sysexits.h calls a temporary failure: whoever started the command may start it again, with --resume.
@@ -25,8 +27,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 where processes are missing, 2 for a user's mistake, 75 for a run
-    that was told to end and can be resumed, 130 when interrupted."""
+    """Runs a command; returns its exit code: 0, 1 where inputs were skipped or processes are missing, 2 for a user's
+    mistake, 75 for a run that was told to end and can be resumed, 130 when interrupted."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments, rest)
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
-        codes: dict[type, int] = {StoppedError: STOPPED, MissingProcessError: FAILED}
+        codes: dict[type, int] = {StoppedError: STOPPED, MissingProcessError: FAILED, SkippedError: FAILED}
         return codes.get(type(error), USER_ERROR)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
@@ -62,38 +64,23 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--topology", required=True, help="TPU slice such as v5e:16x16 or v4:2x2x4, or cpu:8")
     plan.add_argument("--examples", type=_positive, help="training examples, where the data set is not at hand")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run's checkpoint over its evaluation split")
-    evaluate.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
-    evaluate.add_argument("--ema", action="store_true", help="the moving average of the weights")
-    evaluate.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+    evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run or an exported model over an evaluation split")
+    which = evaluate.add_mutually_exclusive_group(required=True)
+    which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
+    which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
+    add_checkpoint(evaluate)
     evaluate.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
     evaluate.add_argument("--split", help="another split")
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
+    add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
+    add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
-    _add_checkpoint(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
+    add_checkpoint_tasks(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
     return parser
-
-
-def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    for name, run, text in (
-        (
-            "list",
-            _checkpoint_list,
-            "list the whole checkpoints: accuracy, size, which is the best and which the newest",
-        ),
-        ("show", _checkpoint_show, "show what a checkpoint says about itself, and its arrays"),
-        ("verify", _checkpoint_verify, "read every array: whether it is whole, finite, and of the right size"),
-    ):
-        task = _verb(tasks, name, run, text)
-        task.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
-        if name != "list":
-            task.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
-        task.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +146,7 @@ def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.A
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     first = _join(arguments)
     from sit_jax.analysis.report import print_summary, summarize
     from sit_jax.run import print_sharding, run
@@ -180,7 +167,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     topology = parse_topology(arguments.topology)
     config = load_config(arguments.config, overrides)
-    _on_one_cpu(topology.devices if topology.chip is None else 1)
+    take_cpu(topology.devices if topology.chip is None else 1)
     from sit_jax.analysis.plan_table import make_plan, print_plan
 
     result = make_plan(config, topology, arguments.examples)
@@ -193,17 +180,23 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     first = _join(arguments)
     import dataclasses
 
+    from sit_jax.export.predictor import evaluate_predictor, evaluation_data, is_run, open_predictor
     from sit_jax.run import evaluate_run
     from sit_jax.workdir import read_config
 
     chosen = {"name": arguments.name, "eval_split": arguments.split, "data_dir": arguments.data_dir}
     changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-    data = dataclasses.replace(read_config(arguments.workdir).data, **changes)
-    result = evaluate_run(arguments.workdir, arguments.ema, arguments.step, data)
+    model = arguments.workdir or arguments.source
+    if arguments.workdir or is_run(model):
+        data = dataclasses.replace(read_config(model).data, **changes)
+        result = evaluate_run(model, arguments.ema, arguments.step, data)
+    else:
+        predictor = open_predictor(model, arguments.ema, arguments.step)
+        result = evaluate_predictor(predictor, evaluation_data(predictor, changes))
     if not first:
         return
     if arguments.json:
@@ -213,55 +206,25 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     print(f"{shares} over {result['examples']:.0f} examples")
 
 
-def _on_one_cpu(devices: int = 1) -> None:
-    """Leaves accelerators to whoever uses them; must come before JAX is asked for anything."""
-    import jax
+def _export(arguments: argparse.Namespace, _: list[str]) -> None:
+    quiet_libraries()
+    from sit_jax.export.command import export_model
 
-    jax.config.update("jax_platforms", "cpu")
-    if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", devices)
-    _quiet_libraries()
-
-
-def _checkpoint_list(arguments: argparse.Namespace, _: list[str]) -> None:
-    _on_one_cpu()
-    from sit_jax.inspection import list_checkpoints, print_list
-
-    entries = list_checkpoints(arguments.workdir)
-    if arguments.json:
-        print(json.dumps([entry._asdict() for entry in entries], indent=2))
-    else:
-        print_list(entries)
+    words = {name: getattr(arguments, name) for name in ("ema", "step", "with_reverse", "dtype", "raw_input")}
+    export_model(arguments.source, arguments.dest, arguments.format, **words)
+    print(f"Written: {arguments.dest}")
 
 
-def _checkpoint_show(arguments: argparse.Namespace, _: list[str]) -> None:
-    _on_one_cpu()
-    from sit_jax.inspection import print_contents, read_contents
+def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
+    quiet_libraries()
+    from sit_jax.predict import command
 
-    contents = read_contents(arguments.workdir, arguments.step)
-    if arguments.json:
-        arrays = [array._asdict() for array in contents.arrays]
-        print(json.dumps({**contents._asdict(), "arrays": arrays}, indent=2))
-    else:
-        print_contents(contents)
-
-
-def _checkpoint_verify(arguments: argparse.Namespace, _: list[str]) -> None:
-    _on_one_cpu()
-    from sit_jax.inspection import describe_problems, verify
-
-    verdict = verify(arguments.workdir, arguments.step)
-    if arguments.json:
-        print(json.dumps(verdict._asdict(), indent=2))
-    if verdict.problems:
-        raise UserError(f"checkpoint {verdict.step} in {arguments.workdir}: {describe_problems(verdict)}")
-    if not arguments.json:
-        size = f"{verdict.bytes / 2**20:,.1f} MiB"
-        print(f"checkpoint {verdict.step}: {verdict.arrays} arrays, {size}, all readable, finite and of the right size")
+    options = {"top": arguments.top, "style": arguments.format, "batch_size": arguments.batch_size}
+    command(arguments.source, arguments.pictures, arguments.ema, arguments.step, **options)
 
 
 def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from sit_jax.data.config import DataConfig
     from sit_jax.data.prepare import convert_tfrecord, prepare_folder, prepare_named
 
@@ -289,7 +252,7 @@ def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
 
 def _data_show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from sit_jax.data.show import draw_examples
     from sit_jax.run import settle_classes
 
@@ -315,7 +278,7 @@ def _data_check(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _data_label(arguments: argparse.Namespace, _: list[str]) -> None:
-    _quiet_libraries()
+    quiet_libraries()
     from sit_jax.annotate import write_label_maps
 
     count = write_label_maps(arguments.workdir, arguments.output, arguments.top)
@@ -399,9 +362,3 @@ def _override_problem(error: Exception, path: str) -> str:
     # ml_collections nests one KeyError's text, quoted and escaped, in another's.
     text = text.replace("\\n", " ").replace("\\'", "").replace("'", "")
     return " ".join(text.split())[:400]
-
-
-def _quiet_libraries() -> None:
-    from absl import logging
-
-    logging.set_verbosity(logging.WARNING)

@@ -17,6 +17,10 @@ class PictureError(UserError):
     """A picture cannot be read; the message names it and says why."""
 
 
+class SkippedError(UserError):
+    """Some of the inputs could not be read and were skipped; the others were done."""
+
+
 class StoppedError(RunError):
     """A run was told to end (SIGTERM, or a notice that its machine will go), has saved its state and can be resumed."""
 

@@ -37,7 +37,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
             cli.load_config(arguments.config, rest)
         else:
             assert rest == []
-    assert seen == {"train", "evaluate", "models", "data", "checkpoint"}
+    assert seen == {"train", "evaluate", "models", "data", "checkpoint", "export", "predict", "plan", "convert"}
 
 
 def test_variations() -> None:

@@ -56,7 +56,7 @@ class FolderSource:
         base = root / (TRAIN if has_splits else "")
         self.class_names: Sequence[str] = _classes(base)
         self.base = root / name if has_splits else root
-        by_class = [_pictures(self.base / x) for x in self.class_names]
+        by_class = [pictures_in(self.base / x) for x in self.class_names]
         if has_splits:
             _check_classes(root / name, self.class_names)
         else:
@@ -67,7 +67,7 @@ class FolderSource:
         start, stop = (_bound(match[i], len(everything)) for i in (2, 3))
         self.files: Sequence[tuple[str, int]] = everything[start:stop]
         if not self.files:
-            few = not has_splits and name != TRAIN and any(_pictures(self.base / x) for x in self.class_names)
+            few = not has_splits and name != TRAIN and any(pictures_in(self.base / x) for x in self.class_names)
             why = f"data.held_out {held_out} of each class is less than one" if few else ", ".join(sorted(SUFFIXES))
             raise UserError(f"split {split!r} of {root}: holds no pictures ({why})")
 
@@ -102,7 +102,8 @@ def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
         raise UserError(f"data.data_dir: {folder} has classes that train has not: {', '.join(strays[:5])}")
 
 
-def _pictures(folder: pathlib.Path) -> list[pathlib.Path]:
+def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The pictures in a folder and the folders within, sorted; hidden ones are passed over."""
     found = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(x for x in folders if not x.startswith("."))

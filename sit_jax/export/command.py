@@ -1,0 +1,107 @@
+"""`sit export`: from a run or a model folder to where models are served."""
+
+import pathlib
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import UserError
+from sit_jax.export import onnx_file, safetensors_file, stablehlo
+from sit_jax.export.folder import describe, original_shapes, save_folder
+from sit_jax.export.forward import make_forward
+from sit_jax.export.predictor import open_weights
+from sit_jax.export.timm import to_timm
+from sit_jax.export.writing import whole
+
+Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
+FORMATS = get_args(Format)
+_STATE_DICT_SUFFIXES = (".safetensors", ".pth")
+
+
+def export_model(
+    source: pathlib.Path,
+    dest: pathlib.Path,
+    kind: Format,
+    ema: bool = False,
+    step: int | None = None,
+    with_reverse: bool = False,
+    dtype: onnx_file.Dtype = "float32",
+    raw_input: bool = False,
+) -> None:
+    """Writes a model in another format, whole or not at all.
+
+    Args:
+        source: A run's folder or a model folder.
+        dest: The folder or file to write; must not be there yet.
+        kind: The format.
+        ema: A run's moving average instead of its weights.
+        step: Which of a run's checkpoints; the newest where None.
+        with_reverse: Also the reverse modules (`folder` and `original`).
+        dtype: Type of weights and products (`onnx`).
+        raw_input: Take uint8 pixels and normalise them within (`onnx` and `stablehlo`).
+
+    Raises:
+        UserError: The source cannot be read, the destination not written, or the options do not fit the format.
+    """
+    _check_options(dest, kind, with_reverse, dtype, raw_input)
+    weights = open_weights(source, ema, step, with_reverse)
+    if with_reverse and not weights.reverse:
+        raise UserError(f"--with_reverse: {source} holds no reverse modules")
+    if kind == "folder":
+        save_folder(dest, weights, with_reverse)
+    elif kind == "onnx":
+        onnx_file.save(dest, weights, dtype, raw_input)
+    elif kind == "stablehlo":
+        arch = weights.arch
+        description = {**describe(arch, weights.about), "input": "pixels" if raw_input else "images"}
+        shape = (arch.image_size, arch.image_size, arch.in_channels)
+        stablehlo.save(dest, make_forward(weights, raw_input), shape, description)
+    elif kind == "original":
+        _save_state_dict(dest, _original_state_dict(weights, with_reverse))
+    else:
+        _save_state_dict(dest, to_timm(weights))
+
+
+def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: str, raw_input: bool) -> None:
+    suffixes = {
+        "onnx": (onnx_file.SUFFIX,),
+        "stablehlo": (stablehlo.SUFFIX,),
+        "original": _STATE_DICT_SUFFIXES,
+        "timm": _STATE_DICT_SUFFIXES,
+    }
+    wanted = suffixes.get(kind)
+    if wanted and dest.suffix not in wanted:
+        raise UserError(f"{dest}: the name of a file of format {kind} must end in {' or '.join(wanted)}")
+    if with_reverse and kind not in ("folder", "original"):
+        raise UserError(f"--with_reverse: only training needs reverse modules; {kind} does not hold them")
+    if dtype != "float32" and kind != "onnx":
+        raise UserError(f"--dtype: {kind} is always float32; only onnx can be {dtype}")
+    if raw_input and kind not in ("onnx", "stablehlo"):
+        raise UserError(f"--raw_input: {kind} holds weights, not a function; it is for onnx and stablehlo")
+
+
+def _original_state_dict(weights: Weights, with_reverse: bool) -> dict[str, np.ndarray]:
+    from sit_jax.convert.original import to_original
+
+    tree: dict[str, Any] = {"params": weights.params, "batch_stats": weights.batch_stats}
+    if with_reverse:
+        tree["reverse"] = weights.reverse
+    order = original_shapes(weights.arch, with_reverse)
+    state_dict = to_original(tree, weights.arch)
+    return {name: np.ascontiguousarray(state_dict[name]) for name in order}
+
+
+def _save_state_dict(dest: pathlib.Path, state_dict: dict[str, np.ndarray]) -> None:
+    """Writes a state dict as safetensors, or as PyTorch's own kind of file where the suffix asks for it."""
+    if dest.suffix == ".safetensors":
+        with whole(dest) as part:
+            tensors = (safetensors_file.Tensor(name, array) for name, array in state_dict.items())
+            safetensors_file.write(part, {name: array.shape for name, array in state_dict.items()}, tensors)
+        return
+    try:
+        import torch
+    except ImportError:
+        raise UserError(f"{dest}: .pth files need torch, which is not installed; use .safetensors") from None
+    with whole(dest) as part:
+        torch.save({name: torch.from_numpy(array.copy()) for name, array in state_dict.items()}, part)

@@ -1,0 +1,182 @@
+"""Model folders: `model.safetensors` in the PyTorch original's names and layouts, and `config.json`."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from sit_jax.convert.original import Entry, name_table
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import UserError
+from sit_jax.export import safetensors_file
+from sit_jax.export.safetensors_file import Tensor
+from sit_jax.export.writing import whole
+from sit_jax.models import build_model, build_reverse
+from sit_jax.models.architecture import Architecture
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Whoever has PyTorch needs nothing but the folder.
+TORCH_MODULE = pathlib.Path(__file__).with_name("torch_model.py")
+FORMAT, VERSION = "sit_jax", 1
+# The entries of config.json that describe the file itself; all others are the model's `about`.
+_OWN = ("format", "format_version", "architecture", "kept_tokens")
+
+_ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
+
+
+def save_folder(path: pathlib.Path, weights: Weights, with_reverse: bool = False) -> None:
+    """Writes a model folder, whole or not at all, with a copy of the PyTorch module beside the weights.
+
+    Args:
+        path: The folder; must not be there yet.
+        weights: The model.
+        with_reverse: Also write the reverse modules, which only training needs.
+
+    Raises:
+        UserError: The folder is there already or cannot be written, or `with_reverse` and the model has none.
+    """
+    if with_reverse and not weights.reverse:
+        raise UserError(f"{path}: the model holds no reverse modules that could be written")
+    with whole(path) as part:
+        part.mkdir()
+        write_weights(part / WEIGHTS, weights, with_reverse)
+        (part / CONFIG).write_text(json.dumps(describe(weights.arch, weights.about), indent=2) + "\n")
+        shutil.copyfile(TORCH_MODULE, part / TORCH_MODULE.name)
+
+
+def load_folder(path: pathlib.Path) -> Weights:
+    """Reads a model folder; reverse modules where it holds them.
+
+    Raises:
+        UserError: It is no model folder, or one that is damaged: a file missing or truncated, another architecture's
+            weights, a tensor missing, left over or of another shape, or values that are not finite.
+    """
+    config = read_json(path / CONFIG)
+    arch, about = read_description(config, path / CONFIG)
+    file = path / WEIGHTS
+    reverse = any(key.startswith("rtsm.") for key in safetensors_file.keys(file))
+    entries = {entry.key: entry for entry in name_table(arch, reverse)}
+    tree: dict[str, Any] = {"params": {}, "batch_stats": {}, "reverse": {}}
+    for name, array in safetensors_file.read(file, original_shapes(arch, reverse)):
+        *parents, last = entries[name].path
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = entries[name].to_flax(array)
+    return Weights(arch, tree["params"], tree["batch_stats"], tree["reverse"], about)
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether a path is a model folder, rather than a run's."""
+    if not (path / CONFIG).is_file():
+        return False
+    try:
+        values = json.loads((path / CONFIG).read_text())
+    except ValueError:
+        return (path / WEIGHTS).exists()
+    return isinstance(values, dict) and "format" in values
+
+
+def write_weights(path: pathlib.Path, weights: Weights, with_reverse: bool) -> None:
+    """Writes the weights' file in the original's layout; see `save_folder`."""
+    entries = name_table(weights.arch, with_reverse)
+    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse}
+
+    def tensors() -> Iterator[Tensor]:
+        for entry in entries:
+            yield Tensor(entry.key, entry.to_torch(np.asarray(_at(tree, entry), np.float32)))
+
+    safetensors_file.write(path, original_shapes(weights.arch, with_reverse), tensors())
+
+
+@functools.cache
+def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor in the original's layout, in the order of `name_table`."""
+    tree = expected_shapes(arch, reverse)
+
+    def shape(entry: Entry) -> tuple[int, ...]:
+        # The layout's function applied to an array of one value that only looks large.
+        ours = np.broadcast_to(np.float32(0), _at(tree, entry).shape)
+        return tuple(entry.to_torch(ours).shape)
+
+    return {entry.key: shape(entry) for entry in name_table(arch, reverse)}
+
+
+def expected_shapes(arch: Architecture, reverse: bool) -> dict[str, Any]:
+    """The tree of a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
+    module, key = build_model(arch), jax.random.key(0)
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    tree: dict[str, Any] = {"batch_stats": {}, "reverse": {}, **jax.eval_shape(module.init, key, images)}
+    if reverse:
+        _, outputs = jax.eval_shape(module.apply, tree, images)
+        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, key, outputs.tokens)["params"]
+    return tree
+
+
+def describe(arch: Architecture, about: dict[str, Any]) -> dict[str, Any]:
+    """What a model is, as JSON values: the contents of `config.json`."""
+    own = {"format": FORMAT, "format_version": VERSION, "architecture": dataclasses.asdict(arch)}
+    return {**own, "kept_tokens": list(arch.token_counts), **about}
+
+
+def read_description(values: dict[str, Any], where: object) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture and the model's `about` of a description; the inverse of `describe`.
+
+    Args:
+        values: The JSON values.
+        where: The file, for messages.
+
+    Raises:
+        UserError: They describe no model, or one of a later version of the format.
+    """
+    if values.get("format") != FORMAT:
+        raise UserError(f'{where}: describes no model of sit_jax: "format" is {values.get("format")!r}')
+    if values.get("format_version") != VERSION:
+        version = values.get("format_version")
+        raise UserError(f"{where}: is of version {version!r} of the format; this sit_jax reads version {VERSION}")
+    try:
+        arch = _ARCHITECTURE.validate_python(values.get("architecture"))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, ("architecture", *problem["loc"])))
+        raise UserError(f"{where}: {field}: {problem['msg']}") from None
+    if values.get("kept_tokens") != list(arch.token_counts):
+        kept, counts = values.get("kept_tokens"), list(arch.token_counts)
+        raise UserError(f"{where}: kept_tokens is {kept}, but the architecture gives {counts}")
+    about = {name: value for name, value in values.items() if name not in _OWN}
+    names = about.get("class_names")
+    if names is not None and (not isinstance(names, list) or len(names) != arch.num_classes):
+        raise UserError(f"{where}: class_names must be a list of {arch.num_classes} names")
+    return arch, about
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: The file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return values
+
+
+def _at(tree: dict[str, Any], entry: Entry) -> Any:
+    node: Any = tree
+    for part in entry.path:
+        node = node[part]
+    return node

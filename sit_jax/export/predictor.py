@@ -1,0 +1,175 @@
+"""Whatever maps pictures to logits: a run, a model folder, an ONNX file, a StableHLO artifact."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sit_jax.checkpoint import latest_step
+from sit_jax.config import Config, DataConfig, ModelConfig
+from sit_jax.convert.weights import Weights
+from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
+from sit_jax.data.preprocess import normalize
+from sit_jax.data.sources import open_source
+from sit_jax.errors import UserError
+from sit_jax.export import onnx_file, stablehlo
+from sit_jax.export.folder import is_folder, load_folder, read_description
+from sit_jax.export.from_run import run_weights
+from sit_jax.export.preprocessing import about_run, data_config, settled
+from sit_jax.metrics import EvalMetrics, eval_metrics
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.run import trained_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A model that is ready to be asked.
+
+    Attributes:
+        logits: uint8 pictures (batch, height, width, channels) of the model's size -> float32 (batch, classes).
+        arch: The model's shape.
+        data: How pictures are read.
+        about: What else is known, such as `class_names`; see `Weights.about`.
+    """
+
+    logits: Callable[[np.ndarray], np.ndarray]
+    arch: Architecture | RegNetArchitecture
+    data: DataConfig
+    about: dict[str, Any]
+
+    @property
+    def class_names(self) -> list[str]:
+        """The classes' names; their numbers where no names are known."""
+        return self.about.get("class_names") or [str(index) for index in range(self.arch.num_classes)]
+
+
+def open_weights(
+    source: pathlib.Path, ema: bool = False, step: int | None = None, with_reverse: bool = False
+) -> Weights:
+    """The weights of a run or of a model folder, every entry of their preprocessing filled in.
+
+    Raises:
+        UserError: It is neither, or damaged; or `ema` or `step` is asked of a model folder.
+    """
+    _check_source(source)
+    if source.is_file():
+        raise UserError(f"{source}: is a file; give a run's folder or a model folder")
+    if is_folder(source):
+        _refuse_run_options(source, ema, step)
+        weights = load_folder(source)
+    else:
+        weights = run_weights(source, ema, step, with_reverse)
+    return weights._replace(about=settled(weights.about, weights.arch.in_channels))
+
+
+def open_predictor(source: pathlib.Path, ema: bool = False, step: int | None = None) -> Predictor:
+    """Opens a run, a model folder, an ONNX file or a StableHLO artifact.
+
+    Args:
+        source: The folder or file.
+        ema: A run's moving average instead of its weights.
+        step: Which of a run's checkpoints; the newest where None.
+
+    Raises:
+        UserError: It is none of these, or damaged, or a package is missing that it needs.
+    """
+    _check_source(source)
+    if is_run(source):
+        config, variables = trained_variables(source, ema, step)
+        about = about_run(config, source, latest_step(source) if step is None else step, ema)
+        return Predictor(_jitted(config.model, variables, config.data), config.model.architecture, config.data, about)
+    _refuse_run_options(source, ema, step)
+    if source.is_dir():
+        arch, params, stats, _, about = open_weights(source)
+        data = data_config(about, source)
+        return Predictor(_jitted(ModelConfig(architecture=arch), _variables(params, stats), data), arch, data, about)
+    if source.suffix == onnx_file.SUFFIX:
+        return _described(source, *onnx_file.load(source), channels_last=False)
+    if source.suffix == stablehlo.SUFFIX:
+        return _described(source, *stablehlo.load(source), channels_last=True)
+    raise UserError(
+        f"{source}: is no model that can be opened; give a run's folder, a model folder, "
+        f"a {onnx_file.SUFFIX} or a {stablehlo.SUFFIX} file"
+    )
+
+
+def is_run(source: pathlib.Path) -> bool:
+    """Whether a folder is a run's, or at least no model folder."""
+    return source.is_dir() and not is_folder(source)
+
+
+def evaluation_data(predictor: Predictor, changes: dict[str, Any]) -> DataConfig:
+    """The data that a model is evaluated on: what it was trained for, with some fields of `DataConfig` changed.
+
+    Raises:
+        UserError: The model does not say what it was trained for, and the changes name no data set.
+    """
+    provenance = predictor.about.get("provenance")
+    known = isinstance(provenance, dict) and "data" in provenance
+    if not known and "name" not in changes:
+        raise UserError("--name: which data set? The model does not say what it was trained on")
+    return dataclasses.replace(predictor.data, **changes)
+
+
+def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int = 64) -> dict[str, float]:
+    """Loss, top-1, top-5 (shares of 1) and the number of examples over the whole evaluation split of a data set.
+
+    Raises:
+        UserError: The data cannot be read, or has other classes than the model.
+    """
+    config = Config(model=ModelConfig(architecture=predictor.arch), data=data, eval_batch_size=batch_size)
+    source = open_source(data, data.eval_split)
+    check_classes(config, source)
+    metrics = EvalMetrics.empty()
+    merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))
+    # Where there are several processes, each evaluates all of it: there is no mesh that would sum up their shares.
+    for batch in eval_batches(config, source, Hosts()):
+        metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
+    averages = {name: float(value) for name, value in metrics.compute().items()}
+    return {**averages, "examples": float(metrics.top1.count)}
+
+
+def _jitted(model: ModelConfig, variables: dict[str, Any], data: DataConfig) -> Callable[[np.ndarray], np.ndarray]:
+    module = build_model(model.architecture, dtype=model.dtype)
+    step = jax.jit(lambda variables, pixels: module.apply(variables, normalize(pixels, data))[0])
+    placed = jax.device_put(variables)
+    return lambda pixels: np.asarray(step(placed, pixels))
+
+
+def _variables(params: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:
+    return {"params": params, "batch_stats": stats} if stats else {"params": params}
+
+
+def _described(
+    path: pathlib.Path, run: Callable[[Any], Any], description: dict[str, Any], channels_last: bool
+) -> Predictor:
+    """A predictor over an exported function and what its file says about it."""
+    arch, about = read_description(description, path)
+    data = data_config(about, path)
+    takes = about.pop("input", None)
+    if takes not in ("pixels", "images"):
+        raise UserError(f"{path}: does not say whether it takes pixels or normalised images")
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        if takes == "pixels":
+            return np.asarray(run(pixels))
+        images = np.asarray(normalize(jnp.asarray(pixels), data))
+        return np.asarray(run(images if channels_last else np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+
+    return Predictor(logits, arch, data, about)
+
+
+def _check_source(source: pathlib.Path) -> None:
+    if not source.exists():
+        raise UserError(f"{source}: there is no such file or folder")
+
+
+def _refuse_run_options(source: pathlib.Path, ema: bool, step: int | None) -> None:
+    if ema or step is not None:
+        raise UserError(f"{source}: is no run; --ema and --step choose among a run's checkpoints")

@@ -1,0 +1,92 @@
+"""How a picture becomes a model's input, as plain values that travel with an exported model."""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from sit_jax import __version__
+from sit_jax.config import Config
+from sit_jax.data.config import DataConfig
+from sit_jax.data.sources import open_source
+from sit_jax.errors import UserError
+
+# What models for ImageNet expect, and what is taken where a description is silent.
+IMAGENET: dict[str, Any] = {
+    "mean": [0.485, 0.456, 0.406],
+    "std": [0.229, 0.224, 0.225],
+    "interpolation": "bicubic",
+    "crop_fraction": 0.875,
+    "resize": "crop",
+}
+
+_DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
+
+
+def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
+    """The evaluation preprocessing of a configuration; mean and deviation per channel, averaged for grey pictures."""
+    return {
+        "mean": _per_channel(data.mean, channels),
+        "std": _per_channel(data.std, channels),
+        "interpolation": data.interpolation,
+        "crop_fraction": data.crop_fraction,
+        "resize": data.resize,
+    }
+
+
+def settled(about: dict[str, Any], channels: int) -> dict[str, Any]:
+    """A model's `about` with every entry of `preprocessing` there, ImageNet's where it is silent."""
+    given = about.get("preprocessing") or {}
+    filled = {**IMAGENET, **given}
+    for name in ("mean", "std"):
+        filled[name] = _per_channel(filled[name], channels)
+    return {**about, "preprocessing": filled}
+
+
+def data_config(about: dict[str, Any], where: object) -> DataConfig:
+    """The data section that reads pictures as a model's `about` says.
+
+    Raises:
+        UserError: The description holds impossible values; `where` names it.
+    """
+    values = {**IMAGENET, **(about.get("preprocessing") or {})}
+    for name in ("mean", "std"):
+        numbers = values[name]
+        if isinstance(numbers, Sequence) and len(numbers) == 1:
+            values[name] = list(numbers) * 3  # Grey: DataConfig averages them again.
+    provenance = about.get("provenance")
+    if isinstance(provenance, dict) and "data" in provenance:
+        values |= {"name": provenance["data"], "eval_split": provenance.get("eval_split", "test")}
+    try:
+        return _DATA.validate_python(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(f"{where}: preprocessing.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+
+
+def about_run(config: Config, folder: pathlib.Path, step: int, ema: bool) -> dict[str, Any]:
+    """What is known about a run's model: class names, preprocessing, provenance; see `Weights.about`."""
+    about: dict[str, Any] = {
+        "preprocessing": preprocessing_of(config.data, config.model.architecture.in_channels),
+        "provenance": {
+            "run": folder.resolve().name,
+            "step": step,
+            "ema": ema,
+            "data": config.data.name,
+            "eval_split": config.data.eval_split,
+            "sit_jax": __version__,
+        },
+    }
+    try:
+        names = open_source(config.data, config.data.eval_split).class_names
+    except UserError as error:
+        print(f"class names are left out: {error}", file=sys.stderr)
+        return about
+    return {"class_names": [str(name) for name in names], **about}
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    numbers = [float(value) for value in values]
+    return numbers if len(numbers) == channels else [sum(numbers) / len(numbers)] * channels

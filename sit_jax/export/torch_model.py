@@ -1,0 +1,400 @@
+"""Slimmed vision transformers in PyTorch; reads model folders (`model.safetensors`, `config.json`), needs torch alone.
+
+    model = load('folder').eval()
+    logits = model(model.normalize(pixels))  # pixels: uint8 (batch, height, width, channels), of the model's size
+    logits, outputs = model(images, return_outputs=True)
+
+This file stands by itself: copy it into your project, or use the copy that lies in the folder. The keys of its
+`state_dict` are those of the PyTorch original, so its checkpoints load here and the other way round. For feature
+recalibration distillation, see `distillation_loss` and `parameter_groups`.
+"""
+
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (its customary name)
+from torch import Tensor, nn
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Slimming and reverse modules have PyTorch's default epsilon, whatever the blocks use.
+_SLIMMING_NORM_EPS = 1e-5
+# What is taken where config.json does not say how pictures are normalised.
+_IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+class Outputs(NamedTuple):
+    """What a forward pass leaves besides its logits.
+
+    Attributes:
+        tokens: Each block's patch tokens, (batch, tokens, dim), after the slimming module behind the block.
+        assignments: Each slimming module's assignment, (batch, tokens, kept); columns sum to one.
+        distillation_logits: Logits of the distillation head, (batch, classes), or None.
+    """
+
+    tokens: list[Tensor]
+    assignments: list[Tensor]
+    distillation_logits: Tensor | None
+
+
+class Stem(nn.Module):
+    """From a picture to a grid of tokens: convolutions with BatchNorm, a patch projection, or one after the other.
+
+    GELU stands between the convolutions where nothing follows them (the paper's models), ReLU behind each of them where
+    a projection does (LV-ViT).
+    """
+
+    def __init__(self, channels: int, layers: Sequence[tuple[int, int, int]], dim: int, patch: int) -> None:
+        """Builds the layers, (features, kernel, stride) each, and a projection of patches of a side; 0 for none."""
+        super().__init__()
+        self.count = len(layers)
+        for index, (features, kernel, stride) in enumerate(layers, start=1):
+            setattr(self, f"conv{index}", nn.Conv2d(channels, features, kernel, stride, kernel // 2, bias=False))
+            setattr(self, f"bn{index}", nn.BatchNorm2d(features))
+            channels = features
+        self.proj = nn.Conv2d(channels, dim, patch, patch) if patch else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, channels, height, width) -> (batch, dim, rows, columns)."""
+        for index in range(1, self.count + 1):
+            x = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(x))
+            if self.proj is not None:
+                x = F.relu(x)
+            elif index < self.count:
+                x = F.gelu(x)
+        return x if self.proj is None else self.proj(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, heads: int, bias: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, dim) -> the same."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, x.shape[-1] // self.heads))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with exact GELU between."""
+
+    def __init__(self, dim: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) -> (..., out)."""
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch per example in training, and scales the others up."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, dim) -> the same."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (CaiT, DeiT-III)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, dim) -> the same."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block whose residual branches are divided by the residual scale."""
+
+    def __init__(self, shape: Mapping[str, Any], drop_path: float) -> None:
+        super().__init__()
+        dim = shape["dim"]
+        self.residual_scale = shape["residual_scale"]
+        self.norm1 = nn.LayerNorm(dim, shape["norm_eps"])
+        self.attn = Attention(dim, shape["num_heads"], shape["qkv_bias"])
+        self.norm2 = nn.LayerNorm(dim, shape["norm_eps"])
+        self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim)
+        learned = shape.get("layer_scale", False)
+        self.ls1, self.ls2 = (LayerScale(dim) if learned else nn.Identity() for _ in range(2))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, dim) -> the same."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x)))) / self.residual_scale
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))) / self.residual_scale
+
+
+class TokenSlimming(nn.Module):
+    """TSM: merges N patch tokens softly into K; every kept token is a convex combination of those before it."""
+
+    def __init__(self, dim: int, kept: int) -> None:
+        super().__init__()
+        norm = nn.LayerNorm(dim, _SLIMMING_NORM_EPS)
+        self.weight = nn.Sequential(norm, nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, kept))
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, N, dim) -> the kept tokens (batch, K, dim) and the assignment (batch, N, K)."""
+        assignment = (self.weight(x) * self.scale).softmax(1)
+        return assignment.transpose(1, 2) @ x, assignment
+
+
+class ReverseTokenSlimming(nn.Module):
+    """RTSM: recovers N tokens from K kept ones, with an MLP over tokens, then one over channels; training only."""
+
+    def __init__(self, dim: int, kept: int, patches: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, _SLIMMING_NORM_EPS)
+        self.mlp1 = Mlp(kept, 4 * patches, patches)
+        self.norm2 = nn.LayerNorm(dim, _SLIMMING_NORM_EPS)
+        self.mlp2 = Mlp(dim, 4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, K, dim) -> (batch, N, dim)."""
+        x = self.mlp1(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.mlp2(self.norm2(x))
+
+
+class SiT(nn.Module):
+    """A vision transformer, slimmed or not.
+
+    Attributes:
+        config: The `config.json` that it was built from: `architecture`, `kept_tokens`, `class_names`, `preprocessing`.
+        rtsm: The reverse modules, an identity for each block before the first slimmed one; None where left out.
+    """
+
+    def __init__(self, config: Mapping[str, Any], reverse: bool = False, drop_path: float = 0.0) -> None:
+        """Builds the model with random weights.
+
+        Args:
+            config: As in `config.json`; only `architecture` is needed, and `kept_tokens` for a slimmed model.
+            reverse: With the reverse modules, for distillation.
+            drop_path: Stochastic depth of the last block in training; it grows linearly from 0 at the first.
+        """
+        super().__init__()
+        self.config = dict(config)
+        shape = config["architecture"]
+        dim, depth, classes = shape["dim"], shape["depth"], shape["num_classes"]
+        patches = (shape["image_size"] // shape["patch_size"]) ** 2
+        blocks = shape.get("stage_blocks") or [depth]
+        ends = [sum(blocks[: i + 1]) - 1 for i in range(len(blocks) - 1)]
+        kept = dict(zip(ends, config.get("kept_tokens", [patches])[1:], strict=True))
+        self.tsm_index = {block: index for index, block in enumerate(kept)}
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, dim))
+        self.patch_embed = _stem(shape)
+        self.blocks = nn.ModuleList(Block(shape, drop_path * i / max(1, depth - 1)) for i in range(depth))
+        if kept:
+            self.tsm = nn.ModuleList(TokenSlimming(dim, count) for count in kept.values())
+        self.norm = nn.LayerNorm(dim, shape["norm_eps"])
+        self.head = nn.Linear(dim, classes)
+        # Only token labelling trains it; checkpoints hold it.
+        self.aux_head = nn.Linear(dim, classes) if shape["aux_head"] else None
+        self.head_dist = None
+        if shape["distillation_token"]:
+            self.dist_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+            self.dist_pos_embed = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+            self.head_dist = nn.Linear(dim, classes)
+        self.rtsm = nn.ModuleList(_reverse_modules(dim, depth, patches, kept)) if reverse and kept else None
+
+    def forward(self, images: Tensor, return_outputs: bool = False) -> Any:
+        """Runs the model.
+
+        Args:
+            images: Normalised images, (batch, channels, height, width).
+            return_outputs: Also return what distillation and pictures of the tokens need.
+
+        Returns:
+            Logits (batch, classes), or logits and `Outputs`. With a distillation token the logits are the class head's
+            in training and the mean of both heads' in evaluation.
+        """
+        prefix = 1 if self.head_dist is None else 2
+        x = self._embed(images)
+        tokens, assignments = [], []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.tsm_index:
+                slimmed, assignment = self.tsm[self.tsm_index[index]](x[:, prefix:])
+                x = torch.cat([x[:, :prefix], slimmed], 1)
+                assignments.append(assignment)
+            tokens.append(x[:, prefix:])
+        x = self.norm(x[:, :prefix])
+        logits, distillation_logits = self.head(x[:, 0]), None
+        if self.head_dist is not None:
+            distillation_logits = self.head_dist(x[:, 1])
+            logits = logits if self.training else (logits + distillation_logits) / 2
+        if not return_outputs:
+            return logits
+        return logits, Outputs(tokens, assignments, distillation_logits)
+
+    def recover(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Every block's patch tokens recovered to the whole grid, (batch, patches, dim), by the reverse modules."""
+        if self.rtsm is None:
+            return list(tokens)
+        return [module(x) for module, x in zip(self.rtsm, tokens, strict=True)]
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Pictures of the model's size, uint8 (batch, height, width, channels), as its input (batch, channels, ...)."""
+        values = {**_IMAGENET, **self.config.get("preprocessing", {})}
+        mean, std = (torch.tensor(values[name], device=pixels.device) for name in ("mean", "std"))
+        if pixels.shape[-1] == 1:
+            mean, std = mean.mean(), std.mean()
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(self.pos_embed.dtype)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        prefix = self.cls_token + self.pos_embed[:, :1]
+        if self.head_dist is not None:
+            prefix = torch.cat([prefix, self.dist_token + self.dist_pos_embed], 1)
+        return torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
+
+
+_TOKENS = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
+
+
+def load(folder: str | pathlib.Path, drop_path: float = 0.0) -> SiT:
+    """The model of a folder, in evaluation mode; with reverse modules where the folder holds them.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The weights' file is damaged.
+        RuntimeError: A tensor is missing, left over or of another shape (from `load_state_dict`).
+    """
+    folder = pathlib.Path(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    state = read_safetensors(folder / WEIGHTS)
+    model = SiT(config, any(key.startswith("rtsm.") for key in state), drop_path)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        ValueError: The file is truncated or no such file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path}: truncated, or no safetensors file")
+        header = json.loads(file.read(length))
+        tensors = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
+            if not 0 <= start <= end <= size - 8 - length or end - start != math.prod(entry["shape"]) * dtype.itemsize:
+                raise ValueError(f"{path}: {name} lies outside of the file, or is of another size than its shape")
+            data = bytearray(end - start)
+            file.seek(8 + length + start)
+            file.readinto(data)
+            tensors[name] = torch.frombuffer(data, dtype=dtype).reshape(entry["shape"])
+    return tensors
+
+
+def fold_batch_norm(model: SiT) -> SiT:
+    """Puts every BatchNorm of the stem into the convolution before it, in place; for evaluation only."""
+    stem = model.patch_embed
+    for index in range(1, stem.count + 1):
+        conv, norm = getattr(stem, f"conv{index}"), getattr(stem, f"bn{index}")
+        setattr(stem, f"conv{index}", nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
+        setattr(stem, f"bn{index}", nn.Identity())
+    return model
+
+
+def distillation_loss(
+    student: SiT,
+    teacher: SiT,
+    images: Tensor,
+    labels: Tensor,
+    token: float = 2.0,
+    logits: float = 2.0,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """Feature recalibration distillation: soft-target cross entropy, tokens at every block, and logits.
+
+    Args:
+        student: The slimmed model with its reverse modules, in training mode.
+        teacher: The un-slimmed model of equal depth and width, in evaluation mode.
+        images: Normalised images, (batch, channels, height, width).
+        labels: Distributions over classes, (batch, classes).
+        token: Weight of the tokens' mean squared error.
+        logits: Weight of the divergence between the logits.
+        temperature: Of that divergence.
+
+    Returns:
+        The unweighted terms `classification`, `token` and `logits`, and `loss`, the weighted sum to minimise.
+    """
+    with torch.no_grad():
+        teacher_logits, teacher_outputs = teacher(images, return_outputs=True)
+    mine, outputs = student(images, return_outputs=True)
+    pairs = zip(student.recover(outputs.tokens), teacher_outputs.tokens, strict=True)
+    log_mine, log_theirs = (F.log_softmax(x / temperature, -1) for x in (mine, teacher_logits))
+    terms = {
+        "classification": -(labels * F.log_softmax(mine, -1)).sum(-1).mean(),
+        "token": torch.stack([F.mse_loss(recovered, target) for recovered, target in pairs]).mean(),
+        "logits": temperature**2 * F.kl_div(log_mine, log_theirs, reduction="batchmean", log_target=True),
+    }
+    return {**terms, "loss": terms["classification"] + token * terms["token"] + logits * terms["logits"]}
+
+
+def parameter_groups(model: SiT, lr: float, weight_decay: float = 0.05, rtsm_lr_scale: float = 5.0) -> list[Any]:
+    """Groups for `torch.optim.AdamW`: reverse modules learn faster; norms, biases, tokens and scales do not decay."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not name.startswith("aux_head"):
+            decays = parameter.ndim > 1 and name not in _TOKENS and not name.endswith(".scale")
+            groups.setdefault((name.startswith("rtsm."), decays), []).append(parameter)
+    return [
+        {"params": members, "lr": lr * (rtsm_lr_scale if reverse else 1), "weight_decay": weight_decay * decays}
+        for (reverse, decays), members in groups.items()
+    ]
+
+
+def _stem(shape: Mapping[str, Any]) -> Stem:
+    channels, dim, patch, kind = shape["in_channels"], shape["dim"], shape["patch_size"], shape["stem"]
+    eighth, width = dim // 8, shape.get("stem_width", 64)
+    after_first = [(dim // 4, 3, 2), (dim // 2, 3, 2), (dim, 3, 2)]
+    stems = {
+        "patch": ([], patch),
+        "conv4": ([(eighth, 3, 2), *after_first], 0),
+        "conv6": ([(eighth, 3, 2), (eighth, 3, 1), (eighth, 3, 1), *after_first], 0),
+        "conv7": ([(width, 7, 2), (width, 3, 1), (width, 3, 1)], patch // 2),
+    }
+    if kind not in stems:
+        raise ValueError(f"architecture.stem: {kind!r} is not known here")
+    return Stem(channels, stems[kind][0], dim, stems[kind][1])
+
+
+def _reverse_modules(dim: int, depth: int, patches: int, kept: Mapping[int, int]) -> list[nn.Module]:
+    modules: list[nn.Module] = []
+    count = patches
+    for block in range(depth):
+        count = kept.get(block, count)
+        modules.append(ReverseTokenSlimming(dim, count, patches) if block >= min(kept) else nn.Identity())
+    return modules

@@ -1,0 +1,37 @@
+"""Outputs are whole or not there: they are written beside their place and renamed."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from sit_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary sibling to write a file or a folder to, and renames it when the block ends well.
+
+    Raises:
+        UserError: There is something at the place already, or it cannot be written; then nothing is left behind.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path}: is there already; remove it or choose another place")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(part)
+        yield part
+        part.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(part)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

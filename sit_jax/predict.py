@@ -1,0 +1,247 @@
+"""`sit predict`: the likeliest classes of pictures, in order, however many there are."""
+
+import collections
+import concurrent.futures
+import csv
+import glob
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TextIO, get_args
+
+import numpy as np
+
+from sit_jax.data.folder import pictures_in
+from sit_jax.data.sources import Example
+from sit_jax.data.transforms import EvalTransform
+from sit_jax.errors import PictureError, SkippedError, UserError
+from sit_jax.export.predictor import Predictor, open_predictor
+from sit_jax.progress import Progress
+
+Style = Literal["table", "jsonl", "csv"]
+STYLES = get_args(Style)
+STDIN = "-"
+_THREADS = 4
+
+
+class Prediction(NamedTuple):
+    """What a model says of one picture.
+
+    Attributes:
+        picture: The file.
+        classes: Indices of the likeliest classes, likeliest first.
+        names: Their names.
+        probabilities: Their probabilities.
+    """
+
+    picture: str
+    classes: list[int]
+    names: list[str]
+    probabilities: list[float]
+
+
+def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
+    """The pictures that words on the command line mean, in their order.
+
+    Args:
+        words: Files, folders (all pictures within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
+        lines: One file per line.
+
+    Raises:
+        UserError: A word means nothing that is there.
+    """
+    found: list[str] = []
+    for word in words:
+        if word == STDIN:
+            found += [line for line in (x.rstrip("\r\n") for x in lines) if line]
+        elif os.path.isdir(word):
+            inside = [str(path) for path in pictures_in(pathlib.Path(word))]
+            if not inside:
+                raise UserError(f"{word}: holds no pictures")
+            found += inside
+        elif os.path.exists(word):
+            found.append(word)
+        else:
+            # A pattern that the shell left alone; a file may well have brackets in its name, so this comes last.
+            matches = sorted(x for x in glob.glob(word, recursive=True) if os.path.isfile(x))
+            if not matches:
+                raise UserError(f"{word}: there is no such file, folder or match")
+            found += matches
+    return found
+
+
+def predict(
+    predictor: Predictor, pictures: Sequence[str], top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction | PictureError]:
+    """Predictions in the order of the pictures; an error in the place of one that cannot be read.
+
+    Files are read a batch ahead, and no more than that is held at a time.
+
+    Args:
+        predictor: The model.
+        pictures: Files.
+        top: Likeliest classes to tell, all where there are fewer.
+        batch_size: Pictures that go through the model at a time.
+    """
+    waiting: list[tuple[str, np.ndarray | PictureError]] = []
+    readable = 0
+    for name, pixels in _read(predictor, pictures, ahead=2 * batch_size):
+        waiting.append((name, pixels))
+        readable += not isinstance(pixels, PictureError)
+        # So that a folder of broken files is told of as it is read.
+        if readable == batch_size or len(waiting) == 4 * batch_size:
+            yield from _answer(predictor, waiting, top, batch_size)
+            waiting, readable = [], 0
+    yield from _answer(predictor, waiting, top, batch_size)
+
+
+def run_predict(
+    predictor: Predictor, pictures: Sequence[str], top: int, style: Style, batch_size: int, out: TextIO
+) -> None:
+    """Writes predictions as they come, and names the pictures that cannot be read on standard error.
+
+    Raises:
+        SkippedError: Some could not be read.
+    """
+    skipped = 0
+    writer = _WRITERS[style](out, predictor.class_names)
+    with Progress("predict", len(pictures), 0, 1) as progress:
+        for done, answer in enumerate(predict(predictor, pictures, top, batch_size), start=1):
+            if isinstance(answer, PictureError):
+                skipped += 1
+                progress.note(f"skipped {answer}")
+            else:
+                writer.write(answer)
+            if done % batch_size == 0 or done == len(pictures):
+                progress.update(done, {})
+    out.flush()
+    if skipped:
+        raise SkippedError(
+            f"{skipped} of {len(pictures)} pictures could not be read and were skipped; the others were done"
+        )
+
+
+def _read(predictor: Predictor, pictures: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | PictureError]]:
+    """Pixels of each picture in order, at most `ahead` of them read and not yet asked for."""
+    arch = predictor.arch
+    transform = EvalTransform(predictor.data, arch.image_size, arch.in_channels)
+
+    def load(name: str) -> tuple[str, np.ndarray | PictureError]:
+        try:
+            with open(name, "rb") as file:
+                example = Example(file.read(), -1, name)
+            return name, transform(example)["image"]
+        except PictureError as error:
+            return name, error
+        except (OSError, ValueError) as error:  # ValueError: a line with a null byte in it.
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            return name, PictureError(f"{name}: cannot be read: {reason}")
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        running: collections.deque[Any] = collections.deque()
+        try:
+            for name in pictures:
+                running.append(pool.submit(load, name))
+                if len(running) > ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer(
+    predictor: Predictor, pictures: list[tuple[str, np.ndarray | PictureError]], top: int, batch_size: int
+) -> Iterator[Prediction | PictureError]:
+    pixels = [x for _, x in pictures if not isinstance(x, PictureError)]
+    rows: Iterator[np.ndarray] = iter(())
+    if pixels:
+        # The last batch is filled up, so that nothing is compiled for it.
+        batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
+        batch[: len(pixels)] = pixels
+        rows = iter(softmax(predictor.logits(batch))[: len(pixels)])
+    names = predictor.class_names
+    for name, read in pictures:
+        if isinstance(read, PictureError):
+            yield read
+            continue
+        probabilities = next(rows)
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        chosen = [int(index) for index in order]
+        yield Prediction(name, chosen, [names[i] for i in chosen], [float(probabilities[i]) for i in chosen])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (batch, classes) of logits, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    weights = np.exp(shifted)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+class _Writer(Protocol):
+    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None: ...
+
+    def write(self, prediction: Prediction) -> None: ...
+
+
+class _Table:
+    """One line per picture: the file, then class and probability, likeliest first."""
+
+    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None:
+        self._out = out
+        self._name_width = min(24, max(map(len, class_names)))
+        self._file_width = 0
+
+    def write(self, prediction: Prediction) -> None:
+        # Lines go out as they come: the column grows with the longest name so far.
+        self._file_width = max(self._file_width, len(prediction.picture))
+        pairs = zip(prediction.names, prediction.probabilities, strict=True)
+        cells = [f"{name:<{self._name_width}} {probability:>6.1%}" for name, probability in pairs]
+        print("   ".join([f"{prediction.picture:<{self._file_width}}", *cells]).rstrip(), file=self._out)
+
+
+class _JsonLines:
+    """One object per picture."""
+
+    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None:
+        del class_names
+        self._out = out
+
+    def write(self, prediction: Prediction) -> None:
+        columns = zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
+        predictions = [{"class": index, "name": name, "probability": share} for index, name, share in columns]
+        print(json.dumps({"picture": prediction.picture, "predictions": predictions}), file=self._out)
+
+
+class _Csv:
+    """One row per picture and class, with a heading."""
+
+    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None:
+        del class_names
+        self._rows = csv.writer(out, lineterminator="\n")
+        self._rows.writerow(("picture", "rank", "class", "name", "probability"))
+
+    def write(self, prediction: Prediction) -> None:
+        columns = zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
+        for rank, (index, name, share) in enumerate(columns, start=1):
+            self._rows.writerow((prediction.picture, rank, index, name, f"{share:.6f}"))
+
+
+_WRITERS: dict[str, type[_Writer]] = {"table": _Table, "jsonl": _JsonLines, "csv": _Csv}
+
+
+def command(source: pathlib.Path, words: Sequence[str], ema: bool, step: int | None, **options: Any) -> None:
+    """The body of `sit predict`; see `run_predict` for the options.
+
+    Raises:
+        UserError: The model or a word cannot be opened.
+        SkippedError: Some pictures could not be read.
+    """
+    pictures = find_pictures(words, sys.stdin)
+    try:
+        run_predict(open_predictor(source, ema, step), pictures, out=sys.stdout, **options)
+    except BrokenPipeError:
+        # Whoever reads has enough, as `head` does. What Python would still flush at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,93 @@
+"""The Python interface: models by name, from files, and slimmed."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_weights
+import tiny
+
+import sit_jax
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.models import build_model
+from sit_jax.models.variants import VARIANTS
+
+SMALL = {"image_size": 32, "dim": 16, "depth": 10, "num_heads": 2, "num_classes": 7}
+
+
+def test_importing_loads_nothing() -> None:
+    program = (
+        "import sys, sit_jax; assert not {'jax', 'flax', 'numpy'} & set(sys.modules); "
+        "assert {'create_model', 'load', 'list_models', 'slim', 'Model'} <= set(dir(sit_jax)); "
+        "assert not hasattr(sit_jax, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_models_by_name() -> None:
+    assert sit_jax.list_models() == list(VARIANTS)
+    model = sit_jax.create_model("deit_tiny", **SMALL)
+    assert model.arch.num_classes == 7
+    images = random_weights.images(model.arch, 2)
+    logits = model(images)
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    np.testing.assert_allclose(
+        logits, build_model(model.arch).apply(model.variables, jnp.asarray(images))[0], atol=1e-5
+    )
+    other = sit_jax.create_model("deit_tiny", seed=1, **SMALL)
+    assert not np.allclose(other.variables["params"]["class_token"], model.variables["params"]["class_token"])
+    with pytest.raises(ConfigError, match="did you mean sit_small"):
+        sit_jax.create_model("sit_smal")
+    with pytest.raises(ConfigError, match="colour"):
+        sit_jax.create_model("sit_small", colour="red")
+
+
+def test_slimming_a_teacher() -> None:
+    teacher = sit_jax.create_model("deit_tiny", seed=3, **SMALL)
+    student = sit_jax.slim(teacher, keep_ratio=0.7, after=(3, 6, 9))
+    assert student.arch.stage_blocks == (3, 3, 3, 1)
+    assert student.arch.token_counts == (4, 2, 1, 1)
+    own = {"slimming_2", "slimming_5", "slimming_8"}
+    assert set(student.variables["params"]) == set(teacher.variables["params"]) | own
+    for name, value in teacher.variables["params"].items():
+        jax.tree.map(np.testing.assert_array_equal, student.variables["params"][name], value)
+    assert student(random_weights.images(teacher.arch, 2)).shape == (2, 7)
+    with pytest.raises(ConfigError, match="slimmed already"):
+        sit_jax.slim(student)
+    for after in ((), (0, 3), (3, 3), (6, 3), (3, 10)):
+        with pytest.raises(ConfigError, match="after: "):
+            sit_jax.slim(teacher, after=after)
+    with pytest.raises(ConfigError, match="keep_ratio"):
+        sit_jax.slim(teacher, keep_ratio=1.5)
+
+
+def test_the_papers_student_is_its_teacher_slimmed() -> None:
+    for name in ("tiny", "small"):
+        student = VARIANTS[f"sit_{name}"]
+        after = tuple(block + 1 for block in student.slimming)
+        teacher = sit_jax.Model(VARIANTS[f"lvvit_{name}"], {"params": {}})
+        assert sit_jax.slim(teacher, 0.5, after).arch == student
+
+
+def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
+    weights = random_weights.draw()
+    model = sit_jax.Model(weights.arch, random_weights.variables(weights), weights.about)
+    model.save(tmp_path / "model")
+    loaded = sit_jax.load(tmp_path / "model")
+    assert loaded.arch == model.arch
+    assert loaded.about == model.about
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
+    pixels = random_weights.pixels(weights.arch, 2)
+    images = ((pixels / 255 - 0.4) / 0.2).astype(np.float32)
+    np.testing.assert_allclose(loaded(pixels), loaded(images), atol=1e-5)
+    plain = sit_jax.Model(tiny.plain(stem="patch"), {"params": random_weights.draw(tiny.plain(stem="patch")).params})
+    plain.save(tmp_path / "plain")
+    assert set(sit_jax.load(tmp_path / "plain").variables) == {"params"}
+    with pytest.raises(UserError, match="is there already"):
+        model.save(tmp_path / "model")
+    with pytest.raises(UserError, match="no such file or folder"):
+        sit_jax.load(tmp_path / "none")

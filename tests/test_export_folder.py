@@ -1,0 +1,213 @@
+"""Model folders: every tensor returns bit for bit, and a file that lies is told so in one line."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import golden_files
+import jax
+import numpy as np
+import pytest
+import random_weights
+import safetensors.numpy
+import tiny
+
+from sit_jax.convert.original import name_table, to_original
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import UserError
+from sit_jax.export.folder import CONFIG, WEIGHTS, load_folder, save_folder
+
+SHAPES = {
+    "student": tiny.STUDENT,
+    "teacher": tiny.TEACHER,
+    "patch": tiny.plain(stem="patch"),
+    "six": tiny.plain(stem="conv6", qkv_bias=False, aux_head=True, kept_tokens=(4, 3), stage_blocks=(2, 2)),
+    "distilled": dataclasses.replace(tiny.STUDENT, distillation_token=True, aux_head=True),
+}
+
+
+def equal(mine: Weights, theirs: Weights) -> None:
+    assert mine.arch == theirs.arch
+    assert mine.about == theirs.about
+    for one, other in zip(mine[1:4], theirs[1:4], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_folder_returns_what_was_put_in(shape: str, tmp_path: pathlib.Path) -> None:
+    weights = random_weights.draw(SHAPES[shape], reverse=SHAPES[shape].is_slimmed)
+    folder = tmp_path / "deep" / "model"
+    save_folder(folder, weights, with_reverse=bool(weights.reverse))
+    equal(load_folder(folder), weights)
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, "torch_model.py"}
+    assert list(folder.parent.iterdir()) == [folder]
+    config = json.loads((folder / CONFIG).read_text())
+    assert (config["format"], config["format_version"], config["licence"]) == ("sit_jax", 1, "Apache-2.0")
+    assert config["kept_tokens"] == list(weights.arch.token_counts)
+
+
+@pytest.mark.parametrize("name", ["lvvit_4c", "deit_naive", "dist_token", "lvvit_6c"])
+def test_the_file_holds_the_originals_tensors(name: str, tmp_path: pathlib.Path) -> None:
+    golden = golden_files.load(name)
+    trees = jax.tree.map(np.asarray, golden.student)
+    weights = Weights(golden.arch, trees["params"], trees.get("batch_stats", {}), trees["reverse"], {})
+    save_folder(tmp_path / "with", weights, with_reverse=True)
+    stored = safetensors.numpy.load_file(tmp_path / "with" / WEIGHTS)
+    teacher, own = (golden_files.part(golden.data, prefix) for prefix in ("teacher/", "student_own/"))
+    if (golden_files.FOLDER / f"{name}_initial.npz").exists():
+        with np.load(golden_files.FOLDER / f"{name}_initial.npz") as file:
+            own = {key: file[key] for key in file.files}
+    original = {key: value for key, value in {**teacher, **own}.items() if not key.endswith("num_batches_tracked")}
+    assert set(stored) == set(original)
+    for key, value in original.items():
+        assert stored[key].shape == value.shape
+        assert np.array_equal(stored[key], value), key
+    save_folder(tmp_path / "without", weights)
+    slim = safetensors.numpy.load_file(tmp_path / "without" / WEIGHTS)
+    assert set(slim) == {key for key in original if not key.startswith("rtsm.")}
+    assert load_folder(tmp_path / "without").reverse == {}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("good") / "model"
+    save_folder(folder, random_weights.draw())
+    return folder
+
+
+def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[pathlib.Path], None]:
+    def spoil(folder: pathlib.Path) -> None:
+        loaded = safetensors.numpy.load_file(folder / WEIGHTS)
+        change(loaded)
+        safetensors.numpy.save_file(loaded, folder / WEIGHTS)
+
+    return spoil
+
+
+def content(change: Callable[[bytes], bytes]) -> Callable[[pathlib.Path], Any]:
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
+
+
+def config(**changes: Any) -> Callable[[pathlib.Path], None]:
+    def spoil(folder: pathlib.Path) -> None:
+        values = json.loads((folder / CONFIG).read_text())
+        values["architecture"] |= changes.pop("architecture", {})
+        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+
+    return spoil
+
+
+def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[pathlib.Path], Any]:
+    def spoil(raw: bytes) -> bytes:
+        length = int.from_bytes(raw[:8], "little")
+        values = json.loads(raw[8 : 8 + length])
+        change(values)
+        text = json.dumps(values).encode()
+        return len(text).to_bytes(8, "little") + text + raw[8 + length :]
+
+    return content(spoil)
+
+
+TERA = 2**42
+LIES: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+    "empty": (content(lambda raw: b""), WEIGHTS),
+    "cut in the header": (content(lambda raw: raw[:100]), WEIGHTS),
+    "cut in the data": (content(lambda raw: raw[:-5]), WEIGHTS),
+    "longer": (content(lambda raw: raw + b"more"), WEIGHTS),
+    "header of terabytes": (content(lambda raw: TERA.to_bytes(8, "little") + raw[8:]), WEIGHTS),
+    "largest header": (content(lambda raw: b"\xff" * 8 + raw[8:]), WEIGHTS),
+    "tensor of terabytes": (
+        header(lambda x: x["cls_token"].update(shape=[1, 1, TERA // 4], data_offsets=[0, TERA])),
+        WEIGHTS,
+    ),
+    "overflowing shape": (header(lambda x: x["cls_token"].update(shape=[2**40, 2**40, 2**40])), WEIGHTS),
+    "negative offset": (header(lambda x: x["cls_token"].update(data_offsets=[-4, 4])), WEIGHTS),
+    "unknown type": (header(lambda x: x["cls_token"].update(dtype="F99")), WEIGHTS),
+    "no JSON": (content(lambda raw: raw[:8] + b"!" * (len(raw) - 8)), WEIGHTS),
+    "a picture": (content(lambda raw: b"\x89PNG\r\n\x1a\n" + bytes(100)), WEIGHTS),
+    "gone": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "one missing": (tensors(lambda x: x.pop("norm.weight")), "missing norm.weight"),
+    "one extra": (tensors(lambda x: x.update(stray=np.zeros(3, np.float32))), "left over stray"),
+    "another shape": (
+        tensors(lambda x: x.update({"head.bias": np.zeros(11, np.float32)})),
+        r"head.bias has the shape \(11,\), the model's is \(10,\)",
+    ),
+    "turned": (
+        tensors(lambda x: x.update({"blocks.0.mlp.fc1.weight": x["blocks.0.mlp.fc1.weight"].T.copy()})),
+        r"blocks.0.mlp.fc1.weight has the shape \(16, 32\)",
+    ),
+    "another type": (
+        tensors(lambda x: x.update({"head.bias": x["head.bias"].astype(np.float16)})),
+        "head.bias is F16",
+    ),
+    "not a number": (tensors(lambda x: np.put(x["head.bias"], 3, np.nan)), "head.bias holds values that are not"),
+    "infinite": (tensors(lambda x: np.put(x["cls_token"], 3, np.inf)), "cls_token holds values that are not"),
+    "deeper": (config(architecture={"depth": 5, "stage_blocks": [1, 4]}), "missing blocks.4.attn.proj.bias"),
+    "wider": (config(architecture={"dim": 32}), "has the shape"),
+    "impossible": (config(architecture={"num_heads": 5}), "num_heads 5"),
+    "unknown field": (config(architecture={"colour": "red"}), "architecture.colour"),
+    "words for numbers": (config(architecture={"dim": "wide"}), "architecture.dim"),
+    "other tokens": (config(kept_tokens=[4, 3]), "kept_tokens"),
+    "too few names": (config(class_names=["one"]), "class_names must be a list of 10 names"),
+    "later version": (config(format_version=2), "version 2"),
+    "another format": (config(format="other"), "\"format\" is 'other'"),
+    "no architecture": (
+        lambda folder: (folder / CONFIG).write_text('{"format": "sit_jax", "format_version": 1}'),
+        "arch",
+    ),
+    "config cut": (lambda folder: (folder / CONFIG).write_text('{"format": "sit'), "is not valid JSON"),
+    "config a list": (lambda folder: (folder / CONFIG).write_text("[1]"), "holds no JSON object"),
+    "config nested": (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "is not valid JSON"),
+    "config no text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), "is not valid JSON"),
+    "config gone": (lambda folder: (folder / CONFIG).unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_files_that_lie(lie: str, good: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    spoil, message = LIES[lie]
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as raised:
+        load_folder(folder)
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value)) < 1000
+    assert str(folder) in str(raised.value)
+
+
+def test_nothing_is_overwritten_or_left_behind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = random_weights.draw()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").write_text("precious")
+    with pytest.raises(UserError, match="taken: is there already"):
+        save_folder(tmp_path / "taken", weights)
+    assert (tmp_path / "taken" / "mine").read_text() == "precious"
+    with pytest.raises(UserError, match="holds no reverse modules"):
+        save_folder(tmp_path / "new", weights, with_reverse=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_folder(tmp_path / "file" / "model", weights)
+    broken = weights._replace(params={**weights.params, "head": {}})
+    with pytest.raises(KeyError):
+        save_folder(tmp_path / "new", broken)
+    monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="new: cannot be written: No space left on device"):
+        save_folder(tmp_path / "new", weights)
+    assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
+
+
+def test_arrays_in_any_memory_order_are_written_in_the_right_one(tmp_path: pathlib.Path) -> None:
+    # safetensors' own writer takes the memory of a transposed array as it lies.
+    weights = random_weights.draw(tiny.plain(stem="patch"))
+    scrambled = weights._replace(params=jax.tree.map(lambda x: np.asfortranarray(x), weights.params))
+    save_folder(tmp_path / "model", scrambled)
+    stored = safetensors.numpy.load_file(tmp_path / "model" / WEIGHTS)
+    expected = to_original({"params": weights.params}, weights.arch)
+    assert set(stored) == {entry.key for entry in name_table(weights.arch, reverse=False)}
+    for key, value in stored.items():
+        assert np.array_equal(value, expected[key]), key
+    assert np.array_equal(stored["head.weight"], weights.params["head"]["kernel"].T)

@@ -1,0 +1,218 @@
+"""`sit predict`: a thousand pictures in order, the broken ones named, and no more memory for more pictures."""
+
+import csv
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tracemalloc
+from typing import Any
+
+import malformed
+import numpy as np
+import pytest
+import random_weights
+import tiny
+from PIL import Image
+
+from sit_jax import cli
+from sit_jax.data.config import DataConfig
+from sit_jax.errors import PictureError, UserError
+from sit_jax.export.folder import save_folder
+from sit_jax.export.predictor import Predictor, open_predictor
+from sit_jax.predict import Prediction, find_pictures, predict, softmax
+
+BROKEN = list(malformed.BROKEN.values())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("predict") / "model"
+    save_folder(path, random_weights.draw())
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """1,000 files, every twentieth of them broken, in folders within folders."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(1000):
+        folder = root / f"part{index // 400}"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{index:04d}.png"
+        if index % 20 == 7:
+            path.write_bytes(BROKEN[index // 20 % len(BROKEN)])
+        else:
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path, compress_level=0)
+    return root
+
+
+def names(root: pathlib.Path) -> list[str]:
+    return sorted(str(path) for path in root.rglob("*.png"))
+
+
+def test_a_thousand_pictures(model: pathlib.Path, pictures: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["predict", str(model), str(pictures), "--format", "jsonl", "--top", "3"]) == 1
+    out, err = capsys.readouterr()
+    answers = [json.loads(line) for line in out.splitlines()]
+    everything = names(pictures)
+    bad = [name for index, name in enumerate(everything) if index % 20 == 7]
+    good = [name for index, name in enumerate(everything) if index % 20 != 7]
+    assert [answer["picture"] for answer in answers] == good
+    told = [line for line in err.splitlines() if line.startswith("predict: skipped ")]
+    assert [line.removeprefix("predict: skipped ").split(": ")[0] for line in told] == bad
+    assert err.splitlines()[-1] == (
+        "sit predict: 50 of 1000 pictures could not be read and were skipped; the others were done"
+    )
+    assert all(len(answer["predictions"]) == 3 for answer in answers)
+
+
+def test_predictions_are_the_models(model: pathlib.Path, pictures: pathlib.Path) -> None:
+    some = [name for index, name in enumerate(names(pictures)[:90]) if index % 20 != 7]
+    predictor = open_predictor(model)
+    found = list(predict(predictor, some, top=10, batch_size=8))
+    # By hand: the preprocessing that the folder names (crop, bicubic), then the model.
+    pixels = []
+    for name in some:
+        image = Image.open(name).convert("L")
+        image = image.resize((43, 36), Image.Resampling.BICUBIC).crop((6, 2, 38, 34))
+        pixels.append(np.asarray(image)[:, :, None])
+    logits = predictor.logits(np.stack(pixels)).astype(np.float64)
+    weights = np.exp(logits)
+    expected = weights / weights.sum(axis=1, keepdims=True)
+    for answer, row in zip(found, expected, strict=True):
+        assert isinstance(answer, Prediction)
+        assert answer.classes == list(np.argsort(-row))
+        assert answer.names == [f"class {index}" for index in answer.classes]
+        np.testing.assert_allclose(answer.probabilities, row[answer.classes], rtol=1e-5)
+        assert sum(answer.probabilities) == pytest.approx(1)
+
+
+def counting(size: int) -> Predictor:
+    """A model that finds the class by the first pixel, and needs nothing compiled."""
+    data = DataConfig(resize="stretch")
+
+    def logits(pixels: np.ndarray) -> np.ndarray:
+        assert pixels.shape == (size, 32, 32, 1)
+        return np.eye(10, dtype=np.float32)[pixels[:, 0, 0, 0] % 10]
+
+    return Predictor(logits, tiny.STUDENT, data, {})
+
+
+def test_memory_does_not_grow_with_the_pictures(pictures: pathlib.Path) -> None:
+    def peak(some: list[str]) -> int:
+        tracemalloc.start()
+        try:
+            answers = sum(isinstance(answer, Prediction) for answer in predict(counting(16), some, 1, 16))
+            assert answers == len(some)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    # What a decoder takes for a broken file is another matter.
+    everything = [name for index, name in enumerate(names(pictures)) if index % 20 != 7]
+    peak(everything[:50])
+    # The pictures' pixels alone take 1 KB each, a file 2 KB: nine hundred more would show.
+    assert peak(everything) < peak(everything[:100]) + 200_000
+
+
+def test_files_are_read_only_a_little_ahead(pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def transform(self: Any, example: Any) -> dict[str, Any]:
+        read.append(example.name)
+        return {"image": np.zeros((32, 32, 1), np.uint8)}
+
+    monkeypatch.setattr("sit_jax.predict.EvalTransform.__call__", transform)
+    answers = predict(counting(8), names(pictures), 1, 8)
+    next(answers)
+    assert 8 <= len(read) <= 8 + 2 * 8 + 1
+    answers.close()  # type: ignore[attr-defined]
+    assert len(read) < 50
+
+
+def test_all_broken(tmp_path: pathlib.Path) -> None:
+    files = []
+    for name, content in malformed.BROKEN.items():
+        (tmp_path / name).write_bytes(content)
+        files.append(str(tmp_path / name))
+    files += [str(tmp_path / "gone.png"), str(tmp_path), "nul\0l"]
+    answers = list(predict(counting(4), files, 1, 4))
+    assert all(isinstance(answer, PictureError) for answer in answers)
+    assert [str(answer).split(": ")[0] for answer in answers] == files
+
+
+def test_formats(model: pathlib.Path, pictures: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    some = names(pictures)[:3]
+    words = ["predict", str(model), *some, "--top", "2", "--format"]
+    assert cli.main([*words, "jsonl"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert cli.main([*words, "csv"]) == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    flat = [(row["picture"], rank, x) for row in rows for rank, x in enumerate(row["predictions"], start=1)]
+    assert len(table) == len(flat) == 6
+    for line, (picture, rank, x) in zip(table, flat, strict=True):
+        assert (line["picture"], int(line["rank"]), int(line["class"])) == (picture, rank, x["class"])
+        assert line["name"] == x["name"]
+        assert float(line["probability"]) == pytest.approx(x["probability"], abs=1e-6)
+    assert cli.main([*words, "table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for text, row in zip(lines, rows, strict=True):
+        first = row["predictions"][0]
+        assert text.startswith(f"{row['picture']}   {first['name']}")
+        assert f"{first['probability']:.1%}" in text
+
+
+def test_which_pictures(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.png", "a.jpg", "deep/c.webp", "deep/.hidden.png", "deep/notes.txt", "odd[1].png", "empty/x.txt"):
+        pathlib.Path(name).parent.mkdir(exist_ok=True)
+        pathlib.Path(name).write_bytes(b"")
+    assert find_pictures(["b.png", "a.jpg"]) == ["b.png", "a.jpg"]
+    assert find_pictures(["deep"]) == ["deep/c.webp"]
+    assert find_pictures(["*.png"]) == ["b.png", "odd[1].png"]
+    assert find_pictures(["**/*.webp"]) == ["deep/c.webp"]
+    assert find_pictures(["odd[1].png"]) == ["odd[1].png"]
+    assert find_pictures(["-", "a.jpg"], ["x y.png\n", "\n", "z.png\r\n"]) == ["x y.png", "z.png", "a.jpg"]
+    for word, message in {"gone.png": "no such file", "*.gif": "no such file", "empty": "holds no pictures"}.items():
+        with pytest.raises(UserError, match=message):
+            find_pictures([word])
+
+
+def test_a_list_on_standard_input_and_a_reader_that_leaves(model: pathlib.Path, pictures: pathlib.Path) -> None:
+    some = names(pictures)[:200]
+    command = [sys.executable, "-m", "sit_jax", "predict", str(model), "-", "--format", "jsonl", "--batch_size", "8"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process: Any = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    process.stdin.write("\n".join(some).encode())
+    process.stdin.close()
+    assert json.loads(process.stdout.readline())["picture"] == some[0]
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert "Traceback" not in errors
+    assert "Broken pipe" not in errors
+
+
+def test_softmax() -> None:
+    logits = np.array([[1000.0, 999.0], [-3.0, -3.0]], np.float32)
+    np.testing.assert_allclose(softmax(logits), [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))], [0.5, 0.5]])
+
+
+def test_mistakes(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        ([tmp_path / "none", model / "config.json"], "none: there is no such file or folder"),
+        ([tmp_path, model / "config.json"], "is not the folder of a run"),
+        ([model, tmp_path / "x.png"], "x.png: there is no such file, folder or match"),
+        ([model, model / "config.json", "--ema"], "is no run"),
+    ):
+        assert cli.main(["predict", *map(str, words)]) == 2, words
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1

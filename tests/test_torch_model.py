@@ -1,0 +1,340 @@
+"""The PyTorch module: against the original's numbers, independently of JAX, then against JAX."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_weights
+import tiny
+import torch
+from golden_files import RECOVERED, TRAINED, Golden
+
+from sit_jax.config import Config, OptimConfig
+from sit_jax.convert.original import to_original
+from sit_jax.export.folder import describe, save_folder
+from sit_jax.export.torch_model import (
+    SiT,
+    distillation_loss,
+    fold_batch_norm,
+    load,
+    parameter_groups,
+    read_safetensors,
+)
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.sharding import make_mesh
+from sit_jax.state import TrainState
+from sit_jax.train import make_task, make_train_step
+
+NORM = ("running_mean", "running_var", "weight", "bias")
+
+
+def close(mine: torch.Tensor, theirs: np.ndarray, relative: float = 1e-4) -> None:
+    """Asserts agreement relative to the largest value of the tensor."""
+    assert tuple(mine.shape) == theirs.shape
+    bound = relative * max(1e-8, np.abs(theirs).max())
+    np.testing.assert_allclose(mine.detach().numpy(), theirs, rtol=0, atol=bound)
+
+
+def module(arch: Architecture, state: dict[str, np.ndarray], reverse: bool = False) -> SiT:
+    """The module with the original's state dict, which must fit in every key."""
+    model = SiT(describe(arch, {}), reverse)
+    model.load_state_dict({key: torch.tensor(value) for key, value in state.items()}, strict=True)
+    return model.eval()
+
+
+@functools.cache
+def weights(name: str) -> tuple[Golden, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A golden file, and the state dicts of its teacher and of its student at the start."""
+    golden = golden_files.load(name)
+    teacher, own = (golden_files.part(golden.data, prefix) for prefix in ("teacher/", "student_own/"))
+    initial = golden_files.FOLDER / f"{name}_initial.npz"
+    if initial.exists():
+        with np.load(initial) as file:
+            own = {key: file[key] for key in file.files}
+    return golden, teacher, {**teacher, **own}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_teacher(name: str) -> None:
+    golden, teacher, _ = weights(name)
+    images = torch.tensor(golden.data["images_nchw"])
+    logits, outputs = module(golden.arch.without_slimming(), teacher)(images, return_outputs=True)
+    close(logits, golden.data["eval/teacher_logits"])
+    for block, tokens in enumerate(outputs.tokens):
+        close(tokens, golden.data[f"eval/teacher_tokens/{block}"])
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_student(name: str) -> None:
+    golden, _, student = weights(name)
+    model = module(golden.arch, student, reverse=True)
+    logits, outputs = model(torch.tensor(golden.data["images_nchw"]), return_outputs=True)
+    close(logits, golden.data["eval/student_logits"])
+    for block, tokens in enumerate(outputs.tokens):
+        close(tokens, golden.data[f"eval/student_tokens/{block}"])
+    for assignment in outputs.assignments:
+        np.testing.assert_allclose(assignment.detach().sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_trained_student(name: str) -> None:
+    golden, _, _ = weights(name)
+    final = golden_files.part(golden.data, "final/")
+    logits = module(golden.arch, final, reverse=True)(torch.tensor(golden.data["images_nchw"]))
+    close(logits, golden.data["final_eval/student_logits"])
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_gradients_of_the_first_step(name: str) -> None:
+    golden, teacher, student = weights(name)
+    model = module(golden.arch, student, reverse=True).train()
+    images, labels = (torch.tensor(golden.data[f"steps/{key}"][0]) for key in ("images_nchw", "soft_labels"))
+    _, outputs = model(images, return_outputs=True)
+    for block, tokens in enumerate(model.recover(outputs.tokens)):
+        close(tokens, golden.data[f"train0/student_tokens/{block}"])
+    losses(golden, model, module(golden.arch.without_slimming(), teacher), images, labels)["loss"].backward()
+    theirs = golden_files.part(golden.data, "train0/grad/")
+    largest = max(float(np.abs(value).max()) for value in theirs.values())
+    mine = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert set(mine) == set(theirs)
+    for key, gradient in theirs.items():
+        bound = max(1e-3 * np.abs(gradient).max(), 1e-7 * largest)
+        np.testing.assert_allclose(mine[key], gradient, rtol=0, atol=bound, err_msg=key)
+
+
+def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any) -> dict[str, torch.Tensor]:
+    kept = golden.meta["distillation"]
+    return distillation_loss(student, teacher, images, labels, kept["lambda_token"], kept["lambda_logits"], kept["tau"])
+
+
+@pytest.mark.parametrize("name", RECOVERED)
+def test_losses_of_every_step(name: str) -> None:
+    golden, teacher_state, student_state = weights(name)
+    optim, kept = golden.meta["optimizer"], golden.meta["distillation"]
+    teacher = module(golden.arch.without_slimming(), teacher_state)
+    student = module(golden.arch, student_state, reverse=True).train()
+    undecayed = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for key, parameter in student.named_parameters():
+        if key.startswith("aux_head"):
+            continue
+        reverse = key.startswith("rtsm.")
+        # The original decays everything in the reverse modules, and the slimming scale.
+        decays = reverse or (parameter.ndim > 1 and key not in undecayed)
+        groups.setdefault((reverse, decays), []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": members, "weight_decay": optim["weight_decay"] * decays, "reverse": reverse}
+            for (reverse, decays), members in groups.items()
+        ],
+        eps=optim["eps"],
+    )
+    batches = zip(golden.data["steps/images_nchw"], golden.data["steps/soft_labels"], strict=True)
+    for index, (images, labels) in enumerate(batches):
+        rates = golden.data[f"steps/{index}/lr_backbone_rtsm"]
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[int(group["reverse"])])
+        terms = losses(golden, student, teacher, torch.tensor(images), torch.tensor(labels))
+        weighted = [terms["loss"], terms["classification"]]
+        weighted += [terms["token"] * kept["lambda_token"], terms["logits"] * kept["lambda_logits"]]
+        np.testing.assert_allclose([x.item() for x in weighted], golden.data[f"steps/{index}/losses"], rtol=1e-4)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+
+
+def test_distillation_token() -> None:
+    golden, teacher_state, student_state = weights("dist_token")
+    data = golden.data
+    images, labels = torch.tensor(data["images_nchw"]), torch.tensor(data["soft_labels"])
+    student = module(golden.arch, student_state, reverse=True).train()
+    logits, outputs = student(images, return_outputs=True)
+    close(logits, data["train0/logits"])
+    close(outputs.distillation_logits, data["train0/dist_logits"])
+    teacher = module(golden.arch.without_slimming(), teacher_state)
+    terms = losses(golden, student, teacher, images, labels)
+    kept = golden.meta["distillation"]
+    mine = [terms["classification"], terms["token"] * kept["lambda_token"], terms["logits"] * kept["lambda_logits"]]
+    np.testing.assert_allclose([x.item() for x in mine], data["losses"][1:4], rtol=1e-4)
+    # Training has moved BatchNorm's statistics: evaluation starts anew.
+    evaluated, outputs = module(golden.arch, student_state, reverse=True)(images, return_outputs=True)
+    variables = {key: value for key, value in golden.student.items() if key != "reverse"}
+    expected, ours = jax.jit(build_model(golden.arch).apply)(variables, golden_files.nhwc(data["images_nchw"]))
+    close(evaluated, np.asarray(expected))
+    close(outputs.distillation_logits, np.asarray(ours.distillation_logits))
+
+
+def test_five_steps_of_distillation_equal_those_in_jax() -> None:
+    student, teacher = random_weights.draw(reverse=True), random_weights.draw(tiny.TEACHER, seed=5)
+    rng = np.random.default_rng(0)
+    batches = [
+        (random_weights.images(tiny.STUDENT, 8, seed), rng.dirichlet(np.ones(10), 8).astype(np.float32))
+        for seed in range(5)
+    ]
+    config = tiny.config(optim=OptimConfig(lr=1e-3, min_lr=1e-3, rtsm_lr_scale=1.0), batch_size=8)
+    ours = losses_in_jax(config, student, teacher, batches)
+    models = [module(x.arch, to_original(tree(x), x.arch), reverse=bool(x.reverse)) for x in (student, teacher)]
+    optimizer = torch.optim.AdamW(parameter_groups(models[0], 1e-3, weight_decay=0.05, rtsm_lr_scale=1.0), eps=1e-8)
+    models[0].train()
+    theirs = []
+    for images, labels in batches:
+        nchw = torch.tensor(images).permute(0, 3, 1, 2)
+        terms = distillation_loss(models[0], models[1], nchw, torch.tensor(labels))
+        theirs.append([terms[name].item() for name in ("loss", "classification", "token", "logits")])
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4)
+    assert abs(ours[0][0] - ours[4][0]) > 0.05
+
+
+def tree(x: Any) -> dict[str, Any]:
+    collections = {"params": x.params, "batch_stats": x.batch_stats, "reverse": x.reverse}
+    return {name: value for name, value in collections.items() if value}
+
+
+def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> list[list[float]]:
+    task = make_task(config, steps_per_epoch=1)
+    step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
+    params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
+    stats = jax.tree.map(jnp.array, student.batch_stats)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=stats,
+        opt_state=task.optimizer.init(params),
+        ema=None,
+    )
+    found = []
+    teachers = {"teacher": jax.tree.map(jnp.asarray, random_weights.variables(teacher))}
+    for images, labels in batches:
+        batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
+        state, metrics = step(state, batch, teachers)
+        found.append([float(metrics[name]) for name in ("loss", "classification", "token", "logits")])
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("torch") / "model"
+    save_folder(path, random_weights.draw(reverse=True), with_reverse=True)
+    return path
+
+
+def test_the_folders_copy_needs_torch_alone(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(folder)!r})
+import torch, torch_model
+model = torch_model.load({str(folder)!r})
+pixels = torch.arange(2 * 32 * 32, dtype=torch.int64).remainder(256).to(torch.uint8).reshape(2, 32, 32, 1)
+torch.save(model(model.normalize(pixels)), {str(tmp_path / "logits.pt")!r})
+assert not {{"sit_jax", "jax", "safetensors"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits.pt")
+    pixels = (np.arange(2 * 32 * 32) % 256).reshape(2, 32, 32, 1)
+    weights = random_weights.draw()
+    expected, _ = jax.jit(build_model(weights.arch).apply)(
+        random_weights.variables(weights), jnp.asarray((pixels / 255 - 0.4) / 0.2, jnp.float32)
+    )
+    close(logits, np.asarray(expected))
+
+
+def test_damaged_files(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    whole = (folder / "model.safetensors").read_bytes()
+    path = tmp_path / "model.safetensors"
+    for damaged in (b"", whole[:5], whole[:200], whole[:-4], (2**42).to_bytes(8, "little") + whole[8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model.safetensors"):
+            read_safetensors(path)
+    config = json.loads((folder / "config.json").read_text())
+    config["architecture"]["depth"] = 5
+    config["architecture"]["stage_blocks"] = [1, 4]
+    path.write_bytes(whole)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match=r"blocks\.4"):
+        load(tmp_path)
+
+
+def test_compile_and_export_for_any_batch(folder: pathlib.Path) -> None:
+    model = load(folder)
+    images = torch.tensor(random_weights.images(tiny.STUDENT, 5)).permute(0, 3, 1, 2)
+    expected = model(images).detach().numpy()
+    # Tracing by torch.compile is what could fail; the code generator behind it is torch's own affair.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(compiled(images), expected)
+    program = torch.export.export(model, (images[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    for count in (1, 3, 5):
+        close(program.module()(images[:count]), expected[:count])
+
+
+def test_batch_norm_folds_and_drop_path_drops(folder: pathlib.Path) -> None:
+    images = torch.tensor(random_weights.images(tiny.STUDENT, 64)).permute(0, 3, 1, 2)
+    model = load(folder, drop_path=0.9)
+    expected = model(images)
+    folded = fold_batch_norm(load(folder))
+    assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in folded.modules())
+    close(folded(images), expected.detach().numpy())
+    torch.manual_seed(0)
+    blocks: list[Any] = list(model.blocks)
+    assert [round(block.drop_path.rate, 6) for block in blocks] == [0.0, 0.3, 0.6, 0.9]
+    last = blocks[3].train()
+    tokens = torch.randn(2000, 3, 16)
+    moved = ((last(tokens) - tokens).abs().amax((1, 2)) > 0).float().mean().item()
+    assert moved == pytest.approx(1 - 0.9**2, abs=0.03)
+    kept = last.drop_path(torch.ones(2000, 3, 16))
+    assert kept.unique().tolist() == pytest.approx([0.0, 10.0])
+
+
+def test_the_stem_and_the_layer_scale_of_published_teachers() -> None:
+    shape = {**describe(tiny.TEACHER, {})["architecture"], "stem": "conv7", "stem_width": 6, "layer_scale": True}
+    torch.manual_seed(0)
+    model = SiT({"architecture": shape}).eval()
+    state = model.state_dict()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.2, 0.6)
+    assert [tuple(state[f"patch_embed.{key}.weight"].shape) for key in ("conv1", "conv2", "conv3", "proj")] == [
+        (6, 1, 7, 7),
+        (6, 6, 3, 3),
+        (6, 6, 3, 3),
+        (16, 6, 8, 8),
+    ]
+    images = torch.randn(2, 1, 32, 32)
+    x = images
+    for index, (stride, padding) in enumerate([(2, 3), (1, 1), (1, 1)], start=1):
+        x = torch.conv2d(x, state[f"patch_embed.conv{index}.weight"], None, stride, padding)
+        norm = {name: state[f"patch_embed.bn{index}.{name}"][:, None, None] for name in NORM}
+        x = (x - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt() * norm["weight"] + norm["bias"]
+        x = x.clamp(min=0)
+    x = torch.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 8)
+    close(model.patch_embed(images), x.numpy())
+    block: Any = model.blocks[0]
+    tokens = torch.randn(2, 5, 16)
+    middle = tokens + block.attn(block.norm1(tokens)) * state["blocks.0.ls1.gamma"]
+    close(block(tokens), (middle + block.mlp(block.norm2(middle)) * state["blocks.0.ls2.gamma"]).detach().numpy())
+    with pytest.raises(ValueError, match="'conv9' is not known"):
+        SiT({"architecture": {**shape, "stem": "conv9"}})
+
+
+def test_fine_tuning_groups() -> None:
+    model = SiT(describe(dataclasses.replace(tiny.STUDENT, aux_head=True), {}), reverse=True)
+    groups = parameter_groups(model, lr=1e-3, weight_decay=0.05, rtsm_lr_scale=5.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {(g["lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
+    assert set(found) == {(1e-3, 0.05), (1e-3, 0.0), (5e-3, 0.05), (5e-3, 0.0)}
+    assert {"cls_token", "pos_embed", "tsm.0.scale", "norm.weight", "head.bias"} <= found[1e-3, 0.0]
+    assert all(name.startswith("rtsm.") for name in found[5e-3, 0.05] | found[5e-3, 0.0])
+    assert not any(name.startswith("aux_head") for members in found.values() for name in members)
+    assert {"head.weight", "patch_embed.conv1.weight"} <= found[1e-3, 0.05]
