@@ -98,7 +98,7 @@ def timm_loader(root: pathlib.Path, recipe: str, workers: int) -> Iterator[Any]:
     )
     files = sorted(root.rglob("*.jpg"))
 
-    class Pictures(torch.utils.data.Dataset):
+    class Pictures(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
             return len(files)
 
