@@ -166,6 +166,24 @@ def load_variables(
     return dict(loaded[part])
 
 
+def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
+    """Reads the reverse modules' parameters; see `load_variables`, which finds out first whether there is such a step.
+
+    Raises:
+        RunError: The checkpoint holds no such reverse modules.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    partial = ocp.Context()
+    partial.pytree.loading.partial_load = True
+    with partial, ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
+        try:
+            loaded = checkpointer.load_checkpointables(step, {"training": {"params": {"reverse": wanted}}})
+        except (ValueError, KeyError) as error:
+            raise RunError(f"{workdir}: its checkpoint holds no such reverse modules: {_first_line(error)}") from None
+    return loaded["training"]["params"]["reverse"]
+
+
 def _parts(state: TrainState) -> dict[str, Any]:
     params = {name: value for name, value in state.params.items() if name != "model"}
     parts: dict[str, Any] = {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
+from sit_jax.convert.arguments import add_arguments, read_options
 from sit_jax.errors import ConfigError, StoppedError, UserError
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
+    add_arguments(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
@@ -164,6 +166,14 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
         return
     shares = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
     print(f"{shares} over {result['examples']:.0f} examples")
+
+
+def _convert(arguments: argparse.Namespace, _: list[str]) -> None:
+    _quiet_libraries()
+    from sit_jax.convert.command import convert
+
+    convert(arguments.source, arguments.dest, read_options(arguments), arguments.force, say=print)
+    print(f"Written: {arguments.dest}")
 
 
 def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
