@@ -1,5 +1,6 @@
 """The body of `sit convert SOURCE DEST`."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -117,4 +118,5 @@ def _remove(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,6 +1,7 @@
 """Fills a model's parameters from the tensors of a file: each is used once, and each target is filled, or all that is
 wrong is said."""
 
+import functools
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -94,6 +95,7 @@ def _read(
         return np.ascontiguousarray(value, np.float32).reshape(shape)
 
 
+@functools.lru_cache(maxsize=8)
 def _target_shapes(arch: Architecture, reverse: bool) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Path -> shape of every parameter and statistic of a model, and of its reverse modules where `reverse`."""
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)

@@ -2,6 +2,8 @@
 
 import math
 import pathlib
+import tokenize
+import warnings
 import zipfile
 import zlib
 from typing import Any
@@ -70,16 +72,20 @@ def read_npz(path: pathlib.Path) -> Tensors:
             return {entry.filename.removesuffix(".npy"): _npz_tensor(path, archive, entry) for entry in entries}
     except FileError:
         raise
-    except (*_ZIP_ERRORS, ValueError, KeyError) as error:
+    except (*_ZIP_ERRORS, *_HEADER_ERRORS) as error:
         raise FileError(f"{path}: is damaged or cut off: {_first_line(error)}") from None
 
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
+# What Python's own parser, which NumPy reads an array's header with, says of one that is none.
+_HEADER_ERRORS = (ValueError, TypeError, KeyError, SyntaxError, tokenize.TokenError, MemoryError)
 
 
 def _npz_tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     name = entry.filename.removesuffix(".npy")
-    with archive.open(entry) as file:
+    with archive.open(entry) as file, warnings.catch_warnings():
+        # Of headers that Python 2 wrote.
+        warnings.simplefilter("ignore")
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = reader(file)

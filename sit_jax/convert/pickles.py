@@ -6,6 +6,7 @@ becomes a constructor of ours, or the file is refused.
 """
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
@@ -76,10 +77,13 @@ def read_pickle(stream: BinaryIO) -> Any:
     """
     machine = _Machine()
     try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > _MOST_OPCODES:
-                raise PickleError("the pickle inside goes on for ever")
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            # Of damaged text.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+                if count > _MOST_OPCODES:
+                    raise PickleError("the pickle inside goes on for ever")
+                machine.step(opcode.name, argument)
         return machine.result()
     except PickleError:
         raise
