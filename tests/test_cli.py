@@ -40,7 +40,7 @@ def test_models_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["models", "--help"]):
+    for words in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["models", "--help"], ["convert", "--help"]):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 0

@@ -19,6 +19,7 @@ from test_other_stems import CONV7, SCALED, TorchViT, torch_model
 
 from sit_jax import cli
 from sit_jax.convert.arguments import Options
+from sit_jax.convert.change import interpolate
 from sit_jax.convert.command import convert
 from sit_jax.convert.detect import detect
 from sit_jax.convert.fill import _target_shapes
@@ -313,6 +314,14 @@ def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.
     )
     images = np.zeros((1, 96, 96, golden.arch.in_channels), np.float32)
     np.testing.assert_array_equal(run_model(weights, images), np.zeros((1, 3), np.float32))
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 12), (7, 7), (3, 10), (16, 1), (1, 4)])
+def test_interpolation_is_pytorchs(old: int, new: int) -> None:
+    grid = np.random.default_rng(0).normal(size=(old, old, 5)).astype(np.float32)
+    theirs = torch.from_numpy(grid).double().permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(theirs, (new, new), mode="bicubic", align_corners=False)[0]
+    np.testing.assert_allclose(interpolate(grid, new), expected.permute(1, 2, 0), rtol=0, atol=5e-7)
 
 
 def test_models_without_a_head(tmp_path: pathlib.Path) -> None:

@@ -3,7 +3,10 @@
 import argparse
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sit_jax.models.architecture import Architecture
 
 # What options of the architecture begin with.
 _PREFIX = "model."
@@ -18,6 +21,7 @@ class Options(NamedTuple):
         num_classes: Another number of classes, or None.
         ema: The moving average instead of the weights, where there are both.
         reverse: Whether reverse modules are read where there are any.
+        like: A model that is taken for the one in the file, in what its tensors leave open; fields come before it.
     """
 
     fields: Mapping[str, Any] = {}
@@ -25,6 +29,7 @@ class Options(NamedTuple):
     num_classes: int | None = None
     ema: bool = False
     reverse: bool = True
+    like: "Architecture | None" = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from sit_jax.convert.original import Entry
 from sit_jax.convert.other_files import read_npz, read_safetensors
 from sit_jax.convert.run_weights import is_run, read_run
 from sit_jax.convert.select import select_torch, strip_prefixes
-from sit_jax.convert.settle import config_fields, describe, settle
+from sit_jax.convert.settle import config_fields, describe, likely_fields, settle
 from sit_jax.convert.tensors import FileError, Tensors, check_total
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
@@ -81,7 +81,8 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
     try:
         told = detect({name: tensor.shape for name, tensor in tensors.items()})
         absent = _absent_heads(told, options.num_classes)
-        settled = settle(told, config_fields(config), options.fields)
+        hints = likely_fields(told, options.like) if options.like else {}
+        settled = settle(told, {**hints, **config_fields(config)}, options.fields)
         arch = settled.arch
         say(f"found: {describe(told, settled)}")
         reverse = told.has_reverse and options.reverse

@@ -14,7 +14,7 @@ from sit_jax.errors import UserError
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.run import trained_variables
-from sit_jax.workdir import CONFIG
+from sit_jax.workdir import CONFIG, read_config
 
 
 def is_run(path: pathlib.Path) -> bool:
@@ -36,10 +36,10 @@ def read_run(path: pathlib.Path, ema: bool, reverse: bool, say: Callable[[str], 
         UserError: There is no whole checkpoint, or its model is no vision transformer.
     """
     folder, step = _run_and_step(path)
-    config, variables = trained_variables(folder, ema, step)
-    arch = config.model.architecture
+    arch = read_config(folder).model.architecture
     if not isinstance(arch, Architecture):
         raise UserError(f"{folder}: its model is a {arch.family}; only vision transformers can be converted")
+    config, variables = trained_variables(folder, ema, step)
     trained = arch.is_slimmed and config.loss.token > 0
     modules = load_reverse(folder, _reverse_shapes(arch), step) if reverse and trained else {}
     kind = f"{'student' if arch.is_slimmed else 'model'} {config.model.name}".strip()

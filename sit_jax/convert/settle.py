@@ -194,6 +194,16 @@ def describe(told: Told, settled: Settled) -> str:
     )
 
 
+def likely_fields(told: Told, like: Architecture) -> dict[str, Any]:
+    """What tensors leave open, taken from a model of the same width and depth."""
+    if (told.fields["dim"], told.fields["depth"]) != (like.dim, like.depth):
+        return {}
+    fields = {key: getattr(like, key) for key in ("num_heads", "residual_scale", "norm_eps")}
+    slimmed = told.kept and len(like.stage_blocks) == len(told.kept) + 1 and "stage_blocks" not in told.fields
+    fields |= {"stage_blocks": like.stage_blocks} if slimmed else {}
+    return {key: value for key, value in fields.items() if key not in told.fields}
+
+
 def config_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an architecture in a `config.json`: a model folder's, a run's, or bare ones."""
     section = values.get("architecture", values.get("model", values))
