@@ -12,6 +12,7 @@ import pathlib
 import resource
 import signal
 import struct
+import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,6 +29,8 @@ from sit_jax.convert.original import name_table
 from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
 from sit_jax.models.architecture import Architecture
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 
 EXAMPLES = int(os.environ.get("SIT_JAX_FUZZ_EXAMPLES", "40"))
 SECONDS, MEMORY = 30, 2**30

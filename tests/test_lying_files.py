@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -329,6 +330,34 @@ def test_destinations(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     assert "cannot be written" in convert(source / "below" / "it")
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "deep", "y.safetensors", "mine"}
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json"}
+
+
+def test_without_pytorch(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = [save(tmp_path / "x.pth", weights()), save(tmp_path / "legacy.pth", weights())]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    for number, source in enumerate(sources):
+        assert cli.main(["convert", str(source), str(tmp_path / f"out{number}"), *WORDS]) == 0
+    assert cli.main(["convert", str(sources[0]), str(tmp_path / "out.pth"), *WORDS]) == 2
+    assert "writing .pth files needs PyTorch: pip install torch, or write .safetensors" in capsys.readouterr().err
+
+
+def test_interrupted_while_replacing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, folder = save(tmp_path / "x.pth", weights()), tmp_path / "folder"
+    assert cli.main(["convert", str(source), str(folder), *WORDS]) == 0
+    old = (folder / "model.safetensors").read_bytes()
+    rename = pathlib.Path.rename
+
+    def interrupted(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        if path.name.startswith(".folder.part"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    assert cli.main(["convert", str(source), str(folder), *WORDS, "--force"]) == cli.INTERRUPTED
+    assert (folder / "model.safetensors").read_bytes() == old
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "folder"}
 
 
 def test_a_write_that_fails_leaves_the_old_one(

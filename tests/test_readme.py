@@ -37,7 +37,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
             cli.load_config(arguments.config, rest)
         else:
             assert rest == []
-    assert seen == {"train", "evaluate", "models", "data"}
+    assert seen == {"train", "evaluate", "convert", "models", "data"}
 
 
 def test_variations() -> None:

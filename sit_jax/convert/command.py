@@ -106,10 +106,10 @@ def write_whole(dest: pathlib.Path, weights: Weights, writer: Writer) -> None:
             dest.rename(old)
         part.rename(dest)
     except (OSError, RuntimeError) as error:
-        if old.exists() and not dest.exists():
-            old.rename(dest)
         raise UserError(f"{dest}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
+        if old.exists() and not dest.exists():
+            old.rename(dest)
         _remove(part)
         _remove(old)
 
