@@ -241,7 +241,7 @@ def test_random_programs(tmp_path: pathlib.Path) -> None:
     [
         # Tuples of tuples of tuples: hashing or printing the last would take for ever.
         b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 200,
-        b"}q\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"K\x01s.",
+        b")q\x00" + b"h\x00h\x00\x86q\x000" * 200 + b"}h\x00K\x01s.",
         b"]q\x01" + b"h\x01h\x01a" * 10,
         b"(" * 100_000,
         b"]" * 50_000 + b"a" * 49_999,
@@ -253,6 +253,13 @@ def test_programs_that_would_never_end(program: bytes, tmp_path: pathlib.Path) -
     path = tmp_path / "x.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/data.pkl", program if program.endswith(b".") else program + b".")
+    assert not answers(path)
+
+
+@pytest.mark.parametrize("claim", [b"\x8e" + struct.pack("<Q", 2**40), b"B\xff\xff\xff\xff", b"\x8b\xff\xff\xff\x7f"])
+def test_values_longer_than_the_file(claim: bytes, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"\x80\x04" + claim + b"abc.")
     assert not answers(path)
 
 
