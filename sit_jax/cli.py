@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
-from sit_jax.convert.arguments import add_arguments, read_options
+from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.errors import ConfigError, StoppedError, UserError
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
-    add_arguments(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
+    add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
@@ -172,7 +172,7 @@ def _convert(arguments: argparse.Namespace, _: list[str]) -> None:
     _quiet_libraries()
     from sit_jax.convert.command import convert
 
-    convert(arguments.source, arguments.dest, read_options(arguments), arguments.force, say=print)
+    convert(arguments.source, arguments.dest, convert_options(arguments), arguments.force, say=print)
     print(f"Written: {arguments.dest}")
 
 

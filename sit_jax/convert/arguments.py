@@ -32,7 +32,7 @@ class Options(NamedTuple):
     like: "Architecture | None" = None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_convert(parser: argparse.ArgumentParser) -> None:
     """Adds the words of `sit convert` to its parser."""
     sources = ".pth, .pt, .pth.tar, .safetensors or .npz file, model folder, or run"
     parser.add_argument("source", metavar="SOURCE", type=pathlib.Path, help=sources)
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(f"--{_PREFIX}keep_ratio", metavar="NUMBER", type=float, help="share of tokens a stage keeps")
 
 
-def read_options(arguments: argparse.Namespace) -> Options:
+def convert_options(arguments: argparse.Namespace) -> Options:
     """The options in parsed words."""
     fields = {key.removeprefix(_PREFIX): value for key, value in vars(arguments).items() if key.startswith(_PREFIX)}
     return Options(
