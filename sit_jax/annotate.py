@@ -16,7 +16,7 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
 from sit_jax.errors import UserError
 from sit_jax.models import build_model
-from sit_jax.run import trained_variables
+from sit_jax.origins import trained_variables
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:

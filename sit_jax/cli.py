@@ -12,6 +12,7 @@ from typing import Any
 
 from sit_jax import __version__
 from sit_jax.checkpoint_command import add_checkpoint_tasks
+from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import quiet_libraries, take_cpu
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     train = _verb(verbs, "train", _train, "train a model, or a teacher and its slimmed student")
     _add_config(train)
-    train.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of the run; made if missing")
+    train.add_argument("--workdir", required=True, type=_folder, help="folder of the run; made if missing")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
     train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
     _add_processes(train)
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
+    add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
     add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
@@ -128,6 +130,12 @@ def _join(arguments: argparse.Namespace) -> bool:
 
     initialize(Processes(arguments.coordinator, arguments.num_processes, arguments.process_id))
     return is_first()
+
+
+def _folder(text: str) -> pathlib.Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is no folder; mount the bucket, as launch/README.md says")
+    return pathlib.Path(text)
 
 
 def _positive(text: str) -> int:
@@ -221,6 +229,14 @@ def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
 
     options = {"top": arguments.top, "style": arguments.format, "batch_size": arguments.batch_size}
     command(arguments.source, arguments.pictures, arguments.ema, arguments.step, **options)
+
+
+def _convert(arguments: argparse.Namespace, _: list[str]) -> None:
+    quiet_libraries()
+    from sit_jax.convert.command import convert
+
+    convert(arguments.source, arguments.dest, convert_options(arguments), arguments.force, say=print)
+    print(f"Written: {arguments.dest}")
 
 
 def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:

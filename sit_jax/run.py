@@ -13,18 +13,20 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from sit_jax import __version__, distributed, sharding, workdir
-from sit_jax.checkpoint import Checkpoints, Due, load_variables
+from sit_jax.checkpoint import Checkpoints, Due
 from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.config_dict import to_dict
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.sources import Source, open_source
-from sit_jax.errors import ConfigError, RunError, StoppedError
+from sit_jax.errors import RunError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import MetricWriter, is_finite
-from sit_jax.models import HEADS, build_model
+from sit_jax.models import build_model
+from sit_jax.origins import check_origins, first_state, given_teacher
+from sit_jax.origins import trained_variables as trained_variables
 from sit_jax.progress import Progress
 from sit_jax.state import TrainState
-from sit_jax.train import Task, abstract_state, init_state, make_task, make_train_step
+from sit_jax.train import Task, abstract_state, make_task, make_train_step
 
 Evaluator = Callable[[TrainState], dict[str, float]]
 
@@ -54,7 +56,7 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
     data = TrainData(config)
     eval_source = open_source(config.data, config.data.eval_split)
     check_classes(config, eval_source)
-    _check_runs(config)
+    check_origins(config)
     distributed.on_first(lambda: workdir.claim(folder, config, resume))
     teachers = {
         name: _teacher_variables(config, teacher, folder / name, mesh, name)
@@ -62,7 +64,7 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
     }
     task = make_task(config, data.steps_per_epoch)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-        state = _first_state(task, checkpoints, mesh, teachers)
+        state = first_state(task, checkpoints, mesh, teachers)
         evaluator = _make_evaluator(task, eval_source, mesh)
         if checkpoints.latest_step is None and distributed.is_first():
             _print_overview(label, state)
@@ -193,26 +195,6 @@ def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[
     }
 
 
-def trained_variables(
-    folder: pathlib.Path, ema: bool = False, step: int | None = None
-) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the model's variables of a run.
-
-    Args:
-        folder: The run's folder.
-        ema: The moving average instead of the weights.
-        step: Which checkpoint; the newest where None.
-
-    Raises:
-        RunError: There is no run, no checkpoint, or no moving average in it.
-    """
-    config = workdir.read_config(folder)
-    task = make_task(config, steps_per_epoch=1)
-    if ema and config.optim.ema_decay == 0:
-        raise RunError(f"{folder} keeps no moving average: optim.ema_decay is 0 there")
-    return config, load_variables(folder, abstract_state(task).variables, ema, step)
-
-
 def evaluate_run(
     folder: pathlib.Path, ema: bool = False, step: int | None = None, data: DataConfig | None = None
 ) -> dict[str, float]:
@@ -223,7 +205,16 @@ def evaluate_run(
         ConfigError: The data has other classes than the model.
     """
     config, variables = trained_variables(folder, ema, step)
-    config = dataclasses.replace(config, data=data or config.data)
+    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables)
+
+
+def evaluate_variables(config: Config, variables: dict[str, Any]) -> dict[str, float]:
+    """Evaluates a model's variables over the evaluation split of a configuration.
+
+    Raises:
+        UserError: The data is not there.
+        ConfigError: The data has other classes than the model.
+    """
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
     source = open_source(config.data, config.data.eval_split)
@@ -247,47 +238,14 @@ def _make_evaluator(task: Task, source: Source, mesh: Mesh) -> Evaluator:
     return evaluator
 
 
-def _first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict[str, Any]) -> TrainState:
-    """Restore order: this run's newest checkpoint, else the weights that `init` names, else random ones."""
-    config = task.config
-    if checkpoints.latest_step is not None:
-        abstract = abstract_state(task)
-        shardings = sharding.state_shardings(mesh, abstract)
-        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        return checkpoints.restore(placed)
-    if config.init == "teacher":
-        return init_state(task, mesh, teachers.get("teacher"))
-    if config.init == "random":
-        return init_state(task, mesh)
-    theirs, variables = trained_variables(pathlib.Path(config.init))
-    if theirs.model.architecture.num_classes != config.model.architecture.num_classes:
-        print(f"init: {config.init} has other classes, so the heads start at random", file=sys.stderr)
-        params = {name: value for name, value in variables["params"].items() if name not in HEADS}
-        variables = {**variables, "params": params}
-    try:
-        return init_state(task, mesh, variables)
-    except ValueError as error:
-        raise ConfigError(f"init: the run in {config.init} does not fit the model: {error}") from None
-
-
-def _teacher_variables(config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, label: str) -> Any:
+def _teacher_variables(config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, name: str) -> Any:
     """A teacher's frozen variables, on every device; trains it first where no run is named."""
-    source = pathlib.Path(teacher.run) if teacher.run else folder
-    if not teacher.run:
-        run(config.teacher_run(teacher), folder, resume=True, label=label)
-    _, variables = trained_variables(source)
+    if teacher.run:
+        variables = given_teacher(teacher, name)
+    else:
+        run(config.teacher_run(teacher), folder, resume=True, label=name)
+        _, variables = trained_variables(folder)
     return sharding.place(variables, sharding.state_shardings(mesh, variables))
-
-
-def _check_runs(config: Config) -> None:
-    """Raises a UserError where a run that the configuration names is not there, or holds another teacher."""
-    if config.init not in ("teacher", "random"):
-        workdir.read_config(pathlib.Path(config.init))
-    for label, teacher in config.teachers.items():
-        if not teacher.run:
-            _check_runs(config.teacher_run(teacher))
-        elif workdir.read_config(pathlib.Path(teacher.run)).model.architecture != teacher.model.architecture:
-            raise ConfigError(f"{label}.run: the model in {teacher.run} is not the one that {label}.model describes")
 
 
 def _print_overview(label: str, state: TrainState) -> None:

@@ -77,6 +77,12 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     )
 
 
+def place_abstract(mesh: Mesh, tree: Any) -> Any:
+    """Shapes and types with the shardings of `state_shardings`, as a restore or a compilation takes them."""
+    shardings = state_shardings(mesh, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
 def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
     """How an array is split: `tensor` by the layer's name, then `fsdp` along the longest dimension that divides.
 

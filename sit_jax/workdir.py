@@ -28,7 +28,8 @@ def claim(workdir: pathlib.Path, config: Config, resume: bool) -> None:
     """
     path = workdir / CONFIG
     if path.exists():
-        difference = _difference(_read(path), to_dict(config))
+        # Read and written anew: a run of an older version lacks the keys that have come since, all at their defaults.
+        difference = _difference(to_dict(read_config(workdir)), to_dict(config))
         if difference:
             raise RunError(f"{workdir} holds another configuration's run ({difference}); choose another --workdir")
         if not resume:

@@ -43,10 +43,14 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["--help"],
         ["train", "--help"],
+        ["plan", "--help"],
         ["evaluate", "--help"],
         ["models", "--help"],
         ["export", "--help"],
         ["predict", "--help"],
+        ["convert", "--help"],
+        ["checkpoint", "--help"],
+        ["data", "--help"],
     ):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)

@@ -55,6 +55,19 @@ def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> pathli
     return folder
 
 
+def test_keys_that_came_later_do_not_make_it_another_run(config: Config, tmp_path: pathlib.Path) -> None:
+    workdir.claim(tmp_path, config, resume=False)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for model in (values["model"], values["teacher"]["model"]):
+        del model["layer_scale"], model["stem_width"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    workdir.claim(tmp_path, config, resume=True)
+    values["model"]["layer_scale"] = True
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(RunError, match="layer_scale is True there"):
+        workdir.claim(tmp_path, config, resume=True)
+
+
 def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
     lines = read_metrics(finished)
     train = [line for line in lines if line["kind"] == "train"]

@@ -239,3 +239,24 @@ def test_images_of_a_source_reach_the_batch(flat: pathlib.Path) -> None:
         with Image.open(source[index].name) as image:
             expected = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC), np.int64)
         assert np.abs(images[index] - expected).max() <= 2
+
+
+def test_synthetic_pictures() -> None:
+    source = open_source(DataConfig(name="synthetic/10"), "train[:100]")
+    assert (len(source), len(source.class_names), source.multi_label) == (100, 10, False)
+    assert (source[99].label, source[13].image) == (9, source[77].image)
+    picture = Image.open(io.BytesIO(source[0].image))
+    assert (picture.format, picture.size, picture.mode) == ("JPEG", (256, 256), "RGB")
+    assert source[0].image != source[1].image
+    assert len(open_source(DataConfig(name="synthetic"), "train")) == 1_281_167
+    assert len(pickle.loads(pickle.dumps(source))) == 100
+    with pytest.raises(IndexError):
+        source[100]
+    for name, split, message in (
+        ("synthetic/none", "train", "is not of the form synthetic/CLASSES"),
+        ("synthetic/0", "train", "is not of the form synthetic/CLASSES"),
+        ("synthetic", "train[5:]", "there are train, val and test"),
+        ("synthetic", "dev", "there are train, val and test"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(DataConfig(name=name), split)

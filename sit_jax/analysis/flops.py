@@ -48,7 +48,7 @@ def count_cost(arch: Architecture) -> Cost:
         slimming_macs += patches * (dim * (dim // 2) + (dim // 2) * kept) + patches * kept * dim
         slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)
-    block_params += _linear(dim, hidden) + _linear(hidden, dim)
+    block_params += _linear(dim, hidden) + _linear(hidden, dim) + 2 * dim * arch.layer_scale
     head = _linear(dim, arch.num_classes)
     heads = 1 + arch.distillation_token + arch.aux_head
     positions = (arch.num_patches + prefix) * dim
@@ -92,22 +92,23 @@ def count_step_macs(config: Config) -> int:
 def _first_layer(arch: Architecture) -> int:
     if arch.stem == "patch":
         return _stem(arch)[0]
-    features, stride = arch.conv_stem_layers[0]
-    return (arch.image_size // stride) ** 2 * 9 * arch.in_channels * features
+    features, kernel, stride = arch.conv_stem_layers[0]
+    return (arch.image_size // stride) ** 2 * kernel**2 * arch.in_channels * features
 
 
 def _stem(arch: Architecture) -> tuple[int, int]:
-    if arch.stem == "patch":
-        weights = arch.patch_size**2 * arch.in_channels * arch.dim
-        return arch.num_patches * weights, weights + arch.dim
     macs = params = 0
     side, channels = arch.image_size, arch.in_channels
-    for features, stride in arch.conv_stem_layers:
+    for features, kernel, stride in arch.conv_stem_layers:
         side //= stride
-        weights = 9 * channels * features
+        weights = kernel**2 * channels * features
         macs += side**2 * weights
         params += weights + 2 * features
         channels = features
+    if arch.stem_projection:
+        weights = arch.stem_projection**2 * channels * arch.dim
+        macs += arch.num_patches * weights
+        params += weights + arch.dim
     return macs, params
 
 

@@ -3,6 +3,7 @@
 The compiler's own `cost_analysis` counts the body of a loop once, which for a looped transformer misses most of it.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ _FREE = frozenset(
 _SECOND_HALF = re.compile(r"-(done|update)$")
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """Collectives of one kind over groups of one size.
 
     Attributes:

@@ -236,18 +236,15 @@ def _fixed(state: Any, teachers: Any) -> int:
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """State, batch and teachers of a run's train step as shapes with shardings."""
-
-    def placed(tree: Any) -> Any:
-        shardings = sharding.state_shardings(mesh, tree)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
     task = make_task(config, steps_per_epoch=1000)
     teachers = {}
     for name, teacher in config.teachers.items():
         if getattr(task, name) is not None:
             arch = teacher.model.architecture
             images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
-            teachers[name] = placed(jax.eval_shape(build_model(arch).init, jax.random.key(0), images))
+            teachers[name] = sharding.place_abstract(
+                mesh, jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+            )
     arch, count = config.model.architecture, config.batch_size
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((count, arch.image_size, arch.image_size, arch.in_channels), np.uint8),
@@ -262,7 +259,7 @@ def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any],
         fields |= {"crop": ((count, 4), np.float32), "flipped": ((count,), np.bool_)}
     split = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in fields.items()}
-    return placed(abstract_state(task)), batch, teachers
+    return sharding.place_abstract(mesh, abstract_state(task)), batch, teachers
 
 
 def _memory(compiled: Any, chip: Chip | None) -> Memory:

@@ -21,6 +21,7 @@ from sit_jax.data.sources import open_source
 from sit_jax.metrics import read_metrics
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.origins import given_teacher, is_own_run
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
@@ -39,17 +40,20 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     models = {"student": (config, variables)}
     folders = {"student": folder}
     if config.teacher is not None:
-        folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
-        models["teacher"] = run.trained_variables(folders["teacher"])
+        if config.teacher.run and not is_own_run(config.teacher.run):  # Weights of another program have no curves.
+            models["teacher"] = config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher")
+        else:
+            folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
+            models["teacher"] = run.trained_variables(folders["teacher"])
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
     forwards = {name: _forward(model, weights) for name, (model, weights) in models.items()}
     speed = measure_throughput(forwards, images)
     summary: dict[str, Any] = {}
-    for name, (model, _) in sorted(models.items(), reverse=True):
+    for name, (model, weights) in sorted(models.items(), reverse=True):
         arch = model.model.architecture
-        entry: dict[str, Any] = {"top1": run.evaluate_run(folders[name])["top1"]}
+        entry: dict[str, Any] = {"top1": run.evaluate_variables(model, weights)["top1"]}
         if isinstance(arch, Architecture):
             cost = count_cost(arch)
             entry |= {"params": cost.params, "gmac": cost.gmac}

@@ -72,11 +72,10 @@ def _norm(key: str, path: Path) -> Iterator[Entry]:
 
 
 def _stem(arch: Architecture) -> Iterator[Entry]:
-    if arch.stem == "patch":
+    if arch.stem_projection:
         kernel = ("params", "stem", "proj", "kernel")
         yield Entry("patch_embed.proj.weight", kernel, _oihw_to_hwio, _hwio_to_oihw)
         yield from _plain("patch_embed.proj.bias", ("params", "stem", "proj", "bias"))
-        return
     for index in range(1, len(arch.conv_stem_layers) + 1):
         kernel = ("params", "stem", f"conv{index}", "kernel")
         yield Entry(f"patch_embed.conv{index}.weight", kernel, _oihw_to_hwio, _hwio_to_oihw)
@@ -95,6 +94,9 @@ def _blocks(arch: Architecture) -> Iterator[Entry]:
         yield from _norm(f"{key}.norm2", (*path, "norm2"))
         yield from _linear(f"{key}.mlp.fc1", (*path, "mlp", "fc1"))
         yield from _linear(f"{key}.mlp.fc2", (*path, "mlp", "fc2"))
+        if arch.layer_scale:
+            yield from _plain(f"{key}.ls1.gamma", (*path, "layer_scale1"))
+            yield from _plain(f"{key}.ls2.gamma", (*path, "layer_scale2"))
 
 
 def _slimming(arch: Architecture) -> Iterator[Entry]:

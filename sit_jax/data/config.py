@@ -28,8 +28,9 @@ class DataConfig:
     """The data set and how it is read.
 
     Attributes:
-        name: `digits` (scikit-learn's handwritten digits), `folder` (your own pictures), or the name of any tfds image
-            classification data set, such as `imagenet2012` or `cifar100`.
+        name: `digits` (scikit-learn's handwritten digits), `folder` (your own pictures), `synthetic` (noise, to try a
+            machine; `synthetic/10` has 10 classes), or the name of any tfds image classification data set, such as
+            `imagenet2012` or `cifar100`.
         data_dir: For `folder` the folder of pictures; else where tfds keeps prepared data sets, empty for tfds's own
             default (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
         train_split: Split to train on, in tfds's syntax (`train`, `train[:99%]`).

@@ -116,12 +116,18 @@ def open_source(data: DataConfig, split: str) -> Source:
     Raises:
         UserError: The data set is not there or not readable, the folder cannot be written, or there is no such split.
     """
+    if "://" in data.data_dir:
+        raise ConfigError(f"data.data_dir: {data.data_dir} is no folder; mount the bucket, as launch/README.md says")
     if data.name == "folder":
         from sit_jax.data.folder import FolderSource
 
         if not data.data_dir:
             raise ConfigError("data.data_dir: must name the folder of pictures where data.name is folder")
         return FolderSource(pathlib.Path(data.data_dir).expanduser(), split, data.held_out)
+    if data.name.partition("/")[0] == "synthetic":
+        from sit_jax.data.synthetic import SyntheticSource
+
+        return SyntheticSource(data.name, split)
     if data.name == "digits":
         return TfdsSource(_prepared_digits(data.data_dir), split)
     return TfdsSource(_prepared(data.name, data.data_dir), split)
@@ -158,7 +164,7 @@ def find_builder(name: str, data_dir: str) -> Any:
             # Prepared by somebody else's builder, or in another format than ArrayRecord.
             return tfds.builder(name, data_dir=folder, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
-        known = "digits, folder, or a name from https://www.tensorflow.org/datasets/catalog"
+        known = "digits, folder, synthetic, or a name from https://www.tensorflow.org/datasets/catalog"
         raise UserError(
             f"data.name: there is no data set {name!r} in {data_dir or 'the tfds folder'}; use {known}"
         ) from None

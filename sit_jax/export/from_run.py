@@ -12,7 +12,8 @@ from sit_jax.errors import UserError
 from sit_jax.export.folder import expected_shapes
 from sit_jax.export.preprocessing import about_run
 from sit_jax.models.architecture import Architecture
-from sit_jax.run import trained_variables
+from sit_jax.origins import trained_variables
+from sit_jax.workdir import read_config
 
 
 def run_weights(
@@ -30,11 +31,11 @@ def run_weights(
         UserError: There is no such checkpoint, the model is no vision transformer, or it was trained without reverse
             modules.
     """
+    arch = read_config(folder).model.architecture
+    if not isinstance(arch, Architecture):
+        raise UserError(f"{folder}: its model is a {arch.family}; only vision transformers can be converted")
     config, variables = trained_variables(folder, ema, step)
     step = latest_step(folder) if step is None else step
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture):
-        raise UserError(f"{folder}: its model is a {arch.family}; only vision transformers can be exported")
     reverse: dict[str, Any] = {}
     if with_reverse:
         if not arch.is_slimmed or config.loss.token == 0:

@@ -24,7 +24,7 @@ from sit_jax.metrics import EvalMetrics, eval_metrics
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
-from sit_jax.run import trained_variables
+from sit_jax.origins import trained_variables
 
 
 @dataclasses.dataclass(frozen=True)

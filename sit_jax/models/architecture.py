@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from sit_jax.errors import ConfigError
 
-Stem = Literal["patch", "conv4", "conv6"]
+Stem = Literal["patch", "conv4", "conv6", "conv7"]
 
 # The strided convolutions of the conv stems always reduce by this factor, whatever patch_size says.
 CONV_STEM_STRIDE = 16
@@ -28,7 +28,8 @@ class Architecture:
         num_classes: Width of the classification head. 0 leaves it to the data: a run fills it in before it builds a
             model.
         stem: `patch` is one strided convolution (ViT, DeiT); `conv4` and `conv6` are the 3x3 stems with BatchNorm of
-            the paper's models.
+            the paper's models; `conv7` is LV-ViT's, a 7x7 convolution, two 3x3 ones and a patch projection.
+        stem_width: Channels of the `conv7` stem's convolutions; the other stems follow from `dim`.
         patch_size: Pixels per side of a patch. The conv stems reduce by 16 and accept nothing else.
         dim: Width of a token.
         depth: Number of transformer blocks.
@@ -36,6 +37,7 @@ class Architecture:
         mlp_ratio: Hidden width of a block's MLP over `dim`.
         qkv_bias: Whether the query, key and value projections have a bias.
         residual_scale: Residual branches are divided by this (LV-ViT's `skip_lam`).
+        layer_scale: Whether residual branches are multiplied by a learned factor per channel (CaiT, DeiT-III).
         norm_eps: Epsilon of every LayerNorm in the blocks and before the head.
         distillation_token: A second learned token and head, trained on a CNN teacher's hard labels (DeiT).
         aux_head: The per-token head of token-labelled teachers; only token labelling trains or uses it.
@@ -51,6 +53,7 @@ class Architecture:
     in_channels: int = 3
     num_classes: int = 1000
     stem: Stem = "patch"
+    stem_width: int = 64
     patch_size: int = 16
     dim: int = 384
     depth: int = 12
@@ -58,6 +61,7 @@ class Architecture:
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     residual_scale: float = 1.0
+    layer_scale: bool = False
     norm_eps: float = 1e-6
     distillation_token: bool = False
     aux_head: bool = False
@@ -72,7 +76,8 @@ class Architecture:
         self._check_stages()
 
     def _check_sizes(self) -> None:
-        for name in ("image_size", "in_channels", "num_classes", "patch_size", "dim", "depth", "num_heads"):
+        sizes = ("image_size", "in_channels", "num_classes", "stem_width", "patch_size", "dim", "depth", "num_heads")
+        for name in sizes:
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
             problem = f"must be a whole number of at least {least}, is {value!r}"
             _require(isinstance(value, int) and value >= least, name, problem)
@@ -83,7 +88,8 @@ class Architecture:
         if self.stem != "patch":
             problem = f"must be {CONV_STEM_STRIDE} with the {self.stem} stem, is {self.patch_size}"
             _require(self.patch_size == CONV_STEM_STRIDE, "patch_size", problem)
-            _require(self.dim % 8 == 0, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
+            divides = self.dim % 8 == 0 or self.stem == "conv7"
+            _require(divides, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
         problem = f"{self.image_size} does not divide by patch_size {self.patch_size}"
         _require(self.image_size % self.patch_size == 0, "image_size", problem)
         _require(self.dim % self.num_heads == 0, "dim", f"{self.dim} does not divide by num_heads {self.num_heads}")
@@ -163,13 +169,20 @@ class Architecture:
         return min(self.slimming, default=self.depth)
 
     @property
-    def conv_stem_layers(self) -> tuple[tuple[int, int], ...]:
-        """(features, stride) of each 3x3 convolution of a conv stem, in order; empty for the patch stem."""
+    def conv_stem_layers(self) -> tuple[tuple[int, int, int], ...]:
+        """(features, kernel, stride) of each convolution with BatchNorm, in order; empty for the patch stem."""
         if self.stem == "patch":
             return ()
+        if self.stem == "conv7":
+            return ((self.stem_width, 7, 2), (self.stem_width, 3, 1), (self.stem_width, 3, 1))
         eighth = self.dim // 8
-        extra = ((eighth, 1), (eighth, 1)) if self.stem == "conv6" else ()
-        return ((eighth, 2), *extra, (self.dim // 4, 2), (self.dim // 2, 2), (self.dim, 2))
+        extra = ((eighth, 3, 1), (eighth, 3, 1)) if self.stem == "conv6" else ()
+        return ((eighth, 3, 2), *extra, (self.dim // 4, 3, 2), (self.dim // 2, 3, 2), (self.dim, 3, 2))
+
+    @property
+    def stem_projection(self) -> int:
+        """Side of the strided projection that ends the stem; 0 for the stems that end with a BatchNorm."""
+        return {"patch": self.patch_size, "conv7": self.patch_size // 2}.get(self.stem, 0)
 
     def without_slimming(self) -> "Architecture":
         """The teacher's shape: the same model with no slimming module and no distillation token."""

@@ -17,6 +17,9 @@ CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Glorot's rule, as ViT and big_vision have it: it fits narrow models too, for which the original's 0.02 is too small.
 DENSE_INIT = nn.initializers.xavier_uniform()
 
+# As CaiT and DeiT-III have it for models of up to 24 blocks.
+LAYER_SCALE_INIT = 1e-4
+
 
 def dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True, head: bool = False) -> nn.Dense:
     """A linear layer; `head` starts a classification head near zero."""
@@ -74,6 +77,12 @@ class BatchNorm(nn.Module):
         return (x * factor[None, None, None] + shift[None, None, None]).astype(self.dtype)
 
 
+def _project_patches(arch: Architecture, dtype: jnp.dtype, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The strided convolution `proj` of the module that calls: one token per patch."""
+    size = (arch.stem_projection,) * 2
+    return nn.Conv(arch.dim, size, size, "VALID", dtype=dtype, kernel_init=CONV_INIT, name="proj")(x)
+
+
 class PatchStem(nn.Module):
     """One strided convolution that turns each patch into a token (ViT's patch embedding)."""
 
@@ -84,15 +93,15 @@ class PatchStem(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch rows columns dim"]:
-        size = (self.arch.patch_size,) * 2
-        return nn.Conv(self.arch.dim, size, size, "VALID", dtype=self.dtype, kernel_init=CONV_INIT, name="proj")(images)
+        return _project_patches(self.arch, self.dtype, images)
 
 
 class ConvStem(nn.Module):
-    """The 3x3 stem of the paper's models: `conv4` has four stride-2 convolutions, `conv6` two of stride 1 besides.
+    """The convolutional stems.
 
-    Every convolution is followed by BatchNorm, and by GELU but for the last. Source: `PatchEmbed4_2` and its
-    six-convolution sibling in the original.
+    `conv4` has four 3x3 convolutions of stride 2, `conv6` two of stride 1 besides (the paper's models); each is
+    followed by BatchNorm, and by GELU but for the last. `conv7` has one 7x7 convolution of stride 2 and two 3x3 ones,
+    each followed by BatchNorm and ReLU, and a projection of 8x8 patches (`4_2` in LV-ViT's token-labelling repository).
     """
 
     arch: Architecture
@@ -102,16 +111,19 @@ class ConvStem(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool
     ) -> Float[Array, "batch rows columns dim"]:
-        layers = self.arch.conv_stem_layers
+        layers, side = self.arch.conv_stem_layers, self.arch.stem_projection
         x = images
-        for index, (features, stride) in enumerate(layers, start=1):
-            # Explicit padding: 'SAME' at stride 2 pads one side only, PyTorch's padding=1 pads both.
-            conv = nn.Conv(features, (3, 3), stride, 1, use_bias=False, dtype=self.dtype, kernel_init=CONV_INIT)
+        for index, (features, kernel, stride) in enumerate(layers, start=1):
+            # Explicit padding: 'SAME' at stride 2 pads one side only, PyTorch's padding pads both.
+            window, padding = (kernel, kernel), kernel // 2
+            conv = nn.Conv(features, window, stride, padding, use_bias=False, dtype=self.dtype, kernel_init=CONV_INIT)
             x = conv.copy(name=f"conv{index}")(x)
             x = BatchNorm(dtype=self.dtype, name=f"bn{index}")(x, train)
-            if index < len(layers):
+            if side:
+                x = nn.relu(x)
+            elif index < len(layers):
                 x = exact_gelu(x)
-        return x
+        return _project_patches(self.arch, self.dtype, x) if side else x
 
 
 class Attention(nn.Module):
@@ -164,7 +176,10 @@ def drop_path(
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose residual branches are divided by the residual scale."""
+    """Pre-norm transformer block whose residual branches are divided by the residual scale.
+
+    With layer scale they are first multiplied by a learned factor per channel.
+    """
 
     arch: Architecture
     dtype: Any = jnp.float32
@@ -180,8 +195,15 @@ class Block(nn.Module):
         arch = self.arch
         keys = (None, None) if key is None else jax.random.split(key)
         normed = layer_norm(arch.norm_eps, self.dtype, "norm1")(x)
-        branch = Attention(arch.num_heads, arch.qkv_bias, self.dtype, name="attn")(normed)
+        branch = self._scale(Attention(arch.num_heads, arch.qkv_bias, self.dtype, name="attn")(normed), "layer_scale1")
         x = x + drop_path(branch, drop_rate, keys[0]) / arch.residual_scale
         normed = layer_norm(arch.norm_eps, self.dtype, "norm2")(x)
         branch = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")(normed)
+        branch = self._scale(branch, "layer_scale2")
         return x + drop_path(branch, drop_rate, keys[1]) / arch.residual_scale
+
+    def _scale(self, branch: Float[Array, "batch tokens dim"], name: str) -> Float[Array, "batch tokens dim"]:
+        if not self.arch.layer_scale:
+            return branch
+        factor = self.param(name, nn.initializers.constant(LAYER_SCALE_INIT), (self.arch.dim,))
+        return branch * factor.astype(self.dtype)[None, None]

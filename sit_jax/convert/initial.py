@@ -1,0 +1,32 @@
+"""Weights for a run to start from."""
+
+import pathlib
+from typing import Any
+
+from sit_jax.convert.arguments import Options
+from sit_jax.convert.read import Say, read_weights, silent
+from sit_jax.models.architecture import Architecture
+
+
+def initial_variables(path: str | pathlib.Path, arch: Architecture, say: Say = silent) -> dict[str, Any]:
+    """Variables to start a model from, out of anything that `read_weights` reads.
+
+    What the file's tensors leave open is taken from the model that starts. Positions are interpolated to its
+    resolution; heads of other classes become zeros.
+
+    Args:
+        path: A file of weights, a model folder, or a run.
+        arch: The model that starts.
+        say: Is called with each line about what was found and changed.
+
+    Returns:
+        `{'params': ..., 'batch_stats': ...}`; without what the file's model lacks (a student's slimming
+        modules, say).
+
+    Raises:
+        UserError: The file cannot be read.
+        ConfigError: The model's resolution is none that the file's model can have.
+    """
+    changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, reverse=False, like=arch)
+    weights = read_weights(path, options=changes, say=say)
+    return {"params": weights.params, "batch_stats": weights.batch_stats}

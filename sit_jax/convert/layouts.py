@@ -1,0 +1,153 @@
+"""The layouts that weights come in: which tensors of a file make each tensor of the original's."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Source(NamedTuple):
+    """Where a tensor of the original's layout comes from.
+
+    Attributes:
+        names: The tensors of the file that it is made of.
+        combine: Makes it of them.
+    """
+
+    names: tuple[str, ...]
+    combine: Callable[..., np.ndarray]
+
+
+class Layout(NamedTuple):
+    """A way to name and lay out a model's weights.
+
+    Attributes:
+        name: What people call it.
+        source: Key of the original's layout -> where it comes from here.
+        plain: Whether all its models are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
+    """
+
+    name: str
+    source: Callable[[str], Source]
+    plain: bool = False
+
+
+def find_layout(shapes: Shapes) -> Layout | None:
+    """The layout of a file's tensors, or None for no model known here."""
+    if any(name.startswith("Transformer/encoderblock_") for name in shapes):
+        return Layout("google-research layout (vision_transformer)", _google, plain=True)
+    if not any(name.startswith("blocks.0.") for name in shapes):
+        return None
+    if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):
+        return Layout("SiT original layout", _same)
+    if len(shapes.get("patch_embed.conv1.weight", ())) == 4:
+        seven = shapes["patch_embed.conv1.weight"][-1] == 7
+        return Layout("token-labelling layout (LV-ViT)" if seven else "SiT original layout", _same)
+    if "aux_head.weight" in shapes or "dist_pos_embed" in shapes:
+        return Layout("SiT original layout", _same)
+    return Layout("timm layout (ViT, DeiT)", _timm(shapes), plain=True)
+
+
+def _identity(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _same(key: str) -> Source:
+    return Source((key,), _identity)
+
+
+def prefix_positions(shapes: Shapes) -> int:
+    """How many of timm's positions belong to the class and distillation tokens: none in DeiT-III."""
+    positions = shapes.get("pos_embed", ())
+    count = positions[1] if len(positions) == 3 else 0
+    candidates = (2, 1, 0) if "dist_token" in shapes else (1, 0)
+    return next((prefix for prefix in candidates if is_square(count - prefix)), candidates[0])
+
+
+def is_square(count: int) -> bool:
+    """Whether so many tokens fill a square grid."""
+    return count > 0 and round(count**0.5) ** 2 == count
+
+
+def _timm(shapes: Shapes) -> Callable[[str], Source]:
+    """timm's names are the original's, but for layer scale in DeiT's own checkpoints, and positions."""
+    prefix, distilled = prefix_positions(shapes), "dist_token" in shapes
+
+    def positions(x: np.ndarray) -> np.ndarray:
+        if prefix == 0:
+            return np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
+        return np.delete(x, 1, axis=1) if prefix == 2 else x
+
+    def distillation_position(x: np.ndarray) -> np.ndarray:
+        return x[:, 1:2] if prefix == 2 else np.zeros_like(x[:, :1])
+
+    def source(key: str) -> Source:
+        scale = re.fullmatch(r"(blocks\.\d+)\.ls([12])\.gamma", key)
+        if scale and key not in shapes:
+            return Source((f"{scale[1]}.gamma_{scale[2]}",), _identity)
+        if key == "pos_embed" and (distilled or prefix == 0):
+            return Source((key,), positions)
+        if key == "dist_pos_embed":
+            return Source(("pos_embed",), distillation_position)
+        return Source((key,), _identity)
+
+    return source
+
+
+def _kernel(x: np.ndarray) -> np.ndarray:
+    return x.T
+
+
+def _heads_kernel(*parts: np.ndarray) -> np.ndarray:
+    """Kernels (dim, heads, width) of query, key and value -> (3 x heads x width, dim)."""
+    return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
+
+
+def _heads_bias(*parts: np.ndarray) -> np.ndarray:
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def _out_kernel(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def _stem_kernel(x: np.ndarray) -> np.ndarray:
+    return x.transpose(3, 2, 0, 1)
+
+
+_GOOGLE = {
+    "cls_token": Source(("cls",), _identity),
+    "pos_embed": Source(("Transformer/posembed_input/pos_embedding",), _identity),
+    "patch_embed.proj.weight": Source(("embedding/kernel",), _stem_kernel),
+    "patch_embed.proj.bias": Source(("embedding/bias",), _identity),
+    "norm.weight": Source(("Transformer/encoder_norm/scale",), _identity),
+    "norm.bias": Source(("Transformer/encoder_norm/bias",), _identity),
+    "head.weight": Source(("head/kernel",), _kernel),
+    "head.bias": Source(("head/bias",), _identity),
+}
+_QKV = ("query", "key", "value")
+_GOOGLE_BLOCK = {
+    "norm1.weight": Source(("LayerNorm_0/scale",), _identity),
+    "norm1.bias": Source(("LayerNorm_0/bias",), _identity),
+    "attn.qkv.weight": Source(tuple(f"MultiHeadDotProductAttention_1/{x}/kernel" for x in _QKV), _heads_kernel),
+    "attn.qkv.bias": Source(tuple(f"MultiHeadDotProductAttention_1/{x}/bias" for x in _QKV), _heads_bias),
+    "attn.proj.weight": Source(("MultiHeadDotProductAttention_1/out/kernel",), _out_kernel),
+    "attn.proj.bias": Source(("MultiHeadDotProductAttention_1/out/bias",), _identity),
+    "norm2.weight": Source(("LayerNorm_2/scale",), _identity),
+    "norm2.bias": Source(("LayerNorm_2/bias",), _identity),
+    "mlp.fc1.weight": Source(("MlpBlock_3/Dense_0/kernel",), _kernel),
+    "mlp.fc1.bias": Source(("MlpBlock_3/Dense_0/bias",), _identity),
+    "mlp.fc2.weight": Source(("MlpBlock_3/Dense_1/kernel",), _kernel),
+    "mlp.fc2.bias": Source(("MlpBlock_3/Dense_1/bias",), _identity),
+}
+
+
+def _google(key: str) -> Source:
+    if key in _GOOGLE:
+        return _GOOGLE[key]
+    _, block, rest = key.split(".", 2)
+    names, combine = _GOOGLE_BLOCK[rest]
+    return Source(tuple(f"Transformer/encoderblock_{block}/{name}" for name in names), combine)

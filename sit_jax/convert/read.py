@@ -1,0 +1,170 @@
+"""Reads weights from wherever they lie: files of PyTorch, safetensors and NumPy, model folders and runs."""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from sit_jax.convert.arguments import Options
+from sit_jax.convert.change import empty_head, replace_heads, resize
+from sit_jax.convert.detect import Told, detect
+from sit_jax.convert.fill import fill, put
+from sit_jax.convert.original import Entry
+from sit_jax.convert.other_files import read_npz, read_safetensors
+from sit_jax.convert.run_weights import is_run, read_run
+from sit_jax.convert.select import select_torch, strip_prefixes
+from sit_jax.convert.settle import config_fields, describe, likely_fields, settle
+from sit_jax.convert.tensors import FileError, Tensors, check_total
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import UserError
+
+Say = Callable[[str], None]
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FORMAT = "sit_jax"
+TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+_ABOUT = ("class_names", "preprocessing", "provenance", "licence")
+
+_LARGEST_CONFIG = 2**24
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+def read_weights(
+    path: str | pathlib.Path,
+    overrides: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    say: Say = silent,
+) -> Weights:
+    """Reads a model's weights and finds out which model they belong to.
+
+    Args:
+        path: A `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.npz` file, a model folder, or a run.
+        overrides: Fields of the architecture that the tensors do not tell, such as `num_heads`; those of `options` if
+            not given.
+        options: What else is chosen.
+        say: Is called with each line about what was found and changed.
+
+    Returns:
+        The weights: NumPy float32 in Linen's names and layouts.
+
+    Raises:
+        UserError: One line that names the file and says what is wrong with it, or which option is missing.
+    """
+    path, options = pathlib.Path(path), options or Options()
+    if overrides is not None:
+        options = options._replace(fields=overrides)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    weights = read_run(path, options.ema, options.reverse, say) if is_run(path) else _read_file(path, options, say)
+    if options.num_classes is not None:
+        weights = replace_heads(weights, options.num_classes, say)
+    if options.image_size is not None:
+        weights = resize(weights, options.image_size, say)
+    return weights
+
+
+def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
+    file = path / MODEL_FILE if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise UserError(
+            f"{path}: is neither a run nor a model folder: there is no {CONFIG_FILE} with {MODEL_FILE} in it"
+        )
+    tensors = strip_prefixes(_tensors(file, options.ema, say))
+    config = _read_config(file.with_name(CONFIG_FILE))
+    try:
+        told = detect({name: tensor.shape for name, tensor in tensors.items()})
+        absent = _absent_heads(told, options.num_classes)
+        hints = likely_fields(told, options.like) if options.like else {}
+        settled = settle(told, {**hints, **config_fields(config)}, options.fields)
+        arch = settled.arch
+        say(f"found: {describe(told, settled)}")
+        reverse = told.has_reverse and options.reverse
+        if told.has_reverse and not reverse:
+            say("changed: RTSMs left out")
+        tree = fill(arch, tensors, told.layout, reverse, absent, lambda table: _progress(file, table))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for name in absent:
+        put(tree, ("params", name), empty_head(arch.dim, arch.num_classes))
+        say(f"changed: there is no {name}, so it is zeros")
+    about = _about(config) or {"provenance": {"converted_from": path.name, "layout": told.layout.name}}
+    return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), about)
+
+
+def _tensors(file: pathlib.Path, ema: bool, say: Say) -> Tensors:
+    """The tensors of a file, by its suffix."""
+    if not file.is_file():
+        raise UserError(f"{file}: is no file")
+    if ema and file.suffix not in TORCH_SUFFIXES:
+        raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
+    try:
+        if file.suffix == ".safetensors":
+            tensors = read_safetensors(file)
+        elif file.suffix == ".npz":
+            return read_npz(file)
+        elif file.suffix in TORCH_SUFFIXES:
+            tensors = select_torch(file, ema, say)
+        else:
+            known = ", ".join((*TORCH_SUFFIXES, ".safetensors", ".npz"))
+            raise UserError(f"{file}: {file.suffix or 'no suffix'} is no kind of weights; there are {known}")
+        check_total(file, tensors, file.stat().st_size)
+        return tensors
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    """The `config.json` beside a file of weights; empty where there is none."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise FileError(f"{path}: is too large for a description of a model")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise FileError(f"{path}: holds no JSON object")
+    return values
+
+
+def _absent_heads(told: Told, num_classes: int | None) -> tuple[str, ...]:
+    """The heads that the file lacks and `num_classes` replaces; fills in the number of classes."""
+    if "num_classes" in told.fields:
+        return ()
+    if num_classes is None:
+        raise UserError("there is no head in it: give --num_classes")
+    told.fields["num_classes"] = num_classes
+    heads = {"head": True, "distillation_head": told.fields["distillation_token"], "aux_head": told.fields["aux_head"]}
+    return tuple(name for name, wanted in heads.items() if wanted)
+
+
+def _about(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `config.json` says besides the architecture: a model folder's own entries, or timm's preprocessing."""
+    if config.get("format") == FORMAT:
+        return {key: config[key] for key in _ABOUT if key in config}
+    timm = config.get("pretrained_cfg")
+    if not isinstance(timm, dict):
+        return {}
+    names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_fraction": "crop_pct"}
+    preprocessing = {ours: timm[theirs] for ours, theirs in names.items() if theirs in timm}
+    licence = {"licence": timm["license"]} if "license" in timm else {}
+    return {
+        "preprocessing": {**preprocessing, "resize": "crop"},
+        "provenance": {"timm": config.get("architecture")},
+        **licence,
+    }
+
+
+def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:
+    """A bar on a terminal, for what takes longer than a second."""
+    return tqdm(
+        table, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=not sys.stderr.isatty()
+    )

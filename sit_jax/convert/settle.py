@@ -1,0 +1,213 @@
+"""What tensors do not tell of their model: heads, residual scale, epsilons, and where slimming modules stand."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from sit_jax.convert.detect import Told
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.models.architecture import Architecture, architecture_from_dict
+from sit_jax.models.variants import VARIANTS
+
+# Options that settle what is left open; all other fields are told by the tensors.
+OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio")
+
+_LVVIT: dict[str, Any] = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
+
+# Published models without a configuration here, for the fields that their tensors do not tell.
+_PUBLISHED: dict[str, Architecture] = {
+    "lvvit_t (token labelling)": Architecture(**_LVVIT, dim=240, depth=12, num_heads=4),
+    "lvvit_s (token labelling)": Architecture(**_LVVIT, dim=384, depth=16, num_heads=6, residual_scale=2.0),
+    "lvvit_m (token labelling)": Architecture(**_LVVIT, dim=512, depth=20, num_heads=8, residual_scale=2.0),
+    "lvvit_l (token labelling)": Architecture(
+        **_LVVIT, stem_width=128, dim=768, depth=24, num_heads=12, residual_scale=3.0
+    ),
+    "deit3_medium": Architecture(dim=512, depth=12, num_heads=8, layer_scale=True),
+    "vit_large": Architecture(dim=1024, depth=24, num_heads=16),
+    "vit_huge": Architecture(dim=1280, depth=32, num_heads=16),
+}
+
+# What must agree for a named model to be the one of the file.
+_SHAPE = ("stem", "stem_width", "dim", "depth", "mlp_ratio", "qkv_bias")
+
+
+class Settled(NamedTuple):
+    """A whole architecture.
+
+    Attributes:
+        arch: The architecture.
+        name: The named model that it follows, or an empty string.
+    """
+
+    arch: Architecture
+    name: str
+
+
+def settle(told: Told, config: Mapping[str, Any], options: Mapping[str, Any]) -> Settled:
+    """Completes what the tensors tell.
+
+    Args:
+        told: What the tensors tell.
+        config: Fields of an architecture from a `config.json`.
+        options: Fields that the user gives, and `name`, a named model to take them from; they come first.
+
+    Raises:
+        ConfigError: A field contradicts the tensors, or is impossible.
+        UserError: A field is still open; the message says which option to give.
+    """
+    fields = dict(told.fields)
+    unknown = sorted(set(options) - set(OPTIONS) - set(fields))
+    if unknown:
+        raise ConfigError(f"model.{unknown[0]}: is no option here; there are {', '.join(OPTIONS)}")
+    given = {key: value for key, value in {**config, **options}.items() if key != "name" and value is not None}
+    _agree(given, told)
+    if told.kept and "stage_blocks" not in fields and "stage_blocks" in given:
+        fields["stage_blocks"] = tuple(given["stage_blocks"])
+    named = _named(told, fields, options.get("name"))
+    if told.kept and "stage_blocks" not in fields:
+        fields["stage_blocks"] = _stages(named)
+    name = next((name for name, arch in named.items() if _fits(arch, fields)), "")
+    known = named.get(name) or next(iter(named.values()), None)
+    for key in ("num_heads", "residual_scale", "norm_eps"):
+        if key in given:
+            fields[key] = given[key]
+        elif key not in fields and known is not None:
+            fields[key] = getattr(known, key)
+    if told.layout.plain:
+        fields = {"residual_scale": 1.0, "norm_eps": 1e-6, **fields}
+    missing = [key for key in ("num_heads", "residual_scale", "norm_eps") if key not in fields]
+    if missing:
+        words = " ".join(f"--model.{key} VALUE" for key in missing)
+        raise UserError(
+            f"the tensors do not tell {' and '.join(missing)}, and no named model has this shape: give {words}"
+        )
+    fields |= _kept(told, fields, given, known)
+    return Settled(architecture_from_dict(fields, "model."), name)
+
+
+def _agree(given: Mapping[str, Any], told: Told) -> None:
+    """Raises a ConfigError where a given field is no possible value, or not what the tensors say."""
+    for key, value in given.items():
+        if not _CHECKS.get(key, lambda value: True)(value):
+            raise ConfigError(f"model.{key}: {value!r} is no possible value")
+        value = tuple(value) if isinstance(value, list) else value
+        if key in told.fields and value != told.fields[key]:
+            raise ConfigError(f"model.{key}: is given as {value!r}, but the tensors are those of {told.fields[key]!r}")
+    if not told.kept and len(given.get("stage_blocks", ())) > 1:
+        raise ConfigError("model.stage_blocks: is given, but the tensors hold no slimming module")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "num_heads": lambda value: type(value) is int and value > 0,
+    "residual_scale": _is_number,
+    "norm_eps": _is_number,
+    "keep_ratio": _is_number,
+    "stage_blocks": _is_counts,
+    "kept_tokens": _is_counts,
+}
+
+
+def _named(told: Told, fields: Mapping[str, Any], name: str | None) -> dict[str, Architecture]:
+    """The named models that may be meant: the one that the user names, or those of the same shape."""
+    if name is not None:
+        if name not in VARIANTS:
+            raise ConfigError(f"model.name: there is no model {name!r}; `sit models` lists them")
+        return {name: VARIANTS[name]}
+    everything = {**VARIANTS, **_PUBLISHED}
+    same = {name: arch for name, arch in everything.items() if _same_shape(arch, fields)}
+    slimmed = {name: arch for name, arch in same.items() if _keeps(arch, fields) == told.kept}
+    return slimmed or {name: arch for name, arch in same.items() if not arch.is_slimmed}
+
+
+def _same_shape(arch: Architecture, fields: Mapping[str, Any]) -> bool:
+    return all(getattr(arch, key) == fields[key] for key in _SHAPE if key in fields)
+
+
+def _keeps(arch: Architecture, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """What a named model's slimming modules would keep of this file's grid."""
+    patches, ratio = (fields["image_size"] // fields["patch_size"]) ** 2, arch.keep_ratio or 1.0
+    return tuple(int(patches * ratio**stage) for stage in range(1, len(arch.stage_blocks)))
+
+
+def _stages(named: Mapping[str, Architecture]) -> tuple[int, ...]:
+    stages = {arch.stage_blocks: name for name, arch in named.items() if arch.is_slimmed}
+    if len(stages) == 1:
+        return next(iter(stages))
+    choices = " or ".join(f"{','.join(map(str, blocks))} ({name})" for blocks, name in stages.items())
+    raise UserError(
+        "without reverse modules the tensors do not tell behind which blocks the slimming modules stand: "
+        f"give --model.stage_blocks {choices or 'COUNT,COUNT,...'}"
+    )
+
+
+def _fits(arch: Architecture, fields: Mapping[str, Any]) -> bool:
+    return arch.stage_blocks == tuple(fields.get("stage_blocks", ()))
+
+
+def _kept(
+    told: Told, fields: Mapping[str, Any], given: Mapping[str, Any], known: Architecture | None
+) -> dict[str, Any]:
+    """The kept tokens, as a ratio where one is known that comes to what the tensors say."""
+    if not told.kept:
+        return {}
+    patches = (fields["image_size"] // fields["patch_size"]) ** 2
+    explicit: dict[str, Any] = {"kept_tokens": (patches, *told.kept)}
+    if given.get("kept_tokens"):
+        if tuple(given["kept_tokens"]) != explicit["kept_tokens"]:
+            raise ConfigError(f"model.kept_tokens: is {given['kept_tokens']}, but the tensors keep {told.kept}")
+        return {**explicit, "keep_ratio": given.get("keep_ratio")}
+    candidates = [given.get("keep_ratio"), known.keep_ratio if known else None]
+    for ratio in candidates:
+        if ratio is None:
+            continue
+        counts = tuple(int(patches * ratio**stage) for stage in range(1, len(told.kept) + 1))
+        if counts == told.kept:
+            return {"keep_ratio": ratio}
+        if ratio == given.get("keep_ratio"):
+            raise ConfigError(f"model.keep_ratio: {ratio} keeps {counts} tokens, but the tensors keep {told.kept}")
+    return explicit
+
+
+def describe(told: Told, settled: Settled) -> str:
+    """What was found, in one line."""
+    arch = settled.arch
+    kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
+    name = settled.name or f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
+    extras = [
+        "RTSMs" if told.has_reverse else "",
+        "distillation head" if arch.distillation_token else "",
+        "layer scale" if arch.layer_scale else "",
+    ]
+    having = " and ".join(extra for extra in extras if extra)
+    numbers = f"{arch.num_heads} heads, residual scale {arch.residual_scale:g}, norm epsilon {arch.norm_eps:g}"
+    return (
+        f"{told.layout.name}, {kind} {name}{f' with {having}' if having else ''}, {arch.num_classes} classes, "
+        f"{arch.image_size} px, {numbers}"
+    )
+
+
+def likely_fields(told: Told, like: Architecture) -> dict[str, Any]:
+    """What tensors leave open, taken from a model of the same width and depth."""
+    if (told.fields["dim"], told.fields["depth"]) != (like.dim, like.depth):
+        return {}
+    fields = {key: getattr(like, key) for key in ("num_heads", "residual_scale", "norm_eps")}
+    slimmed = told.kept and len(like.stage_blocks) == len(told.kept) + 1 and "stage_blocks" not in told.fields
+    fields |= {"stage_blocks": like.stage_blocks} if slimmed else {}
+    return {key: value for key, value in fields.items() if key not in told.fields}
+
+
+def config_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an architecture in a `config.json`: a model folder's, a run's, or bare ones."""
+    section = values.get("architecture", values.get("model", values))
+    if not isinstance(section, Mapping):
+        return {}
+    known = {field.name for field in dataclasses.fields(Architecture)} - {"family"}
+    return {key: value for key, value in section.items() if key in known}

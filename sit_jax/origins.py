@@ -1,0 +1,153 @@
+"""Where a run's first weights and its teachers come from."""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sit_jax import sharding, workdir
+from sit_jax.checkpoint import FOLDER, Checkpoints, load_variables
+from sit_jax.config import Config, TeacherConfig
+from sit_jax.errors import ConfigError, RunError
+from sit_jax.models import HEADS
+from sit_jax.models.architecture import Architecture
+from sit_jax.state import TrainState
+from sit_jax.train import Task, abstract_state, init_state, make_task
+
+_NO_PATH = ("teacher", "random")
+
+
+def first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict[str, Any]) -> TrainState:
+    """The state that a run begins or goes on with. The order of restoring, first that applies:
+
+    1. the newest whole checkpoint in the run's own folder: weights, optimizer, moving average, statistics and step;
+    2. the weights that `init` names, the optimizer new: the folder of a run (its newest checkpoint) or one of its
+       checkpoints, `RUN/checkpoints/STEP`;
+    3. or anything else that `sit convert` reads: a model folder, or a file of PyTorch, safetensors or NumPy;
+    4. the teacher's weights, where `init` is `teacher` and there is one; what the teacher lacks (the slimming and
+       reverse modules) is drawn at random, as it is with 2 and 3;
+    5. random weights.
+
+    Args:
+        task: The run's functions.
+        checkpoints: The run's own.
+        mesh: Where the state is to live, whatever mesh wrote it.
+        teachers: The teachers' variables by their section's name.
+
+    Raises:
+        UserError: What `init` names cannot be read, or is of another model.
+    """
+    if checkpoints.latest_step is not None:
+        return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(task)))
+    init = task.config.init
+    if init == "teacher":
+        return init_state(task, mesh, teachers.get("teacher"))
+    if init == "random":
+        return init_state(task, mesh)
+    variables = _initial(pathlib.Path(init), task.config)
+    try:
+        return init_state(task, mesh, variables)
+    except ValueError as error:
+        raise ConfigError(f"init: the weights in {init} do not fit the model: {error}") from None
+
+
+def _initial(path: pathlib.Path, config: Config) -> dict[str, Any]:
+    from sit_jax.convert.initial import initial_variables
+
+    arch = config.model.architecture
+    if not (path / FOLDER).is_dir():
+        if not isinstance(arch, Architecture):
+            raise ConfigError(f"init: {path} is no run; other models than transformers start from runs alone")
+        return initial_variables(path, arch, _say)
+    theirs, variables = trained_variables(path)
+    if theirs.model.architecture.num_classes != arch.num_classes:
+        _say(f"{path} has other classes, so the heads start at random")
+        params = {name: value for name, value in variables["params"].items() if name not in HEADS}
+        variables = {**variables, "params": params}
+    return variables
+
+
+def _say(line: str) -> None:
+    print(f"init: {line}", file=sys.stderr)
+
+
+def trained_variables(
+    folder: pathlib.Path, ema: bool = False, step: int | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the model's variables of a run.
+
+    Args:
+        folder: The run's folder.
+        ema: The moving average instead of the weights.
+        step: Which checkpoint; the newest where None.
+
+    Raises:
+        RunError: There is no run, no checkpoint, or no moving average in it.
+    """
+    config = workdir.read_config(folder)
+    task = make_task(config, steps_per_epoch=1)
+    if ema and config.optim.ema_decay == 0:
+        raise RunError(f"{folder} keeps no moving average: optim.ema_decay is 0 there")
+    return config, load_variables(folder, abstract_state(task).variables, ema, step)
+
+
+def is_own_run(path: str) -> bool:
+    """Whether a path is the folder of a run, or of one of its checkpoints, and not weights of another program."""
+    from sit_jax.convert.run_weights import is_run
+
+    return is_run(pathlib.Path(path))
+
+
+def given_teacher(teacher: TeacherConfig, name: str) -> dict[str, Any]:
+    """The variables of a teacher that is trained already: a run's, or any weights that `sit convert` reads.
+
+    Args:
+        teacher: Its section of the configuration.
+        name: That section's name, for messages.
+
+    Raises:
+        UserError: The weights cannot be read, or are of another model than the section describes.
+    """
+    from sit_jax.convert.arguments import Options
+    from sit_jax.convert.read import read_weights
+
+    if is_own_run(teacher.run):
+        config, variables = trained_variables(pathlib.Path(teacher.run))
+        _check_teacher(config.model.architecture, teacher, name)
+        return variables
+    arch = teacher.model.architecture
+    if not isinstance(arch, Architecture):
+        raise ConfigError(f"{name}.run: {teacher.run} is no run; other teachers than transformers must be runs")
+    weights = read_weights(teacher.run, options=Options(like=arch, reverse=False))
+    _check_teacher(weights.arch, teacher, name)
+    return {"params": weights.params, "batch_stats": weights.batch_stats}
+
+
+def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
+    mine = teacher.model.architecture
+    if theirs != mine:
+        raise ConfigError(
+            f"{name}.run: the model in {teacher.run} is not the one that {name}.model describes: "
+            + _differences(theirs, mine)
+        )
+
+
+def _differences(theirs: Any, mine: Any) -> str:
+    mine_fields, their_fields = dataclasses.asdict(mine), dataclasses.asdict(theirs)
+    names = [name for name in mine_fields if mine_fields[name] != their_fields.get(name)]
+    return ", ".join(f"{name} is {their_fields.get(name)!r} there and {mine_fields[name]!r} here" for name in names)
+
+
+def check_origins(config: Config) -> None:
+    """Raises a UserError where weights that the configuration names are not there, or are another teacher's."""
+    if config.init not in _NO_PATH and not pathlib.Path(config.init).exists():
+        raise ConfigError(f"init: there is no {config.init}; name a run, a model folder or a file of weights")
+    for name, teacher in config.teachers.items():
+        if not teacher.run:
+            check_origins(config.teacher_run(teacher))
+        elif is_own_run(teacher.run):
+            _check_teacher(workdir.read_config(pathlib.Path(teacher.run)).model.architecture, teacher, name)
+        else:
+            given_teacher(teacher, name)

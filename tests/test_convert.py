@@ -1,0 +1,353 @@
+"""Weights of other programs, read, written back and run."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import golden_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import original_models
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from golden_files import TRAINED
+from test_other_stems import CONV7, SCALED, TorchViT, torch_model
+
+from sit_jax import cli
+from sit_jax.convert.arguments import Options
+from sit_jax.convert.change import interpolate
+from sit_jax.convert.command import convert
+from sit_jax.convert.detect import detect
+from sit_jax.convert.fill import _target_shapes
+from sit_jax.convert.original import Tree, from_original, name_table, to_original
+from sit_jax.convert.read import read_weights
+from sit_jax.convert.settle import settle
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.export.folder import save_folder
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.variants import VARIANTS
+
+GOLDEN = (*TRAINED, "dist_token")
+PLAIN = Architecture(image_size=32, patch_size=8, num_classes=5, dim=16, depth=2, num_heads=2)
+
+
+def words(arch: Architecture) -> list[str]:
+    return [f"--model.{key}={value}" for key, value in original_models.options(arch).items()]
+
+
+def run_model(weights: Weights, images: np.ndarray) -> np.ndarray:
+    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+    model = build_model(weights.arch)
+    return np.asarray(jax.jit(lambda variables, x: model.apply(variables, x)[0])(variables, jnp.asarray(images)))
+
+
+def assert_same(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert mine[key].dtype == value.dtype
+        assert mine[key].shape == value.shape, key
+        assert mine[key].tobytes() == value.tobytes(), key
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_round_trips_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
+    golden = golden_files.load(name)
+    theirs = original_models.golden_weights(name)
+    source = original_models.save_torch(tmp_path / "theirs.pth", theirs)
+    folder, back, other = tmp_path / "folder", tmp_path / "back.pth", tmp_path / "back.safetensors"
+    assert cli.main(["convert", str(source), str(folder), *words(golden.arch)]) == 0
+    for dest in (back, other):
+        assert cli.main(["convert", str(folder), str(dest)]) == 0
+    loaded = torch.load(back, weights_only=True)
+    assert_same({key: value.numpy() for key, value in loaded.items()}, theirs)
+    assert_same(safetensors.numpy.load_file(other), theirs)
+    assert_same(safetensors.numpy.load_file(folder / "model.safetensors"), theirs)
+    assert read_weights(folder).arch.token_counts == golden.arch.token_counts
+    assert read_weights(folder).arch.stage_blocks == golden.arch.stage_blocks
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in (source, folder, back, other))
+
+
+def test_golden_logits_of_a_converted_student(tmp_path: pathlib.Path) -> None:
+    golden = golden_files.load("lvvit_6c")
+    final = golden_files.part(golden.data, "final/")
+    source = original_models.save_torch(tmp_path / "final.pth.tar", original_models.checkpoint(final), legacy=True)
+    weights = read_weights(source, original_models.options(golden.arch))
+    logits = run_model(weights, golden.data["images_nchw"].transpose(0, 2, 3, 1))
+    expected = golden.data["final_eval/student_logits"]
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) -> None:
+    golden = golden_files.load("lvvit_4c")
+    theirs = original_models.golden_weights("lvvit_4c")
+    source = original_models.save_torch(tmp_path / "x.pth", original_models.checkpoint(theirs), legacy)
+    lines: list[str] = []
+    options = Options(original_models.options(golden.arch))
+    weights = read_weights(source, options=options, say=lines.append)
+    assert lines[0] == "read: the weights under 'state_dict' (there is also 'state_dict_ema')"
+    assert lines[1].startswith(
+        "found: SiT original layout, student conv4 stem, width 16, depth 5 with RTSMs, 11 classes"
+    )
+    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse}
+    assert_same(to_original(tree, weights.arch), theirs)
+    averaged = read_weights(source, options=options._replace(ema=True))
+    np.testing.assert_array_equal(averaged.params["norm"]["bias"], theirs["norm.bias"] + 1)
+    without = read_weights(source, options=options._replace(reverse=False), say=lines.append)
+    assert without.reverse == {}
+    assert lines[-1] == "changed: RTSMs left out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["pth", "legacy.pth", "safetensors"])
+def test_types(dtype: torch.dtype, kind: str, tmp_path: pathlib.Path) -> None:
+    model = torch_model(SCALED).to(dtype)
+    path = tmp_path / f"x.{kind}"
+    if kind == "safetensors":
+        safetensors.torch.save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "pth")
+    weights = read_weights(path, {"num_heads": 2})
+    kernel = weights.params["blocks_1"]["mlp"]["fc1"]["kernel"]
+    assert kernel.dtype == np.float32
+    expected = model.state_dict()["blocks.1.mlp.fc1.weight"].float().numpy().T
+    np.testing.assert_array_equal(kernel, expected)
+
+
+def test_views_are_read_as_what_they_show(tmp_path: pathlib.Path) -> None:
+    state = torch_model(SCALED).state_dict()
+    everything = torch.randn(3, 48, 16)
+    state["blocks.0.attn.qkv.weight"] = everything[1]
+    state["blocks.0.attn.proj.weight"] = torch.randn(16, 16).T
+    for legacy in (False, True):
+        torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+        params = read_weights(tmp_path / "x.pth", {"num_heads": 2}).params["blocks_0"]["attn"]
+        np.testing.assert_array_equal(params["qkv"]["kernel"], everything[1].numpy().T)
+        np.testing.assert_array_equal(params["proj"]["kernel"], state["blocks.0.attn.proj.weight"].numpy().T)
+
+
+def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:
+    theirs = torch_model(CONV7)
+    images = np.random.default_rng(1).normal(size=(3, 32, 32, 3)).astype(np.float32)
+    torch.save(theirs.state_dict(), tmp_path / "x.pth.tar")
+    lines: list[str] = []
+    options = Options(original_models.options(CONV7))
+    weights = read_weights(tmp_path / "x.pth.tar", options=options, say=lines.append)
+    assert lines[0].startswith("found: token-labelling layout (LV-ViT), teacher conv7 stem, width 12, depth 2")
+    assert weights.arch == CONV7
+    convert(tmp_path / "x.pth.tar", tmp_path / "back.pth", options, force=False, say=lines.append)
+    again = TorchViT(CONV7)
+    again.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True), strict=True)
+    assert_same(
+        {key: value.numpy() for key, value in again.state_dict().items() if "num_batches" not in key},
+        {key: value.numpy() for key, value in theirs.state_dict().items() if "num_batches" not in key},
+    )
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(run_model(weights, images), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+def timm_state(distilled: bool, class_position: bool, gamma: str) -> tuple[dict[str, np.ndarray], Tree]:
+    """A timm or DeiT state dict, and the variables that it must become."""
+    arch = dataclasses.replace(SCALED, distillation_token=distilled)
+    model = torch_model(SCALED)
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    if distilled:
+        rng = np.random.default_rng(0)
+        state |= {"dist_token": rng.normal(size=(1, 1, 16)).astype(np.float32)}
+        state |= {"head_dist.weight": rng.normal(size=(5, 16)).astype(np.float32)}
+        state |= {"head_dist.bias": rng.normal(size=5).astype(np.float32)}
+        position = rng.normal(size=(1, 1, 16)).astype(np.float32)
+        original = {**state, "dist_pos_embed": position}
+        state["pos_embed"] = np.concatenate([state["pos_embed"][:, :1], position, state["pos_embed"][:, 1:]], axis=1)
+    else:
+        original = dict(state)
+    if not class_position:
+        original["pos_embed"] = np.concatenate([np.zeros((1, 1, 16), np.float32), state["pos_embed"][:, 1:]], axis=1)
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    if gamma == "gamma_1":
+        names = {f"blocks.{b}.ls{i}.gamma": f"blocks.{b}.gamma_{i}" for b in range(2) for i in (1, 2)}
+        state = {names.get(key, key): value for key, value in state.items()}
+    expected = from_original(original, arch)
+    return state, expected
+
+
+@pytest.mark.parametrize(
+    ("distilled", "class_position", "gamma"), [(True, True, "ls"), (False, False, "gamma_1"), (False, True, "ls")]
+)
+@pytest.mark.parametrize("wrapper", ["", "model", "model_ema"])
+def test_timm_and_deit(distilled: bool, class_position: bool, gamma: str, wrapper: str, tmp_path: pathlib.Path) -> None:
+    state, expected = timm_state(distilled, class_position, gamma)
+    path = original_models.save_torch(tmp_path / "x.pth", {wrapper: state} if wrapper else state)
+    weights = read_weights(path, {"num_heads": 2})
+    assert weights.arch == dataclasses.replace(SCALED, distillation_token=distilled)
+    mine = to_original({"params": weights.params}, weights.arch)
+    assert_same(mine, to_original(expected, weights.arch))
+
+
+@pytest.mark.parametrize("patch_size", [8, 16])
+def test_google_research(patch_size: int, tmp_path: pathlib.Path) -> None:
+    arch = dataclasses.replace(PLAIN, patch_size=patch_size)
+    theirs = original_models.google(arch)
+    original_models.save_npz(tmp_path / "ViT.npz", theirs)
+    weights = read_weights(tmp_path / "ViT.npz")
+    assert weights.arch == arch
+    images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_allclose(run_model(weights, images), google_forward(theirs, arch, images), rtol=1e-4, atol=1e-4)
+
+
+def google_forward(w: dict[str, np.ndarray], arch: Architecture, images: np.ndarray) -> np.ndarray:
+    """The model as its own layout means it: heads as axes, kernels (in, out)."""
+    side, size = arch.grid_size, arch.patch_size
+    patches = images.reshape(-1, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = np.einsum("brcijk,ijkd->brcd", patches, w["embedding/kernel"]) + w["embedding/bias"]
+    x = np.concatenate([np.repeat(w["cls"], len(images), axis=0), x.reshape(len(images), side**2, -1)], axis=1)
+    x = x + w["Transformer/posembed_input/pos_embedding"]
+
+    def norm(x: np.ndarray, key: str) -> np.ndarray:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        scaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
+        return scaled * w[f"{key}/scale"] + w[f"{key}/bias"]
+
+    for block in range(arch.depth):
+        key = f"Transformer/encoderblock_{block}"
+        normed, attention = norm(x, f"{key}/LayerNorm_0"), f"{key}/MultiHeadDotProductAttention_1"
+        parts = ("query", "key", "value")
+        q, k, v = (
+            np.einsum("btd,dhw->bthw", normed, w[f"{attention}/{p}/kernel"]) + w[f"{attention}/{p}/bias"] for p in parts
+        )
+        scores = torch.from_numpy(np.einsum("bqhw,bkhw->bhqk", q, k) / np.sqrt(q.shape[-1])).softmax(-1).numpy()
+        mixed = np.einsum("bhqk,bkhw->bqhw", scores, v)
+        x = x + np.einsum("bqhw,hwd->bqd", mixed, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
+        hidden = norm(x, f"{key}/LayerNorm_2") @ w[f"{key}/MlpBlock_3/Dense_0/kernel"]
+        hidden = torch.nn.functional.gelu(torch.from_numpy(hidden + w[f"{key}/MlpBlock_3/Dense_0/bias"])).numpy()
+        x = x + hidden @ w[f"{key}/MlpBlock_3/Dense_1/kernel"] + w[f"{key}/MlpBlock_3/Dense_1/bias"]
+    return norm(x, "Transformer/encoder_norm")[:, 0] @ w["head/kernel"] + w["head/bias"]
+
+
+def named_shapes(name: str) -> dict[str, Any]:
+    """A named model's tensors as torch has them, without memory."""
+    arch = VARIANTS[name]
+    shapes = _target_shapes(arch, arch.is_slimmed)
+    return {
+        entry.key: entry.to_torch(np.broadcast_to(np.float32(0), shapes[entry.path])).shape
+        for entry in name_table(arch, arch.is_slimmed)
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["sit_xsmall", "sit_small", "sit_large", "lvvit_medium", "deit_tiny_sit_0.7", "deit_base"]
+)
+def test_named_models_are_recognised(name: str) -> None:
+    shapes = named_shapes(name)
+    assert settle(detect(shapes), {}, {}) == (VARIANTS[name], name)
+    without = {key: shape for key, shape in shapes.items() if not key.startswith("rtsm.")}
+    if name not in ("sit_xsmall", "sit_small"):
+        assert settle(detect(without), {}, {}).arch == VARIANTS[name]
+        return
+    # These two differ in nothing but where the slimming modules stand.
+    with pytest.raises(UserError, match=r"give --model.stage_blocks 1,1,1,13 \(sit_xsmall\) or 9,3,2,2 \(sit_small\)"):
+        settle(detect(without), {}, {})
+    assert settle(detect(without), {}, {"name": name}).arch == VARIANTS[name]
+    assert settle(detect(without), {}, {"stage_blocks": VARIANTS[name].stage_blocks}).arch == VARIANTS[name]
+
+
+def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
+    assert cli.main(["convert", str(path), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "give --model.num_heads VALUE --model.residual_scale VALUE --model.norm_eps VALUE" in error
+    assert error.count("\n") == 1
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "residual_scale": 2.0, "norm_eps": 1e-5}))
+    assert read_weights(path).arch.residual_scale == 2.0
+    assert read_weights(path, {"residual_scale": 3.0}).arch.residual_scale == 3.0
+    assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.num_heads", "4"]) == 0
+    assert read_weights(tmp_path / "out").arch.num_heads == 4
+    for values, message in (
+        ({"dim": 33}, "model.dim: is given as 33"),
+        ({"num_heads": "two"}, "model.num_heads: 'two' is no"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=message):
+            read_weights(path)
+
+
+def test_model_folders_come_back_whole(tmp_path: pathlib.Path) -> None:
+    golden = golden_files.load("lvvit_4c")
+    source = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
+    weights = read_weights(source, original_models.options(golden.arch))
+    about = {"class_names": ["a"] * 11, "licence": "MIT", "preprocessing": {"mean": [0.5]}, "provenance": {"x": 1}}
+    arch = dataclasses.replace(golden.arch, aux_head=True)
+    save_folder(tmp_path / "folder", weights._replace(about=about, arch=arch), with_reverse=True)
+    again = read_weights(tmp_path / "folder")
+    assert again.arch == arch
+    assert again.about == about
+
+
+def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = golden_files.load("lvvit_4c")
+    source = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
+    change = ["--image_size", "96", "--num_classes", "3"]
+    assert cli.main(["convert", str(source), str(tmp_path / "out"), *words(golden.arch), *change]) == 0
+    out = capsys.readouterr().out
+    old, new = golden.arch.grid_size, 96 // 16
+    assert "changed: 11 to 3 classes, aux_head and head replaced by zeros" in out
+    assert f"positions interpolated from {old}x{old} to {new}x{new} (bicubic)" in out
+    assert f"changed: RTSMs left out, since they recover {old}x{old} tokens" in out
+    weights = read_weights(tmp_path / "out")
+    assert weights.arch.num_patches == new**2
+    assert weights.arch.token_counts[1:] == golden.arch.token_counts[1:]
+    assert weights.reverse == {}
+    theirs = original_models.golden_weights("lvvit_4c")["pos_embed"]
+    grid = torch.from_numpy(theirs[:, 1:].copy()).reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+    positions = weights.params["positions"]
+    np.testing.assert_array_equal(positions[:, :1], theirs[:, :1])
+    np.testing.assert_allclose(
+        positions[0, 1:].reshape(new, new, -1), expected[0].permute(1, 2, 0), rtol=0, atol=1e-6 * np.abs(theirs).max()
+    )
+    images = np.zeros((1, 96, 96, golden.arch.in_channels), np.float32)
+    np.testing.assert_array_equal(run_model(weights, images), np.zeros((1, 3), np.float32))
+
+
+@pytest.mark.parametrize(("old", "new"), [(14, 24), (14, 12), (7, 7), (3, 10), (16, 1), (1, 4)])
+def test_interpolation_is_pytorchs(old: int, new: int) -> None:
+    grid = np.random.default_rng(0).normal(size=(old, old, 5)).astype(np.float32)
+    theirs = torch.from_numpy(grid).double().permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(theirs, (new, new), mode="bicubic", align_corners=False)[0]
+    np.testing.assert_allclose(interpolate(grid, new), expected.permute(1, 2, 0), rtol=0, atol=5e-7)
+
+
+def test_models_without_a_head(tmp_path: pathlib.Path) -> None:
+    state = {key: value for key, value in torch_model(SCALED).state_dict().items() if not key.startswith("head.")}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="there is no head in it: give --num_classes"):
+        read_weights(tmp_path / "x.pth", {"num_heads": 2})
+    weights = read_weights(tmp_path / "x.pth", options=Options({"num_heads": 2}, num_classes=4))
+    assert weights.arch.num_classes == 4
+    np.testing.assert_array_equal(weights.params["head"]["kernel"], np.zeros((16, 4), np.float32))
+
+
+def test_timm_folder_tells_its_preprocessing(tmp_path: pathlib.Path) -> None:
+    state = {key: value.numpy() for key, value in torch_model(PLAIN).state_dict().items()}
+    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch8_32",
+        "num_classes": 5,
+        "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 0.9, "license": "apache-2.0"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    about = read_weights(tmp_path, {"num_heads": 2}).about
+    assert about["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_fraction": 0.9, "resize": "crop"}
+    assert about["licence"] == "apache-2.0"
+
+
+def test_unknown_fields() -> None:
+    with pytest.raises(ConfigError, match="no option here"):
+        settle(detect(named_shapes("deit_base")), {}, {"depht": 3})

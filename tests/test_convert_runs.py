@@ -1,0 +1,106 @@
+"""Weights out of runs of our own."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_other_stems import torch_model
+
+from sit_jax import cli, workdir
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.config import Config, ModelConfig, OptimConfig
+from sit_jax.config import LossConfig as Loss
+from sit_jax.convert.arguments import Options
+from sit_jax.convert.initial import initial_variables
+from sit_jax.convert.read import read_weights
+from sit_jax.errors import UserError
+from sit_jax.models.architecture import Architecture
+from sit_jax.sharding import make_mesh
+from sit_jax.state import TrainState
+from sit_jax.train import init_state, make_task
+
+Run = tuple[pathlib.Path, TrainState]
+
+
+def write_run(folder: pathlib.Path, config: Config) -> TrainState:
+    """The folder of a run that saved its state twice."""
+    workdir.claim(folder, config, resume=False)
+    task = make_task(config, steps_per_epoch=1)
+    state = init_state(task, make_mesh(devices=jax.devices()[:1]))
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(dataclasses.replace(state, step=state.step + 1), {})
+        params = jax.tree.map(lambda x: x + 1, state.params)
+        checkpoints.save(dataclasses.replace(state, step=state.step + 2, params=params), {})
+    return state
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs") / "student"
+    return folder, write_run(folder, tiny.config(optim=OptimConfig(lr=1e-3, ema_decay=0.9)))
+
+
+def assert_equal(mine: Any, theirs: Any) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b)), mine, theirs)
+
+
+def test_a_run_and_its_checkpoints(student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, state = student
+    assert cli.main(["convert", str(folder / "checkpoints" / "1"), str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("found: a run of sit_jax, student with RTSMs, 10 classes, 32 px\n")
+    weights = read_weights(tmp_path / "out")
+    assert weights.arch == tiny.STUDENT
+    assert_equal(weights.params, state.params["model"])
+    assert_equal(weights.reverse, state.params["reverse"])
+    assert_equal(weights.batch_stats, state.batch_stats)
+    assert weights.about["preprocessing"]["interpolation"] == "bicubic"
+    newest = read_weights(folder)
+    assert_equal(newest.params, jax.tree.map(lambda x: x + 1, state.params["model"]))
+    assert_equal(newest.reverse, jax.tree.map(lambda x: x + 1, state.params["reverse"]))
+    assert state.ema is not None
+    assert_equal(read_weights(folder, options=Options(ema=True, reverse=False)).params, state.ema["params"])
+
+
+def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path) -> None:
+    write_run(tmp_path / "alone", tiny.config(Loss(), teacher=None))
+    assert read_weights(tmp_path / "alone").reverse == {}
+    cnn = tiny.config(Loss(), teacher=None, model=ModelConfig(architecture=tiny.CNN))
+    workdir.claim(tmp_path / "cnn", cnn, resume=False)
+    (tmp_path / "cnn" / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="its model is a regnet; only vision transformers can be converted"):
+        read_weights(tmp_path / "cnn")
+
+
+def test_damaged_runs(student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = student
+    for source, message in (
+        (folder / "checkpoints" / "7", "checkpoint 7 in"),
+        (folder / "checkpoints", "is neither a run nor a model folder"),
+    ):
+        source.mkdir(exist_ok=True)
+        assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_starting_from_a_file_of_others(tmp_path: pathlib.Path) -> None:
+    """DeiT's weights at one resolution and class count start a student of another, whose modules start at random."""
+    file_arch = Architecture(image_size=32, patch_size=8, num_classes=5, dim=16, depth=2, num_heads=2, norm_eps=1e-6)
+    torch.save({"model": torch_model(file_arch).state_dict()}, tmp_path / "deit.pth")
+    changes: dict[str, Any] = {"image_size": 48, "num_classes": 3, "stage_blocks": (1, 1), "keep_ratio": 0.5}
+    arch = dataclasses.replace(file_arch, **changes)
+    lines: list[str] = []
+    variables = initial_variables(tmp_path / "deit.pth", arch, lines.append)
+    assert [line.split(":")[0] for line in lines] == ["read", "found", "changed", "changed"]
+    config = tiny.config(Loss(), arch, teacher=None)
+    state = init_state(make_task(config, steps_per_epoch=1), make_mesh(devices=jax.devices()[:1]), variables)
+    mine = state.params["model"]
+    assert_equal(variables["params"], {name: mine[name] for name in variables["params"]})
+    assert set(mine) - set(variables["params"]) == {"slimming_0"}
+    assert mine["positions"].shape == (1, 37, 16)
+    assert mine["head"]["kernel"].shape == (16, 3)
