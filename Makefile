@@ -1,6 +1,7 @@
 # make demo   slims a vision transformer on handwritten digits, in minutes on a laptop's CPU
 # make test   runs the tests
-# Both make .venv from requirements.txt first, when it is missing or older than that file.
+# Both make .venv from requirements.txt first, when it is missing or older than that file; the tests also take
+# PyTorch and ONNX, from requirements-export.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,16 +22,21 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# PyTorch and ONNX are large, and only tests need them.
+$(VENV)/export: $(VENV)/ready requirements-export.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
+	@touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/sit train --config configs/digits.py --workdir $(WORKDIR) --resume
 
-test: $(VENV)/ready
+test: $(VENV)/export
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # The TPU compiler stays out of .venv: JAX would look for chips whenever it starts.
 LIBTPU := build/libtpu
 
-$(LIBTPU)/ready: $(VENV)/ready
+$(LIBTPU)/ready: $(VENV)/export
 	rm -rf $(LIBTPU)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(LIBTPU) \
 		"$$($(BIN)/python -c 'from sit_jax.analysis.plan import libtpu_requirement; print(libtpu_requirement())')"
@@ -44,15 +50,21 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
 
-typecheck: $(VENV)/ready
+typecheck: $(VENV)/export
 	$(BIN)/mypy
 
-# Refreshes requirements.txt: the newest versions that pyproject.toml admits, and all that they need.
+# Refreshes both requirements files: the newest versions that pyproject.toml admits, and all that they need.
+FREEZE := build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]"
-	{ sed -n '/^#/p' requirements.txt; build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip; } > build/requirements.txt
-	mv build/requirements.txt requirements.txt
+	$(FREEZE) > build/base.txt
+	build/lock/bin/python -m pip install --quiet ".[onnx]"
+	$(FREEZE) | grep -vxFf build/base.txt > build/export.txt
+	for name in base export; do \
+		file=requirements$$(test $$name = base || echo -$$name).txt; \
+		{ sed -n '/^#/p' $$file; cat build/$$name.txt; } > build/new.txt && mv build/new.txt $$file; \
+	done
 
 clean:
 	rm -rf $(VENV) build runs .mypy_cache .ruff_cache .pytest_cache
