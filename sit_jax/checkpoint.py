@@ -122,6 +122,12 @@ class Checkpoints:
             ema=loaded.get("ema"),
         )
 
+    def about(self) -> dict[str, Any]:
+        """What the newest checkpoint says about itself; empty where there is none, or an old one."""
+        if self.latest_step is None:
+            return {}
+        return dict(self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata or {})
+
     def close(self) -> None:
         """Waits for what is being written.
 

@@ -75,7 +75,8 @@ class Contents(NamedTuple):
 
     Attributes:
         step: Optimizer steps done.
-        about: What it says about itself: `config`, `data`, `mesh`, `processes`, `versions`; empty in older ones.
+        about: What it says about itself: `config`, `data`, `mesh`, `processes`, `versions`, and the metrics
+            of the steps since the last line that was written (`window`); empty in older ones.
         metrics: The evaluation of its weights.
         arrays: Every array.
     """
@@ -294,7 +295,7 @@ def print_contents(contents: Contents) -> None:
     """Prints what a checkpoint holds on standard output."""
     print(f"step {contents.step}")
     for name, value in contents.about.items():
-        if name != "config":
+        if name not in ("config", "window"):
             print(f"{name}: {json.dumps(value)}")
     if contents.metrics:
         print("metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(contents.metrics.items())))

@@ -133,7 +133,8 @@ def train_loop(
     start = int(state.step)
     step_fn = make_train_step(task, mesh)
     due = Due(config.checkpoint, epoch, config.log.every_steps)
-    window: list[dict[str, float]] = []
+    # Steps since the last line of metrics: those before a restart count, so that the lines are the same as without one.
+    window: list[dict[str, float]] = checkpoints.about().get("window", [])
     evaluation: dict[str, float] = {}
     with (
         contextlib.closing(data.batches(start)) as batches,
@@ -177,7 +178,7 @@ def train_loop(
             stopped = stop.reached(step) and not last
             if last or stopped or due.now(step) or checkpoints.beaten_by(scores):
                 settle()
-                checkpoints.save(state, scores, _about(config, mesh, step, epoch))
+                checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
                 raise StoppedError(f"told to end: saved after step {step} of {total}; go on with --resume")

@@ -97,6 +97,7 @@ def test_what_the_compiler_noted_comes_first() -> None:
         ("replica_groups=[2,4]<=[8]", 4),
         ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
         ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", 4),
+        ("replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'y'}", 4),
         ("replica_groups={}", 8),
         ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", 1),
     ],

@@ -226,10 +226,11 @@ def _payload(instruction: _Instruction, types: dict[str, str], kind: str) -> int
 
 
 def _group_size(attributes: str, kind: str, devices: int) -> int:
-    """Devices in a group, in each of the notations: `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=4,'b'=2] {'b'}`."""
+    """Devices in a group, in each of the notations: `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=4,'b'=2] {'b'}`, and the
+    last with an order of devices between: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}`."""
     if kind == "collective-permute":
         return 2
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
