@@ -39,8 +39,13 @@ SMALL = [
 ]
 
 
+ONLY_MADE = False
+
+
 def plan(folder: pathlib.Path, name: str, config: str, topology: str, overrides: list[str]) -> dict[str, Any] | None:
     path = folder / f"{name}.json"
+    if not path.exists() and ONLY_MADE:
+        return None
     if not path.exists():
         print(f"planning {name}", file=sys.stderr, flush=True)
         words = ["plan", "--config", config, "--topology", topology, "--json"]
@@ -134,7 +139,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plans", type=pathlib.Path, default=pathlib.Path("build/plans"), help="folder of the plans")
     parser.add_argument("tables", nargs="+", choices=("models", "growth", "collectives"), help="which tables to make")
+    parser.add_argument("--only_made", action="store_true", help="leave out what is not in the folder yet")
     arguments = parser.parse_args()
+    global ONLY_MADE
+    ONLY_MADE = arguments.only_made
     for table in arguments.tables:
         {"models": models, "growth": growth, "collectives": collectives}[table](arguments.plans)
         print()

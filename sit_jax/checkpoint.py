@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from sit_jax import distributed
 from sit_jax.config import CheckpointConfig
 from sit_jax.errors import RunError
+from sit_jax.process import silent_threads
 from sit_jax.state import TrainState
 
 FOLDER = "checkpoints"
@@ -107,11 +108,11 @@ class Checkpoints:
         assert step is not None, "there is no checkpoint"
         parts = checkpoint_parts(abstract)
         try:
-            loaded = self._checkpointer.load_checkpointables(step, parts)
-        except (ValueError, KeyError) as error:
-            raise RunError(
-                f"checkpoint {step} in {self._checkpointer.directory} is of another model: {_first_line(error)}"
-            ) from None
+            with silent_threads():
+                loaded = self._checkpointer.load_checkpointables(step, parts)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            with silent_threads():
+                raise RunError(self._why_not(step, parts["model"], error)) from None
         training = loaded["training"]
         params = {"model": loaded["model"]["params"], **training["params"]}
         return TrainState(
@@ -121,6 +122,20 @@ class Checkpoints:
             opt_state=training["opt_state"],
             ema=loaded.get("ema"),
         )
+
+    def _why_not(self, step: int, model: Any, error: Exception) -> str:
+        """Why a checkpoint cannot be restored: it is another model's, or it is damaged."""
+        where = f"checkpoint {step} in {self._checkpointer.directory}"
+        try:
+            there = self._checkpointer.checkpointables_metadata(step).metadata["model"]
+            shapes = [sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (there, model)]
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            shapes = [[], []]
+        if shapes[0] and shapes[0] != shapes[1]:  # None at all where the description itself is unreadable.
+            return f"{where} is of another model: {_first_line(error)}"
+        earlier = [c.step for c in self._checkpointer.checkpoints if c.step < step]
+        way_out = f"move {step} away to go on from step {max(earlier)}" if earlier else "there is none before it"
+        return f"{where} is damaged (sit checkpoint verify says where); {way_out}"
 
     def about(self) -> dict[str, Any]:
         """What the newest checkpoint says about itself; empty where there is none, or an old one."""

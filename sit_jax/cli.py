@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         codes: dict[type, int] = {StoppedError: STOPPED, MissingProcessError: FAILED, SkippedError: FAILED}
-        return codes.get(type(error), USER_ERROR)
+        code = codes.get(type(error), USER_ERROR)
+        if "sit_jax.distributed" in sys.modules and not isinstance(error, MissingProcessError):
+            sys.modules["sit_jax.distributed"].part(code)
+        return code
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -160,7 +163,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from sit_jax.run import print_sharding, run
 
     if arguments.print_sharding:
-        print_sharding(config)
+        print_sharding(config, quiet=not first)
         return
     run(config, arguments.workdir, arguments.resume, label="student" if config.teacher else "model")
     summary = summarize(arguments.workdir)

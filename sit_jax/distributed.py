@@ -45,6 +45,8 @@ class Processes:
             raise ConfigError("--coordinator, --num_processes and --process_id: give all three, or none")
         if self.coordinator and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
             raise ConfigError(f"--coordinator: {self.coordinator!r} is not of the form host:port")
+        if self.coordinator and self.address[1] >= 2**16:
+            raise ConfigError(f"--coordinator: there is no port {self.address[1]}")
         if self.count and self.index >= self.count:
             raise ConfigError(f"--process_id: {self.index} must be below --num_processes, {self.count}")
 
@@ -95,7 +97,7 @@ def find_processes() -> Found | None:
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
         processes = Processes(address, count, cluster.get_process_id())
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: what the metadata server did not answer.
         reason = " ".join(str(error).split())[:300]
         raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
     return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
@@ -214,32 +216,73 @@ def is_first() -> bool:
 
 
 class StopSignal:
-    """Whether the run was told to end: SIGTERM here, or a preemption notice to any of the processes."""
+    """Whether the command was told to end: SIGTERM here, or a preemption notice to any of the processes.
+
+    One answer for a whole command, which may train a teacher and then its student: a notice that comes between them, or
+    at the teacher's last step, counts for the student. Contexts may be nested; the outermost one begins anew.
+    """
+
+    _depth = 0
+    _told = False
+    # The sync point of jax.distributed wants a number that only grows, over all of a command's loops.
+    _asked = 0
 
     def __init__(self) -> None:
-        self._told = False
         self._former: Any = None
 
     def __enter__(self) -> "StopSignal":
-        # Under jax.distributed its own handler is in place, which agrees with the others on a step.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._former = signal.signal(signal.SIGTERM, self._tell)
+        StopSignal._depth += 1
+        if StopSignal._depth == 1:
+            StopSignal._told = False
+            # Under jax.distributed its own handler is in place, which agrees with the others on a step.
+            if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+                self._former = signal.signal(signal.SIGTERM, self._tell)
         return self
 
     def __exit__(self, *_: object) -> None:
+        StopSignal._depth -= 1
         if self._former is not None:
             signal.signal(signal.SIGTERM, self._former)
 
-    def _tell(self, *_: object) -> None:
-        self._told = True
+    @staticmethod
+    def _tell(*_: object) -> None:
+        StopSignal._told = True
 
-    def reached(self, step: int) -> bool:
-        """Whether to save and end after this step; the same answer in all processes."""
-        if jax.process_count() == 1:
-            return self._told
-        from jax.experimental import multihost_utils
+    @property
+    def told(self) -> bool:
+        """Whether the end was asked for, and agreed on, before."""
+        return StopSignal._told
 
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+    def reached(self) -> bool:
+        """Whether to save and end after this step; the same answer in all processes. To be asked at every step."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            StopSignal._asked += 1
+            StopSignal._told |= bool(multihost_utils.reached_preemption_sync_point(StopSignal._asked))
+        return StopSignal._told
+
+
+# How long a process that fails waits for the others to fail as well.
+PARTING_S = 10.0
+
+
+def part(code: int) -> None:
+    """Ends a process of several that failed, with its exit code, though the others may not know of the failure.
+
+    Left to itself it would wait for them at a barrier, and they for it in a collective, for minutes. Where all fail
+    alike this returns, and the process ends as usual; else the others notice by its silence.
+    """
+    if jax.process_count() == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    timer = threading.Timer(PARTING_S, os._exit, [code])
+    timer.daemon = True
+    timer.start()
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()
+    timer.cancel()
 
 
 def first_says(value: bool) -> bool:

@@ -2,9 +2,7 @@
 
 import contextlib
 import datetime
-import gc
 import json
-import logging
 import math
 import pathlib
 import sys
@@ -22,6 +20,7 @@ from tqdm import tqdm
 from sit_jax import workdir
 from sit_jax.checkpoint import BEST_BY, checkpoint_parts, open_checkpoints
 from sit_jax.errors import RunError
+from sit_jax.process import silent_threads
 from sit_jax.train import abstract_state, make_task
 
 _PARTS = ("model", "ema", "training")
@@ -105,10 +104,18 @@ def list_checkpoints(folder: pathlib.Path) -> list[Entry]:
             metrics=dict(c.metrics or {}),
             best=c.step == best,
             newest=c.step == found[-1].step,
-            bytes=sum(path.stat().st_size for path in (place / str(c.step)).rglob("*") if path.is_file()),
+            bytes=_disk_size(place / str(c.step)),
         )
         for c in found
     ]
+
+
+def _disk_size(folder: pathlib.Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # A run that goes on may remove it meanwhile.
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def read_contents(folder: pathlib.Path, step: int | None = None) -> Contents:
@@ -121,7 +128,7 @@ def read_contents(folder: pathlib.Path, step: int | None = None) -> Contents:
     Raises:
         RunError: There is no such checkpoint, or its own description is damaged.
     """
-    with _silent_threads(), open_checkpoints(folder, step) as checkpointer:
+    with silent_threads(), open_checkpoints(folder, step) as checkpointer:
         chosen = checkpointer.latest.step if step is None else step
         metrics = next(dict(c.metrics or {}) for c in checkpointer.checkpoints if c.step == chosen)
         return _contents(checkpointer, chosen, metrics, folder)
@@ -171,7 +178,7 @@ def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
     Raises:
         RunError: There is no such checkpoint, or its own description is damaged.
     """
-    with _silent_threads():
+    with silent_threads():
         return _verify(folder, step)
 
 
@@ -193,23 +200,6 @@ def _verify(folder: pathlib.Path, step: int | None) -> Verdict:
                 bar.update(sum(sizes[names[index]] for index in group))
                 done += len(group)
     return Verdict(contents.step, done, sum(sizes.values()), tuple(problems))
-
-
-@contextlib.contextmanager
-def _silent_threads() -> Iterator[None]:
-    """TensorStore's reads of a damaged file fail by the hundred, each with a traceback; one error is raised."""
-    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        gc.collect()  # What nobody waited for complains when it is collected.
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _groups(sizes: list[int]) -> Iterator[list[int]]:
@@ -254,13 +244,17 @@ def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[i
 def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
     """Arrays that the run's configuration has otherwise, or that are missing or left over."""
     state = abstract_state(make_task(workdir.read_config(folder), steps_per_epoch=1))
-    # The optimizer's structure has other names on disk; its arrays are those of the parameters, which are compared.
+    # The optimizer's structure has other names on disk: of its arrays only the sizes are compared.
     expected = {
         name: tuple(leaf.shape)
         for part, tree in checkpoint_parts(state).items()
         for name, leaf in _leaves(tree, part)
         if not name.startswith("training/opt_state")
     }
+    moments = [sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(state.opt_state))]
+    moments.append(sorted((a.shape, a.dtype) for a in contents.arrays if a.name.startswith("training/opt_state")))
+    if moments[0] != moments[1]:
+        yield "training/opt_state: its arrays are not those of the configuration's optimizer"
     there = {a.name: a.shape for a in contents.arrays if not a.name.startswith("training/opt_state")}
     for name in sorted(expected.keys() | there.keys()):
         if name not in there:

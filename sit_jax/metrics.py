@@ -67,11 +67,8 @@ class MetricWriter:
             shorter.replace(path)
             self._file = path.open("a")
         if tensorboard:
-            from tensorboardX import SummaryWriter  # Takes a while to import, and not every run wants it.
-
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"), purge_step=resume_step + 1 if resume_step else None
-            )
+            with writing(workdir):
+                self._board = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else None)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -81,7 +78,8 @@ class MetricWriter:
             with contextlib.suppress(OSError):  # What a full disk did not take was told when it was written.
                 self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
         """Writes one line of metrics; raises a RunError where the disk does not take it.
@@ -98,8 +96,33 @@ class MetricWriter:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            with writing(self._workdir):
+                self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+
+class _Events:
+    """TensorBoard events, written at once: tensorboardX's thread would die of a full disk, and its queue fill up."""
+
+    def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # Takes a while to import, and not every run wants it.
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

@@ -3,8 +3,10 @@
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from sit_jax import sharding, workdir
@@ -46,24 +48,40 @@ def first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict
         return init_state(task, mesh, teachers.get("teacher"))
     if init == "random":
         return init_state(task, mesh)
-    variables = _initial(pathlib.Path(init), task.config)
-    try:
-        return init_state(task, mesh, variables)
-    except ValueError as error:
-        raise ConfigError(f"init: the weights in {init} do not fit the model: {error}") from None
+    variables = _initial(pathlib.Path(init), task.config, _say)
+    _check_shapes(task.config, variables)
+    return init_state(task, mesh, variables)
 
 
-def _initial(path: pathlib.Path, config: Config) -> dict[str, Any]:
+def _check_shapes(config: Config, variables: dict[str, Any]) -> None:
+    """Raises a ConfigError where weights that `init` names have other shapes than the model's of the same name."""
+    mine = flatten(abstract_state(make_task(config, steps_per_epoch=1)).variables)
+    theirs = flatten(variables)
+    for name in sorted(mine.keys() & theirs.keys()):
+        if mine[name].shape != theirs[name].shape:
+            raise ConfigError(
+                f"init: the weights in {config.init} do not fit the model: {name} is {tuple(theirs[name].shape)} "
+                f"there and {tuple(mine[name].shape)} here"
+            )
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by their paths, such as `params/head/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+
+
+def _initial(path: pathlib.Path, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     from sit_jax.convert.initial import initial_variables
 
     arch = config.model.architecture
     if not (path / FOLDER).is_dir():
         if not isinstance(arch, Architecture):
             raise ConfigError(f"init: {path} is no run; other models than transformers start from runs alone")
-        return initial_variables(path, arch, _say)
+        return initial_variables(path, arch, say)
     theirs, variables = trained_variables(path)
     if theirs.model.architecture.num_classes != arch.num_classes:
-        _say(f"{path} has other classes, so the heads start at random")
+        say(f"{path} has other classes, so the heads start at random")
         params = {name: value for name, value in variables["params"].items() if name not in HEADS}
         variables = {**variables, "params": params}
     return variables
@@ -140,13 +158,20 @@ def _differences(theirs: Any, mine: Any) -> str:
     return ", ".join(f"{name} is {their_fields.get(name)!r} there and {mine_fields[name]!r} here" for name in names)
 
 
-def check_origins(config: Config) -> None:
-    """Raises a UserError where weights that the configuration names are not there, or are another teacher's."""
-    if config.init not in _NO_PATH and not pathlib.Path(config.init).exists():
-        raise ConfigError(f"init: there is no {config.init}; name a run, a model folder or a file of weights")
+def check_origins(config: Config, folder: pathlib.Path) -> None:
+    """Raises a UserError where weights that a configuration names are not there, or are another model's.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's folder; with a checkpoint in it, `init` plays no part any more.
+    """
+    if config.init not in _NO_PATH and not (folder / FOLDER).is_dir():
+        if not pathlib.Path(config.init).exists():
+            raise ConfigError(f"init: there is no {config.init}; name a run, a model folder or a file of weights")
+        _check_shapes(config, _initial(pathlib.Path(config.init), config, lambda _: None))
     for name, teacher in config.teachers.items():
         if not teacher.run:
-            check_origins(config.teacher_run(teacher))
+            check_origins(config.teacher_run(teacher), folder / name)
         elif is_own_run(teacher.run):
             _check_teacher(workdir.read_config(pathlib.Path(teacher.run)).model.architecture, teacher, name)
         else:

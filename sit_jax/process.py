@@ -1,6 +1,11 @@
 """How a command's process behaves: what libraries may print, and which devices it takes."""
 
+import contextlib
+import gc
+import logging
 import os
+import sys
+from collections.abc import Iterator
 
 
 def quiet_libraries() -> None:
@@ -22,3 +27,20 @@ def take_cpu(devices: int = 1) -> None:
     if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)
     quiet_libraries()
+
+
+@contextlib.contextmanager
+def silent_threads() -> Iterator[None]:
+    """TensorStore's reads of a damaged file fail by the hundred, each with a traceback; one error is raised."""
+    loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()  # What nobody waited for complains when it is collected.
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -49,6 +49,11 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
         ConfigError: Values that do not fit the data or the devices.
         RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
     """
+    with distributed.StopSignal():
+        return _run(config, folder, resume, label)
+
+
+def _run(config: Config, folder: pathlib.Path, resume: bool, label: str) -> dict[str, float]:
     config = settle_classes(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_mesh(mesh, config)
@@ -56,7 +61,7 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
     data = TrainData(config)
     eval_source = open_source(config.data, config.data.eval_split)
     check_classes(config, eval_source)
-    check_origins(config)
+    check_origins(config, folder)
     distributed.on_first(lambda: workdir.claim(folder, config, resume))
     teachers = {
         name: _teacher_variables(config, teacher, folder / name, mesh, name)
@@ -84,8 +89,12 @@ def settle_classes(config: Config) -> Config:
     return config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
 
 
-def print_sharding(config: Config) -> None:
-    """Prints where every array of a run's training state would lie on this machine's devices.
+def print_sharding(config: Config, quiet: bool = False) -> None:
+    """Prints where every array of a run's training state, and of its teachers, would lie on the devices.
+
+    Args:
+        config: The run's configuration.
+        quiet: Only check; another process prints.
 
     Raises:
         UserError: The data cannot be opened.
@@ -97,11 +106,15 @@ def print_sharding(config: Config) -> None:
     config = settle_classes(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_mesh(mesh, config)
+    if quiet:
+        return
     table = Table(title="Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()), box=None)
     for heading in ("array", "shape", "split along", "MiB per device"):
         table.add_column(heading, justify="right" if heading.startswith("MiB") else "left", overflow="fold")
     total = 0.0
-    for entry in sharding.placements(mesh, abstract_state(make_task(config, steps_per_epoch=1))):
+    task = make_task(config, steps_per_epoch=1)
+    everything = {"state": abstract_state(task), "teachers": abstract_teachers(task)}
+    for entry in sharding.placements(mesh, everything):
         total += entry.mib
         split = " x ".join(str(axis or "-") for axis in entry.spec) or "-"
         table.add_row(entry.name, " x ".join(map(str, entry.shape)), split, f"{entry.mib:.3f}")
@@ -142,6 +155,8 @@ def train_loop(
         MetricWriter(folder, config.log.tensorboard, start, quiet=not distributed.is_first()) as writer,
         Progress(label, total, start, config.batch_size, quiet=not distributed.is_first()) as progress,
     ):
+        if stop.told and start < total:
+            raise StoppedError(f"told to end before step {start + 1} of {total}; go on with --resume")
         pending: tuple[int, Any] | None = None
 
         def settle() -> None:
@@ -175,7 +190,7 @@ def train_loop(
                 scores = evaluation = evaluator(state)
                 writer.write(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
-            stopped = stop.reached(step) and not last
+            stopped = stop.reached() and not last
             if last or stopped or due.now(step) or checkpoints.beaten_by(scores):
                 settle()
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})

@@ -148,9 +148,12 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
     check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
     check_batch(mesh, "eval_batch_size", config.eval_batch_size)
     tensor = mesh.shape["tensor"]
-    if jax.local_device_count() % tensor and jax.process_count() > 1:
-        local = jax.local_device_count()
-        raise ConfigError(f"mesh.tensor: {tensor} devices do not lie within a process, which has {local}")
+    # Processes feed their devices by themselves: the devices that share examples must be one process's.
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices).reshape(-1, tensor)
+    if (owners != owners[:, :1]).any():
+        raise ConfigError(
+            f"mesh.tensor: groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
+        )
     models = [("model", config.model), *((f"{n}.model", t.model) for n, t in config.teachers.items())]
     for name, model in models:
         arch = model.architecture
@@ -191,4 +194,10 @@ def place(values: Any, shardings: Any) -> Any:
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Moves this process's share of a batch to its devices as part of one global array."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    def put(x: Any) -> jax.Array:
+        # The whole shape is said, not inferred: a share that does not fit the devices here must be an error.
+        whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(put, batch)

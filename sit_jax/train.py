@@ -92,6 +92,17 @@ def abstract_state(task: Task) -> TrainState:
     return jax.eval_shape(lambda: _fresh_state(task))
 
 
+def abstract_teachers(task: Task) -> dict[str, Any]:
+    """Shapes and types of the variables of the teachers that a task's step takes."""
+    teachers = {}
+    for name, teacher in task.config.teachers.items():
+        if getattr(task, name) is not None:
+            arch = teacher.model.architecture
+            images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
+            teachers[name] = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+    return teachers
+
+
 def _fresh_state(task: Task) -> TrainState:
     arch = task.config.model.architecture
     key = stream_key(task.config.seed, "init")

@@ -81,6 +81,8 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
         return values
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:

@@ -109,6 +109,7 @@ def test_strangers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
         (("", 2, 0), "give all three"),
         (("localhost", 2, 0), "not of the form host:port"),
         (("localhost:1", 2, 2), "must be below"),
+        (("localhost:99999", 2, 0), "there is no port 99999"),
     ],
 )
 def test_flags_that_make_no_sense(fields: tuple[str, int, int], message: str, capsys: Any) -> None:
@@ -269,6 +270,25 @@ def wait_for_lines(metrics: pathlib.Path, processes: "list[subprocess.Popen[str]
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
         assert all(process.poll() is None for process in processes), [p.communicate()[0] for p in processes]
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_mistake_of_one_of_two_ends_both(tmp_path: pathlib.Path, digits_dir: str) -> None:
+    # One host has no data: it says so and ends with 2 at once, and the other notices.
+    together = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", "--workdir", str(tmp_path / "run")]
+    begun = time.monotonic()
+    well = start(1, *overrides(digits_dir), *together, "--process_id=0")
+    ill = start(1, *overrides("/proc/none"), *together, "--process_id=1")
+    try:
+        text, _ = ill.communicate(timeout=120)
+        other, _ = well.communicate(timeout=120)
+    finally:
+        for process in (well, ill):
+            process.kill()
+    assert ill.returncode == 2, text
+    assert "sit train: data.data_dir: /proc/none cannot be written" in text
+    assert well.returncode not in (0, 2), other
+    assert time.monotonic() - begun < 120
 
 
 @pytest.mark.slow

@@ -14,10 +14,11 @@ import tiny
 
 from sit_jax import cli, sharding, workdir
 from sit_jax.checkpoint import Checkpoints
-from sit_jax.config import Config, MeshConfig, OptimConfig
+from sit_jax.config import Config, LossConfig, MeshConfig, OptimConfig
 from sit_jax.config_dict import to_dict
+from sit_jax.errors import RunError
 from sit_jax.inspection import list_checkpoints, read_contents, verify
-from sit_jax.train import init_state, make_task
+from sit_jax.train import abstract_state, init_state, make_task
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +122,21 @@ def test_verify_names_what_the_configuration_has_otherwise(
     assert "model/params/blocks_0/attn/qkv/bias: is not in the configuration's model" in problems
 
 
+def restore(folder: pathlib.Path, config: Config) -> Any:
+    mesh = sharding.make_mesh()
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(make_task(config, 10))))
+
+
+def test_restore_of_another_models(run: pathlib.Path, config: Config) -> None:
+    assert int(restore(run, config).step) == 8
+    wider = tiny.config(LossConfig(), tiny.plain(dim=32), teacher=None, optim=config.optim)
+    with pytest.raises(RunError, match=r"^checkpoint 8 in .* is of another model: "):
+        restore(run, wider)
+
+
 @pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten", "gone"])
-def test_damaged_files(damage: str, run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+def test_damaged_files(damage: str, run: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any) -> None:
     for part in ("model", "training"):
         folder = tmp_path / part
         shutil.copytree(run, folder)
@@ -135,6 +149,8 @@ def test_damaged_files(damage: str, run: pathlib.Path, tmp_path: pathlib.Path, c
         else:
             target.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
         assert "checkpoint 8 in" in refused(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "8")
+        with pytest.raises(RunError, match=r"^checkpoint 8 in .* is damaged .*; move 8 away to go on from step 6$"):
+            restore(folder, config)
         assert "checkpoint 6: " in passed(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "6")
 
 

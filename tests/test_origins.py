@@ -78,7 +78,7 @@ def test_weights_of_other_programs_as_teachers(tmp_path: pathlib.Path) -> None:
     folder = folder_of(tmp_path / "teacher", tiny.TEACHER, seed=1)
     section = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER), run=str(folder))
     jax.tree.map(np.testing.assert_array_equal, given_teacher(section, "teacher"), variables(tiny.TEACHER, seed=1))
-    check_origins(tiny.config(teacher=section))
+    check_origins(tiny.config(teacher=section), tmp_path / "run")
     deeper = dataclasses.replace(section, model=ModelConfig(architecture=tiny.plain(num_heads=4, depth=6)))
     with pytest.raises(UserError, match=r"^teacher\.run: .*: depth is 4 there and 6 here, num_heads is 2 there"):
         given_teacher(deeper, "teacher")
@@ -87,11 +87,16 @@ def test_weights_of_other_programs_as_teachers(tmp_path: pathlib.Path) -> None:
 def test_what_is_not_there(tmp_path: pathlib.Path) -> None:
     absent = str(tmp_path / "absent")
     with pytest.raises(UserError, match=r"^init: there is no .*absent; name a run, a model folder or a file"):
-        check_origins(tiny.config(init=absent))
+        check_origins(tiny.config(init=absent), tmp_path / "run")
     section = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER), run=absent)
     with pytest.raises(UserError, match="absent"):
-        check_origins(tiny.config(teacher=section))
+        check_origins(tiny.config(teacher=section), tmp_path / "run")
     wider = folder_of(tmp_path / "wider", tiny.plain(dim=32), seed=1)
     config = tiny.config(init=str(wider), optim=OptimConfig(lr=1e-3))
-    with pytest.raises(UserError, match=r"^init: the weights in .*wider do not fit the model"):
+    message = (
+        r"^init: the weights in .*wider do not fit the model: batch_stats/stem/bn1/mean is \(4,\) there and \(2,\) here"
+    )
+    with pytest.raises(UserError, match=message):
         state_of(config, tmp_path / "empty")
+    with pytest.raises(UserError, match=message):  # Before the teacher is trained, too.
+        check_origins(config, tmp_path / "run")

@@ -261,6 +261,9 @@ def test_command_for_a_tpu_slice() -> None:
     for words in ("of 32", "all-reduce over 8, MB", "bound by ", "chip-hours, lower bound"):
         assert words in done.stdout
     assert all(line.startswith("sit plan: ") for line in done.stderr.splitlines()), done.stderr
+    across = sit_plan("--topology", "v5e:4x4", **{"mesh.tensor": 4})
+    assert across.returncode == 2
+    assert "mesh.tensor: groups of 4 devices would lie across hosts" in across.stderr
     wrong = sit_plan("--topology", "v5e:3x3")
     assert wrong.returncode == 2
     assert "there is no slice v5e:3x3" in wrong.stderr

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import signal
 from typing import Any
 
 import jax
@@ -25,7 +27,8 @@ from sit_jax.config import (
 )
 from sit_jax.config import LossConfig as Loss
 from sit_jax.config_dict import to_dict
-from sit_jax.errors import ConfigError, RunError
+from sit_jax.distributed import StopSignal
+from sit_jax.errors import ConfigError, RunError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import read_metrics
 from sit_jax.models import build_model
@@ -183,6 +186,19 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config
         run(wild, tmp_path, resume=True)
     _, variables = trained_variables(tmp_path)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
+
+
+def test_notice_before_the_first_step_counts(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:
+    # As between a teacher's last step and its student's first.
+    assert config.teacher is not None
+    given = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, run=str(finished / "teacher")))
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StoppedError, match=r"^told to end before step 1 of 22; go on with --resume"):
+            run(given, tmp_path)
+    # It is forgotten with the command that it was for.
+    with StopSignal() as stop:
+        assert not stop.told
 
 
 def overrides(digits_dir: str) -> list[str]:

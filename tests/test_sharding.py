@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 import jax
@@ -130,6 +131,21 @@ def test_what_does_not_divide_is_told_before_anything_is_compiled() -> None:
     plain = tiny.config(model=ModelConfig(architecture=odd), teacher=None, loss=LossConfig())
     with pytest.raises(ConfigError, match=r"^model.num_heads: 3 heads do not divide over mesh.tensor 2"):
         sharding.check_mesh(mesh, plain)
+
+
+def test_devices_that_share_examples_are_one_hosts() -> None:
+    # As the torus of a v5e:4x4 lays them: eight devices a host, but in columns of two.
+    class Device:
+        def __init__(self, process_index: int) -> None:
+            self.process_index = process_index
+
+    def mesh(owners: list[int]) -> Any:
+        devices = np.array([Device(owner) for owner in owners]).reshape(1, 2, 4)
+        return types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 4}, devices=devices)
+
+    sharding.check_mesh(mesh([0, 0, 0, 0, 1, 1, 1, 1]), config())
+    with pytest.raises(ConfigError, match=r"^mesh.tensor: groups of 4 devices would lie across hosts"):
+        sharding.check_mesh(mesh([0, 0, 1, 1, 0, 0, 1, 1]), config())
 
 
 def test_placements_add_up() -> None:

@@ -139,6 +139,32 @@ def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 7]
 
 
+WRITER = """
+import pathlib, resource, signal, sys
+from sit_jax.errors import RunError
+from sit_jax.metrics import MetricWriter
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = pathlib.Path(sys.argv[1])
+with MetricWriter(folder, tensorboard=True) as writer:
+    writer.write(1, "train", {"loss": 1.0})
+    (folder / "metrics.jsonl").unlink()  # The events meet their limit first.
+    (folder / "metrics.jsonl").touch()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
+    try:
+        for step in range(2, 60):
+            writer._file.truncate(0)
+            writer.write(step, "train", {f"value {n}": 1.0 for n in range(4)})
+    except RunError as error:
+        print(error)
+"""
+
+
+def test_full_disk_for_the_events(tmp_path: pathlib.Path) -> None:
+    done = finish([sys.executable, "-c", WRITER, str(tmp_path)], timeout=60)
+    assert done.stdout == f"{tmp_path} cannot be written: File too large; mend that, or choose another --workdir\n"
+    assert done.stderr == ""
+
+
 def test_lines_of_a_run_that_is_cut_off_are_dropped_whole(tmp_path: pathlib.Path) -> None:
     from sit_jax.metrics import MetricWriter
 

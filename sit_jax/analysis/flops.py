@@ -71,7 +71,7 @@ def count_step_macs(config: Config) -> int:
     """Multiply-accumulates of a train step per image: the student's forward pass and twice that backward, once more
     what is recomputed (`remat`), the reverse modules likewise, and the teachers' forward passes.
 
-    Convolutional teachers are not counted: they are small beside the rest.
+    Convolutional teachers are not counted here, see `plan`.
     """
     arch = config.model.architecture
     if not isinstance(arch, Architecture):

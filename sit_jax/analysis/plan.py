@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,9 +21,8 @@ from sit_jax.analysis.flops import count_step_macs
 from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
 from sit_jax.config import Config
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.train import abstract_state, make_task, make_train_step
+from sit_jax.train import abstract_state, abstract_teachers, make_task, make_train_step
 
 SECONDS_PER_DAY = 86400.0
 
@@ -97,7 +95,7 @@ class Plan:
         batch_size: Examples per step, over all devices.
         steps: Steps in all; None where the number of examples is not known.
         fits: Whether the compiler found room for the step.
-        largest_batch: The largest batch that fits, where this one does not; None where not even the smallest does.
+        largest_batch: The largest batch that fits, to 5%, where this one does not; None where none does.
         memory: None where it does not fit.
         needed_bytes: What the compiler asked for where it does not fit.
         flops: Of a step on each device, counted from the architectures: two per multiply-accumulate.
@@ -158,7 +156,7 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "steps": steps,
-        "flops": 2.0 * count_step_macs(config) * config.batch_size / topology.devices,
+        "flops": (2.0 * count_step_macs(config) + _cnn_teacher_flops(config)) * config.batch_size / topology.devices,
     }
     begun = time.monotonic()
     try:
@@ -228,6 +226,18 @@ def _compile(config: Config, mesh: Mesh) -> Any:
         raise _TooLargeError(_needed(str(error), _fixed(state, teachers))) from None
 
 
+def _cnn_teacher_flops(config: Config) -> float:
+    """FLOPs of the convolutional teacher's forward pass on one picture; it has no loops, so the compiler can count."""
+    task = make_task(config, steps_per_epoch=1000)
+    if task.cnn_teacher is None:
+        return 0.0
+    arch = config.teachers["cnn_teacher"].model.architecture
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), np.float32)
+    analysis = jax.jit(task.cnn_teacher.apply).lower(abstract_teachers(task)["cnn_teacher"], images).cost_analysis()
+    assert analysis is not None
+    return float(analysis["flops"])
+
+
 def _fixed(state: Any, teachers: Any) -> int:
     """Bytes on each device that do not grow with the batch."""
     leaves = jax.tree.leaves((state, teachers))
@@ -237,14 +247,7 @@ def _fixed(state: Any, teachers: Any) -> int:
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """State, batch and teachers of a run's train step as shapes with shardings."""
     task = make_task(config, steps_per_epoch=1000)
-    teachers = {}
-    for name, teacher in config.teachers.items():
-        if getattr(task, name) is not None:
-            arch = teacher.model.architecture
-            images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
-            teachers[name] = sharding.place_abstract(
-                mesh, jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
-            )
+    teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(task).items()}
     arch, count = config.model.architecture, config.batch_size
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((count, arch.image_size, arch.image_size, arch.in_channels), np.uint8),
@@ -308,19 +311,21 @@ def _needed(message: str, fixed: int) -> int | None:
 
 
 def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, say: Any) -> int | None:
-    """The largest batch whose step compiles, found from what the compiler asked for and then tried."""
+    """The largest batch whose step compiles, to 5%: guessed from what the compiler asked for, and tried."""
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
     per_unit = config.batch_size // unit
     state, _, teachers = abstract_arguments(config, mesh)
     fixed, guess = _fixed(state, teachers), per_unit // 2
     if needed and chip and needed > fixed:
         guess = min(per_unit - 1, int(per_unit * (chip.memory_bytes - fixed) / (needed - fixed)))
-    while guess > 0:
+    fits, fails = 0, per_unit
+    # The step's memory is nearly linear in the batch, so the first guess is near; then the bounds close to 5%.
+    while fails - fits > max(1, fails // 20):
+        guess = min(max(guess, fits + 1), fails - 1)
         say(f"does not fit; trying batch {guess * unit}")
         try:
             _compile(dataclasses.replace(config, batch_size=guess * unit), mesh)
+            fits, guess = guess, max(guess + 1, int(guess * 1.05))
         except _TooLargeError:
-            guess = min(guess - 1, int(guess * 0.95))
-            continue
-        return guess * unit
-    return None
+            fails, guess = guess, min(guess - 1, int(guess * 0.95))
+    return fits * unit or None

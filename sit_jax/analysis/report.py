@@ -66,9 +66,10 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
     if not distributed.is_first():
         return summary
-    workdir.write_json(folder / workdir.SUMMARY, summary)
-    draw_curves(folder, folders)
-    _draw_examples(folder, config, variables, pixels, images, source.class_names)
+    with workdir.writing(folder):
+        workdir.write_json(folder / workdir.SUMMARY, summary)
+        draw_curves(folder, folders)
+        _draw_examples(folder, config, variables, pixels, images, source.class_names)
     return summary
 
 
