@@ -1,8 +1,9 @@
 """Makes the tables of docs/scaling.md: runs `sit plan --json` where a plan is missing, and prints Markdown.
 
-    python benchmarks/scaling.py --plans build/plans models growth collectives
+    python benchmarks/scaling.py models growth collectives
 
-Plans that are in the folder already are not made again. The TPU compiler takes minutes for each.
+Plans that are in benchmarks/plans already are not made again: remove them to have them anew. The TPU compiler takes
+minutes for each.
 """
 
 import argparse
@@ -137,7 +138,9 @@ def collectives(folder: pathlib.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plans", type=pathlib.Path, default=pathlib.Path("build/plans"), help="folder of the plans")
+    parser.add_argument(
+        "--plans", type=pathlib.Path, default=pathlib.Path(__file__).parent / "plans", help="folder of the plans"
+    )
     parser.add_argument("tables", nargs="+", choices=("models", "growth", "collectives"), help="which tables to make")
     parser.add_argument("--only_made", action="store_true", help="leave out what is not in the folder yet")
     arguments = parser.parse_args()
