@@ -51,6 +51,8 @@ class Model:
             images: Of the model's size and channels (`arch.image_size`, `arch.in_channels`), channels last: uint8
                 pixels, which are normalised as `about` says (as for ImageNet where it is silent), or normalised floats.
         """
+        if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
+            raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalised floats")
         return self._forward(self.variables, jnp.asarray(images))
 
     def save(self, folder: str | pathlib.Path) -> None:

@@ -77,12 +77,14 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        return values
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values: Any = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{path} holds no JSON object")
+    return values
 
 
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:

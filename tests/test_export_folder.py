@@ -19,6 +19,7 @@ from sit_jax.convert.original import name_table, to_original
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
 from sit_jax.export.folder import CONFIG, WEIGHTS, load_folder, save_folder
+from sit_jax.export.predictor import open_predictor
 
 SHAPES = {
     "student": tiny.STUDENT,
@@ -152,6 +153,15 @@ LIES: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "words for numbers": (config(architecture={"dim": "wide"}), "architecture.dim"),
     "other tokens": (config(kept_tokens=[4, 3]), "kept_tokens"),
     "too few names": (config(class_names=["one"]), "class_names must be a list of 10 names"),
+    "numbers for names": (config(class_names=list(range(10))), "class_names must be a list of 10 names"),
+    "preprocessing a list": (config(preprocessing=[1]), "preprocessing must be an object"),
+    "no mean": (config(preprocessing={"mean": []}), "preprocessing.mean must be a list of numbers"),
+    "mean null": (config(preprocessing={"mean": None}), "preprocessing.mean must be a list of numbers"),
+    "mean of words": (config(preprocessing={"mean": ["x"]}), "preprocessing.mean must be a list of numbers"),
+    "deviation zero": (config(preprocessing={"std": [0.0]}), "preprocessing.std must be a list of numbers"),
+    "vast": (config(architecture={"dim": 24 * 10**20}), "dim"),
+    "infinitely wide": (config(architecture={"mlp_ratio": 1e300}), "mlp_ratio"),
+    "no width": (config(architecture={"mlp_ratio": 1e-9}), "mlp_ratio"),
     "later version": (config(format_version=2), "version 2"),
     "another format": (config(format="other"), "\"format\" is 'other'"),
     "no architecture": (
@@ -177,6 +187,9 @@ def test_files_that_lie(lie: str, good: pathlib.Path, tmp_path: pathlib.Path) ->
     assert len(str(raised.value).splitlines()) == 1
     assert len(str(raised.value)) < 1000
     assert str(folder) in str(raised.value)
+    # The commands look at a folder in another way before they load it.
+    with pytest.raises(UserError):
+        open_predictor(folder)
 
 
 def test_nothing_is_overwritten_or_left_behind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

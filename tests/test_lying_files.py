@@ -326,7 +326,7 @@ def test_destinations(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     assert "is a folder, but no model folder" in convert(tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "thesis.txt").exists()
     assert "cannot be a .onnx file" in convert(tmp_path / "x.onnx")
-    assert "holds the source itself" in convert(source, "--force")
+    assert "holds or belongs to the source" in convert(source, "--force")
     assert "cannot be written" in convert(source / "below" / "it")
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "deep", "y.safetensors", "mine"}
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.json"}

@@ -3,12 +3,14 @@
 For TPU slices by libtpu's compiler, which needs no TPU; for virtual devices by XLA's for CPUs.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -219,11 +221,27 @@ def _compile(config: Config, mesh: Mesh) -> Any:
     state, batch, teachers = abstract_arguments(config, mesh)
     lowered = make_train_step(task, mesh).lower(state, batch, teachers)  # type: ignore[attr-defined]
     try:
-        return lowered.compile()
+        with _without_cache():
+            return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise _TooLargeError(_needed(str(error), _fixed(state, teachers))) from None
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Keeps programs for devices that are not here out of JAX's cache on disk: it could not load them again."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # It asks for the setting once.
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _cnn_teacher_flops(config: Config) -> float:

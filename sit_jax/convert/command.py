@@ -32,6 +32,8 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
     writer = _writer(dest)
     _check_free(source, dest, force)
     weights = read_weights(source, options=options, say=say)
+    if "preprocessing" not in weights.about:
+        say("assumed: pictures are normalised as for ImageNet, since the file does not say")
     write_whole(dest, weights, writer)
 
 
@@ -73,8 +75,9 @@ def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
         return
     if not force:
         raise UserError(f"{dest}: is there already; pass --force to replace it")
-    if source.exists() and (source.resolve() == dest.resolve() or dest.resolve() in source.resolve().parents):
-        raise UserError(f"{dest}: holds the source itself; choose another place")
+    mine, theirs = source.resolve(), dest.resolve()
+    if source.exists() and (mine == theirs or theirs in mine.parents or mine in theirs.parents):
+        raise UserError(f"{dest}: is, holds or belongs to the source; choose another place")
     if dest.is_dir() and any(dest.iterdir()) and not _is_model_folder(dest):
         raise UserError(f"{dest}: is a folder, but no model folder; --force does not replace it")
     if dest.is_dir() and dest.suffix:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,10 @@ class Source(NamedTuple):
     combine: Callable[..., np.ndarray]
 
 
+# google-research's models take pixels from -1 to 1.
+_MINUS_ONE_TO_ONE: dict[str, Any] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+
+
 class Layout(NamedTuple):
     """A way to name and lay out a model's weights.
 
@@ -28,17 +32,21 @@ class Layout(NamedTuple):
         name: What people call it.
         source: Key of the original's layout -> where it comes from here.
         plain: Whether all its models are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
+        preprocessing: What all its models expect of pictures; None where it differs from model to model.
     """
 
     name: str
     source: Callable[[str], Source]
     plain: bool = False
+    preprocessing: dict[str, Any] | None = None
 
 
 def find_layout(shapes: Shapes) -> Layout | None:
     """The layout of a file's tensors, or None for no model known here."""
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
-        return Layout("google-research layout (vision_transformer)", _google, plain=True)
+        return Layout(
+            "google-research layout (vision_transformer)", _google, plain=True, preprocessing=_MINUS_ONE_TO_ONE
+        )
     if not any(name.startswith("blocks.0.") for name in shapes):
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):

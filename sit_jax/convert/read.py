@@ -20,6 +20,7 @@ from sit_jax.convert.settle import config_fields, describe, likely_fields, settl
 from sit_jax.convert.tensors import FileError, Tensors, check_total
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
+from sit_jax.export.preprocessing import check_about
 
 Say = Callable[[str], None]
 
@@ -30,6 +31,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 _ABOUT = ("class_names", "preprocessing", "provenance", "licence")
 
 _LARGEST_CONFIG = 2**24
+_LONGEST_AXIS = 2**31
 
 
 def silent(line: str) -> None:
@@ -62,6 +64,9 @@ def read_weights(
         options = options._replace(fields=overrides)
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
+    if is_run(path) and options.fields:
+        words = ", ".join(f"--model.{name}" for name in options.fields)
+        raise UserError(f"{path}: is a run, whose config.json says what its model is; leave {words} out")
     weights = read_run(path, options.ema, options.reverse, say) if is_run(path) else _read_file(path, options, say)
     if options.num_classes is not None:
         weights = replace_heads(weights, options.num_classes, say)
@@ -77,6 +82,9 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
             f"{path}: is neither a run nor a model folder: there is no {CONFIG_FILE} with {MODEL_FILE} in it"
         )
     tensors = strip_prefixes(_tensors(file, options.ema, say))
+    for name, tensor in tensors.items():
+        if any(not 0 < size < _LONGEST_AXIS for size in tensor.shape):
+            raise FileError(f"{path}: {name} has a shape that no weight has: {str(tensor.shape)[:60]}")
     config = _read_config(file.with_name(CONFIG_FILE))
     try:
         told = detect({name: tensor.shape for name, tensor in tensors.items()})
@@ -95,6 +103,9 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
         put(tree, ("params", name), empty_head(arch.dim, arch.num_classes))
         say(f"changed: there is no {name}, so it is zeros")
     about = _about(config) or {"provenance": {"converted_from": path.name, "layout": told.layout.name}}
+    if told.layout.preprocessing is not None:
+        about = {"preprocessing": told.layout.preprocessing, **about}
+    check_about(about, arch.num_classes, file.with_name(CONFIG_FILE))
     return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), about)
 
 

@@ -120,6 +120,10 @@ def _named(told: Told, fields: Mapping[str, Any], name: str | None) -> dict[str,
     if name is not None:
         if name not in VARIANTS:
             raise ConfigError(f"model.name: there is no model {name!r}; `sit models` lists them")
+        wrong = [key for key in _SHAPE if key in fields and getattr(VARIANTS[name], key) != fields[key]]
+        if wrong:
+            told_fields = ", ".join(f"{key} {fields[key]} and not {getattr(VARIANTS[name], key)}" for key in wrong)
+            raise ConfigError(f"model.name: the tensors are no {name}: they have {told_fields}")
         return {name: VARIANTS[name]}
     everything = {**VARIANTS, **_PUBLISHED}
     same = {name: arch for name, arch in everything.items() if _same_shape(arch, fields)}

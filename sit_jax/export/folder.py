@@ -17,6 +17,7 @@ from sit_jax.convert.original import Entry, name_table
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
 from sit_jax.export import safetensors_file
+from sit_jax.export.preprocessing import check_about
 from sit_jax.export.safetensors_file import Tensor
 from sit_jax.export.writing import whole
 from sit_jax.models import build_model, build_reverse
@@ -80,7 +81,7 @@ def is_folder(path: pathlib.Path) -> bool:
         return False
     try:
         values = json.loads((path / CONFIG).read_text())
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         return (path / WEIGHTS).exists()
     return isinstance(values, dict) and "format" in values
 
@@ -152,9 +153,7 @@ def read_description(values: dict[str, Any], where: object) -> tuple[Architectur
         kept, counts = values.get("kept_tokens"), list(arch.token_counts)
         raise UserError(f"{where}: kept_tokens is {kept}, but the architecture gives {counts}")
     about = {name: value for name, value in values.items() if name not in _OWN}
-    names = about.get("class_names")
-    if names is not None and (not isinstance(names, list) or len(names) != arch.num_classes):
-        raise UserError(f"{where}: class_names must be a list of {arch.num_classes} names")
+    check_about(about, arch.num_classes, where)
     return arch, about
 
 

@@ -1,5 +1,6 @@
 """How a picture becomes a model's input, as plain values that travel with an exported model."""
 
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,36 @@ def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
         "crop_fraction": data.crop_fraction,
         "resize": data.resize,
     }
+
+
+def check_about(about: dict[str, Any], num_classes: int, where: object) -> None:
+    """Raises a UserError where a description of a model holds what no picture or class can be described by.
+
+    Args:
+        about: See `Weights.about`.
+        num_classes: The model's classes.
+        where: The file, for messages.
+    """
+    names = about.get("class_names")
+    if names is not None:
+        whole = isinstance(names, list) and len(names) == num_classes
+        if not whole or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{where}: class_names must be a list of {num_classes} names")
+    preprocessing = about.get("preprocessing")
+    if preprocessing is None:
+        return
+    if not isinstance(preprocessing, dict):
+        raise UserError(f"{where}: preprocessing must be an object, is {str(preprocessing)[:50]!r}")
+    for name, least in (("mean", -math.inf), ("std", 0.0)):
+        if name in preprocessing and not _are_numbers(preprocessing[name], least):
+            raise UserError(f"{where}: preprocessing.{name} must be a list of numbers, one per channel")
+
+
+def _are_numbers(values: Any, above: float) -> bool:
+    if not isinstance(values, list | tuple) or not values:
+        return False
+    kinds = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return kinds and all(abs(value) < 1e6 and value > above for value in values)
 
 
 def settled(about: dict[str, Any], channels: int) -> dict[str, Any]:

@@ -11,6 +11,8 @@ Stem = Literal["patch", "conv4", "conv6", "conv7"]
 
 # The strided convolutions of the conv stems always reduce by this factor, whatever patch_size says.
 CONV_STEM_STRIDE = 16
+# No model is larger in any direction; what claims to be is damaged.
+_LARGEST = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +81,12 @@ class Architecture:
         sizes = ("image_size", "in_channels", "num_classes", "stem_width", "patch_size", "dim", "depth", "num_heads")
         for name in sizes:
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
-            problem = f"must be a whole number of at least {least}, is {value!r}"
-            _require(isinstance(value, int) and value >= least, name, problem)
+            problem = f"must be a whole number from {least} to {_LARGEST}, is {value!r}"
+            _require(isinstance(value, int) and least <= value <= _LARGEST, name, problem)
         for name in ("mlp_ratio", "residual_scale", "norm_eps"):
             value = getattr(self, name)
-            _require(value > 0, name, f"must be above 0, is {value!r}")
+            _require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, is {value!r}")
+        _require(int(self.dim * self.mlp_ratio) >= 1, "mlp_ratio", f"{self.mlp_ratio!r} leaves an MLP without width")
         _require(self.stem in get_args(Stem), "stem", f"must be one of {', '.join(get_args(Stem))}, is {self.stem!r}")
         if self.stem != "patch":
             problem = f"must be {CONV_STEM_STRIDE} with the {self.stem} stem, is {self.patch_size}"
