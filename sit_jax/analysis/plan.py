@@ -27,6 +27,8 @@ from sit_jax.models.architecture import Architecture
 from sit_jax.train import abstract_state, abstract_teachers, make_task, make_train_step
 
 SECONDS_PER_DAY = 86400.0
+# Compilations spent on the largest batch that fits; each takes minutes.
+_TRIES = 3
 
 _NO_CHIP = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -97,7 +99,7 @@ class Plan:
         batch_size: Examples per step, over all devices.
         steps: Steps in all; None where the number of examples is not known.
         fits: Whether the compiler found room for the step.
-        largest_batch: The largest batch that fits, to 5%, where this one does not; None where none does.
+        largest_batch: The largest batch found to fit in a few tries, where this one does not; None if none did.
         memory: None where it does not fit.
         needed_bytes: What the compiler asked for where it does not fit.
         flops: Of a step on each device, counted from the architectures: two per multiply-accumulate.
@@ -329,7 +331,7 @@ def _needed(message: str, fixed: int) -> int | None:
 
 
 def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, say: Any) -> int | None:
-    """The largest batch whose step compiles, to 5%: guessed from what the compiler asked for, and tried."""
+    """A batch whose step compiles, and nearly the largest: guessed from what the compiler asked for, and tried."""
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
     per_unit = config.batch_size // unit
     state, _, teachers = abstract_arguments(config, mesh)
@@ -337,8 +339,10 @@ def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | 
     if needed and chip and needed > fixed:
         guess = min(per_unit - 1, int(per_unit * (chip.memory_bytes - fixed) / (needed - fixed)))
     fits, fails = 0, per_unit
-    # The step's memory is nearly linear in the batch, so the first guess is near; then the bounds close to 5%.
-    while fails - fits > max(1, fails // 20):
+    # The step's memory is nearly linear in the batch, so the first guess is near, and a few tries close the bounds.
+    for _ in range(_TRIES):
+        if fails - fits <= max(1, fails // 20):
+            break
         guess = min(max(guess, fits + 1), fails - 1)
         say(f"does not fit; trying batch {guess * unit}")
         try:
