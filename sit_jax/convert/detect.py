@@ -36,6 +36,8 @@ def detect(shapes: Shapes) -> Told:
     if layout is None:
         some = ", ".join(sorted(shapes)[:4]) or "nothing"
         raise UserError(f"no vision transformer of a known layout; it holds {some}{' ...' if len(shapes) > 4 else ''}")
+    # What another layout would call by such a name says nothing here, and is left over in the end.
+    shapes = {name: shape for name, shape in shapes.items() if layout.knows(name)}
     look = _Look(layout, shapes)
     stem = _stem(shapes)
     positions = look.shape("pos_embed", 3)

@@ -47,13 +47,10 @@ def fill(
     table = [entry for entry in name_table(arch, reverse) if entry.path[1] not in absent]
     sources = {entry.key: layout.source(entry.key) for entry in table}
     wanted = {name for source in sources.values() for name in source.names}
-    passed_over = ("rtsm.",) if not reverse else ()
     problems = {
         "missing": sorted(wanted - set(tensors)),
         "left over": sorted(
-            name
-            for name in set(tensors) - wanted
-            if not name.endswith("num_batches_tracked") and not name.startswith(passed_over)
+            name for name in set(tensors) - wanted if not (layout.knows(name) and _passed_over(name, reverse))
         ),
         "wrong shape": [],
         "not floating-point": sorted(name for name in wanted & set(tensors) if not tensors[name].is_float),
@@ -76,6 +73,10 @@ def fill(
         text = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
         raise UserError(f"the weights do not fill the model: {text}")
     return tree
+
+
+def _passed_over(name: str, reverse: bool) -> bool:
+    return name.endswith("num_batches_tracked") or (name.startswith("rtsm.") and not reverse)
 
 
 def _read(

@@ -21,6 +21,7 @@ class Source(NamedTuple):
     combine: Callable[..., np.ndarray]
 
 
+_GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
 # google-research's models take pixels from -1 to 1.
 _MINUS_ONE_TO_ONE: dict[str, Any] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 
@@ -32,21 +33,26 @@ class Layout(NamedTuple):
         name: What people call it.
         source: Key of the original's layout -> where it comes from here.
         plain: Whether all its models are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
+        prefixes: What its names begin with; empty where a name can begin with anything.
         preprocessing: What all its models expect of pictures; None where it differs from model to model.
     """
 
     name: str
     source: Callable[[str], Source]
     plain: bool = False
+    prefixes: tuple[str, ...] = ()
     preprocessing: dict[str, Any] | None = None
+
+    def knows(self, name: str) -> bool:
+        """Whether a tensor's name may be one of this layout's; all others are strays."""
+        return not self.prefixes or name.startswith(self.prefixes)
 
 
 def find_layout(shapes: Shapes) -> Layout | None:
     """The layout of a file's tensors, or None for no model known here."""
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
-        return Layout(
-            "google-research layout (vision_transformer)", _google, plain=True, preprocessing=_MINUS_ONE_TO_ONE
-        )
+        name = "google-research layout (vision_transformer)"
+        return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_MINUS_ONE_TO_ONE)
     if not any(name.startswith("blocks.0.") for name in shapes):
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):

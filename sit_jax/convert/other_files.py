@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from sit_jax.convert.tensors import BFLOAT16, FileError, Tensor, Tensors
+from sit_jax.convert.tensors import BFLOAT16, FileError, Tensor, Tensors, check_axes
 
 _SAFETENSORS_TYPES = {
     "F64": np.dtype("<f8"),
@@ -50,6 +50,7 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
 
     def tensor(name: str) -> Tensor:
         shape, kind = described[name]
+        check_axes(path, name, shape)
         return Tensor(shape, _SAFETENSORS_TYPES[kind], lambda: np.asarray(file.get_tensor(name)))
 
     return {name: tensor(name) for name in described}
@@ -97,7 +98,8 @@ def _npz_tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.Zip
     if dtype == np.dtype("V2"):
         # How NumPy saves a type that it does not know, which JAX's bfloat16 is.
         dtype = BFLOAT16
-    if math.prod(shape) * dtype.itemsize + header != entry.file_size or min(shape, default=0) < 0:
+    check_axes(path, name, shape)
+    if math.prod(shape) * dtype.itemsize + header != entry.file_size:
         raise FileError(f"{path}: {name} claims shape {shape}, but its size is another one")
 
     def read() -> np.ndarray:

@@ -31,7 +31,6 @@ TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 _ABOUT = ("class_names", "preprocessing", "provenance", "licence")
 
 _LARGEST_CONFIG = 2**24
-_LONGEST_AXIS = 2**31
 
 
 def silent(line: str) -> None:
@@ -82,9 +81,6 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
             f"{path}: is neither a run nor a model folder: there is no {CONFIG_FILE} with {MODEL_FILE} in it"
         )
     tensors = strip_prefixes(_tensors(file, options.ema, say))
-    for name, tensor in tensors.items():
-        if any(not 0 < size < _LONGEST_AXIS for size in tensor.shape):
-            raise FileError(f"{path}: {name} has a shape that no weight has: {str(tensor.shape)[:60]}")
     config = _read_config(file.with_name(CONFIG_FILE))
     try:
         told = detect({name: tensor.shape for name, tensor in tensors.items()})

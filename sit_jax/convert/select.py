@@ -35,7 +35,8 @@ def select_torch(path: pathlib.Path, ema: bool, say: Callable[[str], None]) -> T
         others = [other for other in (*_WEIGHTS, *_AVERAGES) if other != key and _is_weights(value.get(other))]
         say(f"read: the weights under {key!r}" + (f" (there is also {', '.join(map(repr, others))})" if others else ""))
         value = value[key]
-    return {str(name): content.tensor(x) for name, x in value.items() if isinstance(x, Rebuilt)}
+    named = ((_text(key), x) for key, x in value.items() if isinstance(x, Rebuilt))
+    return {name: content.tensor(name, x) for name, x in named}
 
 
 def _choose(path: pathlib.Path, value: dict[Any, Any], ema: bool) -> str:
@@ -50,8 +51,13 @@ def _choose(path: pathlib.Path, value: dict[Any, Any], ema: bool) -> str:
         return found[0]
     if _is_weights(value):
         return ""
-    some = ", ".join(str(key)[:50] for key in list(value)[:8])
+    some = ", ".join(_text(key)[:50] for key in list(value)[:8])
     raise FileError(f"{path}: holds no weights; its keys are {some or 'none'}")
+
+
+def _text(key: Any) -> str:
+    """A key as text; of integers of thousands of digits, which Python does not print, as much as tells them."""
+    return hex(key)[:50] if isinstance(key, int) and key.bit_length() > 64 else str(key)
 
 
 def _is_weights(value: Any) -> bool:

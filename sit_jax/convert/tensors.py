@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +43,19 @@ Tensors = dict[str, Tensor]
 
 class FileError(UserError):
     """A file of weights cannot be read; the message names it and says why."""
+
+
+_LONGEST_AXIS = 2**31
+
+
+def check_axes(path: pathlib.Path, name: str, shape: Iterable[int]) -> None:
+    """Raises a FileError where a tensor holds nothing, or an axis is longer than any of a model's.
+
+    An axis of zero makes a tensor of no bytes, whatever the others claim. The claims are not repeated: they may have
+    thousands of digits, which Python does not print.
+    """
+    if not all(0 < size <= _LONGEST_AXIS for size in shape):
+        raise FileError(f"{path}: {name[:200]} claims an axis that is empty or longer than {_LONGEST_AXIS:,}")
 
 
 def check_total(path: pathlib.Path, tensors: Tensors, most: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from sit_jax.convert.pickles import PickleError, Rebuilt, Storage, read_pickle
-from sit_jax.convert.tensors import BFLOAT16, FileError, Tensor
+from sit_jax.convert.tensors import BFLOAT16, FileError, Tensor, check_axes
 
 # The first value of the format before the zip, and the version that follows it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -46,11 +46,11 @@ class TorchFile(NamedTuple):
 
     Attributes:
         value: The value that was saved, tensors as `Rebuilt`.
-        tensor: Makes a `Rebuilt` readable; raises a FileError where it does not lie within the file.
+        tensor: Makes a `Rebuilt` of some name readable; raises a FileError where it does not lie within the file.
     """
 
     value: Any
-    tensor: Callable[[Rebuilt], Tensor]
+    tensor: Callable[[str, Rebuilt], Tensor]
 
 
 def read_torch(path: pathlib.Path) -> TorchFile:
@@ -68,7 +68,7 @@ def read_torch(path: pathlib.Path) -> TorchFile:
         raise FileError(f"{path}: {error}") from None
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, struct.error, ValueError, KeyError) as error:
         raise FileError(f"{path}: is damaged or cut off: {error}") from None
-    return TorchFile(value, lambda rebuilt: _tensor(path, rebuilt, places))
+    return TorchFile(value, lambda name, rebuilt: _tensor(path, name, rebuilt, places))
 
 
 def _read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
@@ -166,15 +166,16 @@ def _element(storage: Storage) -> np.dtype:
     return _ELEMENTS[storage.kind]
 
 
-def _tensor(path: pathlib.Path, rebuilt: Rebuilt, places: dict[str, _Place]) -> Tensor:
+def _tensor(path: pathlib.Path, name: str, rebuilt: Rebuilt, places: dict[str, _Place]) -> Tensor:
     storage, offset, shape, strides = rebuilt
+    check_axes(path, name, shape)
     try:
         dtype = _element(storage)
     except PickleError as error:
         raise FileError(f"{path}: {error}") from None
     place = places.get(storage.key, _Place(0, 0))
     count = math.prod(shape)
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else 0
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     available = min(place.nbytes // dtype.itemsize, storage.elements)
     if offset + extent > available or count > available:
         raise FileError(f"{path}: is damaged or cut off: a tensor of shape {shape} does not lie within its storage")
@@ -188,7 +189,8 @@ def _tensor(path: pathlib.Path, rebuilt: Rebuilt, places: dict[str, _Place]) -> 
                 raise FileError(f"{path}: is cut off")
         if count == extent and strides == _row_major(shape):
             return flat.reshape(shape)
-        steps = tuple(stride * dtype.itemsize for stride in strides)
+        # Nobody steps along an axis of one, so its stride may be any number.
+        steps = tuple(stride * dtype.itemsize * (size > 1) for size, stride in zip(shape, strides, strict=True))
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False))
 
     return Tensor(shape, dtype, read)
