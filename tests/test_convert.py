@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import original_models
 import pytest
+import random_weights
 import safetensors.numpy
 import safetensors.torch
 import torch
@@ -28,7 +29,7 @@ from sit_jax.convert.read import read_weights
 from sit_jax.convert.settle import settle
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.export.folder import save_folder
+from sit_jax.export.folder import load_folder, save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
@@ -348,6 +349,33 @@ def test_timm_folder_tells_its_preprocessing(tmp_path: pathlib.Path) -> None:
     about = read_weights(tmp_path, {"num_heads": 2}).about
     assert about["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_fraction": 0.9, "resize": "crop"}
     assert about["licence"] == "apache-2.0"
+
+
+def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
+    arch = dataclasses.replace(PLAIN, dim=24, mlp_ratio=2.7)
+    source = random_weights.draw(arch)
+    save_folder(tmp_path / "folder", source)
+    assert source.params["blocks_0"]["mlp"]["fc1"]["kernel"].shape == (24, 64)
+    assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out")]) == 0
+    assert load_folder(tmp_path / "out").arch == arch
+    for ratio, message in ((2.8, "model.mlp_ratio: is given as 2.8"), ("2.7", "'2.7' is no possible value")):
+        values = json.loads((tmp_path / "folder" / "config.json").read_text())
+        values["architecture"]["mlp_ratio"] = ratio
+        (tmp_path / "folder" / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=message):
+            read_weights(tmp_path / "folder")
+
+
+def test_the_name_of_another_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
+    assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.name", "sit_large"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.name: the tensors are no sit_large: they have stem conv4 and not conv6, dim 16 and not 768" in line
+    assert not (tmp_path / "out").exists()
+    shapes = named_shapes("deit_base")
+    assert settle(detect(shapes), {}, {"name": "deit_base"}) == (VARIANTS["deit_base"], "deit_base")
+    with pytest.raises(ConfigError, match=r"are no deit_small: they have dim 768 and not 384$"):
+        settle(detect(shapes), {}, {"name": "deit_small"})
 
 
 def test_unknown_fields() -> None:

@@ -88,6 +88,17 @@ def test_damaged_runs(student: Run, tmp_path: pathlib.Path, capsys: pytest.Captu
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("word", ["--model.name=deit_tiny", "--model.num_heads=4", "--model.norm_eps=1e-5"])
+def test_a_run_takes_no_other_model(
+    word: str, student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["convert", str(student[0]), str(tmp_path / "out"), word]) == 2
+    assert (
+        f"is a run, whose config.json says what its model is; leave {word.split('=')[0]} out" in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_starting_from_a_file_of_others(tmp_path: pathlib.Path) -> None:
     """DeiT's weights at one resolution and class count start a student of another, whose modules start at random."""
     file_arch = Architecture(image_size=32, patch_size=8, num_classes=5, dim=16, depth=2, num_heads=2, norm_eps=1e-6)

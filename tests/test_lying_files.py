@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import resource
 import struct
 import sys
 import zipfile
@@ -380,6 +381,39 @@ def test_destinations(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     assert "cannot be written" in convert(source / "below" / "it")
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "deep", "y.safetensors", "mine"}
     assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.json"}
+
+
+def test_a_destination_within_the_source(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "folder"
+    assert cli.main(["convert", str(save(tmp_path / "x.pth", weights())), str(folder), *WORDS]) == 0
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    (tmp_path / "link").symlink_to(folder)
+    for dest in (folder / "model.safetensors", folder / "new", folder / "deep" / "x.pth", tmp_path / "link" / "new"):
+        capsys.readouterr()
+        assert cli.main(["convert", str(folder), str(dest), "--force"]) == 2
+        assert f"{dest}: is, holds or belongs to the source" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("verb", [["convert"], ["export", "--format", "original"]])
+def test_pytorch_on_a_full_disk(verb: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, dest = tmp_path / "folder", tmp_path / "new" / "x.pth"
+    assert cli.main(["convert", str(save(tmp_path / "x.pth", weights())), str(folder), *WORDS]) == 0
+    command = [verb[0], str(folder), str(dest), *verb[1:]]
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+        code = cli.main(command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"sit {verb[0]}: {dest}: cannot be written: File too large"
+    assert list(dest.parent.iterdir()) == []
+    assert cli.main([word.replace(str(dest), "/proc/x.pth") for word in command]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sit {verb[0]}: /proc/x.pth: cannot be written: ")
 
 
 def test_without_pytorch(

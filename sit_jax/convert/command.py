@@ -14,6 +14,7 @@ from sit_jax.convert.read import CONFIG_FILE, FORMAT, Say, read_weights
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
 from sit_jax.export.folder import save_folder, write_weights
+from sit_jax.export.writing import write_torch
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, say: Say) -> None:
@@ -64,20 +65,20 @@ def _write_torch(path: pathlib.Path, weights: Weights) -> None:
 
     tree = {"params": weights.params, "batch_stats": weights.batch_stats}
     state = to_original({**tree, "reverse": weights.reverse} if weights.reverse else tree, weights.arch)
-    torch.save(
-        {key: torch.from_numpy(np.require(value, requirements=["C", "W"])) for key, value in state.items()}, path
-    )
+    tensors = {key: torch.from_numpy(np.require(value, requirements=["C", "W"])) for key, value in state.items()}
+    write_torch(path, tensors)
 
 
 def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
     """Raises a UserError where something lies at the destination that must not be replaced."""
-    if not dest.exists() and not dest.is_symlink():
-        return
-    if not force:
-        raise UserError(f"{dest}: is there already; pass --force to replace it")
     mine, theirs = source.resolve(), dest.resolve()
-    if source.exists() and (mine == theirs or theirs in mine.parents or mine in theirs.parents):
+    inside, there = source.is_dir() and mine in theirs.parents, dest.exists() or dest.is_symlink()
+    if there and not force and not inside:
+        raise UserError(f"{dest}: is there already; pass --force to replace it")
+    if source.exists() and (inside or (there and (mine == theirs or theirs in mine.parents))):
         raise UserError(f"{dest}: is, holds or belongs to the source; choose another place")
+    if not there:
+        return
     if dest.is_dir() and any(dest.iterdir()) and not _is_model_folder(dest):
         raise UserError(f"{dest}: is a folder, but no model folder; --force does not replace it")
     if dest.is_dir() and dest.suffix:
@@ -108,8 +109,8 @@ def write_whole(dest: pathlib.Path, weights: Weights, writer: Writer) -> None:
             _remove(old)
             dest.rename(old)
         part.rename(dest)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{dest}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    except OSError as error:
+        raise UserError(f"{dest}: cannot be written: {error.strerror or error}") from None
     finally:
         if old.exists() and not dest.exists():
             old.rename(dest)

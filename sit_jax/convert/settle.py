@@ -61,6 +61,8 @@ def settle(told: Told, config: Mapping[str, Any], options: Mapping[str, Any]) ->
         raise ConfigError(f"model.{unknown[0]}: is no option here; there are {', '.join(OPTIONS)}")
     given = {key: value for key, value in {**config, **options}.items() if key != "name" and value is not None}
     _agree(given, told)
+    if "mlp_ratio" in given:
+        fields["mlp_ratio"] = given["mlp_ratio"]
     if told.kept and "stage_blocks" not in fields and "stage_blocks" in given:
         fields["stage_blocks"] = tuple(given["stage_blocks"])
     named = _named(told, fields, options.get("name"))
@@ -91,10 +93,17 @@ def _agree(given: Mapping[str, Any], told: Told) -> None:
         if not _CHECKS.get(key, lambda value: True)(value):
             raise ConfigError(f"model.{key}: {value!r} is no possible value")
         value = tuple(value) if isinstance(value, list) else value
-        if key in told.fields and value != told.fields[key]:
+        if key in told.fields and _differs(key, value, told.fields):
             raise ConfigError(f"model.{key}: is given as {value!r}, but the tensors are those of {told.fields[key]!r}")
     if not told.kept and len(given.get("stage_blocks", ())) > 1:
         raise ConfigError("model.stage_blocks: is given, but the tensors hold no slimming module")
+
+
+def _differs(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether a value is another one than the tensors'; of `mlp_ratio` they tell the hidden width only."""
+    if key == "mlp_ratio":
+        return int(fields["dim"] * value) != int(fields["dim"] * fields[key])
+    return bool(value != fields[key])
 
 
 def _is_number(value: Any) -> bool:
@@ -106,6 +115,7 @@ def _is_counts(value: Any) -> bool:
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
+    "mlp_ratio": _is_number,
     "num_heads": lambda value: type(value) is int and value > 0,
     "residual_scale": _is_number,
     "norm_eps": _is_number,
@@ -120,7 +130,7 @@ def _named(told: Told, fields: Mapping[str, Any], name: str | None) -> dict[str,
     if name is not None:
         if name not in VARIANTS:
             raise ConfigError(f"model.name: there is no model {name!r}; `sit models` lists them")
-        wrong = [key for key in _SHAPE if key in fields and getattr(VARIANTS[name], key) != fields[key]]
+        wrong = [key for key in _SHAPE if key in fields and _differs(key, getattr(VARIANTS[name], key), fields)]
         if wrong:
             told_fields = ", ".join(f"{key} {fields[key]} and not {getattr(VARIANTS[name], key)}" for key in wrong)
             raise ConfigError(f"model.name: the tensors are no {name}: they have {told_fields}")
@@ -132,7 +142,7 @@ def _named(told: Told, fields: Mapping[str, Any], name: str | None) -> dict[str,
 
 
 def _same_shape(arch: Architecture, fields: Mapping[str, Any]) -> bool:
-    return all(getattr(arch, key) == fields[key] for key in _SHAPE if key in fields)
+    return not any(_differs(key, getattr(arch, key), fields) for key in _SHAPE if key in fields)
 
 
 def _keeps(arch: Architecture, fields: Mapping[str, Any]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from sit_jax.export.folder import describe, original_shapes, save_folder
 from sit_jax.export.forward import make_forward
 from sit_jax.export.predictor import open_weights
 from sit_jax.export.timm import to_timm
-from sit_jax.export.writing import whole
+from sit_jax.export.writing import whole, write_torch
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
 FORMATS = get_args(Format)
@@ -104,4 +104,4 @@ def _save_state_dict(dest: pathlib.Path, state_dict: dict[str, np.ndarray]) -> N
     except ImportError:
         raise UserError(f"{dest}: .pth files need torch, which is not installed; use .safetensors") from None
     with whole(dest) as part:
-        torch.save({name: torch.from_numpy(array.copy()) for name, array in state_dict.items()}, part)
+        write_torch(part, {name: torch.from_numpy(array.copy()) for name, array in state_dict.items()})

@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 from sit_jax.errors import UserError
 
@@ -28,6 +29,24 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):
             _remove(part)
+
+
+def write_torch(path: pathlib.Path, state_dict: dict[str, Any]) -> None:
+    """Writes PyTorch's own kind of file.
+
+    Raises:
+        OSError: It cannot be written. PyTorch raises a RuntimeError of many lines where the disk is full.
+    """
+    import torch
+
+    try:
+        with path.open("wb") as file:
+            torch.save(state_dict, file)
+    except RuntimeError as error:
+        # What the operating system said comes first; PyTorch then fails to end the file that it began.
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(first, "strerror", None) or (str(first).splitlines() or ["PyTorch gives up"])[0][:200]
+        raise OSError(reason) from None
 
 
 def _remove(path: pathlib.Path) -> None:
