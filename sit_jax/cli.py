@@ -221,7 +221,9 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
     quiet_libraries()
     from sit_jax.export.command import export_model
 
-    words = {name: getattr(arguments, name) for name in ("ema", "step", "with_reverse", "dtype", "raw_input")}
+    words = {
+        name: getattr(arguments, name) for name in ("ema", "step", "with_reverse", "dtype", "raw_input", "licence")
+    }
     export_model(arguments.source, arguments.dest, arguments.format, **words)
     print(f"Written: {arguments.dest}")
 

@@ -319,6 +319,41 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
         assert list(tmp_path.iterdir()) == []
 
 
+def test_timm_has_one_epsilon(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_folder(tmp_path / "model", random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)))
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "x.safetensors"), "--format", "timm"]) == 2
+    assert "but this model has norm_eps 1e-05 (timm's is 1e-06)" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = random_weights.draw(tiny.plain(stem="patch"))
+    del silent.about["licence"]
+    save_folder(tmp_path / "silent", silent)
+
+    def run_command(verb: str, source: str, dest: str, *words: str) -> int:
+        return cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *words])
+
+    assert run_command("convert", "silent", "a", "--licence", "MIT") == 0
+    assert run_command("convert", "a", "b") == 0
+    assert run_command("convert", "a", "c", "--num_classes", "3", "--image_size", "64") == 0
+    assert run_command("export", "b", "d", "--format", "folder") == 0
+    assert run_command("export", "silent", "e", "--format", "folder", "--licence", "MIT") == 0
+    for name in "abcde":
+        assert load_folder(tmp_path / name).about["licence"] == "MIT", name
+    assert run_command("export", "a", "f", "--format", "folder", "--licence", "CC BY 4.0") == 0
+    assert load_folder(tmp_path / "f").about["licence"] == "CC BY 4.0"
+    for words, place in ((("--format", "stablehlo"), "x.stablehlo"), (("--format", "onnx"), "x.onnx")):
+        assert run_command("export", "silent", place, *words, "--licence", "MIT") == 0
+        assert open_predictor(tmp_path / place).about["licence"] == "MIT"
+    capsys.readouterr()
+    for command in ("convert", "export --format original", "export --format timm"):
+        verb, *more = command.split()
+        assert run_command(verb, "silent", "x.safetensors", *more, "--licence", "MIT") == 2
+        assert capsys.readouterr().err.startswith(f"sit {verb}: --licence: ")
+        assert not (tmp_path / "x.safetensors").exists()
+
+
 def test_evaluating_a_model_of_unknown_origin(
     folder: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

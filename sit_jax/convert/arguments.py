@@ -21,6 +21,7 @@ class Options(NamedTuple):
         num_classes: Another number of classes, or None.
         ema: The moving average instead of the weights, where there are both.
         reverse: Whether reverse modules are read where there are any.
+        licence: What the weights may be used for, such as `MIT`; what the source says where None.
         like: A model that is taken for the one in the file, in what its tensors leave open; fields come before it.
     """
 
@@ -29,6 +30,7 @@ class Options(NamedTuple):
     num_classes: int | None = None
     ema: bool = False
     reverse: bool = True
+    licence: str | None = None
     like: "Architecture | None" = None
 
 
@@ -42,6 +44,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_classes", type=_positive, help="replace the heads by zeros for so many classes")
     parser.add_argument("--without_reverse", action="store_true", help="leave the reverse modules out")
     parser.add_argument("--ema", action="store_true", help="the moving average, where SOURCE holds one besides")
+    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for a model folder's config.json")
     parser.add_argument("--force", action="store_true", help="replace DEST if it is there")
     group = parser.add_argument_group("what tensors do not tell", "Needed where no named model has the shape found.")
     group.add_argument(f"--{_PREFIX}name", metavar="NAME", help="take the values below from a named model")
@@ -61,6 +64,7 @@ def convert_options(arguments: argparse.Namespace) -> Options:
         num_classes=arguments.num_classes,
         ema=arguments.ema,
         reverse=not arguments.without_reverse,
+        licence=arguments.licence,
     )
 
 

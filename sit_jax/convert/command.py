@@ -31,6 +31,8 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
         UserError: One line; nothing is written then, and what lay at `dest` is still there.
     """
     writer = _writer(dest)
+    if options.licence is not None and dest.suffix:
+        raise UserError(f"--licence: a {dest.suffix} file holds tensors only; a model folder says what its licence is")
     _check_free(source, dest, force)
     weights = read_weights(source, options=options, say=say)
     if "preprocessing" not in weights.about:

@@ -67,6 +67,8 @@ def read_weights(
         words = ", ".join(f"--model.{name}" for name in options.fields)
         raise UserError(f"{path}: is a run, whose config.json says what its model is; leave {words} out")
     weights = read_run(path, options.ema, options.reverse, say) if is_run(path) else _read_file(path, options, say)
+    if options.licence is not None:
+        weights = weights._replace(about={**weights.about, "licence": options.licence})
     if options.num_classes is not None:
         weights = replace_heads(weights, options.num_classes, say)
     if options.image_size is not None:

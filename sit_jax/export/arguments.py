@@ -15,6 +15,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
     parser.add_argument("--with_reverse", action="store_true", help="folder, original: the reverse modules too")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="onnx: type of the weights")
+    parser.add_argument("--licence", metavar="TEXT", help="folder, onnx, stablehlo: of the weights")
     parser.add_argument("--raw_input", action="store_true", help="onnx, stablehlo: take uint8 pixels (NHWC)")
 
 

@@ -28,6 +28,7 @@ def export_model(
     with_reverse: bool = False,
     dtype: onnx_file.Dtype = "float32",
     raw_input: bool = False,
+    licence: str | None = None,
 ) -> None:
     """Writes a model in another format, whole or not at all.
 
@@ -40,14 +41,20 @@ def export_model(
         with_reverse: Also the reverse modules (`folder` and `original`).
         dtype: Type of weights and products (`onnx`).
         raw_input: Take uint8 pixels and normalise them within (`onnx` and `stablehlo`).
+        licence: What the weights may be used for, such as `MIT` (`folder`, `onnx` and `stablehlo`); what the source
+            says where None.
 
     Raises:
         UserError: The source cannot be read, the destination not written, or the options do not fit the format.
     """
     _check_options(dest, kind, with_reverse, dtype, raw_input)
+    if licence is not None and kind in ("original", "timm"):
+        raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
     weights = open_weights(source, ema, step, with_reverse)
     if with_reverse and not weights.reverse:
         raise UserError(f"--with_reverse: {source} holds no reverse modules")
+    if licence is not None:
+        weights = weights._replace(about={**weights.about, "licence": licence})
     if kind == "folder":
         save_folder(dest, weights, with_reverse)
     elif kind == "onnx":

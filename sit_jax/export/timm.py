@@ -8,6 +8,8 @@ from sit_jax.convert.original import to_original
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
 
+_NORM_EPS = 1e-6
+
 
 def to_timm(weights: Weights) -> dict[str, np.ndarray]:
     """A plain ViT's weights as timm's state dict; with a distillation token that of its `VisionTransformerDistilled`.
@@ -15,12 +17,14 @@ def to_timm(weights: Weights) -> dict[str, np.ndarray]:
     timm's names are the original's but for the distillation token's position, which stands among the others.
 
     Raises:
-        UserError: The model is not one that timm has: slimmed, with a convolutional stem, or with scaled residuals.
+        UserError: The model is not one that timm has: slimmed, with a convolutional stem, with scaled residuals, or
+            with another epsilon in its LayerNorms, which no tensor tells.
     """
     arch = weights.arch
     problems = ["is slimmed"] if arch.is_slimmed else []
     problems += [f"has a {arch.stem} stem"] if arch.stem != "patch" else []
     problems += [f"divides its residual branches by {arch.residual_scale:g}"] if arch.residual_scale != 1 else []
+    problems += [f"has norm_eps {arch.norm_eps:g} (timm's is {_NORM_EPS:g})"] if arch.norm_eps != _NORM_EPS else []
     if problems:
         raise UserError(f"timm has plain vision transformers only, but this model {', '.join(problems)}")
     state_dict = to_original({"params": weights.params, "batch_stats": weights.batch_stats}, arch)
