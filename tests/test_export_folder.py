@@ -14,7 +14,9 @@ import pytest
 import random_weights
 import safetensors.numpy
 import tiny
+from PIL import Image
 
+from sit_jax import cli
 from sit_jax.convert.original import name_table, to_original
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
@@ -95,8 +97,8 @@ def content(change: Callable[[bytes], bytes]) -> Callable[[pathlib.Path], Any]:
 def config(**changes: Any) -> Callable[[pathlib.Path], None]:
     def spoil(folder: pathlib.Path) -> None:
         values = json.loads((folder / CONFIG).read_text())
-        values["architecture"] |= changes.pop("architecture", {})
-        (folder / CONFIG).write_text(json.dumps({**values, **changes}))
+        architecture = {**values["architecture"], **changes.get("architecture", {})}
+        (folder / CONFIG).write_text(json.dumps({**values, **changes, "architecture": architecture}))
 
     return spoil
 
@@ -159,6 +161,13 @@ LIES: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "mean null": (config(preprocessing={"mean": None}), "preprocessing.mean must be a list of numbers"),
     "mean of words": (config(preprocessing={"mean": ["x"]}), "preprocessing.mean must be a list of numbers"),
     "deviation zero": (config(preprocessing={"std": [0.0]}), "preprocessing.std must be a list of numbers"),
+    "deviation of nearly zero": (
+        config(preprocessing={"std": [1e-320]}),
+        "preprocessing.std must be a list of numbers",
+    ),
+    "deep without end": (config(architecture={"depth": 2**20, "stage_blocks": [1, 2**20 - 1]}), "depth"),
+    "infinite ratio": (config(architecture={"keep_ratio": float("inf")}), "keep_ratio: must be above 0"),
+    "no ratio": (config(architecture={"keep_ratio": float("nan")}), "keep_ratio: must be above 0"),
     "vast": (config(architecture={"dim": 24 * 10**20}), "dim"),
     "infinitely wide": (config(architecture={"mlp_ratio": 1e300}), "mlp_ratio"),
     "no width": (config(architecture={"mlp_ratio": 1e-9}), "mlp_ratio"),
@@ -190,6 +199,52 @@ def test_files_that_lie(lie: str, good: pathlib.Path, tmp_path: pathlib.Path) ->
     # The commands look at a folder in another way before they load it.
     with pytest.raises(UserError):
         open_predictor(folder)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_commands_tell_of_lies_in_one_line(
+    lie: str, good: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, picture = tmp_path / "bad", tmp_path / "x.png"
+    shutil.copytree(good, folder)
+    LIES[lie][0](folder)
+    Image.new("L", (32, 32)).save(picture)
+    assert cli.main(["predict", str(folder), str(picture)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sit predict: {folder}")
+
+
+@pytest.mark.parametrize("lie", [lie for lie in LIES if "preprocessing" in LIES[lie][1] or "names" in LIES[lie][1]])
+def test_lies_are_not_converted_on(
+    lie: str, good: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, message = LIES[lie]
+    folder = tmp_path / "bad"
+    shutil.copytree(good, folder)
+    spoil(folder)
+    assert cli.main(["convert", str(folder), str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sit convert: {folder / CONFIG}: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_may_not_be_read(
+    good: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, read = tmp_path / "x.png", pathlib.Path.read_text
+    Image.new("L", (32, 32)).save(picture)
+
+    def forbidden(path: pathlib.Path, *words: Any) -> str:
+        if path.name == CONFIG:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *words)
+
+    monkeypatch.setattr(pathlib.Path, "read_text", forbidden)
+    for words in (["predict", str(good), str(picture)], ["convert", str(good), str(tmp_path / "out")]):
+        assert cli.main(words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"sit {words[0]}: {good / CONFIG}: cannot be read: Permission denied"
 
 
 def test_nothing_is_overwritten_or_left_behind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,6 +379,9 @@ def test_files_that_are_no_models(tmp_path: pathlib.Path) -> None:
         assert len(str(raised.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"gone.onnx: there is no such"):
         open_predictor(tmp_path / "gone.onnx")
+    (tmp_path / "empty.stablehlo.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"empty.stablehlo.json: is not valid JSON"):
+        open_predictor(tmp_path / "empty.stablehlo")
     (tmp_path / "empty.stablehlo.json").unlink()
     with pytest.raises(UserError, match=r"empty.stablehlo.json: cannot be read"):
         open_predictor(tmp_path / "empty.stablehlo")

@@ -90,7 +90,7 @@ def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
 def _is_model_folder(path: pathlib.Path) -> bool:
     try:
         values = json.loads((path / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and values.get("format") == FORMAT
 

@@ -131,12 +131,14 @@ def _tensors(file: pathlib.Path, ema: bool, say: Say) -> Tensors:
 
 def _read_config(path: pathlib.Path) -> dict[str, Any]:
     """The `config.json` beside a file of weights; empty where there is none."""
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise FileError(f"{path}: is too large for a description of a model")
     try:
+        if not path.is_file():
+            return {}
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise FileError(f"{path}: is too large for a description of a model")
         values = json.loads(path.read_text())
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):

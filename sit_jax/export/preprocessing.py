@@ -37,6 +37,10 @@ def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
     }
 
 
+# Below this a deviation is none, and in float32 it may be zero.
+_SMALLEST_STD = 1e-9
+
+
 def check_about(about: dict[str, Any], num_classes: int, where: object) -> None:
     """Raises a UserError where a description of a model holds what no picture or class can be described by.
 
@@ -55,7 +59,7 @@ def check_about(about: dict[str, Any], num_classes: int, where: object) -> None:
         return
     if not isinstance(preprocessing, dict):
         raise UserError(f"{where}: preprocessing must be an object, is {str(preprocessing)[:50]!r}")
-    for name, least in (("mean", -math.inf), ("std", 0.0)):
+    for name, least in (("mean", -math.inf), ("std", _SMALLEST_STD)):
         if name in preprocessing and not _are_numbers(preprocessing[name], least):
             raise UserError(f"{where}: preprocessing.{name} must be a list of numbers, one per channel")
 

@@ -81,8 +81,8 @@ def load(path: str | pathlib.Path) -> Loaded:
         description, artifact = json.loads(description_path(path).read_text()), path.read_bytes()
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{description_path(path)}: is not valid JSON: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{description_path(path)}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
     # XLA's parser ends the process at some damaged artifacts, so none gets that far.
     checksum = description.pop(CHECKSUM, None) if isinstance(description, dict) else None
     if hashlib.sha256(artifact).hexdigest() != checksum:

@@ -12,7 +12,7 @@ Stem = Literal["patch", "conv4", "conv6", "conv7"]
 # The strided convolutions of the conv stems always reduce by this factor, whatever patch_size says.
 CONV_STEM_STRIDE = 16
 # No model is larger in any direction; what claims to be is damaged.
-_LARGEST = 2**20
+_LARGEST, _DEEPEST = 2**20, 2**12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,9 @@ class Architecture:
         sizes = ("image_size", "in_channels", "num_classes", "stem_width", "patch_size", "dim", "depth", "num_heads")
         for name in sizes:
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
-            problem = f"must be a whole number from {least} to {_LARGEST}, is {value!r}"
-            _require(isinstance(value, int) and least <= value <= _LARGEST, name, problem)
+            most = _DEEPEST if name == "depth" else _LARGEST
+            problem = f"must be a whole number from {least} to {most}, is {value!r}"
+            _require(isinstance(value, int) and least <= value <= most, name, problem)
         for name in ("mlp_ratio", "residual_scale", "norm_eps"):
             value = getattr(self, name)
             _require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, is {value!r}")
@@ -106,8 +107,8 @@ class Architecture:
         _require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
         problem = f"{blocks} adds up to {sum(blocks)}, but depth is {self.depth}"
         _require(sum(blocks) == self.depth, "stage_blocks", problem)
-        counts = self.token_counts if self.kept_tokens or self.keep_ratio is not None else ()
         if self.kept_tokens:
+            counts = self.kept_tokens
             problem = f"has {len(counts)} entries for {len(blocks)} stages"
             _require(len(counts) == len(blocks), "kept_tokens", problem)
             problem = f"must begin with the grid's {self.num_patches} tokens, begins with {counts[0]}"
@@ -118,6 +119,8 @@ class Architecture:
         ratio = self.keep_ratio
         problem = f"must be above 0 and at most 1 where stage_blocks is given, is {ratio}"
         _require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
+        # Not before: what is no share of anything has no whole numbers of tokens.
+        counts = self.token_counts
         problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {self.num_patches}"
         _require(min(counts) >= 1, "keep_ratio", problem)
 
