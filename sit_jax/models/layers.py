@@ -3,6 +3,7 @@
 Everything takes a `dtype` for the products and keeps softmax, statistics and parameters in float32.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -32,9 +33,33 @@ def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
+@jax.custom_vjp
 def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU by the error function (Flax's default is the tanh approximation)."""
-    return jax.nn.gelu(x, approximate=False)
+    """GELU by the error function (Flax's default is the tanh approximation), computed in float32.
+
+    As in PyTorch, `x / 2 * (1 + erf(x / sqrt 2))`: JAX's own takes `erfc`, which on CPU works out two branches, and its
+    derivative runs over the array four times and keeps three more of them. Here the backward pass is one pass over `x`.
+    """
+    value = x.astype(jnp.float32)
+    return (value * _normal_share(value)).astype(x.dtype)
+
+
+def _gelu_forward(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    return exact_gelu(x), x
+
+
+def _gelu_backward(x: Float[Array, "..."], gradient: Float[Array, "..."]) -> tuple[Float[Array, "..."]]:
+    value = x.astype(jnp.float32)
+    slope = _normal_share(value) + value * jnp.exp(-0.5 * value * value) / math.sqrt(2 * math.pi)
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+def _normal_share(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The share of the normal distribution that lies below x."""
+    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+
+
+exact_gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class BatchNorm(nn.Module):
@@ -126,6 +151,24 @@ class ConvStem(nn.Module):
         return _project_patches(self.arch, self.dtype, x) if side else x
 
 
+def attend(
+    query: Float[Array, "batch heads tokens size"],
+    key: Float[Array, "batch heads others size"],
+    value: Float[Array, "batch heads others size"],
+) -> Float[Array, "batch heads tokens size"]:
+    """Attention with softmax in float32, heads before tokens.
+
+    The sum of the exponentials divides the result, which is smaller than the weights. And on CPU the products run
+    several times faster in this order of dimensions, without a softmax fused into them.
+    """
+    size = query.shape[-1]
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query * size**-0.5, key, preferred_element_type=jnp.float32)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / total).astype(value.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with softmax in float32."""
 
@@ -138,10 +181,8 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         head_dim = dim // self.num_heads
         qkv = dense(3 * dim, self.dtype, "qkv", self.qkv_bias)(x)
-        query, key, value = jnp.moveaxis(qkv.reshape(batch, tokens, 3, self.num_heads, head_dim), 2, 0)
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * head_dim**-0.5, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores).astype(self.dtype)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(batch, tokens, dim)
+        query, key, value = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+        mixed = attend(query, key, value).transpose(0, 2, 1, 3).reshape(batch, tokens, dim)
         return dense(dim, self.dtype, "proj")(mixed)
 
 
