@@ -15,7 +15,7 @@ from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
-from sit_jax.process import quiet_libraries, take_cpu
+from sit_jax.process import keep_compiled, quiet_libraries, take_cpu
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.add_argument("--workdir", required=True, type=_folder, help="folder of the run; made if missing")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    train.add_argument(
+        "--compilation_cache",
+        default="",
+        help="folder that keeps compiled programs, or none; ~/.cache/sit_jax if not given",
+    )
     train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
     _add_processes(train)
     plan = _verb(
@@ -158,6 +163,7 @@ def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.A
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     quiet_libraries()
+    keep_compiled(arguments.compilation_cache)
     first = _join(arguments)
     from sit_jax.analysis.report import print_summary, summarize
     from sit_jax.run import print_sharding, run
