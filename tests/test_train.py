@@ -220,4 +220,4 @@ def test_teacher_and_reverse_modules_leave_no_activations(capsys: pytest.Capture
     assert not any(wide.dim * 7 in shape for shape in shapes)
     # Of a reverse module its gradients alone: nothing as large as all channels of all examples.
     assert not any(16 * arch.dim in shape for shape in shapes)
-    assert not any(shape[-2:] == (arch.num_patches, 4 * arch.dim) for shape in shapes)
+    assert not any(shape[-3:] == (16, arch.num_patches, 4 * arch.dim) for shape in shapes)
