@@ -15,7 +15,7 @@ from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
-from sit_jax.process import quiet_libraries, take_cpu
+from sit_jax.process import keep_memory, quiet_libraries, take_cpu
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -157,6 +157,7 @@ def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.A
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
+    keep_memory()
     quiet_libraries()
     first = _join(arguments)
     from sit_jax.analysis.report import print_summary, summarize
@@ -191,6 +192,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
+    keep_memory()
     quiet_libraries()
     first = _join(arguments)
     import dataclasses
@@ -229,6 +231,7 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
+    keep_memory()
     quiet_libraries()
     from sit_jax.predict import command
 

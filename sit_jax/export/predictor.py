@@ -20,8 +20,8 @@ from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import is_folder, load_folder, read_description
 from sit_jax.export.from_run import run_weights
 from sit_jax.export.preprocessing import about_run, data_config, settled
+from sit_jax.inference import prepare
 from sit_jax.metrics import EvalMetrics, eval_metrics
-from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.origins import trained_variables
@@ -136,10 +136,8 @@ def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int =
 
 
 def _jitted(model: ModelConfig, variables: dict[str, Any], data: DataConfig) -> Callable[[np.ndarray], np.ndarray]:
-    module = build_model(model.architecture, dtype=model.dtype)
-    step = jax.jit(lambda variables, pixels: module.apply(variables, normalize(pixels, data))[0])
-    placed = jax.device_put(variables)
-    return lambda pixels: np.asarray(step(placed, pixels))
+    run = prepare(model.architecture, variables, model.dtype).jit(before=lambda pixels: normalize(pixels, data))
+    return lambda pixels: np.asarray(run(pixels))
 
 
 def _variables(params: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:
