@@ -65,9 +65,10 @@ def test_photographs(
 ) -> None:
     out, arrays = tmp_path / "figures", tmp_path / "arrays"
     words = [str(model), str(photographs), "--output", str(out), "--arrays", str(arrays), "--dpi", "50"]
-    compiled = core._forward._cache_size()
+    forward: Any = core._forward
+    compiled = forward._cache_size()
     assert cli.main(["visualize", *words, "--tokens", "6", "--batch_size", "2"]) == 1
-    assert core._forward._cache_size() == compiled + 1  # Two batches, the last one filled up.
+    assert forward._cache_size() == compiled + 1  # Two batches, the last one filled up.
     said, errors = capsys.readouterr()
     assert f"Written: {out} (3 pictures)" in said
     assert f"visualize: skipped {photographs / 'cut.jpg'}: " in errors
@@ -126,8 +127,12 @@ def test_what_is_shown_is_what_the_model_sees(model: pathlib.Path, photographs: 
 def test_the_digits_split(
     tmp_path: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    titles = []
-    draw = lambda path, *rest: (titles.append(rest[3:5]), path.write_bytes(b"png"))  # noqa: E731
+    titles: list[tuple[str, str]] = []
+
+    def draw(path: pathlib.Path, *rest: Any) -> None:
+        titles.append(rest[3:5])
+        path.write_bytes(b"png")
+
     monkeypatch.setattr("sit_jax.visual.command.draw_maps", draw)
     save_folder(tmp_path / "model", random_weights.draw())
     words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
