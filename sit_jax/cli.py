@@ -16,6 +16,7 @@ from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import quiet_libraries, take_cpu
+from sit_jax.report.arguments import add_report, run_report
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
     add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
+    add_report(_verb(verbs, "report", run_report, "make a page about a run, or about several side by side"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     add_checkpoint_tasks(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
