@@ -37,7 +37,18 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
             cli.load_config(arguments.config, rest)
         else:
             assert rest == []
-    assert seen == {"train", "evaluate", "models", "data", "checkpoint", "export", "predict", "plan", "convert"}
+    assert seen == {
+        "train",
+        "evaluate",
+        "models",
+        "data",
+        "checkpoint",
+        "export",
+        "predict",
+        "plan",
+        "convert",
+        "report",
+    }
 
 
 def test_variations() -> None:

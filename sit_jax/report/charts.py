@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -139,10 +140,10 @@ def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart |
             name=html.escape(one.name),
             mode="lines+markers" if len(one.steps) <= _FEW_POINTS else "lines",
         )
-    axis: dict[str, Any] = {"type": "log"} if scale == "log" else {}
+    axis = _log_axis(series) if scale == "log" else {}
     figure.update_layout(
         xaxis={"title": {"text": "step"}},
-        yaxis={"title": {"text": "%" if scale == "percent" else ""}, "exponentformat": "power", **axis},
+        yaxis={"title": {"text": "%" if scale == "percent" else ""}, **axis},
         hovermode="x unified",
     )
     rows, table_note = _table(series, scale)
@@ -156,13 +157,23 @@ def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart |
     return Chart(key, title, "; ".join(ends) + ".", _plain(figure), headings, rows, note + table_note)
 
 
+def _log_axis(series: list[Series]) -> dict[str, Any]:
+    """A logarithmic axis whose labels stand apart: Plotly's own choice of one per digit does not fit."""
+    values = [value for one in series for value in one.values]
+    decades = math.log10(max(values) / min(values))
+    ticks: dict[str, Any] = {} if decades < 1 else {"dtick": "D2"} if decades < 3 else {"dtick": 1}
+    return {"type": "log", "tickformat": "~g", **ticks}
+
+
 def _table(series: list[Series], scale: Scale) -> tuple[list[list[str]], str]:
     columns = [dict(zip(one.steps, one.values, strict=True)) for one in series]
     steps = sorted({step for one in series for step in one.steps})
     every = -(-len(steps) // _MOST_ROWS)
     # The last step is always there: it is what people look for.
     kept = steps[::every] if steps[::every][-1] == steps[-1] else [*steps[::every], steps[-1]]
-    rows = [[f"{step:,}", *(_show(column[step], scale) if step in column else "" for column in columns)] for step in kept]
+    rows = [
+        [f"{step:,}", *(_show(column[step], scale) if step in column else "" for column in columns)] for step in kept
+    ]
     return rows, f"The table shows {len(kept)} of {len(steps):,} steps." if every > 1 else ""
 
 

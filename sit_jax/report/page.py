@@ -105,20 +105,24 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
     unlike: list[Difference] = differences(records) if several else []
     charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
     plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
-    return _environment().get_template("page.html").render(
-        title=records[0].name if not several else f"{len(views)} runs compared",
-        views=views,
-        several=several,
-        comparing=comparing,
-        teachers=teachers,
-        differences=unlike,
-        figures={chart.key: chart.figure for chart in charts},
-        style=Markup(_source("style.css")),
-        plotly_code=plotly_code if charts else Markup(""),
-        own_code=own_code,
-        script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
-        made=made.strftime("%Y-%m-%d %H:%M UTC"),
-        maker=_maker(),
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=records[0].name if not several else f"{len(views)} runs compared",
+            views=views,
+            several=several,
+            comparing=comparing,
+            teachers=teachers,
+            differences=unlike,
+            figures={chart.key: chart.figure for chart in charts},
+            style=Markup(_source("style.css")),
+            plotly_code=plotly_code if charts else Markup(""),
+            own_code=own_code,
+            script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
+            made=made.strftime("%Y-%m-%d %H:%M UTC"),
+            maker=_maker(),
+        )
     )
 
 
@@ -173,13 +177,14 @@ def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
     examples = record.scores[-1].get("examples") if record.scores else None
     noted = record.about.get("data")
     position = finite(noted.get("epoch")) if isinstance(noted, dict) else None
+    colours = "grey" if arch.in_channels == 1 else f"{arch.in_channels} channels"
     rows = [
         ("data set", data.name),
         ("folder", data.data_dir or "tfds's own"),
         ("training split", data.train_split),
         ("evaluation split", data.eval_split + (f", {examples:,.0f} pictures" if examples else "")),
         ("classes", f"{arch.num_classes:,}" if arch.num_classes else "as many as the data has"),
-        ("pictures", f"{arch.image_size} x {arch.image_size} pixels, {arch.in_channels} channels"),
+        ("pictures", f"{arch.image_size} x {arch.image_size} pixels, {colours}"),
         ("resize", f"{data.resize}, {data.interpolation}"),
         ("batch", f"{config.batch_size:,} pictures"),
     ]

@@ -4,6 +4,9 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const coarse = matchMedia("(pointer: coarse)");
+  // Pixels that fit on A4 and on letter paper between margins.
+  const PAPER_WIDTH = 640;
+  let printing = false;
   const dashes = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
 
   // Colours are the style sheet's, so that charts follow the light and the dark page, and paper.
@@ -27,13 +30,21 @@
       hoverlabel: { bgcolor: colour("raised"), bordercolor: line, font: { color: colour("text") } },
       xaxis: { ...axis, ...figure.layout.xaxis },
       yaxis: { ...axis, ...figure.layout.yaxis },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("muted"), activecolor: colour("link") },
       // On a touch screen a finger on a chart scrolls the page; the buttons zoom.
       dragmode: coarse.matches ? false : "zoom",
+      ...(printing ? { width: PAPER_WIDTH } : {}),
     };
     return { data, layout };
   }
 
-  const options = { responsive: true, displaylogo: false, scrollZoom: false };
+  const options = {
+    responsive: true,
+    displaylogo: false,
+    scrollZoom: false,
+    displayModeBar: coarse.matches ? false : "hover",
+    modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+  };
   const plots = [...document.querySelectorAll("[data-figure]")];
 
   function draw(plot) {
@@ -68,6 +79,8 @@
     }
   }
 
+  const redraw = () => plots.filter((plot) => plot.data).forEach(draw);
+
   if (window.Plotly) {
     for (const plot of plots) {
       const hidden = plot.closest("details:not([open])");
@@ -75,7 +88,6 @@
       if (hidden) hidden.addEventListener("toggle", () => draw(plot), { once: true });
       else draw(plot);
     }
-    const redraw = () => plots.filter((plot) => plot.data).forEach(draw);
     dark.addEventListener("change", redraw);
     matchMedia("print").addEventListener("change", redraw);
   }
@@ -100,8 +112,12 @@
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details.printed:not([open])")];
     for (const lid of opened) lid.open = true;
+    printing = true;
+    redraw();
   });
   addEventListener("afterprint", () => {
     for (const lid of opened) lid.open = false;
+    printing = false;
+    redraw();
   });
 })();
