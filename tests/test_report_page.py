@@ -1,6 +1,7 @@
 """The page of `sit report` in a real browser: it draws, it obeys the keyboard, it fits, it keeps to itself."""
 
 import datetime
+import itertools
 import pathlib
 import shutil
 from typing import Any
@@ -49,7 +50,7 @@ def test_page_at_a_desk(chromium: Any, page: pathlib.Path) -> None:
         assert len(lines) >= 9
         assert set(lines) == {2}  # Both runs in every chart.
         levels = seen.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5')].map((x) => Number(x.tagName[1]))")
-        assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
         seen.page.get_by_text("Curves of the teacher's training").first.click()
         seen.page.wait_for_selector("#run-1-teacher-loss .js-line")
         assert seen.overflow() == 0

@@ -17,10 +17,7 @@ from sit_jax import cli, workdir
 from sit_jax.analysis.summary import summarize
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import (
-    CheckpointConfig,
     Config,
-    DataConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     TeacherConfig,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from sit_jax.report.gather import RunRecord
 
-ABSENT = "–"
+ABSENT = "\N{EN DASH}"
 
 
 class Difference(NamedTuple):

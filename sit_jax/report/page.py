@@ -101,7 +101,6 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
     records = [view.record for view in views]
     several = len(views) > 1
     comparing = comparing_charts(records, "compared") if several else []
-    teachers = [record.teachers["teacher"] for record in records if "teacher" in record.teachers]
     unlike: list[Difference] = differences(records) if several else []
     charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
     plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
@@ -113,7 +112,6 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
             views=views,
             several=several,
             comparing=comparing,
-            teachers=teachers,
             differences=unlike,
             figures={chart.key: chart.figure for chart in charts},
             style=Markup(_source("style.css")),
@@ -170,7 +168,7 @@ def day(seconds: float | None) -> str:
 
 
 def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
-    config, rows = record.config, []
+    config = record.config
     if config is None:
         return []
     arch, data = config.model.architecture, config.data
@@ -201,7 +199,7 @@ def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
 
 def _environment_rows(record: RunRecord) -> list[tuple[str, str]]:
     about = record.about
-    rows = [(name, show(about[name])) for name in ("devices", "processes") if name in about]
+    rows: list[tuple[str, str]] = [(name, show(about[name])) for name in ("devices", "processes") if name in about]
     mesh, versions = about.get("mesh"), about.get("versions")
     if isinstance(mesh, dict):
         rows.append(("mesh", ", ".join(f"{axis} {show(size)}" for axis, size in mesh.items())))

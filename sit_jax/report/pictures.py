@@ -102,7 +102,7 @@ def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
         tokens = [
             Shown(
                 data_uri(heat(picture.pixels, stage.cumulative[row, token], maps.grid), _SMALL),
-                f"{what}, where token {token + 1} looks: {_count(round(float(effective[token]), 1), 'effective patch')}",
+                f"{what}, where token {token + 1} looks: {effective[token]:.1f} effective patches",
             )
             for token in order
         ]
@@ -123,7 +123,7 @@ def data_uri(pixels: UInt8[ndarray, "height width channels"], side: int) -> str:
     return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
-def _count(number: float, noun: str) -> str:
+def _count(number: int, noun: str) -> str:
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun}es" if noun.endswith("ch") else f"{number:,} {noun}s"
