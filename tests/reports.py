@@ -38,7 +38,7 @@ def damaged_checkpoint(folder: pathlib.Path) -> list[str]:
     for path in (folder / "checkpoints" / "22").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    return ["heckpoint"]
+    return ["The checkpoints cannot be read: "]
 
 
 def no_teacher(folder: pathlib.Path) -> list[str]:

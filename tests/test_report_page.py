@@ -45,14 +45,15 @@ def test_page_at_a_desk(chromium: Any, page: pathlib.Path) -> None:
             assert seen.page.locator(landmark).count() == 1, landmark
         for heading in ("Comparison", "digits", "again", "Result", "Where the tokens look", "Configuration"):
             assert seen.page.get_by_role("heading", name=heading, exact=True).first.is_visible()
-        drawn = "[...document.querySelectorAll('#comparison .plot')].map((x) => x.querySelectorAll('.js-line').length)"
+        drawn = """[...document.querySelectorAll('#comparison .plot')]
+            .map((plot) => plot.querySelectorAll('.scatterlayer .js-line').length)"""
         lines = seen.evaluate(drawn)
         assert len(lines) >= 9
         assert set(lines) == {2}  # Both runs in every chart.
         levels = seen.evaluate("[...document.querySelectorAll('h1,h2,h3,h4,h5')].map((x) => Number(x.tagName[1]))")
         assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
         seen.page.get_by_text("Curves of the teacher's training").first.click()
-        seen.page.wait_for_selector("#run-1-teacher-loss .js-line")
+        seen.page.wait_for_selector("#run-1-teacher-loss .scatterlayer .js-line")
         assert seen.overflow() == 0
         assert seen.requests == [page.as_uri()]
         assert seen.errors == []
@@ -153,7 +154,7 @@ def test_page_on_paper(chromium: Any, page: pathlib.Path) -> None:
 
 def test_page_without_scripts(chromium: Any, page: pathlib.Path) -> None:
     with browser.visit(chromium, page.as_uri(), java_script_enabled=False) as seen:
-        assert seen.page.get_by_text("Without JavaScript there are no curves").is_visible()
+        assert seen.page.locator("noscript p").is_visible()
         assert seen.page.locator("#run-1-maps .stage").nth(0).is_visible()
         assert seen.page.locator("#run-1-maps .stage").nth(1).is_visible()
         assert not seen.page.locator(".slider").first.is_visible()
@@ -167,6 +168,6 @@ def test_hostile_texts_are_shown_as_they_are(chromium: Any, page: pathlib.Path, 
         assert seen.evaluate("window.hurt") is None
         assert seen.page.locator("h1").inner_text() == reports.HOSTILE
         assert seen.page.locator("#run-1-classes img").count() == 0
-        ticks = seen.page.locator("#run-1-classes .xtick").all_inner_texts()
+        ticks = seen.page.locator("#run-1-classes .xtick").all_text_contents()
         assert any("<script>" in text for text in ticks)
         assert (seen.errors, seen.requests) == ([], [path.as_uri()])

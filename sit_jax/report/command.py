@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import os
 import pathlib
 import sys
@@ -53,7 +54,8 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
         if not with_model:
             record.missing.append("The model was not asked (--no_model): no classes, no pictures, no token maps.")
         elif record.config is not None and record.checkpoints:
-            findings = attempt(lambda record=record: find(record, examples), None, record.missing)  # type: ignore[misc]
+            ask = functools.partial(find, record, examples)
+            findings = attempt(ask, None, record.missing, "The model, or its evaluation split,")
         views.append(view_run(f"run-{index}", record, findings))
     print("report: writing the page", file=sys.stderr)
     _write(output, render(views, datetime.datetime.now(datetime.UTC)))

@@ -142,16 +142,18 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
         raise UserError(f"{folder}: is not the folder of a run: it holds no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
-    config = attempt(lambda: from_config_dict(copy.deepcopy(values)), None, missing) if values else None
-    metrics = attempt(lambda: scan_metrics(folder), MetricLines([], [], False), missing)
+    config = (
+        attempt(lambda: from_config_dict(copy.deepcopy(values)), None, missing, "The configuration") if values else None
+    )
+    metrics = attempt(lambda: scan_metrics(folder), MetricLines([], [], False), missing, "The metrics")
     _tell_damage(folder, metrics, missing)
     summary = _read_object(folder / SUMMARY, missing) if (folder / SUMMARY).exists() else {}
     checkpoints: list[Entry] = []
     about: dict[str, Any] = {}
     with silent_threads():
-        checkpoints = attempt(lambda: list_checkpoints(folder), checkpoints, missing)
+        checkpoints = attempt(lambda: list_checkpoints(folder), checkpoints, missing, "The checkpoints")
         if checkpoints:
-            about = attempt(lambda: read_contents(folder).about, about, missing)
+            about = attempt(lambda: read_contents(folder).about, about, missing, "The newest checkpoint")
     record = RunRecord(
         name=name or folder.resolve().name,
         folder=folder,
@@ -218,21 +220,23 @@ def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[
             missing.append(f"The {name}'s training has not begun.")
         elif not teacher.run or is_own_run(teacher.run):  # Weights of another program have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
-            record = attempt(lambda place=place, name=name: gather(place, name, is_teacher=True), None, missing)  # type: ignore[misc]
+            record = attempt(
+                lambda place=place, name=name: gather(place, name, is_teacher=True), None, missing, f"The {name}"
+            )  # type: ignore[misc]
             if record is not None:
                 found[name] = record
                 missing += [f"{name}: {text}" for text in record.missing]
     return found
 
 
-def attempt(read: Callable[[], T], otherwise: T, missing: list[str]) -> T:
-    """What a reader gives; where it fails, `otherwise`, and one more sentence on what is missing."""
+def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) -> T:
+    """What a reader of `what` gives; where it fails, `otherwise`, and one more sentence on what is missing."""
     try:
         return read()
     except UserError as error:
         missing.append(f"{str(error)[:1].upper()}{str(error)[1:]}.")
     except Exception as error:  # A page that says so is worth more than a traceback, whatever a damaged file leads to.
-        missing.append(f"Something cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        missing.append(f"{what} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}.")
     return otherwise
 
 
