@@ -1,7 +1,7 @@
 # make demo   slims a vision transformer on handwritten digits, in minutes on a laptop's CPU
 # make test   runs the tests
 # Both make .venv from requirements.txt first, when it is missing or older than that file; the tests also take
-# PyTorch and ONNX, from requirements-export.txt.
+# PyTorch, ONNX and Playwright, from requirements-export.txt.
 
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +22,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# PyTorch and ONNX are large, and only tests need them.
+# PyTorch, ONNX and Playwright are large, and only tests need them.
 $(VENV)/export: $(VENV)/ready requirements-export.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	@touch $@
@@ -59,7 +59,7 @@ lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]"
 	$(FREEZE) > build/base.txt
-	build/lock/bin/python -m pip install --quiet ".[onnx]"
+	build/lock/bin/python -m pip install --quiet ".[onnx,browser]"
 	$(FREEZE) | grep -vxFf build/base.txt > build/export.txt
 	for name in base export; do \
 		file=requirements$$(test $$name = base || echo -$$name).txt; \

@@ -16,6 +16,7 @@ from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import keep_memory, quiet_libraries, take_cpu
+from sit_jax.report.arguments import add_report, run_report
 from sit_jax.visual.arguments import add_visualize, run_visualize
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add_visualize(
         _verb(verbs, "visualize", run_visualize, "draw where tokens look and what the class token attends to")
     )
+    add_report(_verb(verbs, "report", run_report, "make a page about a run, or about several side by side"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     add_checkpoint_tasks(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
@@ -164,7 +166,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     keep_memory()
     quiet_libraries()
     first = _join(arguments)
-    from sit_jax.analysis.report import print_summary, summarize
+    from sit_jax.analysis.summary import print_summary, summarize
     from sit_jax.run import print_sharding, run
 
     if arguments.print_sharding:

@@ -48,6 +48,7 @@ def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
         "plan",
         "convert",
         "visualize",
+        "report",
     }
 
 
