@@ -1,14 +1,15 @@
 # make demo   slims a vision transformer on handwritten digits, in minutes on a laptop's CPU
 # make test   runs the tests
-# Both make .venv from requirements.txt first, when it is missing or older than that file; the tests also take
-# PyTorch and ONNX, from requirements-export.txt.
+# make docs   builds the documentation's site into build/site
+# All make .venv from requirements.txt first, when it is missing or older than that file; the tests also take
+# PyTorch and ONNX, from requirements-export.txt, and what builds the site, from requirements-docs.txt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 
-.PHONY: help demo test test-slow lint typecheck lock clean
+.PHONY: help demo test test-slow lint typecheck docs lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,10 +28,14 @@ $(VENV)/export: $(VENV)/ready requirements-export.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	@touch $@
 
+$(VENV)/docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/sit train --config configs/digits.py --workdir $(WORKDIR) --resume
 
-test: $(VENV)/export
+test: $(VENV)/export $(VENV)/docs
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # The TPU compiler stays out of .venv: JAX would look for chips whenever it starts.
@@ -42,7 +47,7 @@ $(LIBTPU)/ready: $(VENV)/export
 		"$$($(BIN)/python -c 'from sit_jax.analysis.plan import libtpu_requirement; print(libtpu_requirement())')"
 	@touch $@
 
-test-slow: $(LIBTPU)/ready
+test-slow: $(LIBTPU)/ready $(VENV)/docs
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/ready
@@ -53,7 +58,10 @@ lint: $(VENV)/ready
 typecheck: $(VENV)/export
 	$(BIN)/mypy
 
-# Refreshes both requirements files: the newest versions that pyproject.toml admits, and all that they need.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Refreshes the requirements files: the newest versions that pyproject.toml admits, and all that they need.
 FREEZE := build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
@@ -61,7 +69,9 @@ lock:
 	$(FREEZE) > build/base.txt
 	build/lock/bin/python -m pip install --quiet ".[onnx]"
 	$(FREEZE) | grep -vxFf build/base.txt > build/export.txt
-	for name in base export; do \
+	build/lock/bin/python -m pip install --quiet ".[docs]"
+	$(FREEZE) | grep -vxFf build/base.txt -f build/export.txt > build/docs.txt
+	for name in base export docs; do \
 		file=requirements$$(test $$name = base || echo -$$name).txt; \
 		{ sed -n '/^#/p' $$file; cat build/$$name.txt; } > build/new.txt && mv build/new.txt $$file; \
 	done
