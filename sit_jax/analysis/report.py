@@ -13,7 +13,6 @@ from rich.table import Table
 from sit_jax import distributed, run, workdir
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
-from sit_jax.analysis.slimming_maps import draw_slimming
 from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
@@ -22,6 +21,8 @@ from sit_jax.metrics import read_metrics
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.origins import given_teacher, is_own_run
+from sit_jax.visual.slimming_png import draw_slimming
+from sit_jax.visual.token_maps import token_maps
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
@@ -135,7 +136,6 @@ def _draw_examples(
     arch = config.model.architecture
     if not isinstance(arch, Architecture) or not arch.is_slimmed:
         return
-    logits, outputs = build_model(arch).apply(variables, jnp.asarray(images[:_PICTURES_SHOWN]))
-    titles = [f"says {class_names[index]}" for index in np.asarray(logits).argmax(axis=1)]
-    pictures = pixels[:_PICTURES_SHOWN].astype(np.float32) / 255
-    draw_slimming(folder / SLIMMING, pictures, [np.asarray(x) for x in outputs.assignments], titles)
+    maps = token_maps(build_model(arch), variables, images[:_PICTURES_SHOWN])
+    titles = [f"says {class_names[index]}" for index in maps.logits.argmax(axis=1)]
+    draw_slimming(folder / SLIMMING, pixels[:_PICTURES_SHOWN], maps, titles)
