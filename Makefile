@@ -1,8 +1,8 @@
 # make demo   slims a vision transformer on handwritten digits, in minutes on a laptop's CPU
 # make test   runs the tests
 # make docs   builds the documentation's site into build/site
-# All make .venv from requirements.txt first, when it is missing or older than that file; the tests also take
-# PyTorch and ONNX, from requirements-export.txt, and what builds the site, from requirements-docs.txt.
+# All make .venv from requirements.txt first, when it is missing or older than that file. The tests also take PyTorch,
+# ONNX and Playwright (requirements-export.txt), Gradio (-demo) and what builds the site (-docs).
 
 PYTHON ?= python3
 VENV := .venv
@@ -23,7 +23,7 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-# PyTorch and ONNX are large, and only tests need them.
+# PyTorch, ONNX and Playwright are large, and only tests need them.
 $(VENV)/export: $(VENV)/ready requirements-export.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	@touch $@
@@ -32,10 +32,14 @@ $(VENV)/docs: $(VENV)/ready requirements-docs.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
+$(VENV)/demo: $(VENV)/ready requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	@touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/sit train --config configs/digits.py --workdir $(WORKDIR) --resume
 
-test: $(VENV)/export $(VENV)/docs
+test: $(VENV)/export $(VENV)/docs $(VENV)/demo
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # The TPU compiler stays out of .venv: JAX would look for chips whenever it starts.
@@ -47,7 +51,7 @@ $(LIBTPU)/ready: $(VENV)/export
 		"$$($(BIN)/python -c 'from sit_jax.analysis.plan import libtpu_requirement; print(libtpu_requirement())')"
 	@touch $@
 
-test-slow: $(LIBTPU)/ready $(VENV)/docs
+test-slow: $(LIBTPU)/ready $(VENV)/docs $(VENV)/demo
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/ready
@@ -65,13 +69,15 @@ docs: $(VENV)/docs
 FREEZE := build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]"
+	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]" "pillow<13"  # Gradio takes no 13 yet.
 	$(FREEZE) > build/base.txt
-	build/lock/bin/python -m pip install --quiet ".[onnx]"
+	build/lock/bin/python -m pip install --quiet ".[onnx,browser]"
 	$(FREEZE) | grep -vxFf build/base.txt > build/export.txt
 	build/lock/bin/python -m pip install --quiet ".[docs]"
-	$(FREEZE) | grep -vxFf build/base.txt -f build/export.txt > build/docs.txt
-	for name in base export docs; do \
+	$(FREEZE) | grep -vxF -f build/base.txt -f build/export.txt > build/docs.txt
+	build/lock/bin/python -m pip install --quiet ".[demo]"
+	$(FREEZE) | grep -vxF -f build/base.txt -f build/export.txt -f build/docs.txt > build/demo.txt
+	for name in base export docs demo; do \
 		file=requirements$$(test $$name = base || echo -$$name).txt; \
 		{ sed -n '/^#/p' $$file; cat build/$$name.txt; } > build/new.txt && mv build/new.txt $$file; \
 	done

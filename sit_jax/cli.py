@@ -159,7 +159,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     quiet_libraries()
     first = _join(arguments)
-    from sit_jax.analysis.report import print_summary, summarize
+    from sit_jax.analysis.summary import print_summary, summarize
     from sit_jax.run import print_sharding, run
 
     if arguments.print_sharding:

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from sit_jax import cli, workdir
-from sit_jax.analysis.report import summarize
+from sit_jax.analysis.summary import summarize
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import (
     CheckpointConfig,
