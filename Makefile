@@ -59,7 +59,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
 
-typecheck: $(VENV)/export
+typecheck: $(VENV)/export $(VENV)/demo
 	$(BIN)/mypy
 
 docs: $(VENV)/docs

@@ -13,6 +13,7 @@ from typing import Any
 from sit_jax import __version__
 from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
+from sit_jax.demo.arguments import add_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import quiet_libraries, take_cpu
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
     add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
+    add_demo(_verb(verbs, "demo", _demo, "open a page that shows what slimming does to your pictures"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     add_checkpoint_tasks(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
@@ -234,6 +236,13 @@ def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
 
     options = {"top": arguments.top, "style": arguments.format, "batch_size": arguments.batch_size}
     command(arguments.source, arguments.pictures, arguments.ema, arguments.step, **options)
+
+
+def _demo(arguments: argparse.Namespace, _: list[str]) -> None:
+    quiet_libraries()
+    from sit_jax.demo.serve import serve
+
+    serve(arguments.student, arguments.teacher, arguments.host, arguments.port, arguments.max_mb)
 
 
 def _convert(arguments: argparse.Namespace, _: list[str]) -> None:
