@@ -65,18 +65,18 @@ typecheck: $(VENV)/export $(VENV)/demo
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Refreshes the requirements files: the newest versions that pyproject.toml admits, and all that they need.
+# Refreshes the requirements files: the newest versions that pyproject.toml admits, and all that they need. Each of the
+# smaller files is made over the large one.
 FREEZE := build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]" "pillow<13"  # Gradio takes no 13 yet.
 	$(FREEZE) > build/base.txt
-	build/lock/bin/python -m pip install --quiet ".[onnx,browser]"
-	$(FREEZE) | grep -vxFf build/base.txt > build/export.txt
-	build/lock/bin/python -m pip install --quiet ".[docs]"
-	$(FREEZE) | grep -vxF -f build/base.txt -f build/export.txt > build/docs.txt
-	build/lock/bin/python -m pip install --quiet ".[demo]"
-	$(FREEZE) | grep -vxF -f build/base.txt -f build/export.txt -f build/docs.txt > build/demo.txt
+	for file in export:onnx,browser docs:docs demo:demo; do \
+		rm -rf build/lock && $(PYTHON) -m venv build/lock && \
+		build/lock/bin/python -m pip install --quiet --constraint build/base.txt ".[dev,$${file#*:}]" && \
+		$(FREEZE) | grep -vxFf build/base.txt > build/$${file%:*}.txt || exit 1; \
+	done
 	for name in base export docs demo; do \
 		file=requirements$$(test $$name = base || echo -$$name).txt; \
 		{ sed -n '/^#/p' $$file; cat build/$$name.txt; } > build/new.txt && mv build/new.txt $$file; \

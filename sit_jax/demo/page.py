@@ -25,6 +25,7 @@ A student passes on fewer and fewer tokens. Drop a picture: both models say what
 student's tokens look. The picture stays on the machine that serves this page."""
 _WHY_FEWER = """Each token is made by itself, and nothing behind a slimming module depends on how many come: so fewer
 can be had with the weights as they are. More cannot, and nothing was trained for fewer."""
+_TOKENS = "Where each token looks, and how many patches it is made of"
 _WHY_NOT = "No other number of tokens: each of this model's slimming modules makes a single one."
 _SERIF_FREE = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
@@ -87,7 +88,7 @@ def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
             quiet: dict[str, Any] = {"buttons": [], "format": "png", "interactive": False}
             picture = gr.Image(label="Which patches go together", elem_id="map", scale=1, **quiet)
             tokens = gr.Gallery(
-                label="Where each token looks", elem_id="tokens", columns=6, scale=2, buttons=[], format="png"
+                label=_TOKENS, elem_id="tokens", columns=4, scale=2, height="auto", buttons=[], format="png"
             )
 
         def answer(path: str | None, left: str, right: str, chosen: str | None) -> Sequence[Any]:
@@ -102,7 +103,8 @@ def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
         def choose(name: str) -> Sequence[Any]:
             return gr.Radio(**_keep_control(contest.students[name])), _keep_reason(contest.students[name])
 
-        private: dict[str, Any] = {"api_visibility": "private"}
+        # Who moves on while an answer is under way wants the answer to the last question.
+        private: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
         inputs, shown = [file, teacher, student, keep], [slider, text, picture, tokens]
         outputs = [*answers, costs, stages, *shown]
         gr.on([file.upload, file.clear, teacher.input, keep.input], answer, inputs, outputs, **private)
@@ -146,7 +148,7 @@ def stages_of(seen: Seen, maps: TokenMaps) -> list[Stage]:
 
 def _token(seen: Seen, maps: TokenMaps, stage: StageMaps, token: int) -> tuple[np.ndarray, str]:
     patches = stage.effective_patches[0, token]
-    return heat(seen.shown, stage.cumulative[0, token], maps.grid), f"token {token + 1}: {patches:.1f} patches"
+    return heat(seen.shown, stage.cumulative[0, token], maps.grid), f"{patches:.1f} patches"
 
 
 def _at(stages: list[Stage], index: float) -> Sequence[Any]:

@@ -77,7 +77,7 @@ def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: 
         inbrowser=False,
         prevent_thread_lock=True,
         quiet=True,
-        max_file_size=max_mb * 10**6,
+        max_file_size=max_mb * 2**20,
         allowed_paths=[],
         footer_links=[],
         run_history=False,
