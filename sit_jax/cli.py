@@ -17,6 +17,7 @@ from sit_jax.demo.arguments import add_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import quiet_libraries, take_cpu
+from sit_jax.visual.arguments import add_visualize, run_visualize
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -82,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
     add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
+    add_visualize(
+        _verb(verbs, "visualize", run_visualize, "draw where tokens look and what the class token attends to")
+    )
     add_demo(_verb(verbs, "demo", _demo, "open a page that shows what slimming does to your pictures"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")

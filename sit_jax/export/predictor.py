@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,17 @@ def is_run(source: pathlib.Path) -> bool:
     return source.is_dir() and not is_folder(source)
 
 
-def evaluation_data(predictor: Predictor, changes: dict[str, Any]) -> DataConfig:
+class Described(Protocol):
+    """A model that says how pictures are read, and what else is known about it."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+
+def evaluation_data(predictor: Described, changes: dict[str, Any]) -> DataConfig:
     """The data that a model is evaluated on: what it was trained for, with some fields of `DataConfig` changed.
 
     Raises:
