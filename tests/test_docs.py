@@ -63,6 +63,17 @@ def test_commands(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
                 assert words[0].startswith(ELSEWHERE), words
 
 
+def test_every_verb_is_shown() -> None:
+    verbs = {words[1] for page in PAGES for words in shell_lines(page) if words[0] == "sit"}
+    assert verbs == {parser.prog.split()[1] for parser in reference_pages.command_parsers(cli._parser())}
+
+
+def test_snippets_are_run_somewhere() -> None:
+    # Here, as doctests (test_readme.py), and page by page in the tests of what they show.
+    tested = {"README.md", "deploy.md", "own_pictures.md", "visualize.md"}
+    assert {page.name for page in PAGES if "```python" in page.read_text()} <= tested
+
+
 def test_overrides() -> None:
     # Words in the text and in tables, which stand in no command. Paths of runs are not looked at here.
     found = 0
