@@ -2,6 +2,8 @@
 
 import io
 import pathlib
+import re
+import shlex
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.sources import Example, open_source
 from sit_jax.export.folder import save_folder
 from sit_jax.export.predictor import open_predictor
+from sit_jax.models import build_model
 from sit_jax.visual import token_maps as core
 from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.command import from_files
@@ -65,9 +68,10 @@ def test_photographs(
 ) -> None:
     out, arrays = tmp_path / "figures", tmp_path / "arrays"
     words = [str(model), str(photographs), "--output", str(out), "--arrays", str(arrays), "--dpi", "50"]
-    compiled = core._forward._cache_size()
+    forward: Any = core._forward
+    compiled = forward._cache_size()
     assert cli.main(["visualize", *words, "--tokens", "6", "--batch_size", "2"]) == 1
-    assert core._forward._cache_size() == compiled + 1  # Two batches, the last one filled up.
+    assert forward._cache_size() == compiled + 1  # Two batches, the last one filled up.
     said, errors = capsys.readouterr()
     assert f"Written: {out} (3 pictures)" in said
     assert f"visualize: skipped {photographs / 'cut.jpg'}: " in errors
@@ -126,8 +130,12 @@ def test_what_is_shown_is_what_the_model_sees(model: pathlib.Path, photographs: 
 def test_the_digits_split(
     tmp_path: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    titles = []
-    draw = lambda path, *rest: (titles.append(rest[3:5]), path.write_bytes(b"png"))  # noqa: E731
+    titles: list[tuple[str, str]] = []
+
+    def draw(path: pathlib.Path, *rest: Any) -> None:
+        titles.append(rest[3:5])
+        path.write_bytes(b"png")
+
     monkeypatch.setattr("sit_jax.visual.command.draw_maps", draw)
     save_folder(tmp_path / "model", random_weights.draw())
     words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
@@ -226,3 +234,43 @@ def test_a_figure_that_fails_leaves_the_old_one(
     words = ["visualize", str(model), str(photographs / "china.jpg"), "--output", str(tmp_path)]
     assert cli.main(words) == 2
     assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("china.maps.png", b"old")]
+
+
+def test_the_page_about_it(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = pathlib.Path("docs/visualize.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("sit ")]
+    assert [words[1] for words in commands].count("visualize") == 5
+    for words in commands:
+        arguments, rest = cli._parser().parse_known_args(words[1:])
+        if "config" in arguments:
+            cli.load_config(arguments.config, rest)
+        else:
+            assert rest == []
+    for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert pathlib.Path("docs", figure).stat().st_size < 600_000
+    # Every array is in the table, and no other.
+    with_slimming = core.token_maps(*drawn_maps(model))
+    written = {re.sub(r"_\d$", "_n", key) for key in arrays_of(np.zeros((8, 8, 3)), with_slimming, 0)}
+    assert set(re.findall(r"`([a-z_]+)`", text[text.index("| array |") : text.index("Patch `row")])) == {
+        *written,
+        "pictures",
+        "class_names",
+    }
+    # The Python lines, on a model and a picture that lie where they say.
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(model)
+    (tmp_path / "picture.jpg").symlink_to(photographs / "flower.jpg")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names)
+    assert names["picture"].shape == names["outlined"].shape == (384, 384, 3)
+
+
+def drawn_maps(model: pathlib.Path) -> tuple[Any, dict[str, Any], np.ndarray]:
+    """What `token_maps` takes, of one picture of noise."""
+    subject = open_subject(model)
+    return build_model(subject.arch), subject.variables, random_weights.images(subject.arch, 1)

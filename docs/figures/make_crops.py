@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("dest", type=pathlib.Path, help="folder to write")
     dest: pathlib.Path = parser.parse_args().dest
     source = pathlib.Path(sklearn.datasets.__file__).parent / "images"
-    photographs = {name: Image.open(source / name) for name in GROUNDS}
+    photographs = {name: Image.open(source / name).convert("RGB") for name in GROUNDS}
     things = {"dahlia": cut_dahlia(photographs["flower.jpg"]), "pagoda": cut_pagoda(photographs["china.jpg"])}
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():

@@ -133,7 +133,7 @@ def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, in
     if maps.stages:
         left = _WIDTH - _MARGIN - _PLOT[0]
         _plot_effective(sheet.axes(left, top - side + 0.05, _PLOT[0], side - 0.25), maps, index)
-        sheet.write(left, top, "patches that a token is made of, and median", _CAPTION_SIZE, va="top", color=_INK)
+        sheet.write(left, top, "patches that tokens are made of; median", _CAPTION_SIZE, va="top", color=_INK)
     return top - side - _CAPTION - _BETWEEN
 
 
