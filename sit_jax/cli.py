@@ -18,6 +18,7 @@ from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, Stopp
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import quiet_libraries, take_cpu
 from sit_jax.visual.arguments import add_visualize, run_visualize
+from sit_jax.report.arguments import add_report, run_report
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         _verb(verbs, "visualize", run_visualize, "draw where tokens look and what the class token attends to")
     )
     add_demo(_verb(verbs, "demo", _demo, "open a page that shows what slimming does to your pictures"))
+    add_report(_verb(verbs, "report", run_report, "make a page about a run, or about several side by side"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
     add_checkpoint_tasks(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# Many machines that run tests are busy with other things.
+_PATIENCE_MS = 180_000
 PHONE = (360, 740)
 DESKTOP = (1280, 900)
 
@@ -91,6 +93,7 @@ def visit(browser: Any, url: str, size: tuple[int, int] = DESKTOP, **context: An
     phone = size[0] < 600
     options = {"viewport": {"width": size[0], "height": size[1]}, "is_mobile": phone, "has_touch": phone, **context}
     opened = browser.new_context(**options)
+    opened.set_default_timeout(_PATIENCE_MS)
     try:
         seen = Visit(opened.new_page())
         seen.page.goto(url, wait_until="load")

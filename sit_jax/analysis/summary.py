@@ -37,15 +37,8 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's).
     """
-    config, variables = run.trained_variables(folder)
-    models = {"student": (config, variables)}
-    folders = {"student": folder}
-    if config.teacher is not None:
-        if config.teacher.run and not is_own_run(config.teacher.run):  # Weights of another program have no curves.
-            models["teacher"] = config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher")
-        else:
-            folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
-            models["teacher"] = run.trained_variables(folders["teacher"])
+    models, folders = trained_models(folder)
+    config, variables = models["student"]
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
@@ -72,6 +65,24 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         draw_curves(folder, folders)
         _draw_examples(folder, config, variables, pixels, images, source.class_names)
     return summary
+
+
+def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[str, Any]]], dict[str, pathlib.Path]]:
+    """A run's `student` and, where there is one, its `teacher`: configuration and variables, and the folders of their
+    runs.
+
+    Raises:
+        UserError: The weights of one cannot be read.
+    """
+    config, variables = run.trained_variables(folder)
+    models, folders = {"student": (config, variables)}, {"student": folder}
+    if config.teacher is not None:
+        if config.teacher.run and not is_own_run(config.teacher.run):  # Weights of another program have no curves.
+            models["teacher"] = config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher")
+        else:
+            folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
+            models["teacher"] = run.trained_variables(folders["teacher"])
+    return models, folders
 
 
 def print_summary(summary: dict[str, Any]) -> None:
