@@ -13,12 +13,12 @@ from typing import Any
 from sit_jax import __version__
 from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
-from sit_jax.demo.arguments import add_demo
+from sit_jax.demo.arguments import add_demo, run_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import quiet_libraries, take_cpu
-from sit_jax.visual.arguments import add_visualize, run_visualize
 from sit_jax.report.arguments import add_report, run_report
+from sit_jax.visual.arguments import add_visualize, run_visualize
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add_visualize(
         _verb(verbs, "visualize", run_visualize, "draw where tokens look and what the class token attends to")
     )
-    add_demo(_verb(verbs, "demo", _demo, "open a page that shows what slimming does to your pictures"))
+    add_demo(_verb(verbs, "demo", run_demo, "open a page that shows what slimming does to your pictures"))
     add_report(_verb(verbs, "report", run_report, "make a page about a run, or about several side by side"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
@@ -242,13 +242,6 @@ def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
 
     options = {"top": arguments.top, "style": arguments.format, "batch_size": arguments.batch_size}
     command(arguments.source, arguments.pictures, arguments.ema, arguments.step, **options)
-
-
-def _demo(arguments: argparse.Namespace, _: list[str]) -> None:
-    quiet_libraries()
-    from sit_jax.demo.serve import serve
-
-    serve(arguments.student, arguments.teacher, arguments.host, arguments.port, arguments.max_mb)
 
 
 def _convert(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -59,6 +59,8 @@ def test_commands(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
             case ["pip", "install", *packages]:
                 for extra in re.findall(r"(?:sit-jax|\.)\[(\w+)\]", " ".join(packages)):
                     assert extra in PYPROJECT["project"]["optional-dependencies"], words
+            case ["python", script, *_]:
+                assert pathlib.Path(script).is_file(), words  # Tested where it is.
             case _:
                 assert words[0].startswith(ELSEWHERE), words
 

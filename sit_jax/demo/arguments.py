@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from sit_jax.process import quiet_libraries
+
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Adds the words of `sit demo` to its parser."""
@@ -13,6 +15,14 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=_port, default=7860, help="port to listen at")
     parser.add_argument("--max_mb", type=_megabytes, default=20, help="largest file that the page takes, in megabytes")
+
+
+def run_demo(arguments: argparse.Namespace, _: list[str]) -> None:
+    """Runs `sit demo`."""
+    quiet_libraries()
+    from sit_jax.demo.serve import serve
+
+    serve(arguments.student, arguments.teacher, arguments.host, arguments.port, arguments.max_mb)
 
 
 def _port(text: str) -> int:
