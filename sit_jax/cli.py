@@ -13,6 +13,7 @@ from typing import Any
 from sit_jax import __version__
 from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
+from sit_jax.demo.arguments import add_demo, run_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
 from sit_jax.process import keep_memory, quiet_libraries, take_cpu
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     add_visualize(
         _verb(verbs, "visualize", run_visualize, "draw where tokens look and what the class token attends to")
     )
+    add_demo(_verb(verbs, "demo", run_demo, "open a page that shows what slimming does to your pictures"))
     add_report(_verb(verbs, "report", run_report, "make a page about a run, or about several side by side"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
