@@ -241,12 +241,12 @@ def main() -> None:
             only["jax"].ask("write", folder=scratch, name=arguments.model, tiny=arguments.tiny)
         for dtype in arguments.dtypes:
             rows += compare(pathlib.Path(scratch), dtype, arguments)
-    names = {"jax": "JAX", "eager": "PyTorch eager", "compile": "torch.compile"}
+    told = {"jax": "JAX", "eager": "PyTorch eager", "compile": "torch.compile"}
     columns = {"contender": "", "dtype": "type", "seconds": "s per step", "images_per_s": "images/s"}
     columns |= {"jax_over": "JAX over it", "peak_mib": "peak MiB", "compile_s": "compile s"}
     columns |= {"idle_cpu_s": "CPU s while waiting"}
     for row in rows:
-        row["contender"] = names[row["name"]]
+        row["contender"] = told[row["name"]]
     about = "; ".join(dict.fromkeys(row["version"] for row in rows))
     about = f"{arguments.model}, batch {arguments.batch_size}; {about}; {turns.machine(arguments.threads)}"
     print(f"{about}; {arguments.rounds} rounds of {arguments.seconds:g} s\n\n{turns.table(rows, columns)}")
