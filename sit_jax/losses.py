@@ -32,11 +32,14 @@ def token_distillation(
     Raises:
         ValueError: Different numbers of blocks.
     """
-    errors = [
-        jnp.square(mine.astype(jnp.float32) - theirs.astype(jnp.float32)).mean()
-        for mine, theirs in zip(recovered, targets, strict=True)
-    ]
-    return jnp.stack(errors).mean()
+    return jnp.stack([mean_squared_error(*pair) for pair in zip(recovered, targets, strict=True)]).mean()
+
+
+def mean_squared_error(
+    recovered: Float[Array, "batch patches dim"], target: Float[Array, "batch patches dim"]
+) -> Float[Array, ""]:
+    """Mean squared error of one block's recovered tokens."""
+    return jnp.square(recovered.astype(jnp.float32) - target.astype(jnp.float32)).mean()
 
 
 def logits_distillation(

@@ -57,9 +57,7 @@ def make_task(config: Config, steps_per_epoch: int) -> Task:
     recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
     return Task(
         model=build(model),
-        reverse=build_reverse(arch, model.dtype, model.remat, model.scan)
-        if recovers and isinstance(arch, Architecture)
-        else None,
+        reverse=build_reverse(arch, model.dtype, model.scan) if recovers and isinstance(arch, Architecture) else None,
         teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
@@ -216,10 +214,7 @@ def compute_loss(
             task.teacher.apply(teachers["teacher"], images, **mixed)
         )
         if weights.token > 0:
-            recovered = outputs.tokens
-            if task.reverse is not None:
-                recovered = task.reverse.apply({"params": params["reverse"]}, recovered)
-            terms["token"] = losses.token_distillation(recovered, teacher_outputs.tokens)
+            terms["token"] = _token_distillation(task, params, outputs.tokens, teacher_outputs.tokens)
         if weights.logits > 0:
             terms["logits"] = losses.logits_distillation(logits, teacher_logits, weights.temperature)
     if weights.token_label > 0:
@@ -230,6 +225,15 @@ def compute_loss(
     total = sum((_weight(weights, name) * value for name, value in terms.items()), start=jnp.zeros(()))
     accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
     return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})
+
+
+def _token_distillation(task: Task, params: Any, tokens: Any, targets: Any) -> jax.Array:
+    """The mean over all blocks of the error of the student's recovered tokens."""
+    if task.reverse is None:
+        return losses.token_distillation(tokens, targets)
+    variables = {"params": params["reverse"]}
+    errors = task.reverse.apply(variables, tokens, targets, losses.mean_squared_error, method="errors")
+    return jnp.stack(errors).mean()
 
 
 def _weight(weights: LossConfig, term: str) -> float:

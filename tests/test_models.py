@@ -124,21 +124,33 @@ def test_options_do_not_change_the_result(option: dict[str, Any]) -> None:
     arch = dataclasses.replace(TINY, stage_blocks=(2, 2), stem="conv4", patch_size=16, dim=16, kept_tokens=(4, 2))
     plain, other = build_model(arch, drop_path=0.3), build_model(arch, drop_path=0.3, **option)
     variables = plain.init(jax.random.key(0), IMAGES)
-    reverse, other_reverse = build_reverse(arch), build_reverse(arch, **option)
-    tokens = plain.apply(variables, IMAGES)[1].tokens
-    reverse_params = reverse.init(jax.random.key(1), tokens)
+    reverse = build_reverse(arch, scan=option.get("scan", False))
+    outputs = plain.apply(variables, IMAGES)[1]
+    reverse_params = reverse.init(jax.random.key(1), outputs.tokens)
+    targets = [jnp.sin(7.0 * jnp.arange(4 * 16).reshape(1, 4, 16) + index) for index in range(4)]
+    targets = [jnp.broadcast_to(target, (IMAGES.shape[0], 4, 16)) for target in targets]
 
-    def loss(params: Any, model: Any, back: Any) -> jax.Array:
-        rest = {**variables, "params": params}
+    def loss(params: Any, model: Any, by_block: bool) -> jax.Array:
+        rest = {**variables, "params": params["model"]}
         (logits, outputs), _ = model.apply(
             rest, IMAGES, True, rngs={"drop_path": jax.random.key(3)}, mutable=["batch_stats"]
         )
-        recovered = back.apply(reverse_params, outputs.tokens)
-        return jnp.square(logits).sum() + sum(jnp.square(x).sum() for x in recovered)
+        if by_block:
+            errors = reverse.apply(params["reverse"], outputs.tokens, targets, squared_error, method="errors")
+        else:
+            recovered = build_reverse(arch).apply(params["reverse"], outputs.tokens)
+            errors = [squared_error(*pair) for pair in zip(recovered, targets, strict=True)]
+        return jnp.square(logits).sum() + sum((1.0 + index) * error for index, error in enumerate(errors))
 
-    mine = jax.value_and_grad(loss)(variables["params"], plain, reverse)
-    theirs = jax.value_and_grad(loss)(variables["params"], other, other_reverse)
+    both = {"model": variables["params"], "reverse": reverse_params}
+    mine = jax.value_and_grad(loss)(both, plain, False)
+    theirs = jax.value_and_grad(loss)(both, other, True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), mine, theirs)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(theirs[1]["reverse"])) > 0.1
+
+
+def squared_error(mine: jax.Array, theirs: jax.Array) -> jax.Array:
+    return jnp.square(mine - theirs).sum()
 
 
 def test_bfloat16_products_float32_logits() -> None:

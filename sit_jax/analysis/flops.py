@@ -69,7 +69,7 @@ def count_cost(arch: Architecture) -> Cost:
 
 def count_step_macs(config: Config) -> int:
     """Multiply-accumulates of a train step per image: the student's forward pass and twice that backward, once more
-    what is recomputed (`remat`), the reverse modules likewise, and the teachers' forward passes.
+    what is recomputed (`remat`), the reverse modules (never recomputed) likewise, and the teachers' forward passes.
 
     Convolutional teachers are not counted here, see `plan`.
     """
@@ -81,7 +81,7 @@ def count_step_macs(config: Config) -> int:
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
     if config.loss.token > 0:
-        total += (4 if config.model.remat else 3) * cost.reverse_macs
+        total += 3 * cost.reverse_macs
     if config.teacher is not None and config.loss.needs_teacher:
         teacher = config.teacher.model.architecture
         assert isinstance(teacher, Architecture)

@@ -44,8 +44,6 @@ def build_model(
     return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
 
 
-def build_reverse(
-    arch: Architecture, dtype: str = "float32", remat: bool = False, scan: bool = False
-) -> ReverseSlimming:
+def build_reverse(arch: Architecture, dtype: str = "float32", scan: bool = False) -> ReverseSlimming:
     """The training-only reverse modules of a slimmed architecture; the options are those of `build_model`."""
-    return ReverseSlimming(arch, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+    return ReverseSlimming(arch, dtype=jnp.dtype(dtype), scan=scan)

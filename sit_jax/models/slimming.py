@@ -1,6 +1,8 @@
 """Token slimming (TSM) and its training-only reverse (RTSM): sections 3.1 and 3.2 of the paper."""
 
+import functools
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +12,8 @@ from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import Mlp, dense, exact_gelu, layer_norm
+
+Error = Callable[[Array, Array], Array]
 
 # The original leaves PyTorch's default epsilon in the slimming and reverse modules, whatever the blocks use.
 SLIMMING_NORM_EPS = 1e-5
@@ -56,10 +60,12 @@ class ReverseTokenSlimming(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch kept dim"]) -> Float[Array, "batch tokens dim"]:
-        channels = x.shape[-1]
-        across = jnp.swapaxes(layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm1")(x), 1, 2)
-        recovered = Mlp(4 * self.num_tokens, self.num_tokens, self.dtype, name="token_mlp")(across)
-        recovered = jnp.swapaxes(recovered, 1, 2)
+        batch, kept, channels = x.shape
+        normed = layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm1")(x)
+        # Tokens first, then all channels of all examples as columns: whole rows move, and no matrix is transposed.
+        columns = jnp.swapaxes(normed, 0, 1).reshape(kept, batch * channels)
+        across = Mlp(4 * self.num_tokens, self.num_tokens, self.dtype, columns=True, name="token_mlp")(columns)
+        recovered = jnp.swapaxes(across.reshape(self.num_tokens, batch, channels), 0, 1)
         normed = layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm2")(recovered)
         return recovered + Mlp(4 * channels, channels, self.dtype, name="channel_mlp")(normed)
 
@@ -72,40 +78,66 @@ class ReverseSlimming(nn.Module):
     Attributes:
         arch: The student's shape.
         dtype: Type of the products.
-        scan: Compile the modules of blocks with equally many tokens once and loop over them.
-        remat: Recompute each module's activations in the backward pass instead of keeping them.
+        scan: Compile the modules of blocks with equally many tokens once and loop over them in `errors`.
     """
 
     arch: Architecture
     dtype: Any = jnp.float32
     scan: bool = False
-    remat: bool = False
 
     @nn.compact
     def __call__(
         self, tokens: tuple[Float[Array, "batch _ dim"], ...]
     ) -> tuple[Float[Array, "batch patches dim"], ...]:
         """Recovers each block's patch tokens (after its TSM) to `num_patches`."""
-        first = self.arch.first_reversed_block
-        recovered = list(tokens[:first])
-        for _, group in itertools.groupby(range(first, self.arch.depth), lambda block: tokens[block].shape[1]):
-            recovered += self._recover(list(group), tokens)
-        return tuple(recovered)
+        first, patches = self.arch.first_reversed_block, self.arch.num_patches
+        blocks = range(first, self.arch.depth)
+        modules = {block: ReverseTokenSlimming(patches, self.dtype, name=f"blocks_{block}") for block in blocks}
+        return (*tokens[:first], *(modules[block](tokens[block]) for block in blocks))
 
-    def _recover(self, blocks: list[int], tokens: tuple[Array, ...]) -> list[Array]:
-        """Recovers the tokens of blocks that all have equally many."""
-        patches = self.arch.num_patches
-        if not self.scan or len(blocks) == 1 or self.is_initializing():
-            kind = nn.remat(ReverseTokenSlimming) if self.remat else ReverseTokenSlimming
-            return [kind(patches, self.dtype, name=f"blocks_{block}")(tokens[block]) for block in blocks]
-        module = ReverseTokenSlimming(patches, self.dtype, parent=None)
+    def errors(self, tokens: Sequence[Array], targets: Sequence[Array], error: Error) -> list[Array]:
+        """How far each block's recovered tokens are from the teacher's, one block worked off after the other.
 
-        def body(carry: None, inputs: Any) -> tuple[None, Array]:
-            params, x = inputs
-            result: Any = module.apply({"params": params}, x)
-            return None, result
+        Args:
+            tokens: Each block's patch tokens, (batch, tokens, dim).
+            targets: The teacher's, (batch, patches, dim); they get no gradient.
+            error: (recovered, target) -> a scalar. The same function for the same thing, since it is compared.
+        """
+        first, depth = self.arch.first_reversed_block, self.arch.depth
+        module = ReverseTokenSlimming(self.arch.num_patches, self.dtype, parent=None)
+        found = [error(mine, theirs) for mine, theirs in zip(tokens[:first], targets, strict=False)]
+        for _, group in itertools.groupby(range(first, depth), lambda block: tokens[block].shape[1]):
+            each = [(self.get_variable("params", f"blocks_{i}"), tokens[i], targets[i]) for i in group]
+            if not self.scan or len(each) == 1:
+                found += [_recovery_error(module, error, *arguments) for arguments in each]
+                continue
+            stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+            found += list(jax.lax.map(lambda arguments: _recovery_error(module, error, *arguments), stacked))
+        return found
 
-        params: list[Any] = [self.get_variable("params", f"blocks_{block}") for block in blocks]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        inputs = (stacked, jnp.stack([tokens[block] for block in blocks]))
-        return list(jax.lax.scan(jax.checkpoint(body) if self.remat else body, None, inputs)[1])
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recovery_error(module: ReverseTokenSlimming, error: Error, params: Any, x: Array, target: Array) -> Array:
+    """The error of one block's recovered tokens.
+
+    Its gradients are worked out along with it: a scalar's are known up to a factor. So the recovered tokens, and all
+    that led to them, are gone before the next block's turn, and nothing is computed twice.
+    """
+    return error(module.apply({"params": params}, x), target)
+
+
+def _error_forward(
+    module: ReverseTokenSlimming, error: Error, params: Any, x: Array, target: Array
+) -> tuple[Array, tuple[Any, Array]]:
+    both = jax.value_and_grad(lambda params, x: error(module.apply({"params": params}, x), target), argnums=(0, 1))
+    value: Array
+    value, slopes = both(params, x)
+    return value, slopes
+
+
+def _error_backward(module: Any, error: Error, slopes: tuple[Any, Array], factor: Array) -> tuple[Any, Array, None]:
+    params, x = jax.tree.map(lambda slope: (slope * factor).astype(slope.dtype), slopes)
+    return params, x, None
+
+
+_recovery_error.defvjp(_error_forward, _error_backward)
