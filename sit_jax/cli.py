@@ -17,7 +17,7 @@ from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.demo.arguments import add_demo, run_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
-from sit_jax.process import keep_memory, quiet_libraries, take_cpu
+from sit_jax.process import keep_compiled, keep_memory, quiet_libraries, take_cpu
 from sit_jax.report.arguments import add_report, run_report
 from sit_jax.visual.arguments import add_visualize, run_visualize
 
@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.add_argument("--workdir", required=True, type=_folder, help="folder of the run; made if missing")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    train.add_argument(
+        "--compilation_cache",
+        default="",
+        help="folder that keeps compiled programs, or none; ~/.cache/sit_jax if not given",
+    )
     train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
     _add_processes(train)
     plan = _verb(
@@ -170,6 +175,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     keep_memory()
     quiet_libraries()
+    keep_compiled(arguments.compilation_cache)
     first = _join(arguments)
     from sit_jax.analysis.summary import print_summary, summarize
     from sit_jax.run import print_sharding, run

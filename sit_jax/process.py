@@ -5,8 +5,11 @@ import ctypes
 import gc
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Iterator
+
+from sit_jax.errors import UserError
 
 
 def quiet_libraries() -> None:
@@ -28,6 +31,36 @@ def take_cpu(devices: int = 1) -> None:
     if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)
     quiet_libraries()
+
+
+def keep_compiled(folder: str = "") -> None:
+    """Keeps compiled programs from one start to the next.
+
+    Args:
+        folder: Where; `none` keeps nothing. If empty, what the environment variable JAX_COMPILATION_CACHE_DIR says,
+            else `sit_jax` in the user's folder for caches.
+
+    Raises:
+        UserError: The given folder cannot be written to.
+    """
+    import jax
+
+    if folder == "none":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if not folder and jax.config.jax_compilation_cache_dir:
+        return
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    path = pathlib.Path(folder).expanduser().absolute() if folder else caches / "sit_jax"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if writable:
+        jax.config.update("jax_compilation_cache_dir", str(path))
+    elif folder:
+        raise UserError(f"--compilation_cache: {folder} is no folder that can be written to; `none` goes without")
 
 
 @contextlib.contextmanager
