@@ -74,8 +74,8 @@ class Contents(NamedTuple):
 
     Attributes:
         step: Optimizer steps done.
-        about: What it says about itself: `config`, `data`, `mesh`, `processes`, `versions`, and the metrics
-            of the steps since the last line that was written (`window`); empty in older ones.
+        about: What it says about itself: `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the
+            metrics of the steps since the last line that was written (`window`); empty in older ones.
         metrics: The evaluation of its weights.
         arrays: Every array.
     """

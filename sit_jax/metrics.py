@@ -5,7 +5,7 @@ import json
 import math
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
 from sit_jax import losses
+from sit_jax.errors import RunError
 from sit_jax.workdir import writing
 
 
@@ -125,18 +126,56 @@ class _Events:
         self._writer.close()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, oldest first; a last line that was cut off is left out."""
+class MetricLines(NamedTuple):
+    """What a run's `metrics.jsonl` holds.
+
+    Attributes:
+        lines: Its lines of metrics, oldest first; each has at least `step` and `kind`.
+        damaged: Numbers, from 1, of lines that are none; they are left out.
+        cut_off: Whether the last of these has no end: it was being written, or a full disk cut it off.
+    """
+
+    lines: list[dict[str, Any]]
+    damaged: list[int]
+    cut_off: bool
+
+
+def scan_metrics(workdir: pathlib.Path) -> MetricLines:
+    """Reads a run's `metrics.jsonl`, damaged or not; without one there are no lines.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
     path = workdir / "metrics.jsonl"
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+        return MetricLines([], [], False)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+    lines, damaged, texts = [], [], data.split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
             continue
-    return lines
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            damaged.append(number)
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("kind"), str):
+            lines.append(line)
+        else:
+            damaged.append(number)
+    return MetricLines(lines, damaged, cut_off=damaged[-1:] == [len(texts)])
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, oldest first, without damaged ones, such as a last line that was cut off.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    return scan_metrics(workdir).lines
 
 
 def is_finite(values: dict[str, float]) -> bool:

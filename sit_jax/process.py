@@ -1,6 +1,7 @@
 """How a command's process behaves: what libraries may print, and which devices it takes."""
 
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -78,3 +79,22 @@ def silent_threads() -> Iterator[None]:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that it frees, where the C library is glibc.
+
+    A forward pass on CPU takes and frees hundreds of megabytes. glibc gives large pieces back to the system at once,
+    which hands them out again page by page, zeroed: a tenth of the time at large batches.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018  Another C library has other numbers for these options.
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    except (AttributeError, OSError, TypeError):
+        return

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import pathlib
+import platform
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -207,8 +209,14 @@ def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[
         "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
-        "versions": {"sit_jax": __version__, "jax": jax.__version__},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"sit_jax": __version__, "python": platform.python_version(), **_package_versions()},
     }
+
+
+def _package_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def evaluate_run(

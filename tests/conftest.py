@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -9,11 +11,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(".pytest_cache/jax").absolute())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+import browser
 import jax
 import pytest
+import tiny
 
+from sit_jax.config import CheckpointConfig, Config, LogConfig, OptimConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.sources import open_source
+from sit_jax.run import run
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -24,3 +30,31 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = str(tmp_path_factory.mktemp("data"))
     open_source(DataConfig(data_dir=folder), "train")
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_config(digits_dir: str) -> Config:
+    """A student of the digits and its teacher, small enough to train in a test."""
+    return tiny.config(
+        data=DataConfig(data_dir=digits_dir),
+        batch_size=128,
+        eval_batch_size=96,
+        optim=OptimConfig(lr=1e-3, ema_decay=0.9),
+        log=LogConfig(every_steps=5),
+        checkpoint=CheckpointConfig(keep=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def digits_run(digits_config: Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A teacher, then its student, trained for a few steps; tests leave the folder as it is, but for a summary."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    run(digits_config, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium, started once; `browser.visit(chromium, url)` opens pages in it."""
+    with browser.start_chromium() as started:
+        yield started

@@ -50,6 +50,7 @@ def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         ["models", "--help"],
         ["export", "--help"],
         ["predict", "--help"],
+        ["report", "--help"],
         ["convert", "--help"],
         ["checkpoint", "--help"],
         ["data", "--help"],

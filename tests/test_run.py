@@ -14,13 +14,10 @@ import pytest
 import tiny
 
 from sit_jax import cli, workdir
-from sit_jax.analysis.report import summarize
+from sit_jax.analysis.summary import summarize
 from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import (
-    CheckpointConfig,
     Config,
-    DataConfig,
-    LogConfig,
     ModelConfig,
     OptimConfig,
     TeacherConfig,
@@ -40,24 +37,14 @@ from sit_jax.train import make_task
 EPOCH = 1438 // 128
 
 
-@pytest.fixture(scope="session")
-def config(digits_dir: str) -> Config:
-    return tiny.config(
-        data=DataConfig(data_dir=digits_dir),
-        batch_size=128,
-        eval_batch_size=96,
-        optim=OptimConfig(lr=1e-3, ema_decay=0.9),
-        log=LogConfig(every_steps=5),
-        checkpoint=CheckpointConfig(keep=2),
-    )
+@pytest.fixture
+def config(digits_config: Config) -> Config:
+    return digits_config
 
 
-@pytest.fixture(scope="session")
-def finished(config: Config, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A teacher, then its student, trained for a few steps."""
-    folder = tmp_path_factory.mktemp("runs") / "digits"
-    run(config, folder)
-    return folder
+@pytest.fixture
+def finished(digits_run: pathlib.Path) -> pathlib.Path:
+    return digits_run
 
 
 def test_keys_that_came_later_do_not_make_it_another_run(config: Config, tmp_path: pathlib.Path) -> None:

@@ -13,7 +13,6 @@ from rich.table import Table
 from sit_jax import distributed, run, workdir
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
-from sit_jax.analysis.slimming_maps import draw_slimming
 from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
@@ -22,6 +21,8 @@ from sit_jax.metrics import read_metrics
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.origins import given_teacher, is_own_run
+from sit_jax.visual.slimming_png import draw_slimming
+from sit_jax.visual.token_maps import token_maps
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
@@ -36,15 +37,8 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's).
     """
-    config, variables = run.trained_variables(folder)
-    models = {"student": (config, variables)}
-    folders = {"student": folder}
-    if config.teacher is not None:
-        if config.teacher.run and not is_own_run(config.teacher.run):  # Weights of another program have no curves.
-            models["teacher"] = config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher")
-        else:
-            folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
-            models["teacher"] = run.trained_variables(folders["teacher"])
+    models, folders = trained_models(folder)
+    config, variables = models["student"]
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
@@ -71,6 +65,24 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         draw_curves(folder, folders)
         _draw_examples(folder, config, variables, pixels, images, source.class_names)
     return summary
+
+
+def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[str, Any]]], dict[str, pathlib.Path]]:
+    """A run's `student` and, where there is one, its `teacher`: configuration and variables, and the folders of their
+    runs.
+
+    Raises:
+        UserError: The weights of one cannot be read.
+    """
+    config, variables = run.trained_variables(folder)
+    models, folders = {"student": (config, variables)}, {"student": folder}
+    if config.teacher is not None:
+        if config.teacher.run and not is_own_run(config.teacher.run):  # Weights of another program have no curves.
+            models["teacher"] = config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher")
+        else:
+            folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
+            models["teacher"] = run.trained_variables(folders["teacher"])
+    return models, folders
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -135,7 +147,6 @@ def _draw_examples(
     arch = config.model.architecture
     if not isinstance(arch, Architecture) or not arch.is_slimmed:
         return
-    logits, outputs = build_model(arch).apply(variables, jnp.asarray(images[:_PICTURES_SHOWN]))
-    titles = [f"says {class_names[index]}" for index in np.asarray(logits).argmax(axis=1)]
-    pictures = pixels[:_PICTURES_SHOWN].astype(np.float32) / 255
-    draw_slimming(folder / SLIMMING, pictures, [np.asarray(x) for x in outputs.assignments], titles)
+    maps = token_maps(build_model(arch), variables, images[:_PICTURES_SHOWN])
+    titles = [f"says {class_names[index]}" for index in maps.logits.argmax(axis=1)]
+    draw_slimming(folder / SLIMMING, pixels[:_PICTURES_SHOWN], maps, titles)

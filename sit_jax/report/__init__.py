@@ -1,0 +1,1 @@
+"""`sit report`: how runs went, as one page that needs nothing else."""

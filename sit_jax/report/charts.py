@@ -1,0 +1,219 @@
+"""The charts of a report, as Plotly's figures; each with its values as a table, for those who do not see it."""
+
+import dataclasses
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+from sit_jax.report.findings import Findings
+from sit_jax.report.gather import Line, RunRecord
+
+Scale = Literal["linear", "log", "percent"]
+
+# In this order; other keys of the metrics that are neither of these nor named below are left out.
+LOSS_TERMS = ("loss", "classification", "token", "logits", "hard", "token_label")
+ACCURACIES = ("top1", "top5", "ema_top1", "ema_top5")
+# More points than pixels slow a page down, and nobody sees them.
+_MOST_POINTS, _MOST_ROWS = 4000, 100
+_FEW_POINTS = 60
+# More classes are points in a plane: bars would be too thin to tell apart.
+_MOST_BARS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A curve.
+
+    Attributes:
+        name: What it is called.
+        steps: Optimizer steps.
+        values: One per step.
+    """
+
+    name: str
+    steps: list[int]
+    values: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """A chart and what it says.
+
+    Attributes:
+        key: Another for each chart on a page; letters, digits and hyphens.
+        title: A heading.
+        summary: What it shows, in a sentence or two.
+        figure: Plotly's `data` and `layout`, as plain values; colours are the page's business.
+        headings: Of the table of values.
+        rows: Of the table of values, the first cell naming the row.
+        note: What is left out of the chart or the table; empty for nothing.
+    """
+
+    key: str
+    title: str
+    summary: str
+    figure: dict[str, Any]
+    headings: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+def run_charts(record: RunRecord, key: str) -> list[Chart]:
+    """Loss terms, accuracy, learning rates and gradient norm of one run."""
+    losses = [*_all_of(record.train, LOSS_TERMS), *_all_of(record.scores, ("loss",), "{} (evaluation)")]
+    accuracies = [*_all_of(record.scores, ACCURACIES), *_all_of(record.train, ("accuracy",), "training {}")]
+    rates = _all_of(record.train, _with_prefix(record.train, "lr/"))
+    norms = _all_of(record.train, ("grad_norm",))
+    charts = [
+        _curves(f"{key}-loss", "Loss terms, before weighting", losses, "log"),
+        _curves(f"{key}-accuracy", "Accuracy", accuracies, "percent"),
+        _curves(f"{key}-rate", "Learning rates", rates, "log"),
+        _curves(f"{key}-norm", "Gradient norm", norms, "log"),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def comparing_charts(records: Sequence[RunRecord], key: str) -> list[Chart]:
+    """One chart for each quantity that any of the runs has, the runs' curves over one another."""
+    charts: list[Chart | None] = []
+    for name in ACCURACIES:
+        series = _one_of_each([(record.name, record.scores) for record in records], name)
+        charts.append(_curves(f"{key}-{name.replace('_', '-')}", f"Evaluation: {name}", series, "percent"))
+    scores = _one_of_each([(record.name, record.scores) for record in records], "loss")
+    charts.append(_curves(f"{key}-evaluation-loss", "Evaluation: loss", scores, "log"))
+    trained = [(record.name, record.train) for record in records]
+    for name in LOSS_TERMS:
+        title = "Training: loss" if name == "loss" else f"Training: {name} term, before weighting"
+        charts.append(_curves(f"{key}-{name.replace('_', '-')}", title, _one_of_each(trained, name), "log"))
+    for name in dict.fromkeys(name for record in records for name in _with_prefix(record.train, "lr/")):
+        title, series = f"Learning rate: {name[3:]}", _one_of_each(trained, name)
+        charts.append(_curves(f"{key}-{name.replace('/', '-')}", title, series, "log"))
+    return [chart for chart in charts if chart is not None]
+
+
+def class_chart(findings: Findings, key: str) -> Chart | None:
+    """Accuracy of each class: bars, or points in a plane where there are many classes; None without a picture."""
+    scores = findings.classes
+    if not scores:
+        return None
+    paired = all(score.teacher is not None for score in scores)
+    names = [html.escape(score.name) for score in scores]
+    student = [100 * score.student for score in scores]
+    teacher = [100 * score.teacher for score in scores if score.teacher is not None]
+    figure = go.Figure()
+    if len(scores) <= _MOST_BARS or not paired:
+        for name, values in (("teacher", teacher if paired else []), ("student", student)):
+            if values:
+                figure.add_bar(x=names, y=values, name=name, hovertemplate="%{x}: %{y:.1f}%")
+        figure.update_layout(barmode="group", xaxis={"title": {"text": "class"}, "type": "category"})
+        figure.update_layout(yaxis={"title": {"text": "accuracy in %"}, "range": [0, 103]})
+    else:
+        hover = "%{text}: teacher %{x:.1f}%, student %{y:.1f}%<extra></extra>"
+        figure.add_scatter(x=teacher, y=student, text=names, mode="markers", name="classes", hovertemplate=hover)
+        figure.add_scatter(x=[0, 100], y=[0, 100], mode="lines", name="equal", hoverinfo="skip")
+        figure.update_layout(xaxis={"title": {"text": "teacher's accuracy in %"}})
+        figure.update_layout(yaxis={"title": {"text": "student's accuracy in %"}})
+    worst, best = min(scores, key=lambda x: x.student), max(scores, key=lambda x: x.student)
+    summary = f"{len(scores)} classes; the student's accuracy is from {worst.student:.1%} ({worst.name})"
+    summary += f" to {best.student:.1%} ({best.name})."
+    return Chart(key, "Accuracy of each class", summary, _plain(figure), [], [], "")
+
+
+def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart | None:
+    """A chart of curves over the steps; None where there is nothing to show."""
+    if scale == "log":  # What a logarithm cannot show would leave gaps without a word.
+        series = [_above_zero(one) for one in series]
+    series = [one for one in series if one.steps]
+    if not series:
+        return None
+    factor = 100 if scale == "percent" else 1
+    figure, thinned = go.Figure(), False
+    for one in series:
+        every = -(-len(one.steps) // _MOST_POINTS)
+        thinned = thinned or every > 1
+        figure.add_scatter(
+            x=one.steps[::every],
+            y=[float(f"{factor * value:.6g}") for value in one.values[::every]],
+            name=html.escape(one.name),
+            mode="lines+markers" if len(one.steps) <= _FEW_POINTS else "lines",
+        )
+    axis = _log_axis(series) if scale == "log" else {}
+    figure.update_layout(
+        xaxis={"title": {"text": "step"}},
+        yaxis={"title": {"text": "%" if scale == "percent" else ""}, **axis},
+        hovermode="x unified",
+    )
+    rows, table_note = _table(series, scale)
+    note = f"The chart shows at most {_MOST_POINTS:,} points of each curve. " if thinned else ""
+    ends = [
+        f"{one.name} from {_show(one.values[0], scale)} at step {one.steps[0]:,} "
+        f"to {_show(one.values[-1], scale)} at step {one.steps[-1]:,}"
+        for one in series
+    ]
+    headings = ["step", *(one.name for one in series)]
+    return Chart(key, title, "; ".join(ends) + ".", _plain(figure), headings, rows, note + table_note)
+
+
+def _log_axis(series: list[Series]) -> dict[str, Any]:
+    """A logarithmic axis whose labels stand apart: Plotly's own choice of one per digit does not fit."""
+    values = [value for one in series for value in one.values]
+    decades = math.log10(max(values) / min(values))
+    ticks: dict[str, Any] = {} if decades < 1 else {"dtick": "D2"} if decades < 3 else {"dtick": 1}
+    return {"type": "log", "tickformat": "~g", **ticks}
+
+
+def _table(series: list[Series], scale: Scale) -> tuple[list[list[str]], str]:
+    columns = [dict(zip(one.steps, one.values, strict=True)) for one in series]
+    steps = sorted({step for one in series for step in one.steps})
+    every = -(-len(steps) // _MOST_ROWS)
+    # The last step is always there: it is what people look for.
+    kept = steps[::every] if steps[::every][-1] == steps[-1] else [*steps[::every], steps[-1]]
+    rows = [
+        [f"{step:,}", *(_show(column[step], scale) if step in column else "" for column in columns)] for step in kept
+    ]
+    return rows, f"The table shows {len(kept)} of {len(steps):,} steps." if every > 1 else ""
+
+
+def _show(value: float, scale: Scale) -> str:
+    return f"{value:.2%}" if scale == "percent" else f"{value:.4g}"
+
+
+def _all_of(lines: list[Line], names: Iterable[str], label: str = "{}") -> list[Series]:
+    """A curve for each of the names that any line has."""
+    found = [_series(lines, name, label.format(name)) for name in names]
+    return [one for one in found if one.steps]
+
+
+def _one_of_each(runs: Sequence[tuple[str, list[Line]]], name: str) -> list[Series]:
+    """One quantity's curve of each run."""
+    return [_series(lines, name, run) for run, lines in runs]
+
+
+def _series(lines: list[Line], name: str, label: str) -> Series:
+    there = {int(line["step"]): line[name] for line in lines if name in line}
+    return Series(label, list(there), list(there.values()))
+
+
+def _with_prefix(lines: list[Line], prefix: str) -> list[str]:
+    return list(dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)))
+
+
+def _above_zero(one: Series) -> Series:
+    kept = [(step, value) for step, value in zip(one.steps, one.values, strict=True) if value > 0]
+    return Series(one.name, [step for step, _ in kept], [value for _, value in kept])
+
+
+def _plain(figure: Any) -> dict[str, Any]:
+    """Plotly's `data` and `layout` without its own theme."""
+    figure.update_layout(
+        template=go.layout.Template(),
+        margin={"l": 55, "r": 12, "t": 12, "b": 48},
+        height=340,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        showlegend=len(figure.data) > 1,
+    )
+    values: dict[str, Any] = figure.to_plotly_json()
+    return values

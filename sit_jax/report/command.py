@@ -1,0 +1,74 @@
+"""The body of `sit report`."""
+
+import contextlib
+import datetime
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from sit_jax.errors import UserError
+from sit_jax.workdir import SUMMARY
+
+REPORT, COMPARISON = "report.html", "comparison.html"
+
+
+def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> pathlib.Path:
+    """Where the page goes: what was asked for, else into the run's folder, or beside where the command runs.
+
+    Raises:
+        UserError: It is no name for a page.
+    """
+    if output is None:
+        return folders[0] / REPORT if len(folders) == 1 else pathlib.Path(COMPARISON)
+    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
+        raise UserError(f"--output: {output} is no name for a page; let it end in .html")
+    return output
+
+
+def unfinished(folders: Sequence[pathlib.Path]) -> bool:
+    """Whether any of the runs may still be going on, and need the accelerators for itself."""
+    return any(not (folder / SUMMARY).is_file() for folder in folders)
+
+
+def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples: int, with_model: bool) -> None:
+    """Writes a page about one run, or about several side by side.
+
+    Args:
+        folders: The runs.
+        output: The file to write; an older page is replaced.
+        examples: Pictures shown of each kind, at most.
+        with_model: Also ask the newest checkpoints, over the whole evaluation split.
+
+    Raises:
+        UserError: A folder is no run's, or the page cannot be written.
+    """
+    from sit_jax.report.findings import Findings, find
+    from sit_jax.report.gather import attempt, gather_all
+    from sit_jax.report.page import render, view_run
+
+    views = []
+    for index, record in enumerate(gather_all(list(folders)), start=1):
+        findings: Findings | None = None
+        if not with_model:
+            record.missing.append("The model was not asked (--no_model): no classes, no pictures, no token maps.")
+        elif record.config is not None and record.checkpoints:
+            ask = functools.partial(find, record, examples)
+            findings = attempt(ask, None, record.missing, "The model, or its evaluation split,")
+        views.append(view_run(f"run-{index}", record, findings))
+    print("report: writing the page", file=sys.stderr)
+    _write(output, render(views, datetime.datetime.now(datetime.UTC)))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--output: {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,240 @@
+"""The page: what was gathered and found, put into the template, with all that it needs inside."""
+
+import base64
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import plotly.offline
+from markupsafe import Markup
+
+from sit_jax import __version__
+from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
+from sit_jax.report.compare import ABSENT, Difference, differences, flatten, show
+from sit_jax.report.findings import Findings
+from sit_jax.report.gather import RunRecord, finite
+from sit_jax.report.pictures import Example, Shown, show_examples, show_picture, stage_titles
+
+# Rows of the table of classes; beyond these only the largest losses and gains are told.
+_MOST_CLASSES = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class RunView:
+    """A run as the template takes it.
+
+    Attributes:
+        key: Another for each run on the page: `run-1`.
+        record: What its folder says.
+        findings: What its model says; None where it was not asked.
+        charts: Its curves.
+        teacher_charts: Those of its teachers, by the name of their section.
+        classes: Accuracy of each class, as a chart.
+        examples: Pictures with their token maps.
+        stages: What the stages of the token maps are called.
+        lost: Pictures that the student lost.
+        data: The data set, as (name, value).
+        environment: Versions and devices, as (name, value).
+        sections: The configuration, as (section, its keys and values).
+    """
+
+    key: str
+    record: RunRecord
+    findings: Findings | None
+    charts: list[Chart]
+    teacher_charts: dict[str, list[Chart]]
+    classes: Chart | None
+    examples: list[Example]
+    stages: list[str]
+    lost: list[tuple[Any, Shown]]
+    data: list[tuple[str, str]]
+    environment: list[tuple[str, str]]
+    sections: list[tuple[str, dict[str, str]]]
+
+    @property
+    def class_rows(self) -> list[Any]:
+        """The classes, the largest losses first; of very many only the ends."""
+        scores = sorted(self.findings.classes, key=lambda x: (x.change, x.student)) if self.findings else []
+        half = _MOST_CLASSES // 2
+        return scores if len(scores) <= _MOST_CLASSES else scores[:half] + scores[-half:]
+
+    @property
+    def all_charts(self) -> list[Chart]:
+        """Every chart of the run."""
+        others = [chart for charts in self.teacher_charts.values() for chart in charts]
+        return [*self.charts, *others, *([self.classes] if self.classes else [])]
+
+
+def view_run(key: str, record: RunRecord, findings: Findings | None) -> RunView:
+    """Draws and words all that the template shows of a run."""
+    maps = findings.maps if findings else None
+    return RunView(
+        key=key,
+        record=record,
+        findings=findings,
+        charts=run_charts(record, key),
+        teacher_charts={
+            name: run_charts(teacher, f"{key}-{name.replace('_', '-')}") for name, teacher in record.teachers.items()
+        },
+        classes=class_chart(findings, f"{key}-classes") if findings else None,
+        examples=show_examples(findings) if findings else [],
+        stages=stage_titles(maps) if maps else [],
+        lost=[(picture, show_picture(picture)) for picture in findings.lost] if findings else [],
+        data=_data_rows(record),
+        environment=_environment_rows(record),
+        sections=_sections(record.values),
+    )
+
+
+def render(views: Sequence[RunView], made: datetime.datetime) -> str:
+    """The whole page.
+
+    Args:
+        views: The runs, in their order.
+        made: When the page is made.
+    """
+    records = [view.record for view in views]
+    several = len(views) > 1
+    comparing = comparing_charts(records, "compared") if several else []
+    unlike: list[Difference] = differences(records) if several else []
+    charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
+    plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=records[0].name if not several else f"{len(views)} runs compared",
+            views=views,
+            several=several,
+            comparing=comparing,
+            differences=unlike,
+            figures={chart.key: chart.figure for chart in charts},
+            style=Markup(_source("style.css")),
+            plotly_code=plotly_code if charts else Markup(""),
+            own_code=own_code,
+            script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
+            made=made.strftime("%Y-%m-%d %H:%M UTC"),
+            maker=_maker(),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sit_jax.report", "templates"),
+        autoescape=True,  # Class names, folders and configurations are whatever somebody wrote.
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, count=count, mac=mac, day=day, ratio=ratio)
+    return environment
+
+
+def percent(value: float | None) -> str:
+    """A share of 1."""
+    return ABSENT if value is None else f"{value:.2%}"
+
+
+def count(value: float | None) -> str:
+    """A number without decimals."""
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def ratio(above: float | None, below: float | None) -> str:
+    """One number over another; nothing where one is missing."""
+    return ABSENT if above is None or not below else f"{above / below:.2f}"
+
+
+def mac(gmac: float | None) -> str:
+    """Multiply-adds, in the unit that suits them."""
+    if gmac is None:
+        return ABSENT
+    return f"{gmac:.3g} GMAC" if gmac >= 0.1 else f"{gmac * 1e3:.3g} MMAC"
+
+
+def day(seconds: float | None) -> str:
+    """A time in seconds since 1970, in UTC."""
+    try:
+        when = datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC)
+    except (OverflowError, OSError, ValueError):
+        return ABSENT
+    return ABSENT if seconds is None else when.strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
+    config = record.config
+    if config is None:
+        return []
+    arch, data = config.model.architecture, config.data
+    examples = record.scores[-1].get("examples") if record.scores else None
+    noted = record.about.get("data")
+    position = finite(noted.get("epoch")) if isinstance(noted, dict) else None
+    colours = "grey" if arch.in_channels == 1 else f"{arch.in_channels} channels"
+    rows = [
+        ("data set", data.name),
+        ("folder", data.data_dir or "tfds's own"),
+        ("training split", data.train_split),
+        ("evaluation split", data.eval_split + (f", {examples:,.0f} pictures" if examples else "")),
+        ("classes", f"{arch.num_classes:,}" if arch.num_classes else "as many as the data has"),
+        ("pictures", f"{arch.image_size} x {arch.image_size} pixels, {colours}"),
+        ("resize", f"{data.resize}, {data.interpolation}"),
+        ("batch", f"{config.batch_size:,} pictures"),
+    ]
+    if record.total_steps:
+        epochs = config.epochs + config.optim.cooldown_epochs
+        rows.append(("steps in an epoch", f"{record.total_steps / epochs:,.0f}"))
+    if position is not None:
+        rows.append(("newest checkpoint", f"after {position:g} epochs of the data"))
+    skipped = sum(line.get("skipped", 0.0) for line in record.train)
+    if skipped:
+        rows.append(("broken pictures", "were met and skipped"))
+    return rows
+
+
+def _environment_rows(record: RunRecord) -> list[tuple[str, str]]:
+    about = record.about
+    rows: list[tuple[str, str]] = [(name, show(about[name])) for name in ("devices", "processes") if name in about]
+    mesh, versions = about.get("mesh"), about.get("versions")
+    if isinstance(mesh, dict):
+        rows.append(("mesh", ", ".join(f"{axis} {show(size)}" for axis, size in mesh.items())))
+    if isinstance(versions, dict):
+        rows += [(str(name), show(version)) for name, version in versions.items()]
+    measured = record.summary.get("images_per_s_measured")
+    if isinstance(measured, str):
+        rows.append(("images/s measured on", measured))
+    if record.last_time is not None:
+        rows.append(("last metrics", day(record.last_time)))
+    return rows
+
+
+def _sections(values: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    flat = {key: show(value) for key, value in values.items() if not isinstance(value, dict)}
+    sections = [(key, flatten(value)) for key, value in values.items() if isinstance(value, dict)]
+    return ([("run", flat)] if flat else []) + sections
+
+
+def _maker() -> list[tuple[str, str]]:
+    names = ("jax", "plotly", "Jinja2")
+    versions = [(name, importlib.metadata.version(name)) for name in names]
+    return [("sit_jax", __version__), ("python", platform.python_version()), *versions]
+
+
+def _source(name: str) -> str:
+    text: str = _environment().loader.get_source(_environment(), name)[0]  # type: ignore[union-attr]
+    return text
+
+
+def _script(code: str) -> Markup:
+    """Code as it may stand in a page: nothing in it ends the element."""
+    return Markup(code.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script"))
+
+
+def _hash(code: str) -> str:
+    """What a content security policy calls a script."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"

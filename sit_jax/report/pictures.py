@@ -1,0 +1,129 @@
+"""Pictures within the page, and token maps as lists of them, stage by stage."""
+
+import base64
+import dataclasses
+import io
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image
+
+from sit_jax.report.findings import Findings, Picture
+from sit_jax.visual.pictures import as_rgb, heat, regions
+from sit_jax.visual.token_maps import TokenMaps
+
+# Tokens of a stage whose own maps are shown: those that the class token attends to most.
+_TOKENS_SHOWN = 4
+_LARGE, _SMALL = 288, 144
+_QUALITY = 82
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A picture in the page.
+
+    Attributes:
+        uri: The picture itself, as a `data:` address.
+        alt: What is on it.
+    """
+
+    uri: str
+    alt: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What one picture's tokens are in one stage of the model.
+
+    Attributes:
+        title: The stage and its tokens.
+        regions: The picture, each token's patches in their mean colour.
+        tokens: Where single tokens look.
+        text: The numbers.
+    """
+
+    title: str
+    regions: Shown
+    tokens: list[Shown]
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A picture of the evaluation split and its token maps.
+
+    Attributes:
+        picture: What is known of it.
+        shown: It itself.
+        stages: One per stage, the first being the patches; empty for a model without slimming.
+    """
+
+    picture: Picture
+    shown: Shown
+    stages: list[Stage]
+
+
+def stage_titles(maps: TokenMaps) -> list[str]:
+    """What the stages are called, the first being the patches."""
+    count, patches = len(maps.stages) + 1, maps.grid**2
+    titles = [f"Stage 1 of {count}: {_count(patches, 'token')}, one per patch"]
+    return titles + [
+        f"Stage {index} of {count}: {_count(stage.kept, 'token')} after block {stage.after_block}"
+        for index, stage in enumerate(maps.stages, start=2)
+    ]
+
+
+def show_examples(findings: Findings) -> list[Example]:
+    """The examples with their token maps, drawn."""
+    return [
+        Example(picture, show_picture(picture), _stages(findings.maps, index, picture) if findings.maps else [])
+        for index, picture in enumerate(findings.examples)
+    ]
+
+
+def show_picture(picture: Picture) -> Shown:
+    """A picture by itself."""
+    return Shown(data_uri(picture.pixels, _LARGE), f"Picture {picture.index} of the split: {picture.label}")
+
+
+def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
+    titles, patches = stage_titles(maps), maps.grid**2
+    first = regions(picture.pixels, np.arange(patches), maps.grid)
+    what = f"Picture {picture.index} ({picture.label})"
+    stages = [
+        Stage(titles[0], Shown(data_uri(first, _LARGE), f"{what} as {patches} patches"), [], "Every patch is a token.")
+    ]
+    for index, (title, stage) in enumerate(zip(titles[1:], maps.stages, strict=True)):
+        overlooked = stage.overlooked[row]
+        painted = regions(picture.pixels, stage.hard[row], maps.grid, overlooked)
+        effective = stage.effective_patches[row]
+        order = np.argsort(-maps.token_attention(index)[row], kind="stable")[:_TOKENS_SHOWN]
+        tokens = [
+            Shown(
+                data_uri(heat(picture.pixels, stage.cumulative[row, token], maps.grid), _SMALL),
+                f"{what}, where token {token + 1} looks: {effective[token]:.1f} effective patches",
+            )
+            for token in order
+        ]
+        text = f"A token is made of {effective.mean():.1f} patches on average ({effective.min():.1f} to "
+        text += f"{effective.max():.1f}); {_count(int(overlooked.sum()), 'patch')} in no token."
+        alt = f"{what} as {_count(stage.kept, 'region')}, one for each token"
+        stages.append(Stage(title, Shown(data_uri(painted, _LARGE), alt), tokens, text))
+    return stages
+
+
+def data_uri(pixels: UInt8[ndarray, "height width channels"], side: int) -> str:
+    """A picture as a `data:` address, at most `side` pixels wide and high."""
+    image = Image.fromarray(as_rgb(pixels))
+    if max(image.size) > side:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    encoded = io.BytesIO()
+    image.save(encoded, "WEBP", quality=_QUALITY, method=4)
+    return "data:image/webp;base64," + base64.b64encode(encoded.getvalue()).decode()
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}es" if noun.endswith("ch") else f"{number:,} {noun}s"

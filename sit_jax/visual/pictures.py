@@ -1,0 +1,118 @@
+"""Token maps over pictures, as plain RGB arrays: for figures, HTML pages and the demo alike."""
+
+import functools
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, UInt8
+from numpy import ndarray
+from PIL import Image
+
+# Perceptually uniform, rising in lightness throughout, and told apart with any kind of colour blindness.
+COLOURS = "inferno"
+_LUMA = np.array([0.299, 0.587, 0.114])
+# Under a map the picture is grey and soft, so that colour means weight and nothing else.
+_DARKEST, _LIGHTEST = 0.25, 0.95
+_STRENGTH = 0.8
+_LINE = np.array([255, 255, 255], np.uint8)
+_LINES_PER_SIDE = 160
+_OVERLOOKED = 0.35
+
+
+def heat(
+    image: UInt8[ndarray, "height width channels"],
+    row: Float[ndarray, " patches"],
+    grid: int,
+    top: float | None = None,
+) -> UInt8[ndarray, "height width 3"]:
+    """A map over a picture: the picture in grey, each patch tinted by its weight.
+
+    Args:
+        image: Grey or RGB pixels, of any size.
+        row: A weight per patch, 0 or more.
+        grid: Patches along one side.
+        top: The weight that gets the brightest colour; the row's largest where None.
+    """
+    top = float(row.max()) if top is None else top
+    level = np.clip(row / top, 0, 1) if top > 0 else np.zeros_like(row)
+    tint = colour_table()[np.round(255 * level).astype(np.int64)][patch_index(image.shape, grid)]
+    mixed = _mix(tint, as_rgb(image) @ _LUMA / 255)
+    return np.clip(np.round(255 * mixed), 0, 255).astype(np.uint8)
+
+
+def bar_colours() -> Float[ndarray, "256 3"]:
+    """What `heat` makes of the weights from 0 to the largest, RGB from 0 to 1, where the picture is of medium grey."""
+    return _mix(colour_table(), np.full(256, 0.5))
+
+
+def _mix(tint: Float[ndarray, "*shape 3"], luma: Float[ndarray, "*shape"]) -> Float[ndarray, "*shape 3"]:
+    ground = (_DARKEST + (_LIGHTEST - _DARKEST) * luma)[..., None]
+    # Multiplied, the picture's own light and shade stay visible within every colour.
+    return (1 - _STRENGTH) * ground + _STRENGTH * tint * (0.6 + 0.4 * ground)
+
+
+def regions(
+    image: UInt8[ndarray, "height width channels"],
+    hard_map: Int[ndarray, " patches"],
+    grid: int,
+    overlooked: Bool[ndarray, " patches"] | None = None,
+) -> UInt8[ndarray, "height width 3"]:
+    """The patches of every token as a region in the mean colour of its pixels, outlined.
+
+    Args:
+        image: Grey or RGB pixels, of any size.
+        hard_map: Each patch's token.
+        grid: Patches along one side.
+        overlooked: Patches that belong to no token: they are left out of the means, and shown as a dim, grey picture.
+    """
+    index = patch_index(image.shape, grid)
+    owner = np.where(overlooked, -1, hard_map) if overlooked is not None else hard_map
+    pixels, labels = as_rgb(image).astype(np.float64), owner[index] + 1
+    flat = labels.ravel()
+    counts = np.maximum(1, np.bincount(flat))
+    means = np.stack([np.bincount(flat, pixels[:, :, c].ravel()) / counts for c in range(3)], axis=1)
+    painted = means[labels]
+    nobody = labels == 0
+    painted[nobody] = (_OVERLOOKED * (pixels @ _LUMA))[nobody][:, None]
+    result = np.round(painted).astype(np.uint8)
+    result[_borders(labels)] = _LINE
+    return result
+
+
+def as_rgb(image: UInt8[ndarray, "height width channels"]) -> UInt8[ndarray, "height width 3"]:
+    """Grey or RGB pixels as RGB."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+
+
+def enlarge(image: UInt8[ndarray, "height width channels"], side: int) -> UInt8[ndarray, "side side channels"]:
+    """Square pixels as a picture of `side` pixels, smoothly."""
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    values = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
+    return values[:, :, None] if values.ndim == 2 else values
+
+
+def patch_index(shape: tuple[int, ...], grid: int) -> Int[ndarray, "height width"]:
+    """The patch that each pixel of a (height, width, ...) picture belongs to."""
+    rows, columns = (np.arange(length) * grid // length for length in shape[:2])
+    return rows[:, None] * grid + columns[None, :]
+
+
+@functools.cache
+def colour_table() -> Float[ndarray, "256 3"]:
+    """The map's colours from weight 0 to the largest, RGB from 0 to 1."""
+    import matplotlib  # Takes a while.
+
+    return np.asarray(matplotlib.colormaps[COLOURS](np.arange(256))[:, :3])
+
+
+def _borders(labels: Int[ndarray, "height width"]) -> Bool[ndarray, "height width"]:
+    """Pixels on the line between two regions."""
+    width = max(1, round(min(labels.shape) / _LINES_PER_SIDE))
+    line = np.zeros(labels.shape, bool)
+    down, right = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
+    # Half on either side; `width` pixels in all.
+    for shift in range(-(width // 2), width - width // 2):
+        rows, columns = np.nonzero(down)
+        line[np.clip(rows + 1 + shift, 0, labels.shape[0] - 1), columns] = True
+        rows, columns = np.nonzero(right)
+        line[rows, np.clip(columns + 1 + shift, 0, labels.shape[1] - 1)] = True
+    return line

@@ -1,0 +1,44 @@
+"""`slimming.png` of a run: where each kept token looks, on a few pictures."""
+
+import pathlib
+from collections.abc import Sequence
+
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sit_jax.visual.pictures import as_rgb, heat
+from sit_jax.visual.token_maps import TokenMaps
+
+# Columns of a figure beyond this would be too small to see.
+_MAX_TOKENS_SHOWN = 8
+
+
+def draw_slimming(
+    path: pathlib.Path,
+    pictures: UInt8[ndarray, "batch height width channels"],
+    maps: TokenMaps,
+    titles: Sequence[str],
+) -> None:
+    """Draws pictures and, beside each, where every token after the last slimming module looks.
+
+    Args:
+        path: PNG file to write.
+        pictures: The pictures' pixels.
+        maps: Of these pictures, by a model with slimming modules.
+        titles: One per picture.
+    """
+    from matplotlib.figure import Figure  # Takes a while to import; no display and no global state.
+
+    weights = maps.stages[-1].cumulative
+    tokens, rows = min(weights.shape[1], _MAX_TOKENS_SHOWN), len(pictures)
+    figure = Figure(figsize=(1.5 * (tokens + 1), 1.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, tokens + 1, squeeze=False)
+    for row, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        axes[row, 0].imshow(as_rgb(picture))
+        axes[row, 0].set_title(title, fontsize=8)
+        for token in range(tokens):
+            axes[row, token + 1].imshow(heat(picture, weights[row, token], maps.grid))
+            axes[row, token + 1].set_title(f"token {token + 1}", fontsize=8)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,302 @@
+"""`sit report`: what is gathered, what is found, and pages of runs that are not whole."""
+
+import base64
+import datetime
+import hashlib
+import html.parser
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reports
+
+from sit_jax import cli
+from sit_jax.analysis.summary import summarize
+from sit_jax.data.sources import open_source
+from sit_jax.data.transforms import EvalTransform
+from sit_jax.models import build_model
+from sit_jax.origins import trained_variables
+from sit_jax.report.charts import comparing_charts, run_charts
+from sit_jax.report.compare import differences
+from sit_jax.report.findings import find
+from sit_jax.report.gather import RunRecord, gather, gather_all
+from sit_jax.report.page import render, view_run
+
+
+class Elements(html.parser.HTMLParser):
+    """The elements of a page: name and attributes, and the text of each script."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._in_script = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        self._in_script = tag == "script"
+        if self._in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+
+
+@pytest.fixture(scope="module")
+def finished(digits_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run with its summary."""
+    folder = tmp_path_factory.mktemp("report") / "digits"
+    shutil.copytree(digits_run, folder)
+    summarize(folder)
+    return folder
+
+
+def copy(run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def report(folder: pathlib.Path, *words: str) -> str:
+    """The page that the command writes about a run."""
+    assert cli.main(["report", str(folder), *words]) == 0
+    text = (folder / "report.html").read_text()
+    assert "Traceback" not in text
+    return text
+
+
+def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
+    record = gather(finished)
+    assert record.missing == []
+    assert (record.name, record.finished, record.step, record.total_steps) == ("digits", True, 22, 22)
+    summary = json.loads((finished / "summary.json").read_text())
+    for name in ("teacher", "student"):
+        assert record.entry(name) == summary[name]
+    assert [line["step"] for line in record.train] == [5, 10, 15, 20, 22]
+    assert record.teachers["teacher"].step == 11
+    assert set(record.about["versions"]) >= {"sit_jax", "jax", "flax", "python", "numpy"}
+    assert record.about["devices"] == "8 x cpu"
+    titles = [chart.title for chart in run_charts(record, "run")]
+    assert titles == ["Loss terms, before weighting", "Accuracy", "Learning rates", "Gradient norm"]
+    loss = run_charts(record, "run")[0]
+    assert loss.headings == ["step", "loss", "classification", "token", "logits", "loss (evaluation)"]
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])
+    assert loss.rows[-1][:3] == ["22", f"{last['loss']:.4g}", f"{last['classification']:.4g}"]
+    assert loss.figure["data"][2]["y"][-1] == pytest.approx(last["token"], rel=1e-5)
+
+
+def test_findings_against_numpy(finished: pathlib.Path) -> None:
+    found = find(gather(finished), examples=5)
+    config, variables = trained_variables(finished)
+    _, teacher = trained_variables(finished / "teacher")
+    source = open_source(config.data, "test")
+    transform = EvalTransform(config.data, 32, 1)
+    examples = [source[index] for index in range(len(source))]
+    pixels = np.stack([transform(example)["image"] for example in examples])
+    images = jnp.asarray((pixels / 255 - np.mean(config.data.mean)) / np.mean(config.data.std), jnp.float32)
+    labels = np.array([example.label for example in examples])
+    assert config.teacher is not None
+    logits = {
+        "student": np.asarray(build_model(config.model.architecture).apply(variables, images)[0], np.float64),
+        "teacher": np.asarray(build_model(config.teacher.model.architecture).apply(teacher, images)[0], np.float64),
+    }
+    right = {name: x.argmax(axis=1) == labels for name, x in logits.items()}
+    for score in found.classes:
+        mine = labels == int(score.name)
+        assert score.pictures == mine.sum()
+        assert score.student == pytest.approx(right["student"][mine].mean())
+        assert score.teacher == pytest.approx(right["teacher"][mine].mean())
+    for (student, teacher_right), count in found.outcomes.items():
+        assert count == ((right["student"] == student) & (right["teacher"] == teacher_right)).sum()
+    shares = np.exp(logits["student"] - logits["student"].max(axis=1, keepdims=True))
+    sure = (shares / shares.sum(axis=1, keepdims=True)).max(axis=1)
+    lost = np.flatnonzero(right["teacher"] & ~right["student"])
+    assert len(lost) > 1  # A run of two epochs loses something.
+    expected = sorted(lost, key=lambda index: -sure[index])[:5]
+    assert [picture.index for picture in found.lost] == expected
+    for picture in found.lost:
+        assert picture.verdicts["student"].probability == pytest.approx(sure[picture.index], rel=1e-4)
+        assert picture.verdicts["teacher"].name == picture.label == str(labels[picture.index])
+    assert [picture.index for picture in found.examples] == [0, 90, 179, 268, 358]
+    assert found.maps is not None
+    assert len(found.maps.logits) == 5
+    np.testing.assert_allclose(found.maps.logits, logits["student"][[0, 90, 179, 268, 358]], rtol=1e-3, atol=1e-4)
+
+
+def test_page_holds_everything_and_loads_nothing(finished: pathlib.Path, capsys: Any) -> None:
+    text = report(finished, "--examples", "3")
+    assert f"Written: {finished / 'report.html'}" in capsys.readouterr().out
+    page = Elements(text)
+    for tag, attributes in page.found:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name) or ""
+            assert value.startswith(("#", "data:")) or not value, (tag, name, value[:80])
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    # The policy allows no source but these very scripts; figures are data.
+    (policy,) = [x["content"] for tag, x in page.found if tag == "meta" and "http-equiv" in x]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; ")
+    hashes = {base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() for code in page.scripts[1:]}
+    assert len(page.scripts) == 3
+    assert set(re.findall(r"'sha256-([^']+)'", policy)) == hashes
+    figures = json.loads(page.scripts[0])
+    plots = [attributes["data-figure"] for _, attributes in page.found if "data-figure" in attributes]
+    assert sorted(plots, key=str) == sorted(figures)
+    assert len(plots) == 4 + 4 + 1  # Student, teacher, classes.
+    images = [attributes for tag, attributes in page.found if tag == "img"]
+    assert all(image["alt"] for image in images)
+    stages = [attributes for _, attributes in page.found if "data-stage" in attributes]
+    assert len(stages) == 3 * 2
+    assert all(attributes["scope"] for tag, attributes in page.found if tag == "th")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert f"{summary['student']['top1']:.2%}" in text
+    assert f"{summary['teacher']['params']:,}" in text
+    assert "What is missing" not in text
+
+
+def test_run_that_goes_on(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    folder = copy(finished, tmp_path)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "22")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:4]
+    (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 20, "kind": "tr')
+    record = gather(folder)
+    assert record.missing == [
+        "The run has not finished: it has got to step 15 of 22.",
+        "metrics.jsonl: the last line is cut off, as while a run writes it.",
+    ]
+    scores = [json.loads(line) for line in lines if '"eval"' in line]
+    assert record.entry("student")["top1"] == scores[-1]["top1"]
+    assert record.entry("student")["images_per_s"] is None
+    assert record.entry("student")["params"] == json.loads((finished / "summary.json").read_text())["student"]["params"]
+    text = report(folder, "--no_model")
+    assert "step 15 of 22" in text
+    assert "The model was not asked (--no_model)" in text
+
+
+@pytest.mark.parametrize("break_it", reports.BREAKAGES, ids=lambda breakage: breakage.__name__)
+def test_broken_run(break_it: Any, finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    folder = copy(finished, tmp_path)
+    expected = break_it(folder)
+    text = report(folder, "--examples", "1")
+    missing = text[text.index("What is missing") : text.index("</ul>", text.index("What is missing"))]
+    for words in expected:
+        assert words in html.unescape(missing)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    before = sorted(finished.iterdir())
+    for words, message in (
+        ([tmp_path / "none"], "there is no such folder"),
+        ([tmp_path / "file"], "there is no such folder"),
+        ([tmp_path / "empty"], "is not the folder of a run"),
+        ([finished, tmp_path / "empty"], "is not the folder of a run"),
+        ([finished, finished], "is given twice"),
+        ([finished, "--output", finished / "config.json"], "let it end in .html"),
+        ([finished, "--no_model", "--output", tmp_path / "file" / "page.html"], "cannot be written"),
+    ):
+        assert cli.main(["report", *map(str, words)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("sit report: ")
+        assert message in error
+    assert sorted(finished.iterdir()) == before
+
+
+def test_several_runs(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    other = tmp_path / "elsewhere" / "digits"
+    shutil.copytree(finished, other)
+    values = json.loads((other / "config.json").read_text())
+    values["optim"]["lr"] = 0.002
+    values["seed"] = 1
+    (other / "config.json").write_text(json.dumps(values))
+    records = gather_all([finished, other])
+    # As many parts of the path as it takes.
+    assert [record.name for record in records] == [f"{finished.parent.name}/digits", "elsewhere/digits"]
+    assert [(x.key, x.values) for x in differences(records)] == [
+        ("seed", ("0", "1")),
+        ("optim.lr", ("0.001", "0.002")),
+    ]
+    charts = {chart.title: chart for chart in comparing_charts(records, "all")}
+    assert {"Evaluation: top1", "Training: loss", "Learning rate: reverse"} <= set(charts)
+    assert [x["name"] for x in charts["Training: loss"].figure["data"]] == [record.name for record in records]
+    output = tmp_path / "new folder" / "both.html"
+    assert cli.main(["report", str(finished), str(other), "--no_model", "--output", str(output)]) == 0
+    text = output.read_text()
+    assert "<code>optim.lr</code>" in text
+    assert "elsewhere/digits" in text
+
+
+def test_long_runs_are_thinned_and_odd_values_left_out(tmp_path: pathlib.Path) -> None:
+    lines: list[dict[str, Any]] = [
+        {"step": step, "kind": "train", "time": step / 2, "loss": 1 / step, "token": 0.0} for step in range(1, 9001)
+    ]
+    lines[4] |= {"loss": float("nan")}
+    lines[5] |= {"loss": "1", "accuracy": True}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = gather(tmp_path)
+    assert "There is no config.json." in record.missing
+    (chart,) = run_charts(record, "run")  # Token has nothing that a logarithm shows.
+    assert len(chart.figure["data"]) == 1
+    assert len(chart.figure["data"][0]["x"]) == 3000
+    assert len(chart.rows) <= 102
+    assert chart.rows[-1] == ["9,000", f"{1 / 9000:.4g}"]
+    assert chart.headings == ["step", "loss"]
+    assert "8,998 steps" in chart.note
+
+
+def test_rate_of_training(finished: pathlib.Path) -> None:
+    record = gather(finished)
+    lines = [{"step": 10.0 * i, "time": 5.0 * i + (100 if i > 2 else 0)} for i in range(6)]
+    changed = RunRecord(**{**record.__dict__, "train": lines})
+    assert changed.training_rate == pytest.approx(10 * 128 / 5)  # The long evaluation does not count.
+
+
+def test_text_of_users_stays_text(finished: pathlib.Path) -> None:
+    page = Elements(reports.hostile_page(finished))
+    assert len(page.scripts) == 3
+    assert "script" not in [tag for tag, _ in page.found if tag not in ("script", "noscript")]
+    assert not [attributes for _, attributes in page.found if any(name.startswith("on") for name in attributes)]
+    assert all((x.get("src") or "data:").startswith("data:") for _, x in page.found)
+    figures = json.loads(page.scripts[0])
+    names = figures["run-1-classes"]["data"][0]["x"]
+    assert reports.HOSTILE not in names
+    assert html.escape(reports.HOSTILE) in names  # Plotly reads entities, and some elements too.
+    assert "<" not in page.scripts[0]
+
+
+def test_page_without_any_run_to_speak_of(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    record = gather(tmp_path)
+    text = render([view_run("run-1", record, None)], datetime.datetime.now(datetime.UTC))
+    assert "No metrics have been written yet." in text
+    assert len(text) < 100_000  # No charts, no library.
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_templates(tmp_path: pathlib.Path) -> None:
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(name, tmp_path / name)
+    shutil.copytree("sit_jax", tmp_path / "sit_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "dist"), "."]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True, cwd=tmp_path, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("sit_jax/report/templates/")}
+    there = {f"sit_jax/report/templates/{path.name}" for path in pathlib.Path("sit_jax/report/templates").iterdir()}
+    assert held == there
+    assert len(there) == 4
