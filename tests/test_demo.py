@@ -56,7 +56,7 @@ def test_the_numbers_of_tokens_follow_the_ratio() -> None:
 def test_fewer_tokens_are_the_same_tokens(counts: tuple[int, ...]) -> None:
     # The reference is the whole model, whose modules' tokens are thrown away as they come out.
     weights = random_weights.draw(STUDENT)
-    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+    variables = jax.tree.map(jnp.asarray, random_weights.variables(weights))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64, 64, 1)).astype(np.float32))
     left = iter(counts)
 
@@ -69,7 +69,7 @@ def test_fewer_tokens_are_the_same_tokens(counts: tuple[int, ...]) -> None:
 
     with nn.intercept_methods(cut):
         expected = build_model(STUDENT).apply(variables, images)
-    arch, params = with_fewer_tokens(STUDENT, weights.params, counts)
+    arch, params = with_fewer_tokens(STUDENT, variables["params"], counts)
     logits, outputs = build_model(arch).apply({**variables, "params": params}, images)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
     assert [assignment.shape[2] for assignment in outputs.assignments] == list(counts)
