@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -220,9 +221,8 @@ def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[
             missing.append(f"The {name}'s training has not begun.")
         elif not teacher.run or is_own_run(teacher.run):  # Weights of another program have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
-            record = attempt(
-                lambda place=place, name=name: gather(place, name, is_teacher=True), None, missing, f"The {name}"
-            )  # type: ignore[misc]
+            read = functools.partial(gather, place, name, is_teacher=True)
+            record = attempt(read, None, missing, f"The {name}")
             if record is not None:
                 found[name] = record
                 missing += [f"{name}: {text}" for text in record.missing]
