@@ -1,14 +1,15 @@
 # make demo   slims a vision transformer on handwritten digits, in minutes on a laptop's CPU
 # make test   runs the tests
-# Both make .venv from requirements.txt first, when it is missing or older than that file; the tests also take
-# PyTorch, ONNX and Playwright, from requirements-export.txt.
+# make docs   builds the documentation's site into build/site
+# All make .venv from requirements.txt first, when it is missing or older than that file. The tests also take PyTorch,
+# ONNX and Playwright (requirements-export.txt), Gradio (-demo) and what builds the site (-docs).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/digits
 
-.PHONY: help demo test test-slow lint typecheck lock clean
+.PHONY: help demo test test-slow lint typecheck docs lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -27,10 +28,18 @@ $(VENV)/export: $(VENV)/ready requirements-export.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-export.txt
 	@touch $@
 
+$(VENV)/docs: $(VENV)/ready requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+$(VENV)/demo: $(VENV)/ready requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt
+	@touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/sit train --config configs/digits.py --workdir $(WORKDIR) --resume
 
-test: $(VENV)/export
+test: $(VENV)/export $(VENV)/docs $(VENV)/demo
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 # The TPU compiler stays out of .venv: JAX would look for chips whenever it starts.
@@ -42,7 +51,7 @@ $(LIBTPU)/ready: $(VENV)/export
 		"$$($(BIN)/python -c 'from sit_jax.analysis.plan import libtpu_requirement; print(libtpu_requirement())')"
 	@touch $@
 
-test-slow: $(LIBTPU)/ready
+test-slow: $(LIBTPU)/ready $(VENV)/docs $(VENV)/demo
 	PYTHONPATH=$(LIBTPU) $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/ready
@@ -50,18 +59,25 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/shellcheck --external-sources launch/*.sh launch/slurm.sbatch .ci/run
 
-typecheck: $(VENV)/export
+typecheck: $(VENV)/export $(VENV)/demo
 	$(BIN)/mypy
 
-# Refreshes both requirements files: the newest versions that pyproject.toml admits, and all that they need.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Refreshes the requirements files: the newest versions that pyproject.toml admits, and all that they need. Each of the
+# smaller files is made over the large one.
 FREEZE := build/lock/bin/python -m pip freeze --all --exclude sit-jax --exclude pip
 lock:
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]"
+	build/lock/bin/python -m pip install --quiet --upgrade ".[dev]" "pillow<13"  # Gradio takes no 13 yet.
 	$(FREEZE) > build/base.txt
-	build/lock/bin/python -m pip install --quiet ".[onnx,browser]"
-	$(FREEZE) | grep -vxFf build/base.txt > build/export.txt
-	for name in base export; do \
+	for file in export:onnx,browser docs:docs demo:demo; do \
+		rm -rf build/lock && $(PYTHON) -m venv build/lock && \
+		build/lock/bin/python -m pip install --quiet --constraint build/base.txt ".[dev,$${file#*:}]" && \
+		$(FREEZE) | grep -vxFf build/base.txt > build/$${file%:*}.txt || exit 1; \
+	done
+	for name in base export docs demo; do \
 		file=requirements$$(test $$name = base || echo -$$name).txt; \
 		{ sed -n '/^#/p' $$file; cat build/$$name.txt; } > build/new.txt && mv build/new.txt $$file; \
 	done

@@ -18,6 +18,7 @@ from sit_jax.export.folder import save_folder
 from sit_jax.export.forward import normalize_with
 from sit_jax.export.predictor import open_weights
 from sit_jax.export.preprocessing import settled
+from sit_jax.inference import prepare
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import get_architecture
@@ -53,7 +54,7 @@ class Model:
         """
         if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
             raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalised floats")
-        return self._forward(self.variables, jnp.asarray(images))
+        return self._forward(jnp.asarray(images))
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a model folder, which `sit_jax.load`, the `sit` commands and PyTorch read.
@@ -68,11 +69,10 @@ class Model:
     def _forward(self) -> Any:
         preprocessing = settled(self.about, self.arch.in_channels)["preprocessing"]
 
-        def forward(variables: dict[str, Any], images: Array) -> Array:
-            x = normalize_with(images, preprocessing) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
-            return self.module.apply(variables, x)[0]
+        def normalized(images: Array) -> Array:
+            return normalize_with(images, preprocessing) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
-        return jax.jit(forward)
+        return prepare(self.arch, self.variables).jit(before=normalized)
 
 
 def create_model(name: str, seed: int = 0, **changes: Any) -> Model:

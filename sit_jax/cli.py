@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sit_jax import __version__
+from sit_jax.analysis.arguments import add_benchmark
 from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
+from sit_jax.demo.arguments import add_demo, run_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
-from sit_jax.process import quiet_libraries, take_cpu
+from sit_jax.process import keep_compiled, keep_memory, quiet_libraries, take_cpu
 from sit_jax.report.arguments import add_report, run_report
+from sit_jax.visual.arguments import add_visualize, run_visualize
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
@@ -60,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(train)
     train.add_argument("--workdir", required=True, type=_folder, help="folder of the run; made if missing")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    train.add_argument(
+        "--compilation_cache",
+        default="",
+        help="folder that keeps compiled programs, or none; ~/.cache/sit_jax if not given",
+    )
     train.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
     _add_processes(train)
     plan = _verb(
@@ -82,9 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
     add_export(_verb(verbs, "export", _export, "write a model for PyTorch, ONNX, StableHLO or timm"))
     add_predict(_verb(verbs, "predict", _predict, "say what is on pictures"))
+    add_visualize(
+        _verb(verbs, "visualize", run_visualize, "draw where tokens look and what the class token attends to")
+    )
+    add_demo(_verb(verbs, "demo", run_demo, "open a page that shows what slimming does to your pictures"))
     add_report(_verb(verbs, "report", run_report, "make a page about a run, or about several side by side"))
+    add_benchmark(_verb(verbs, "benchmark", _benchmark, "time models side by side"))
     models = _verb(verbs, "models", _models, "list the named models and what they cost")
     models.add_argument("--json", action="store_true", help="print a list of objects")
+    models.add_argument("--verbose", action="store_true", help="also what each kind of module costs")
     add_checkpoint_tasks(_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints"))
     _add_data(_verb(verbs, "data", None, "prepare, look at, check and label data sets"))
     return parser
@@ -159,7 +173,9 @@ def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.A
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
+    keep_memory()
     quiet_libraries()
+    keep_compiled(arguments.compilation_cache)
     first = _join(arguments)
     from sit_jax.analysis.summary import print_summary, summarize
     from sit_jax.run import print_sharding, run
@@ -193,6 +209,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
+    keep_memory()
     quiet_libraries()
     first = _join(arguments)
     import dataclasses
@@ -231,6 +248,7 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
+    keep_memory()
     quiet_libraries()
     from sit_jax.predict import command
 
@@ -308,40 +326,22 @@ def _data_label(arguments: argparse.Namespace, _: list[str]) -> None:
     print(f"Written: {arguments.output} ({count} pictures); use it with data.label_maps={arguments.output}")
 
 
-def _models(arguments: argparse.Namespace, _: list[str]) -> None:
-    from sit_jax.analysis.flops import count_cost
-    from sit_jax.models.variants import VARIANTS
+def _benchmark(arguments: argparse.Namespace, _: list[str]) -> None:
+    quiet_libraries()
+    from sit_jax.analysis.benchmark_command import Settings, command
 
-    rows: list[dict[str, Any]] = []
-    for name, arch in VARIANTS.items():
-        cost = count_cost(arch)
-        rows.append(
-            {
-                "name": name,
-                "params": cost.params,
-                "rtsm_params": cost.reverse_params,
-                "gmac": round(cost.gmac, 4),
-                "tokens": list(arch.token_counts),
-                "image_size": arch.image_size,
-            }
-        )
+    settings = Settings(arguments.batch_sizes, arguments.dtype, arguments.seconds, arguments.rounds)
+    command(arguments.models, arguments.teacher, settings, arguments.json, arguments.plot)
+
+
+def _models(arguments: argparse.Namespace, _: list[str]) -> None:
+    from sit_jax.analysis.models_table import list_costs, print_costs
+
+    rows = list_costs()
     if arguments.json:
         print(json.dumps(rows, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    headings = ("model", "parameters", "with RTSM", "GMAC", "tokens", "px")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("model", "tokens") else "right", no_wrap=True)
-    for row in rows:
-        both = row["params"] + row["rtsm_params"]
-        tokens = "/".join(str(count) for count in row["tokens"])
-        table.add_row(
-            row["name"], f"{row['params']:,}", f"{both:,}", f"{row['gmac']:.3f}", tokens, str(row["image_size"])
-        )
-    Console().print(table)
+    else:
+        print_costs(rows, arguments.verbose)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Any:

@@ -123,6 +123,20 @@ def run_predict(
         )
 
 
+def read_file(name: str) -> Example:
+    """A picture's file, without a label.
+
+    Raises:
+        PictureError: It cannot be read.
+    """
+    try:
+        with open(name, "rb") as file:
+            return Example(file.read(), -1, name)
+    except (OSError, ValueError) as error:  # ValueError: a line with a null byte in it.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PictureError(f"{name}: cannot be read: {reason}") from None
+
+
 def _read(predictor: Predictor, pictures: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | PictureError]]:
     """Pixels of each picture in order, at most `ahead` of them read and not yet asked for."""
     arch = predictor.arch
@@ -130,14 +144,9 @@ def _read(predictor: Predictor, pictures: Sequence[str], ahead: int) -> Iterator
 
     def load(name: str) -> tuple[str, np.ndarray | PictureError]:
         try:
-            with open(name, "rb") as file:
-                example = Example(file.read(), -1, name)
-            return name, transform(example)["image"]
+            return name, transform(read_file(name))["image"]
         except PictureError as error:
             return name, error
-        except (OSError, ValueError) as error:  # ValueError: a line with a null byte in it.
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            return name, PictureError(f"{name}: cannot be read: {reason}")
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         running: collections.deque[Any] = collections.deque()

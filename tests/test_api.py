@@ -87,6 +87,9 @@ def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
     plain = sit_jax.Model(tiny.plain(stem="patch"), {"params": random_weights.draw(tiny.plain(stem="patch")).params})
     plain.save(tmp_path / "plain")
     assert set(sit_jax.load(tmp_path / "plain").variables) == {"params"}
+    for kind in (np.int64, np.int32, np.uint16):
+        with pytest.raises(ValueError, match=f"pixels are {np.dtype(kind)}; give uint8 pixels or normalised floats"):
+            loaded(pixels.astype(kind))
     with pytest.raises(UserError, match="is there already"):
         model.save(tmp_path / "model")
     with pytest.raises(UserError, match="no such file or folder"):

@@ -1,6 +1,7 @@
 """The commands that need no run."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,8 +10,9 @@ import pytest
 
 from sit_jax import cli
 from sit_jax.config_dict import from_config_dict, to_dict
-from sit_jax.errors import ConfigError
+from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.variants import VARIANTS
+from sit_jax.process import keep_compiled
 
 
 def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,3 +99,29 @@ def test_arguments_that_a_page_does_not_take(page: str, message: str, capsys: py
     assert message in error
     assert len(error.splitlines()) == 1
     assert "Traceback" not in error
+
+
+def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
+    program = """
+import sys, jax
+from sit_jax.process import keep_compiled
+keep_compiled(sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.jit(lambda x: x * 2 + 1)(1.0)
+"""
+
+    def start(folder: str) -> None:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path / "home"), "JAX_PLATFORMS": "cpu"}
+        subprocess.run([sys.executable, "-c", program, folder], check=True, env=environment)
+
+    start("")
+    assert list((tmp_path / "home" / "sit_jax").iterdir())
+    start(str(tmp_path / "mine"))
+    assert list((tmp_path / "mine").iterdir())
+    before = sorted(tmp_path.rglob("*"))
+    start("none")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--compilation_cache: .*file is no folder"):
+        keep_compiled(str(tmp_path / "file"))

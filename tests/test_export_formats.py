@@ -27,7 +27,7 @@ from sit_jax.convert.original import to_original
 from sit_jax.errors import UserError
 from sit_jax.export import onnx_file, stablehlo, torch_model
 from sit_jax.export.folder import load_folder, save_folder
-from sit_jax.export.forward import fold_batch_norm, make_forward
+from sit_jax.export.forward import make_forward
 from sit_jax.export.predictor import open_predictor
 from sit_jax.models import build_model
 from sit_jax.run import evaluate_run, run
@@ -64,11 +64,9 @@ def test_batch_norm_is_folded(expected: np.ndarray) -> None:
     logits = jax.jit(make_forward(WEIGHTS, raw_input=False))(jnp.asarray(IMAGES))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     text = jax.jit(make_forward(WEIGHTS, raw_input=False)).lower(jnp.asarray(IMAGES)).as_text()
-    # LayerNorm has one of its own in every norm of the blocks, of slimming and before the head.
+    # The norms of the blocks, of slimming and before the head have one each, BatchNorm none.
     norms = 2 * tiny.STUDENT.depth + len(tiny.STUDENT.slimming) + 1
     assert text.count("stablehlo.rsqrt") == norms
-    folded = fold_batch_norm(WEIGHTS.params, WEIGHTS.batch_stats)["stem"]
-    assert not np.allclose(folded["conv1"]["kernel"], WEIGHTS.params["stem"]["conv1"]["kernel"])
 
 
 @pytest.mark.parametrize("raw", [False, True])

@@ -230,7 +230,7 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-@pytest.mark.parametrize("page", ["launch/README.md", "README.md"])
+@pytest.mark.parametrize("page", ["launch/README.md", "docs/training.md"])
 def test_commands_of_the_pages(page: str, machine: Machine) -> None:
     seen = set()
     for words in commands_of(page):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
+from sit_jax.models.convolution import halve
 from sit_jax.models.layers import attend, exact_gelu
 from sit_jax.models.products import Dense, project, project_columns
 
@@ -24,6 +25,12 @@ def plain_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.A
     return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores), value)
 
 
+def plain_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    parts = [padded[:, i:, j:][:, : x.shape[1] : 2, : x.shape[2] : 2] for i in range(3) for j in range(3)]
+    return jnp.einsum("tbhwi,tio->bhwo", jnp.stack(parts), kernel.reshape(9, *kernel.shape[2:]))
+
+
 CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[jax.Array]]] = {
     "project": (project, lambda x, w: jnp.einsum("abi,io->abo", x, w), [normal(0, 2, 3, 5), normal(1, 5, 4)]),
     "project_columns": (
@@ -31,6 +38,7 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[..., Any], list[jax.Array]]]
         lambda x, w: jnp.einsum("ic,io->oc", x, w),
         [normal(0, 5, 6), normal(1, 5, 4)],
     ),
+    "halve": (halve, plain_convolution, [normal(0, 2, 8, 6, 3), normal(1, 3, 3, 3, 4)]),
     "gelu": (exact_gelu, lambda x: jax.nn.gelu(x, approximate=False), [5 * normal(0, 40, 50)]),
     "attend": (attend, plain_attention, [2 * normal(i, 2, 3, 7, 4) for i in range(3)]),
     "attend, other keys": (

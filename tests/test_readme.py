@@ -1,13 +1,8 @@
-"""What the README says is true."""
+"""What the README says is true; its commands are tested with those of the other pages, in test_docs.py."""
 
 import doctest
 import pathlib
-import re
-import shlex
 
-import pytest
-
-from sit_jax import cli
 from sit_jax.analysis.flops import count_cost
 from sit_jax.models.variants import VARIANTS
 
@@ -19,49 +14,6 @@ def test_python_examples() -> None:
     result = doctest.testfile(str(README.absolute()), module_relative=False, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted >= 8
     assert result.failed == 0
-
-
-def commands() -> list[list[str]]:
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("sit ")]
-
-
-def test_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    # Training itself is tested on smaller models; here every word of every command must be one that the parser and
-    # the configuration take.
-    seen = set()
-    for words in commands():
-        arguments, rest = cli._parser().parse_known_args(words[1:])
-        seen.add(arguments.verb)
-        if "config" in arguments:
-            cli.load_config(arguments.config, rest)
-        else:
-            assert rest == []
-    assert seen == {
-        "train",
-        "evaluate",
-        "models",
-        "data",
-        "checkpoint",
-        "export",
-        "predict",
-        "plan",
-        "convert",
-        "report",
-    }
-
-
-def test_variations() -> None:
-    overrides = re.findall(r"--config\.[a-z][\w.]*=[\w./-]+", TEXT)
-    assert len(overrides) >= 8
-    for override in overrides:
-        cli.load_config("configs/digits.py", [override])
-
-
-def test_make_targets() -> None:
-    makefile = pathlib.Path("Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", TEXT, re.MULTILINE):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
 def test_table_of_models() -> None:

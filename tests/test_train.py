@@ -1,6 +1,7 @@
 """The train step: meshes, compilation, teachers, accumulation, and the terms that can be switched off."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -8,13 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.ad_checkpoint import print_saved_residuals
 
 from sit_jax import sharding
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.state import TrainState
-from sit_jax.train import Task, init_state, make_task, make_train_step
+from sit_jax.train import (
+    Task,
+    abstract_state,
+    abstract_teachers,
+    compute_loss,
+    init_state,
+    make_task,
+    make_train_step,
+    train_step,
+)
 
 
 def teacher_variables(mesh: Any) -> dict[str, Any]:
@@ -154,3 +165,59 @@ def test_moving_average() -> None:
         average = decay * average + (1 - decay) * np.array(state.params["model"]["head"]["kernel"])
     assert state.ema is not None
     np.testing.assert_allclose(state.ema["params"]["head"]["kernel"], average, atol=1e-6)
+
+
+def every_equation(jaxpr: Any) -> Any:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from every_equation(inner)
+
+
+def test_bfloat16_is_for_products_alone() -> None:
+    half = {"dtype": "bfloat16"}
+    teacher = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, **half))
+    config = tiny.config(
+        model=ModelConfig(architecture=tiny.STUDENT, **half), teacher=teacher, optim=OptimConfig(ema_decay=0.9)
+    )
+    task = make_task(config, steps_per_epoch=10)
+    arguments = abstract_state(task), tiny.batch(16), abstract_teachers(task)
+    state, metrics = jax.eval_shape(lambda *xs: train_step(task, *xs), *arguments)
+    floats = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert set(floats) == {jnp.dtype("float32")}
+    seen: dict[str, set[str]] = {}
+    for equation in every_equation(jax.make_jaxpr(lambda *xs: train_step(task, *xs))(*arguments).jaxpr):
+        kinds = {str(x.aval.dtype) for x in equation.invars if hasattr(x.aval, "dtype")}
+        seen.setdefault(equation.primitive.name, set()).update(kinds)
+    # Softmax, GELU, losses, statistics and whatever is summed up, gradients of biases and positions included.
+    for name in ("exp", "log", "erf", "rsqrt", "sqrt", "reduce_sum"):
+        assert "float32" in seen[name], name
+        assert "bfloat16" not in seen[name], name
+    assert "bfloat16" in seen["dot_general"]
+
+
+def test_teacher_and_reverse_modules_leave_no_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    # Widths that tell whose an activation is.
+    arch = dataclasses.replace(tiny.STUDENT, mlp_ratio=3.0)
+    wide = dataclasses.replace(tiny.TEACHER, mlp_ratio=7.0)
+    config = tiny.config(arch=arch, teacher=TeacherConfig(model=ModelConfig(architecture=wide)))
+    task = make_task(config, steps_per_epoch=10)
+    teachers = abstract_teachers(task)
+    state, batch = abstract_state(task), {"image": jnp.zeros((16, 32, 32, 1)), "label": jnp.zeros((16, 10))}
+
+    def loss(params: Any, stats: Any, batch: Any, teachers: Any) -> jax.Array:
+        return compute_loss(task, params, stats, batch, teachers, jax.random.key(0))[0]
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (state.params, state.batch_stats, batch, teachers))
+    print_saved_residuals(loss, *zeros)
+    lines = [line for line in capsys.readouterr().out.splitlines() if " from the argument " not in line]
+    shapes = [
+        tuple(int(n) for n in found[1].split(",")) for line in lines if (found := re.match(r"\w+\[([\d,]+)\]", line))
+    ]
+    assert any(arch.dim * 3 in shape and 16 in shape for shape in shapes), "the student's are kept"
+    assert not any(wide.dim * 7 in shape for shape in shapes)
+    # Of a reverse module its gradients alone: nothing as large as all channels of all examples.
+    assert not any(16 * arch.dim in shape for shape in shapes)
+    assert not any(shape[-3:] == (16, arch.num_patches, 4 * arch.dim) for shape in shapes)

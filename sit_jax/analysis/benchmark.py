@@ -1,8 +1,13 @@
-"""How fast models run here: measured side by side, so that a busy machine slows all of them alike."""
+"""How fast models run here: measured side by side, so that a busy machine slows all of them alike.
 
+The protocol is written down in docs/benchmarks.md; every figure of `sit benchmark` and of a run's report is made here.
+"""
+
+import dataclasses
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,37 +16,110 @@ import numpy as np
 Forward = Callable[[Any], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What is timed.
+
+    Attributes:
+        run: Starts the computation on an input buffer and returns its result, which may be still on its way.
+        buffers: Inputs that lie where the computation wants them; each call takes the next one.
+    """
+
+    run: Forward
+    buffers: Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """The times of one contender.
+
+    Attributes:
+        latencies: Seconds from the start of a call to its result, of every call.
+        turns: Seconds per call of each turn whose calls are started one after the other and waited for at its end.
+    """
+
+    latencies: list[float]
+    turns: list[float]
+
+    def latency(self, share: float = 0.5) -> float:
+        """The latency in seconds that this share of the calls does not exceed."""
+        return float(np.quantile(self.latencies, share))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds per call, the median turn."""
+        return statistics.median(self.turns)
+
+    def speed_over(self, other: "Times") -> float:
+        """How many times faster than another: the median over the rounds, each turn beside the other's."""
+        return statistics.median(b / a for a, b in zip(self.turns, other.turns, strict=True))
+
+
+def take_turns(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
+    """Times contenders in turns, A B A B ..., after two calls of each to warm up.
+
+    Args:
+        contenders: Name -> what is timed; compiled already.
+        rounds: Turns of each.
+        seconds: A turn lasts about so long: one half waiting for every call, the other for the last one.
+    """
+    calls = {}
+    for name, timed in contenders.items():
+        jax.block_until_ready(timed.run(timed.buffers[0]))
+        once = _each(timed, 2)[-1]
+        calls[name] = max(1, math.ceil(seconds / 2 / once))
+    times = {name: Times([], []) for name in contenders}
+    for _ in range(rounds):
+        for name, timed in contenders.items():
+            times[name].latencies.extend(_each(timed, calls[name]))
+            times[name].turns.append(_all(timed, calls[name]))
+    return times
+
+
 def measure_throughput(
     forwards: Mapping[str, Forward], images: np.ndarray, rounds: int = 15, min_seconds: float = 0.05
 ) -> dict[str, float]:
-    """Images per second of each model on the same batch.
-
-    Every model is compiled and warmed up first. Then they take turns (A B A B ...), each turn long enough to time;
-    the figure is the median over the turns.
+    """Images per second of each model on the same batch; see `take_turns`.
 
     Args:
         forwards: Name -> function from a batch of images to anything; jitted here.
         images: One batch, (batch, height, width, channels).
         rounds: Turns of each model.
-        min_seconds: Shortest turn.
+        min_seconds: A turn's length.
     """
-    batch = jax.device_put(images)
-    compiled = {name: jax.jit(forward).lower(batch).compile() for name, forward in forwards.items()}
-    repeats = {name: max(1, round(min_seconds / _seconds(run, batch, warm_up=True))) for name, run in compiled.items()}
-    times: dict[str, list[float]] = {name: [] for name in compiled}
-    for _ in range(rounds):
-        for name, run in compiled.items():
-            times[name].append(_seconds(run, batch, repeats[name]))
-    return {name: len(images) / statistics.median(values) for name, values in times.items()}
+    # Copies, so that no call finds the last one's input in the cache.
+    buffers = [jax.device_put(np.array(images)) for _ in range(2)]
+    compiled = {
+        name: Timed(jax.jit(forward).lower(buffers[0]).compile(), buffers) for name, forward in forwards.items()
+    }
+    times = take_turns(compiled, rounds, 2 * min_seconds)
+    return {name: len(images) / found.seconds for name, found in times.items()}
 
 
-def _seconds(run: Any, batch: jax.Array, repeats: int = 1, warm_up: bool = False) -> float:
+def product_rate(dtype: str, seconds: float = 0.5) -> float:
+    """FLOP/s of large matrix products on the first device: what this machine can do, as measured."""
+    side = 1024 if jax.default_backend() == "cpu" else 8192
+    draws = [np.random.default_rng(seed).standard_normal((side, side), np.float32) for seed in range(2)]
+    factors = [jax.device_put(jax.numpy.asarray(x, dtype)) for x in draws]
+    multiply = jax.jit(lambda a, b: a @ b).lower(*factors).compile()
+    timed = Timed(lambda pair: multiply(*pair), [factors, factors[::-1]])
+    found = take_turns({"products": timed}, rounds=5, seconds=seconds / 5)["products"]
+    return 2 * side**3 / min(found.turns)
+
+
+def _each(timed: Timed, calls: int) -> list[float]:
+    found = []
+    for index in range(calls):
+        begun = time.perf_counter()
+        jax.block_until_ready(timed.run(timed.buffers[index % len(timed.buffers)]))
+        found.append(time.perf_counter() - begun)
+    return found
+
+
+def _all(timed: Timed, calls: int) -> float:
     """Seconds per call."""
-    if warm_up:
-        for _ in range(2):
-            jax.block_until_ready(run(batch))
     begun = time.perf_counter()
-    for _ in range(repeats):
-        result = run(batch)
+    for index in range(calls):
+        result = timed.run(timed.buffers[index % len(timed.buffers)])
     jax.block_until_ready(result)
-    return (time.perf_counter() - begun) / repeats
+    return (time.perf_counter() - begun) / calls

@@ -1,4 +1,4 @@
-"""TPU chips by their published figures, and the slices that a topology's name stands for."""
+"""Chips by their published figures, and the slices that a TPU topology's name stands for."""
 
 import dataclasses
 
@@ -35,6 +35,28 @@ CHIPS = {
         Chip("v6e", 918e12, 32 * _GIB, 1640e9, 448e9),
     )
 }
+
+# How JAX calls a device -> peak bfloat16 FLOP/s without sparsity, by the makers' data sheets (read November 2026).
+_PUBLISHED = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5e": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v5p": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU v6e": CHIPS["v6e"].flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def published_flops(device_kind: str) -> float | None:
+    """A device's published peak in bfloat16 FLOP/s; None for processors, and for chips that are not in the table."""
+    return _PUBLISHED.get(device_kind)
 
 
 @dataclasses.dataclass(frozen=True)

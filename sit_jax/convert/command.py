@@ -14,6 +14,7 @@ from sit_jax.convert.read import CONFIG_FILE, FORMAT, Say, read_weights
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
 from sit_jax.export.folder import save_folder, write_weights
+from sit_jax.export.preprocessing import assumptions
 from sit_jax.export.writing import write_torch
 
 
@@ -35,8 +36,9 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
         raise UserError(f"--licence: a {dest.suffix} file holds tensors only; a model folder says what its licence is")
     _check_free(source, dest, force)
     weights = read_weights(source, options=options, say=say)
-    if "preprocessing" not in weights.about:
-        say("assumed: pictures are normalised as for ImageNet, since the file does not say")
+    assumed = assumptions(weights.about)
+    if assumed:
+        say(f"assumed of pictures, as for ImageNet, since the file does not say: {assumed}")
     write_whole(dest, weights, writer)
 
 

@@ -173,14 +173,25 @@ def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
 
 def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.Resampling) -> Image.Image:
     """Resizes the shorter side to `int(size / fraction)` and cuts the centre square out, as torchvision does."""
+    scaled, left, top = _scaled_centre(*image.size, size, fraction)
+    return image.resize(scaled, resample).crop((left, top, left + size, top + size))
+
+
+def centre_box(width: int, height: int, size: int, fraction: float) -> tuple[float, float, float, float]:
+    """What `center_crop` leaves of a picture: left, top, right, bottom in the picture's own pixels, with fractions."""
+    scaled, left, top = _scaled_centre(width, height, size, fraction)
+    across, down = width / scaled[0], height / scaled[1]
+    return left * across, top * down, (left + size) * across, (top + size) * down
+
+
+def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple[tuple[int, int], int, int]:
+    """Width and height to resize to, and where the square then begins."""
     shorter = int(size / fraction)
-    width, height = image.size
     if width <= height:
         scaled = (shorter, max(shorter, int(shorter * height / width)))
     else:
         scaled = (max(shorter, int(shorter * width / height)), shorter)
-    left, top = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
-    return image.resize(scaled, resample).crop((left, top, left + size, top + size))
+    return scaled, round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
 
 
 def random_affine(

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import is_folder, load_folder, read_description
 from sit_jax.export.from_run import run_weights
 from sit_jax.export.preprocessing import about_run, data_config, settled
+from sit_jax.inference import prepare
 from sit_jax.metrics import EvalMetrics, eval_metrics
-from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.origins import trained_variables
@@ -104,7 +104,17 @@ def is_run(source: pathlib.Path) -> bool:
     return source.is_dir() and not is_folder(source)
 
 
-def evaluation_data(predictor: Predictor, changes: dict[str, Any]) -> DataConfig:
+class Described(Protocol):
+    """A model that says how pictures are read, and what else is known about it."""
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def about(self) -> dict[str, Any]: ...
+
+
+def evaluation_data(predictor: Described, changes: dict[str, Any]) -> DataConfig:
     """The data that a model is evaluated on: what it was trained for, with some fields of `DataConfig` changed.
 
     Raises:
@@ -136,10 +146,8 @@ def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int =
 
 
 def _jitted(model: ModelConfig, variables: dict[str, Any], data: DataConfig) -> Callable[[np.ndarray], np.ndarray]:
-    module = build_model(model.architecture, dtype=model.dtype)
-    step = jax.jit(lambda variables, pixels: module.apply(variables, normalize(pixels, data))[0])
-    placed = jax.device_put(variables)
-    return lambda pixels: np.asarray(step(placed, pixels))
+    run = prepare(model.architecture, variables, model.dtype).jit(before=lambda pixels: normalize(pixels, data))
+    return lambda pixels: np.asarray(run(pixels))
 
 
 def _variables(params: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,12 @@ def settled(about: dict[str, Any], channels: int) -> dict[str, Any]:
     return {**about, "preprocessing": filled}
 
 
+def assumptions(about: dict[str, Any]) -> str:
+    """What is taken of `IMAGENET`, since a model's `about` is silent: `name value, ...`; empty where it says all."""
+    given = about.get("preprocessing") or {}
+    return ", ".join(f"{name} {value}" for name, value in IMAGENET.items() if name not in given)
+
+
 def data_config(about: dict[str, Any], where: object) -> DataConfig:
     """The data section that reads pictures as a model's `about` says.
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.convolution import Halving
 from sit_jax.models.products import DENSE_INIT, Dense
 
 TOKEN_INIT = nn.initializers.normal(0.02)
@@ -140,8 +141,10 @@ class ConvStem(nn.Module):
         for index, (features, kernel, stride) in enumerate(layers, start=1):
             # Explicit padding: 'SAME' at stride 2 pads one side only, PyTorch's padding pads both.
             window, padding = (kernel, kernel), kernel // 2
-            conv = nn.Conv(features, window, stride, padding, use_bias=False, dtype=self.dtype, kernel_init=CONV_INIT)
-            x = conv.copy(name=f"conv{index}")(x)
+            conv: nn.Module = nn.Conv(features, window, stride, padding, use_bias=False, dtype=self.dtype)
+            if (kernel, stride) == (3, 2) and x.shape[1] % 2 == x.shape[2] % 2 == 0:
+                conv = Halving(features, self.dtype)
+            x = conv.copy(kernel_init=CONV_INIT, name=f"conv{index}")(x)
             x = BatchNorm(dtype=self.dtype, name=f"bn{index}")(x, train)
             if side:
                 x = nn.relu(x)
@@ -278,4 +281,4 @@ class Block(nn.Module):
         if not self.arch.layer_scale:
             return branch
         factor = self.param(name, nn.initializers.constant(LAYER_SCALE_INIT), (self.arch.dim,))
-        return branch * factor.astype(self.dtype)[None, None]
+        return (branch * factor[None, None]).astype(self.dtype)

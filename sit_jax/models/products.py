@@ -7,6 +7,7 @@ Operands have the type of the computation and sums are float32. Weights are floa
 their gradient is not rounded on its way back to them.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -59,6 +60,20 @@ def _columns_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array
 project_columns.defvjp(_columns_forward, _columns_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_bias(axis: int, x: Array, bias: Array) -> Array:
+    """x with a float32 bias along an axis; the bias's gradient is summed up in float32."""
+    return x + jnp.expand_dims(bias.astype(x.dtype), [other for other in range(x.ndim) if other != axis])
+
+
+def _bias_backward(axis: int, _: None, gradient: Array) -> tuple[Array, Array]:
+    others = tuple(other for other in range(gradient.ndim) if other != axis)
+    return gradient, gradient.astype(jnp.float32).sum(axis=others)
+
+
+_add_bias.defvjp(lambda axis, x, bias: (_add_bias(axis, x, bias), None), _bias_backward)
+
+
 def _rows(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
@@ -88,8 +103,8 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[0 if self.columns else -1], self.features))
-        result = (project_columns if self.columns else project)(x.astype(self.dtype), kernel)
+        result = (project_columns if self.columns else project)(jnp.asarray(x, self.dtype), jnp.asarray(kernel))
         if not self.use_bias:
             return result
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return result + (bias[:, None] if self.columns else bias.reshape(*[1] * (result.ndim - 1), -1))
+        bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,)))
+        return _add_bias(0 if self.columns else result.ndim - 1, result, bias)

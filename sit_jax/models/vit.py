@@ -39,8 +39,8 @@ class ViT(nn.Module):
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         dtype: Type of the products: float32 or bfloat16. Softmax, norms and logits stay float32.
         remat: Recompute each block's activations in the backward pass instead of keeping them.
-        scan: Compile runs of equal blocks once and loop over them. Parameters and result are the same and compiling is
-            several times faster, but every pass copies the weights: for training, not for serving.
+        scan: Compile runs of equal blocks once and loop over them. Parameters and result are the same and the program
+            is smaller, but every pass copies the weights: for training deep models, not for serving.
     """
 
     arch: Architecture
@@ -149,7 +149,7 @@ class ViT(nn.Module):
             position = self.param("distillation_position", TOKEN_INIT, (1, 1, arch.dim))
             prefix = jnp.concatenate([prefix, token + position], axis=1)
         prefix = jnp.broadcast_to(prefix, (images.shape[0], *prefix.shape[1:])).astype(self.dtype)
-        return patches + positions[:, 1:].astype(self.dtype), prefix
+        return (patches + positions[:, 1:]).astype(self.dtype), prefix
 
     def _heads(
         self, normed: Float[Array, "batch tokens dim"], train: bool

@@ -12,7 +12,7 @@ COLOURS = "inferno"
 _LUMA = np.array([0.299, 0.587, 0.114])
 # Under a map the picture is grey and soft, so that colour means weight and nothing else.
 _DARKEST, _LIGHTEST = 0.25, 0.95
-_STRENGTH = 0.7
+_STRENGTH = 0.8
 _LINE = np.array([255, 255, 255], np.uint8)
 _LINES_PER_SIDE = 160
 _OVERLOOKED = 0.35
@@ -35,11 +35,19 @@ def heat(
     top = float(row.max()) if top is None else top
     level = np.clip(row / top, 0, 1) if top > 0 else np.zeros_like(row)
     tint = colour_table()[np.round(255 * level).astype(np.int64)][patch_index(image.shape, grid)]
-    luma = as_rgb(image) @ _LUMA / 255
-    ground = (_DARKEST + (_LIGHTEST - _DARKEST) * luma)[:, :, None]
+    mixed = _mix(tint, as_rgb(image) @ _LUMA / 255)
+    return np.clip(np.round(255 * mixed), 0, 255).astype(np.uint8)
+
+
+def bar_colours() -> Float[ndarray, "256 3"]:
+    """What `heat` makes of the weights from 0 to the largest, RGB from 0 to 1, where the picture is of medium grey."""
+    return _mix(colour_table(), np.full(256, 0.5))
+
+
+def _mix(tint: Float[ndarray, "*shape 3"], luma: Float[ndarray, "*shape"]) -> Float[ndarray, "*shape 3"]:
+    ground = (_DARKEST + (_LIGHTEST - _DARKEST) * luma)[..., None]
     # Multiplied, the picture's own light and shade stay visible within every colour.
-    mixed = 255 * ((1 - _STRENGTH) * ground + _STRENGTH * tint * (0.5 + 0.5 * ground))
-    return np.clip(np.round(mixed), 0, 255).astype(np.uint8)
+    return (1 - _STRENGTH) * ground + _STRENGTH * tint * (0.6 + 0.4 * ground)
 
 
 def regions(

@@ -11,9 +11,10 @@ from numpy import ndarray
 
 from sit_jax.checkpoint import latest_step
 from sit_jax.data.config import DataConfig
+from sit_jax.data.decode import decode
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Example
-from sit_jax.data.transforms import EvalTransform
+from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, to_pillow
 from sit_jax.errors import UserError
 from sit_jax.export.predictor import is_run, open_weights
 from sit_jax.export.preprocessing import about_run, data_config
@@ -73,10 +74,16 @@ class Subject:
         Raises:
             PictureError: It cannot be read.
         """
-        arch = self.arch
+        arch, data = self.arch, self.data
         side = arch.grid_size * max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // arch.grid_size))
-        small, large = (EvalTransform(self.data, size, arch.in_channels)(example) for size in (arch.image_size, side))
-        return Seen(np.ascontiguousarray(small["image"]), np.ascontiguousarray(large["image"]))
+        pixels = EvalTransform(data, arch.image_size, arch.in_channels)(example)["image"]
+        whole = to_pillow(decode(example.image, arch.in_channels, example.name, data.max_pixels))
+        box = (0.0, 0.0, float(whole.width), float(whole.height))
+        if data.resize == "crop":
+            # The model's own crop to the pixel: its rounding at another size would be another part of the picture.
+            box = centre_box(whole.width, whole.height, arch.image_size, data.crop_fraction)
+        shown = np.asarray(whole.resize((side, side), RESAMPLING[data.interpolation], box))
+        return Seen(np.ascontiguousarray(pixels), shown[:, :, None] if shown.ndim == 2 else shown)
 
 
 def open_subject(source: pathlib.Path, ema: bool = False, step: int | None = None) -> Subject:

@@ -160,12 +160,12 @@ def hard_assignment(cumulative: Float[ndarray, "batch kept patches"]) -> Int[nda
 
 
 def overlooked_patches(cumulative: Float[ndarray, "batch kept patches"]) -> Bool[ndarray, "batch patches"]:
-    """Patches that have less than an even share, 1 / patches, in every token.
+    """Patches that have less than half an even share, 1 / patches, in every token.
 
-    A token that does not choose at all gives an even share to each patch. So no token prefers these to the average
-    patch, and their largest share says nothing about where they belong.
+    A token that does not choose at all gives an even share to each patch. So all tokens have turned away from these,
+    and their largest share says little about where they belong.
     """
-    return cumulative.max(axis=1) < 1 / cumulative.shape[2]
+    return cumulative.max(axis=1) < 0.5 / cumulative.shape[2]
 
 
 def effective_patches(cumulative: Float[ndarray, "batch kept patches"]) -> Float[ndarray, "batch kept"]:

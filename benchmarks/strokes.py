@@ -1,0 +1,65 @@
+"""Where a digits student looks: the share of its tokens' weight that lies on strokes, against the strokes' area.
+
+    python benchmarks/strokes.py runs/digits
+
+A patch is a stroke patch where its mean level is above half of white. Over the whole test split: the stroke patches'
+share of the picture (area), their share of the cumulative weight of all tokens behind each slimming module, and of the
+class token's attention in each block. Also the same per token of the first module, since tokens share the work.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from sit_jax.data.sources import open_source
+from sit_jax.visual.subject import open_subject
+
+STROKE = 0.5
+
+
+def measure(folder: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]:
+    """The figures of one run; shares of 1.
+
+    Args:
+        folder: The student's run.
+        data_dir: Where the digits lie, if not where they lay in training.
+    """
+    subject = open_subject(folder)
+    data = subject.data if data_dir is None else dataclasses.replace(subject.data, data_dir=data_dir)
+    source = open_source(data, data.eval_split)
+    pixels = np.stack([subject.see(source[index]).pixels for index in range(len(source))])
+    maps = subject.maps(pixels)
+    side = pixels.shape[1] // maps.grid
+    levels = pixels.reshape(len(pixels), maps.grid, side, maps.grid, side).mean(axis=(2, 4)).reshape(len(pixels), -1)
+    strokes = levels / 255 > STROKE
+
+    def share(weights: np.ndarray) -> float:
+        """Of the weight (pictures, patches) on strokes."""
+        return float((weights * strokes).sum() / weights.sum())
+
+    first = maps.stages[0].cumulative
+    return {
+        "pictures": len(pixels),
+        "area": float(strokes.mean()),
+        "weight": [share(stage.cumulative.mean(axis=1)) for stage in maps.stages],
+        "weight_of_each_first_token": [share(first[:, token]) for token in range(first.shape[1])],
+        "class_attention": [share(maps.attention_on_patches(block + 1)) for block in range(len(maps.attention))],
+        "effective_patches": [float(stage.effective_patches.mean()) for stage in maps.stages],
+    }
+
+
+def main() -> None:
+    """Prints the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=pathlib.Path, help="folder of a digits student's run")
+    parser.add_argument("--data_dir", help="where the digits lie, if not where they lay in training")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(arguments.run, arguments.data_dir), indent=2))
+
+
+if __name__ == "__main__":
+    main()

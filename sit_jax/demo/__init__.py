@@ -1,0 +1,1 @@
+"""`sit demo`: a page on this machine that shows what slimming does to a picture."""

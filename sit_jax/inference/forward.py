@@ -1,0 +1,150 @@
+"""The forward pass over folded weights: logits and nothing else, a pure function.
+
+Beside the products hardly anything is left: a sum of squares per norm, GELU, softmax. Every product is a matrix times
+a matrix with the batch among the rows; queries, keys and values come from one of them.
+
+Where a block's layers come in parts (`fold`), each part is a product of its own that gives a share of the columns. XLA
+for CPU copies a weight matrix into the order that its kernel reads, in one thread, and with a few dozen tokens that
+takes as long as the product; two halves are copied and multiplied at the same time.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sit_jax.inference.fold import Folded
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.layers import exact_gelu
+from sit_jax.models.slimming import SLIMMING_NORM_EPS
+
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def forward(
+    arch: Architecture,
+    weights: Folded,
+    images: Float[Array, "batch height width channels"],
+    dtype: Any = jnp.float32,
+    attend: Attend | None = None,
+) -> Float[Array, "batch classes"]:
+    """Logits in evaluation mode, float32.
+
+    Args:
+        arch: The model's shape.
+        weights: What `fold` made of its weights.
+        images: Normalised images of the model's size.
+        dtype: Type of the stream and of the products' factors; sums, norms and softmax are float32.
+        attend: Attention over (batch, tokens, heads, size), queries scaled; the one below where None.
+    """
+    attend = attend or attention
+    batch = images.shape[0]
+    patches = _stem(arch, weights["stem"], images.astype(dtype), dtype)
+    patches = patches.reshape(batch, arch.num_patches, arch.dim) + weights["positions"]
+    prefix = jnp.broadcast_to(weights["prefix"], (batch, arch.num_prefix_tokens, arch.dim))
+    x = jnp.concatenate([prefix, patches], axis=1).astype(dtype)
+    for block in range(arch.depth):
+        layers = weights[f"blocks_{block}"]
+        x = x + _attention_branch(arch, layers, x, attend)
+        x = x + _mlp_branch(arch, layers, x)
+        if block in arch.slimming:
+            x = _slim(arch, weights[f"slimming_{block}"], x)
+    heads = ["head", "distillation_head"] if arch.distillation_token else ["head"]
+    # Of the last block's tokens only the prefix is used, and XLA leaves out what belongs to the others alone.
+    logits = [_normed_product(arch.norm_eps, x[:, i], weights[name]) for i, name in enumerate(heads)]
+    return jnp.stack(logits).mean(axis=0)
+
+
+def attention(
+    query: Float[Array, "batch tokens heads size"],
+    key: Float[Array, "batch tokens heads size"],
+    value: Float[Array, "batch tokens heads size"],
+) -> Float[Array, "batch tokens heads size"]:
+    """Softmax attention, queries scaled. The softmax's sum divides the result, which is smaller than the weights."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    shares = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    # With heads before tokens: the other order is four times slower on CPU.
+    mixed = jnp.einsum("bhqk,bkhd->bhqd", shares.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return (mixed / shares.sum(axis=-1, keepdims=True)).astype(value.dtype).transpose(0, 2, 1, 3)
+
+
+def _attention_branch(
+    arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"], attend: Attend
+) -> Float[Array, "batch tokens dim"]:
+    batch, tokens, dim = x.shape
+    parts = layers["qkv"]
+    heads = arch.num_heads // len(parts)
+    norm, mixed = _inverse_norm(arch.norm_eps, x), []
+    for part in parts:
+        qkv = _shifted(_product(x, part) * norm, part).astype(x.dtype)
+        qkv = qkv.reshape(batch, tokens, 3, heads, dim // arch.num_heads)
+        result = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        mixed.append(result.reshape(batch, tokens, dim // len(parts)))
+    return _joined([_shifted(_product(_joined(mixed), part), part) for part in layers["proj"]]).astype(x.dtype)
+
+
+def _mlp_branch(
+    arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"]
+) -> Float[Array, "batch tokens dim"]:
+    norm = _inverse_norm(arch.norm_eps, x)
+    hidden = [exact_gelu(_shifted(_product(x, part) * norm, part)).astype(x.dtype) for part in layers["fc1"]]
+    return _joined([_shifted(_product(_joined(hidden), part), part) for part in layers["fc2"]]).astype(x.dtype)
+
+
+def _slim(arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch kept dim"]:
+    """TSM: the patches' softmax-weighted sums. Divided by the softmax's sums at the end, when they are fewest."""
+    prefix, patches = x[:, : arch.num_prefix_tokens], x[:, arch.num_prefix_tokens :]
+    hidden = exact_gelu(_normed_product(SLIMMING_NORM_EPS, patches, layers["fc1"])).astype(x.dtype)
+    scores = _product(hidden, layers["fc2"])
+    shares = jnp.exp(scores - scores.max(axis=1, keepdims=True))
+    kept = jnp.einsum("bnk,bnc->bkc", shares.astype(x.dtype), patches, preferred_element_type=jnp.float32)
+    kept = kept / shares.sum(axis=1)[:, :, None]
+    return jnp.concatenate([prefix, kept.astype(x.dtype)], axis=1)
+
+
+def _stem(
+    arch: Architecture, layers: Folded, x: Float[Array, "batch height width channels"], dtype: Any
+) -> Float[Array, "batch rows columns dim"]:
+    """The convolutions, each but the last followed by its bias and its nonlinearity."""
+    shapes = [(kernel // 2, stride) for _, kernel, stride in arch.conv_stem_layers]
+    if arch.stem_projection:
+        shapes.append((0, arch.stem_projection))
+    nonlinearity = jax.nn.relu if arch.stem_projection else exact_gelu
+    for index, (padding, stride) in enumerate(shapes, start=1):
+        layer = layers[f"conv{index}"]
+        sides = ((padding, padding),) * 2
+        axes = ("NHWC", "HWIO", "NHWC")
+        kernel = layer["kernel"].astype(dtype)
+        x = jax.lax.conv_general_dilated(x, kernel, (stride, stride), sides, dimension_numbers=axes)
+        if "bias" in layer:
+            x = nonlinearity(_shifted(x.astype(jnp.float32), layer)).astype(dtype)
+    return x
+
+
+def _normed_product(epsilon: float, x: Float[Array, "*lead dim"], layer: Folded) -> Float[Array, "*lead out"]:
+    """LayerNorm and the linear layer behind it, float32."""
+    return _shifted(_product(x, layer) * _inverse_norm(epsilon, x), layer)
+
+
+def _inverse_norm(epsilon: float, x: Float[Array, "*lead dim"]) -> Float[Array, "*lead 1"]:
+    """What is left of LayerNorm on mean-free tokens: one over the standard deviation."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    return jax.lax.rsqrt(squares / x.shape[-1] + epsilon)
+
+
+def _product(x: Float[Array, "*lead dim"], layer: Folded) -> Float[Array, "*lead out"]:
+    """`x @ kernel` with float32 sums, as one matrix product."""
+    kernel = layer["kernel"]
+    flat = x.reshape(-1, x.shape[-1])
+    result = jnp.dot(flat, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return result.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _shifted(x: Float[Array, "*lead out"], layer: Folded) -> Float[Array, "*lead out"]:
+    return x + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)

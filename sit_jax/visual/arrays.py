@@ -1,0 +1,56 @@
+"""Token maps as named arrays, for one's own plots."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from sit_jax.visual.token_maps import TokenMaps
+
+
+def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray]:
+    """Everything about one picture of a batch, without the batch axis.
+
+    `pixels` (size, size, channels) as the model gets them; `logits` and `probabilities` (classes,); `class_attention`
+    (blocks, patches), handed on to the patches; `token_counts` (blocks,), patch tokens that each block works on. For
+    each slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
+    `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
+    """
+    blocks = range(1, len(maps.attention) + 1)
+    found: dict[str, ndarray] = {
+        "pixels": pixels,
+        "logits": maps.logits[index],
+        "probabilities": maps.probabilities[index],
+        "class_attention": np.stack([maps.attention_on_patches(block)[index] for block in blocks]),
+        "token_counts": np.array([weights.shape[1] for weights in maps.attention]),
+    }
+    for number, stage in enumerate(maps.stages, start=1):
+        own = {
+            "assignment": stage.assignment,
+            "cumulative": stage.cumulative,
+            "hard": stage.hard,
+            "overlooked": stage.overlooked,
+            "effective_patches": stage.effective_patches,
+            "token_attention": maps.token_attention(number - 1),
+        }
+        found |= {f"{name}_{number}": values[index] for name, values in own.items()}
+    return found
+
+
+def write_arrays(
+    path: pathlib.Path, names: Sequence[str], class_names: Sequence[str], pictures: Sequence[dict[str, ndarray]]
+) -> None:
+    """Writes one compressed .npz file: the arrays of `arrays_of` with the pictures as first axis.
+
+    Args:
+        path: The file.
+        names: Of the pictures: `pictures` in the file.
+        class_names: By index; `class_names` in the file.
+        pictures: One per name.
+    """
+    # Of the pictures of one model all arrays are alike. Plain text arrays, so that no reader needs pickle.
+    stacked: dict[str, Any] = {key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]}
+    with path.open("wb") as file:
+        np.savez_compressed(file, pictures=np.array(names), class_names=np.array(class_names), **stacked)

@@ -1,0 +1,255 @@
+"""`sit visualize`: figures and arrays of token maps, picture by picture."""
+
+import contextlib
+import itertools
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from sit_jax.data.sources import Example, Source, open_source, writing
+from sit_jax.errors import PictureError, SkippedError, UserError
+from sit_jax.export.predictor import evaluation_data
+from sit_jax.predict import find_pictures, read_file
+from sit_jax.progress import Progress
+from sit_jax.visual.arrays import arrays_of, write_arrays
+from sit_jax.visual.figure import draw_maps
+from sit_jax.visual.subject import Seen, Subject, open_subject
+from sit_jax.visual.token_maps import TokenMaps
+
+# Where figures go if nothing is said.
+FIGURES = pathlib.Path("maps")
+# Of a split, if nothing is said.
+FEW = 16
+_NPZ = ".npz"
+_CLASSES_TOLD = 3
+
+
+class Picture(NamedTuple):
+    """A picture that is to be looked at.
+
+    Attributes:
+        name: What messages and arrays call it.
+        title: What its figure is called.
+        stem: What its files are called, without a suffix.
+        load: Reads it.
+        label: Its class by name, empty where nobody says.
+    """
+
+    name: str
+    title: str
+    stem: str
+    load: Callable[[], Example]
+    label: str = ""
+
+
+class Ways(NamedTuple):
+    """What is written, and how.
+
+    Attributes:
+        figures: Folder for a figure per picture; None for no figures.
+        arrays: An .npz file for all pictures, or a folder for one per picture; None for no arrays.
+        tokens: Tokens that figures show for each slimming module, at most.
+        dpi: Of the figures.
+        batch_size: Pictures that go through the model at a time.
+    """
+
+    figures: pathlib.Path | None = FIGURES
+    arrays: pathlib.Path | None = None
+    tokens: int = 8
+    dpi: int = 150
+    batch_size: int = 8
+
+
+def command(
+    source: pathlib.Path,
+    words: Sequence[str],
+    ways: Ways,
+    data: dict[str, str | None],
+    limit: int | None = None,
+    ema: bool = False,
+    step: int | None = None,
+) -> None:
+    """The body of `sit visualize`.
+
+    Args:
+        source: A run's folder or a model folder.
+        words: Files, folders, patterns, or `-`; see `find_pictures`. None where a split is asked for.
+        ways: What is written.
+        data: `split`, `name` and `data_dir` of a data set; None for what the model was trained on.
+        limit: Pictures at most; all, or `FEW` of a split, where None.
+        ema: A run's moving average instead of its weights.
+        step: Which of a run's checkpoints; the newest where None.
+
+    Raises:
+        UserError: The model, a word or the data set cannot be opened, or a file cannot be written.
+        SkippedError: Some pictures could not be read.
+    """
+    if bool(words) == (data["split"] is not None):
+        raise UserError("which pictures? Give files, folders or patterns, or else --split")
+    if words and (data["name"] or data["data_dir"]):
+        raise UserError("--name and --data_dir: tell where a --split is; pictures are given by themselves")
+    found = from_files(find_pictures(words, sys.stdin)) if words else []
+    subject = open_subject(source, ema, step)
+    pictures = found if words else from_split(subject, data, FEW if limit is None else limit)
+    if not subject.arch.is_slimmed:
+        print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
+    done = visualize(subject, pictures[:limit], ways)
+    for place in (ways.figures, ways.arrays):
+        if place is not None and done:
+            print(f"Written: {place} ({done} pictures)")
+    skipped = len(pictures[:limit]) - done
+    if skipped:
+        raise SkippedError(
+            f"{skipped} of {len(pictures[:limit])} pictures could not be read and were skipped; the others were done"
+        )
+
+
+def from_files(names: Sequence[str]) -> list[Picture]:
+    """Pictures of their own."""
+    stems = _different(pathlib.PurePath(name).stem for name in names)
+
+    def one(name: str, stem: str) -> Picture:
+        return Picture(name, pathlib.PurePath(name).name, stem, lambda: read_file(name))
+
+    return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
+
+
+def from_split(subject: Subject, data: dict[str, str | None], limit: int) -> list[Picture]:
+    """The first pictures of a split of a data set.
+
+    Raises:
+        UserError: It cannot be opened.
+    """
+    fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
+    config = evaluation_data(subject, {key: value for key, value in fields.items() if value is not None})
+    source = open_source(config, config.eval_split)
+    stem = re.sub(r"[^\w.%-]+", "-", config.eval_split)
+    return [_example(source, index, f"{stem}-{index:05d}") for index in range(min(limit, len(source)))]
+
+
+def _example(source: Source, index: int, name: str) -> Picture:
+    # The label is in the record; what cannot be read has none.
+    try:
+        label = source[index].label
+    except PictureError:
+        label = -1
+    return Picture(name, name, name, lambda: source[index], str(source.class_names[label]) if label >= 0 else "")
+
+
+def visualize(subject: Subject, pictures: Sequence[Picture], ways: Ways) -> int:
+    """Writes figures and arrays, and names the pictures that cannot be read on standard error.
+
+    Every file is whole or not there; one that is there already is replaced. Memory does not grow with the pictures,
+    except for arrays in one file.
+
+    Returns:
+        How many could be read.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
+    kept: list[tuple[Picture, dict[str, ndarray]]] = []
+    one_file = ways.arrays is not None and ways.arrays.suffix == _NPZ
+    readable = finished = 0
+    with Progress("visualize", len(pictures), 0, 1) as progress:
+        for batch in _read(subject, pictures, ways.batch_size, progress):
+            maps = subject.maps(_filled([seen.pixels for _, seen in batch], ways.batch_size))
+            for index, (picture, seen) in enumerate(batch):
+                if ways.figures is not None:
+                    _write_figure(subject, picture, seen, maps, index, ways)
+                if ways.arrays is not None:
+                    arrays = arrays_of(seen.pixels, maps, index)
+                    if one_file:
+                        kept.append((picture, arrays))
+                    else:
+                        _write_arrays(subject, ways.arrays / f"{picture.stem}{_NPZ}", [(picture, arrays)])
+                finished += 1
+                progress.update(finished, {})
+            readable += len(batch)
+    if kept and ways.arrays is not None:
+        _write_arrays(subject, ways.arrays, kept)
+    return readable
+
+
+def _read(
+    subject: Subject, pictures: Sequence[Picture], batch_size: int, progress: Progress
+) -> Iterator[list[tuple[Picture, Seen]]]:
+    """The pictures that can be read, batch by batch."""
+    batch: list[tuple[Picture, Seen]] = []
+    for picture in pictures:
+        try:
+            batch.append((picture, subject.see(picture.load())))
+        except PictureError as error:
+            progress.note(f"skipped {error}")
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _filled(pixels: Sequence[ndarray], batch_size: int) -> ndarray:
+    """A whole batch, so that nothing is compiled for the last one."""
+    batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
+    batch[: len(pixels)] = pixels
+    return batch
+
+
+def _write_figure(subject: Subject, picture: Picture, seen: Seen, maps: TokenMaps, index: int, ways: Ways) -> None:
+    probabilities, names = maps.probabilities[index], subject.class_names
+    order = np.argsort(-probabilities, kind="stable")[:_CLASSES_TOLD]
+    says = "says " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in order)
+    if picture.label:
+        says = f"labelled {picture.label}; {says}"
+    assert ways.figures is not None
+    # Never the name of a picture, so that no original is ever replaced.
+    with _replacing(ways.figures / f"{picture.stem}.maps.png") as part:
+        draw_maps(part, seen.shown, maps, index, picture.title, says, ways.tokens, ways.dpi)
+
+
+def _write_arrays(subject: Subject, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]) -> None:
+    with _replacing(path) as part:
+        write_arrays(part, [picture.name for picture, _ in kept], subject.class_names, [x for _, x in kept])
+
+
+@contextlib.contextmanager
+def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary sibling to write to, and puts it in a file's place when the block ends well."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _different(stems: Iterable[str]) -> list[str]:
+    """The same names; one that was there before gets a number behind it."""
+    taken: dict[str, None] = {}
+    for stem in stems:
+        numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        taken[next(name for name in numbered if name not in taken)] = None
+    return list(taken)
+
+
+def options(arguments: Any) -> dict[str, Any]:
+    """The arguments of `command` from the parsed command line."""
+    figures = arguments.output
+    if figures is None and arguments.arrays is None:
+        figures = FIGURES
+    return {
+        "source": arguments.source,
+        "words": arguments.pictures,
+        "ways": Ways(figures, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size),
+        "data": {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir},
+        "limit": arguments.limit,
+        "ema": arguments.ema,
+        "step": arguments.step,
+    }

@@ -1,0 +1,228 @@
+"""One picture's token maps as a figure for print."""
+
+import dataclasses
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sit_jax.visual.pictures import as_rgb, bar_colours, heat, regions
+from sit_jax.visual.token_maps import StageMaps, TokenMaps
+
+# Everything in inches and points.
+_WIDTH, _MARGIN, _GAP = 10.4, 0.25, 0.09
+_BAR, _BAR_ROOM = 0.09, 0.62
+_HEADER, _HEADING, _CAPTION, _BETWEEN = 0.62, 0.26, 0.2, 0.16
+_LARGEST_CELL, _LARGEST_VIEW = 1.25, 2.25
+_PLOT = (1.9, 0.5)
+_TITLE_SIZE, _HEADING_SIZE, _CAPTION_SIZE = 12, 9, 6.5
+_LONGEST = 110
+_INK, _FAINT = "#1a1a1a", "#5c5c5c"
+
+
+def draw_maps(
+    path: pathlib.Path,
+    picture: UInt8[ndarray, "side side channels"],
+    maps: TokenMaps,
+    index: int,
+    title: str,
+    says: str,
+    tokens: int = 8,
+    dpi: int = 150,
+) -> None:
+    """Draws what a model does with one picture.
+
+    The picture and its regions after each slimming module; for each module the tokens that the class token attends to
+    most, as heat maps of the patches that they are made of; the class token's attention block by block; and of how
+    many patches tokens are made. A model without slimming modules gets the picture and the attention.
+
+    Args:
+        path: PNG file to write.
+        picture: The picture as a person wants to see it.
+        maps: Of a batch.
+        index: Of the picture within the batch.
+        title: The figure's title.
+        says: What the model says of the picture, below the title.
+        tokens: Tokens shown for each slimming module, and blocks shown, at most.
+        dpi: Dots per inch; 300 for print.
+    """
+    from matplotlib.figure import Figure
+
+    sheet = _Sheet(tokens, len(maps.stages))
+    figure = Figure(figsize=(_WIDTH, sheet.height), facecolor="white")
+    sheet = dataclasses.replace(sheet, figure=figure)
+    top = sheet.height - _MARGIN
+    sheet.write(_MARGIN, top, _short(title), _TITLE_SIZE, weight="bold", va="top", color=_INK)
+    sheet.write(_MARGIN, top - 0.27, _short(says), _HEADING_SIZE, va="top")
+    top = _draw_views(sheet, top - _HEADER, picture, maps, index)
+    for stage in range(len(maps.stages)):
+        top = _draw_tokens(sheet, top, picture, maps, index, stage)
+    _draw_attention(sheet, top, picture, maps, index)
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes; that is no reason to stop.
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
+        figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sheet:
+    """The figure, measured in inches from its lower left corner."""
+
+    tokens: int
+    stages: int
+    figure: Any = None
+
+    @property
+    def cell(self) -> float:
+        """Side of a heat map."""
+        room = _WIDTH - 2 * _MARGIN - _BAR_ROOM
+        return min(_LARGEST_CELL, (room - (self.tokens - 1) * _GAP) / self.tokens)
+
+    @property
+    def view(self) -> float:
+        """Side of the picture and of the regions."""
+        plot = sum(_PLOT) if self.stages else 0.0
+        return min(_LARGEST_VIEW, (_WIDTH - 2 * _MARGIN - plot - self.stages * _GAP) / (self.stages + 1))
+
+    @property
+    def height(self) -> float:
+        rows = (self.stages + 1) * (_HEADING + self.cell + _CAPTION + _BETWEEN)
+        return 2 * _MARGIN + _HEADER + self.view + _CAPTION + _BETWEEN + rows - _BETWEEN
+
+    def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
+        """Writes text."""
+        # Names of files and classes may hold dollar signs, which are no formulas.
+        self.figure.text(x / _WIDTH, y / self.height, text, size=size, parse_math=False, **{"color": _FAINT, **style})
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Any:
+        """Axes whose lower left corner is given."""
+        return self.figure.add_axes((x / _WIDTH, y / self.height, width / _WIDTH, height / self.height))
+
+    def show(self, x: float, top: float, side: float, pixels: ndarray, caption: str) -> None:
+        """A picture with its caption below."""
+        axes = self.axes(x, top - side, side, side)
+        axes.imshow(pixels, aspect="auto", interpolation="antialiased")
+        axes.set_axis_off()
+        self.write(x + side / 2, top - side - 0.05, caption, _CAPTION_SIZE, ha="center", va="top", color=_INK)
+
+    def bar(self, top: float, largest: float, label: str) -> None:
+        """The colours of a row of heat maps, at its right."""
+        from matplotlib.cm import ScalarMappable
+        from matplotlib.colors import ListedColormap, Normalize
+
+        axes = self.axes(_WIDTH - _MARGIN - _BAR_ROOM + 0.08, top - self.cell, _BAR, self.cell)
+        scale = ScalarMappable(Normalize(0, largest), ListedColormap(bar_colours()))
+        bar = self.figure.colorbar(scale, cax=axes)
+        bar.outline.set_linewidth(0.4)
+        bar.ax.tick_params(labelsize=_CAPTION_SIZE, width=0.4, length=2, colors=_INK)
+        bar.set_label(label, size=_CAPTION_SIZE, color=_FAINT)
+
+
+def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
+    """The picture, the regions after each slimming module, and what the tokens are made of."""
+    x, side = _MARGIN, sheet.view
+    sheet.show(x, top, side, as_rgb(picture), f"the picture, {maps.grid} x {maps.grid} patches")
+    for number, stage in enumerate(maps.stages, start=1):
+        x += side + _GAP
+        painted = regions(picture, stage.hard[index], maps.grid, stage.overlooked[index])
+        sheet.show(x, top, side, painted, f"regions of the {stage.kept} tokens of TSM {number}")
+    if maps.stages:
+        left = _WIDTH - _MARGIN - _PLOT[0]
+        _plot_effective(sheet.axes(left, top - side + 0.05, _PLOT[0], side - 0.25), maps, index)
+        sheet.write(left, top, "patches that tokens are made of; median", _CAPTION_SIZE, va="top", color=_INK)
+    return top - side - _CAPTION - _BETWEEN
+
+
+def _plot_effective(axes: Any, maps: TokenMaps, index: int) -> None:
+    names = []
+    for place, stage in enumerate(maps.stages):
+        counts = np.sort(stage.effective_patches[index])
+        spread = np.linspace(-0.28, 0.28, len(counts)) if len(counts) > 1 else np.zeros(1)
+        axes.plot(place + spread, counts, ".", ms=3.5, color="#3b5b92", mec="none")
+        median = float(np.median(counts))
+        axes.plot([place - 0.38, place + 0.38], [median, median], color=_INK, lw=0.9)
+        names.append(f"TSM {place + 1}\n{_number(median)}")
+    everything = maps.grid**2
+    axes.axhline(everything, color=_FAINT, lw=0.6, ls=":")
+    axes.set(ylim=(0, 1.06 * everything), xlim=(-0.55, len(maps.stages) - 0.45))
+    axes.set_xticks(range(len(maps.stages)), names)
+    axes.tick_params(labelsize=_CAPTION_SIZE, width=0.4, length=2, colors=_INK)
+    for name, spine in axes.spines.items():
+        spine.set(visible=name in ("left", "bottom"), linewidth=0.4)
+
+
+def _draw_tokens(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int, number: int) -> float:
+    stage = maps.stages[number]
+    chosen = choose_tokens(maps, number, index, sheet.tokens)
+    shown = (
+        f"the {len(chosen)} that the class token attends to most" if len(chosen) < stage.kept else "all, by attention"
+    )
+    heading = f"TSM {number + 1}, behind block {stage.after_block}:"
+    text = f"{heading} {stage.assignment.shape[1]} to {stage.kept} tokens ({shown})"
+    effective = stage.effective_patches[index]
+    captions = [f"token {token + 1}: {_number(effective[token])} patches" for token in chosen]
+    rows = stage.cumulative[index][list(chosen)]
+    scale = float(rows.max()) * rows.shape[1], "times an even share"
+    return _draw_row(sheet, top, text, picture, rows, captions, maps.grid, scale)
+
+
+def _draw_attention(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
+    depth = len(maps.attention)
+    blocks = np.unique(np.round(np.linspace(1, depth, min(depth, sheet.tokens))).astype(int))
+    rows = np.stack([maps.attention_on_patches(int(block))[index] for block in blocks])
+    captions = [f"block {block}: {_tokens_of(maps.stage_of(int(block)), maps.grid)} tokens" for block in blocks]
+    heading = "Attention of the class token, handed on to the patches that its tokens are made of (mean over heads)"
+    # Early blocks can be sharper by far than those behind the slimming; on one scale these would be black.
+    peaks = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    return _draw_row(sheet, top, heading, picture, peaks, captions, maps.grid, (1.0, "of each map's largest"))
+
+
+def _draw_row(
+    sheet: _Sheet,
+    top: float,
+    heading: str,
+    picture: ndarray,
+    rows: ndarray,
+    captions: Sequence[str],
+    grid: int,
+    scale: tuple[float, str],
+) -> float:
+    """Heat maps side by side on one scale: what the largest weight of all counts as, and in which unit."""
+    sheet.write(_MARGIN, top, heading, _HEADING_SIZE, va="top", color=_INK)
+    top -= _HEADING
+    largest = float(rows.max())
+    for place, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        pixels = heat(picture, row, grid, largest)
+        sheet.show(_MARGIN + place * (sheet.cell + _GAP), top, sheet.cell, pixels, caption)
+    sheet.bar(top, *scale)
+    return top - sheet.cell - _CAPTION - _BETWEEN
+
+
+def choose_tokens(maps: TokenMaps, stage: int, index: int, count: int) -> tuple[int, ...]:
+    """The tokens of a stage that the class token attends to most in the blocks that work on them, most first.
+
+    Args:
+        maps: Of a batch.
+        stage: Index into `maps.stages`.
+        index: Of the picture within the batch.
+        count: How many, at most.
+    """
+    order = np.argsort(-maps.token_attention(stage)[index], kind="stable")
+    return tuple(int(token) for token in order[:count])
+
+
+def _tokens_of(stage: StageMaps | None, grid: int) -> int:
+    return grid**2 if stage is None else stage.kept
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 20 else f"{value:.1f}"

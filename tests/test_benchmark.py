@@ -1,0 +1,131 @@
+"""`sit benchmark`: the protocol, on contenders whose speed is known, and the command, on tiny models."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import random_weights
+import tiny
+
+from sit_jax import cli
+from sit_jax.analysis.benchmark import Timed, Times, take_turns
+from sit_jax.analysis.flops import count_cost
+from sit_jax.export.folder import save_folder
+from sit_jax.export.stablehlo import SUFFIX
+
+
+def test_contenders_alternate_and_their_buffers_rotate() -> None:
+    calls: list[tuple[str, int]] = []
+
+    def contender(name: str, seconds: float) -> Timed:
+        def run(buffer: int) -> int:
+            calls.append((name, buffer))
+            time.sleep(seconds)
+            return buffer
+
+        return Timed(run, [0, 1, 2])
+
+    times = take_turns({"slow": contender("slow", 0.02), "fast": contender("fast", 0.005)}, rounds=3, seconds=0.08)
+    # Three calls to warm up and to see how long they take, then 2 + 2 of the slow one, 8 + 8 of the fast one.
+    measured = calls[6:]
+    turns = [name for index, (name, _) in enumerate(measured) if index == 0 or measured[index - 1][0] != name]
+    assert turns == ["slow", "fast"] * 3
+    assert {buffer for name, buffer in measured if name == "fast"} == {0, 1, 2}
+    assert [buffer for _, buffer in measured[:2]] == [0, 1]
+    assert times["fast"].speed_over(times["slow"]) > 1.5
+    assert 0.02 <= times["slow"].latency() < 0.2
+    assert len(times["slow"].turns) == 3
+
+
+def test_figures_of_known_times() -> None:
+    slow, fast = Times([0.1, 0.2, 0.3, 0.4, 0.5], [4.0, 6.0, 50.0]), Times([], [2.0, 2.0, 10.0])
+    assert slow.latency() == pytest.approx(0.3)
+    assert [slow.latency(0.1), slow.latency(0.9)] == pytest.approx([0.14, 0.46])
+    assert slow.seconds == 6.0
+    # A busy moment slows both turns beside it, and leaves their ratio alone.
+    assert fast.speed_over(slow) == 3.0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("benchmark")
+    for name, arch in (("student", tiny.STUDENT), ("teacher", tiny.TEACHER)):
+        save_folder(root / name, random_weights.draw(arch))
+    return {name: str(root / name) for name in ("student", "teacher")}
+
+
+def test_command(folders: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact, plot = tmp_path / f"student{SUFFIX}", tmp_path / "plot.png"
+    assert cli.main(["export", folders["student"], str(artifact), "--format", "stablehlo", "--raw_input"]) == 0
+    capsys.readouterr()
+    words = ["benchmark", folders["student"], str(artifact), "--teacher", folders["teacher"], "--batch_sizes", "1", "3"]
+    assert cli.main([*words, "--seconds", "0.02", "--rounds", "2", "--json", "--plot", str(plot)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    names = [folders["teacher"], folders["student"], str(artifact)]
+    assert [(row["batch"], row["model"]) for row in result["rows"]] == [(b, n) for b in (1, 3) for n in names]
+    costs = [count_cost(tiny.TEACHER).gmac, *[count_cost(tiny.STUDENT).gmac] * 2]
+    for row, gmac in zip(result["rows"], costs * 2, strict=True):
+        latency = row["latency_ms"]
+        assert 0 < latency["p10"] <= latency["median"] <= latency["p90"]
+        assert row["gmac"] == gmac
+        assert row["flops_per_s"] == pytest.approx(2e9 * gmac * row["images_per_s"])
+        assert row["peak_share"] == pytest.approx(row["flops_per_s"] / result["product_flops"])
+        assert row["gmac_ratio"] == pytest.approx(costs[0] / gmac)
+        assert row["speedup_share"] == pytest.approx(row["speedup"] / row["gmac_ratio"])
+        weights = sum(x.nbytes for x in _leaves(random_weights.draw(tiny.TEACHER).params))
+        assert row["memory_mib"] > weights / 2**20 or row["model"] == str(artifact)
+        assert row["compile_s"] > 0
+    assert [row["speedup"] for row in result["rows"]][::3] == [1.0, 1.0]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_in_bfloat16(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["benchmark", folders["teacher"], "--batch_sizes", "2", "--dtype", "bfloat16", "--seconds", "0.02"]
+    assert cli.main([*words, "--rounds", "1"]) == 0
+    out, progress = capsys.readouterr()
+    assert "bfloat16" in out
+    assert "x1.00" in out
+    assert "batch 2: compiling" in progress
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["sit_tinny"], "sit_tinny: is no named model"),
+        (["lvvit_tiny", "lvvit_tiny"], "named twice"),
+        (["README.md"], "README.md: is no model"),
+        (["lvvit_tiny", "--plot", "missing/plot.png"], "--plot"),
+        (["lvvit_tiny", "--plot", "plot.jpg"], "--plot"),
+    ],
+)
+def test_mistakes(words: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["benchmark", *words]) == 2
+    out, error = capsys.readouterr()
+    assert problem in error
+    assert (out, error.count("\n")) == ("", 1)
+
+
+def test_help_and_the_package_import_nothing_heavy() -> None:
+    program = """
+import sys
+import sit_jax
+from sit_jax import cli
+for words in (["--help"], ["benchmark", "--help"], ["train", "--help"]):
+    try:
+        cli.main(words)
+    except SystemExit:
+        pass
+heavy = {"jax", "flax", "numpy", "absl", "rich", "orbax", "grain", "tensorflow_datasets", "matplotlib", "pydantic"}
+print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
+def _leaves(tree: Any) -> list[np.ndarray]:
+    return [tree] if isinstance(tree, np.ndarray) else [leaf for value in tree.values() for leaf in _leaves(value)]

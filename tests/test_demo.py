@@ -1,0 +1,316 @@
+"""The demo: fewer tokens are the same tokens, the server gives away nothing, and the page works in a real browser."""
+
+import asyncio
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import browser
+import flax.linen as nn
+import httpx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_weights
+import tiny
+from PIL import Image
+
+from sit_jax import cli
+from sit_jax.demo.contestants import milliseconds, open_contest
+from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
+from sit_jax.demo.guard import Guard
+from sit_jax.export.folder import save_folder
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.slimming import TokenSlimming
+
+STUDENT = tiny.plain(image_size=64, stage_blocks=(1, 1, 2), keep_ratio=0.5)
+SINGLE = tiny.plain(image_size=64, stage_blocks=(1, 3), kept_tokens=(16, 1))
+NAMES = ["nothing", "one", "two", "three", "four", "five", "six", "seven", "eight", "<b>nine</b>"]
+
+
+def test_the_numbers_of_tokens_follow_the_ratio() -> None:
+    digits = Architecture(image_size=64, stem="conv4", dim=48, num_heads=3, stage_blocks=(1, 1, 1, 9), keep_ratio=0.5)
+    labels = [keep.label for keep in keeps(digits)]
+    assert labels == [
+        "as trained: 8/4/2 tokens",
+        "keep ratio 0.4: 6/2/1 tokens",
+        "keep ratio 0.3: 4/1/1 tokens",
+        "keep ratio 0.2: 3/1/1 tokens",
+    ]
+    assert [keep.label for keep in keeps(SINGLE)] == ["as trained: 1 tokens"]
+    assert keeps(tiny.plain(image_size=64, stage_blocks=(2, 2), kept_tokens=(16, 10)))[1].label == (
+        "80% per module: 8 tokens"
+    )
+
+
+@pytest.mark.parametrize("counts", [(6, 2), (1, 1)])
+def test_fewer_tokens_are_the_same_tokens(counts: tuple[int, ...]) -> None:
+    # The reference is the whole model, whose modules' tokens are thrown away as they come out.
+    weights = random_weights.draw(STUDENT)
+    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64, 64, 1)).astype(np.float32))
+    left = iter(counts)
+
+    def cut(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        result = call(*args, **kwargs)
+        if isinstance(context.module, TokenSlimming) and context.method_name == "__call__":
+            count = next(left)
+            return result[0][:, :count], result[1][:, :, :count]
+        return result
+
+    with nn.intercept_methods(cut):
+        expected = build_model(STUDENT).apply(variables, images)
+    arch, params = with_fewer_tokens(STUDENT, weights.params, counts)
+    logits, outputs = build_model(arch).apply({**variables, "params": params}, images)
+    np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
+    assert [assignment.shape[2] for assignment in outputs.assignments] == list(counts)
+    for mine, theirs in zip(outputs.assignments, expected[1].assignments, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    assert jax.tree.map(jnp.shape, weights.params["slimming_0"]["fc2"])["kernel"][1] == 8  # The trained ones stay.
+
+
+def test_times_are_taken_in_turns() -> None:
+    calls: list[str] = []
+    times = milliseconds([lambda: calls.append("a"), lambda: calls.append("b")])
+    assert len(times) == 2
+    assert min(times) >= 0
+    assert calls == ["a", "b"] * (len(calls) // 2)
+    assert len(calls) > 10
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    place = tmp_path_factory.mktemp("models")
+    shapes = {"student": STUDENT, "single": SINGLE, "teacher": STUDENT.without_slimming()}
+    for name, shape in shapes.items():
+        weights = random_weights.draw(shape)
+        save_folder(place / name, weights._replace(about={**weights.about, "class_names": NAMES}))
+    return {name: place / name for name in shapes}
+
+
+def test_mistakes(
+    folders: dict[str, pathlib.Path], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    student, teacher = str(folders["student"]), str(folders["teacher"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["demo", "--student", student, "--teacher", teacher, "--port", port]) == 2
+        assert f"--port: 127.0.0.1:{port} cannot be opened" in capsys.readouterr().err
+    port = str(free_port())
+    cases = [
+        (["--student", teacher, "--teacher", teacher], "has no slimming modules; give it as --teacher"),
+        (["--student", student], "--teacher: which model shall the students be compared with?"),
+        (["--student", str(tmp_path / "none"), "--teacher", teacher], "there is no such file or folder"),
+    ]
+    for words, message in cases:
+        assert cli.main(["demo", *words, "--port", port]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert len(error.splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "sit_jax.demo.page", raising=False)
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_TEMP_DIR", "HF_HUB_OFFLINE"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    assert cli.main(["demo", "--student", student, "--teacher", teacher, "--port", port]) == 2
+    assert 'pip install "sit-jax[demo]"' in capsys.readouterr().err
+
+
+def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    run.symlink_to(folders["student"])
+    contest = open_contest([run], [folders["teacher"]])
+    assert list(contest.students) == [str(run)]
+    copy = tmp_path / "copy"
+    weights = random_weights.draw(STUDENT)
+    save_folder(copy, weights)
+    save_folder(copy / "teacher", random_weights.draw(STUDENT.without_slimming()))
+    assert list(open_contest([copy], []).teachers) == [str(copy / "teacher")]
+
+
+def guarded(path: str, body: Any = None, method: str = "POST", folder: str = "/tmp/uploads") -> int:
+    """The status of a request: 200 where the guard hands it on."""
+    statuses: list[int] = []
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    parts = [raw[: len(raw) // 2], raw[len(raw) // 2 :]]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if body is not None:
+            assert (await receive())["body"] == raw
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {"type": "http", "path": path, "method": method}
+    asyncio.run(Guard(app, pathlib.Path(folder))(scope, receive, send))
+    return statuses[0]
+
+
+def event(path: Any, url: Any = None) -> dict[str, Any]:
+    return {"data": [{"path": path, "url": url, "meta": {"_type": "gradio.FileData"}}, "teacher"], "fn_index": 0}
+
+
+def test_the_guard_lets_uploads_pass_only() -> None:
+    join, here = "/gradio_api/queue/join", "http://127.0.0.1:7860/gradio_api/file=/tmp/uploads/x.png"
+    assert guarded(join, event("/tmp/uploads/abc/x.png", here)) == 200
+    assert guarded(join, {"data": [None, 3]}) == 200
+    refused: list[Any] = ["/etc/passwd", "/tmp/uploads/../../etc/passwd", "x.png", "http://example.com/x.png", 3]
+    for path in [*refused, "/tmp/uploads_of_others/x.png", "/tmp/up\0loads"]:
+        assert guarded(join, event(path)) == 403, path
+        assert guarded(join, {"data": {"deep": [[event(path)]]}}) == 403, path
+    assert guarded(join, event("/tmp/uploads/x.png", "data:image/png;base64,AAAA")) == 403
+    assert guarded(join, event("/tmp/uploads/x.png", "file:///etc/passwd")) == 403
+    assert guarded(join, b"no json") == 403
+    assert guarded(join, b'"' + b"a" * 2_000_000 + b'"') == 403
+    assert guarded(join, b"[" * 100_000) == 403
+    for path in (
+        "run/predict",
+        "api/predict",
+        "call/predict",
+        "call/v2/x",
+        "proxy=http://example.com",
+        "component_server",
+    ):
+        assert guarded(f"/gradio_api/{path}") == 403
+    assert guarded("/gradio_api/queue/data", method="GET") == 200
+    assert guarded("/", method="GET") == 200
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, pathlib.Path]) -> Iterator[str]:
+    """The address of a page with two students, which takes files of a megabyte."""
+    port = free_port()
+    models = ["--student", folders["student"], "--student", folders["single"], "--teacher", folders["teacher"]]
+    words = [sys.executable, "-m", "sit_jax", "demo", *map(str, models), "--port", str(port), "--max_mb", "1"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Open http"):
+                break
+        assert said[-1:] == [f"Open http://127.0.0.1:{port} in a browser; Ctrl-C ends it\n"], said
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=60)[0]
+        assert "Traceback" not in rest, rest
+
+
+@pytest.mark.slow
+def test_the_server_gives_away_nothing(served: str) -> None:
+    secret = pathlib.Path("pyproject.toml").resolve()
+    with httpx.Client(base_url=served, follow_redirects=False) as client:
+        assert client.get("/").status_code == 200
+        for path in ("/etc/passwd", secret, "../../../etc/passwd", "pyproject.toml"):
+            for endpoint in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/"):
+                answer = client.get(f"{endpoint}{path}")
+                assert answer.status_code in (403, 404, 400, 405, 307, 308), (endpoint, path, answer.status_code)
+                assert "sit_jax" not in answer.text
+                assert "root:" not in answer.text
+        assert client.get("/gradio_api/file=http://example.com/x.png").status_code in (403, 404)
+        join = client.post("/gradio_api/queue/join", json={**event(str(secret)), "session_hash": "x"})
+        assert join.status_code == 403
+        for kind in ("run", "api", "call"):
+            assert client.post(f"/gradio_api/{kind}/answer", json=event(str(secret))).status_code == 403
+        assert client.get("/docs").status_code == 404
+        assert client.get("/openapi.json").status_code == 404
+        large = client.post("/gradio_api/upload", files={"files": ("x.png", b"0" * 1_500_000)})
+        assert large.status_code == 413
+        small = client.post("/gradio_api/upload", files={"files": ("../../x.png", b"0" * 1_000)})
+        (place,) = small.json()
+        assert re.fullmatch(r".*/sit_demo_[^/]+/[^/]+/[^/]*x\.png", place)
+        assert client.get(f"/gradio_api/file={place}").status_code == 200
+
+
+# A stream of events that the page itself ends is a failed request to the browser.
+ENDED = re.compile(r"http://127\.0\.0\.1:\d+/gradio_api/(queue/data|heartbeat|upload_progress).*ERR_ABORTED")
+
+
+def drop(page: Any, path: pathlib.Path) -> None:
+    page.wait_for_selector("#picture input[type=file]", state="attached")
+    page.set_input_files("#picture input[type=file]", path)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_page(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    with browser.visit(chromium, served) as seen:
+        page = seen.page
+        page.set_default_timeout(60_000)
+        drop(page, tmp_path / "noise.png")
+        page.wait_for_selector("#costs :text('times as fast')")
+        assert re.search(r"teacher \d+\.\d\d ms, student \d+\.\d\d ms", page.inner_text("#costs"))
+        for who in ("#teacher-says", "#student-says"):
+            says = page.inner_text(who)
+            assert sum(name in says for name in NAMES) == 5, says
+            assert page.locator(f"{who} b").count() == 0  # Class names are text.
+        # Behind the last module stand four tokens; behind the first, eight; before it, the picture.
+        maps: dict[int, str] = {}
+        for stage, text, tokens in (
+            (2, "4 tokens behind block 2", 4),
+            (1, "8 tokens behind block 1", 8),
+            (0, "16 patches", 0),
+        ):
+            page.locator("#stage input[type=range]").fill(str(stage))
+            page.wait_for_selector(f"#text :text('{text}')")
+            page.wait_for_function(f"document.querySelectorAll('#tokens .grid-container img').length == {tokens}")
+            page.wait_for_function(
+                f"!{json.dumps(list(maps.values()))}.includes(document.querySelector('#map img').src)"
+            )
+            maps[stage] = page.locator("#map img").get_attribute("src")
+        assert len(set(maps.values())) == 3
+        page.get_by_label("keep ratio 0.4: 6/2 tokens").check()
+        page.wait_for_selector("#text :text('2 tokens behind block 2')")
+        # This one has no other number of tokens, and the page says why.
+        page.locator("#student input").click()
+        page.get_by_role("option").nth(1).click()
+        page.wait_for_selector(":text('makes a single one')")
+        page.wait_for_selector("#text :text('1 tokens behind block 1')")
+        assert page.locator("#keep").count() == 0 or not page.locator("#keep").is_visible()
+        assert [error for error in seen.errors if not ENDED.match(error)] == []
+        assert {request.partition("/gradio_api")[0] for request in seen.requests if "/gradio_api" in request} == {
+            served
+        }
+        assert all(request.startswith(f"{served}/") for request in seen.requests)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_what_the_page_refuses(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "large.png").write_bytes(b"0" * 1_500_000)
+    (tmp_path / "broken<b>.png").write_bytes(b"no picture")
+    Image.new("1", (8000, 8000)).save(tmp_path / "bomb.png")
+    messages = {
+        "large.png": "exceed the maximum allowed size of 1",
+        "broken<b>.png": "cannot be read",
+        "bomb.png": "has 8000 x 8000 pixels",
+    }
+    for name, message in messages.items():
+        with browser.visit(chromium, served) as seen:
+            seen.page.set_default_timeout(20_000)
+            drop(seen.page, tmp_path / name)
+            toast = seen.page.locator(".toast-wrap")
+            toast.wait_for()
+            assert message in toast.inner_text()
+            assert toast.locator("b").count() == 0  # File names are text.
+            assert all(request.startswith(f"{served}/") for request in seen.requests)

@@ -1,0 +1,113 @@
+"""The cost counter, module by module, against the products that JAX traces, and against the compiler's count."""
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from sit_jax import cli
+from sit_jax.analysis.chips import CHIPS, published_flops
+from sit_jax.analysis.flops import count_cost
+from sit_jax.export.folder import expected_shapes
+from sit_jax.models import build_model, build_reverse
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.variants import VARIANTS
+
+# Part -> where its products lie among the modules' names.
+PARTS = {"stem": "stem", "attention": "attn", "mlp": "mlp", "slimming": "slimming_", "head": "head", "rtsm": "reverse"}
+
+
+def products(jaxpr: Any, place: str = "") -> Iterator[tuple[str, int]]:
+    """Names of the modules around each product of a traced function, and its multiply-accumulates."""
+    for equation in jaxpr.eqns:
+        here = f"{place}/{equation.source_info.name_stack}"
+        shapes = [x.aval.shape for x in (*equation.invars, *equation.outvars)]
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            yield here, math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
+        elif equation.primitive.name == "conv_general_dilated":
+            # HWIO: each output value takes height x width x input channels.
+            assert equation.params["feature_group_count"] == 1
+            yield here, math.prod(shapes[-1]) * math.prod(shapes[1][:-1])
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    yield from products(getattr(inner, "jaxpr", inner), here)
+
+
+def traced(arch: Architecture) -> dict[str, int]:
+    """Multiply-accumulates of one image by part."""
+    tree = expected_shapes(arch, reverse=arch.is_slimmed)
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    variables = {name: tree[name] for name in ("params", "batch_stats") if tree[name]}
+
+    def run(variables: Any, reverse: Any, images: Any) -> Any:
+        logits, outputs = build_model(arch).apply(variables, images)
+        if not arch.is_slimmed:
+            return logits
+        with jax.named_scope("reverse"):
+            return logits, build_reverse(arch).apply({"params": reverse}, outputs.tokens)
+
+    found: collections.Counter[str] = collections.Counter()
+    for place, macs in products(jax.make_jaxpr(run)(variables, tree["reverse"], images).jaxpr):
+        inside = [part for part, name in PARTS.items() if name in place]
+        found["rtsm" if "rtsm" in inside else "".join(inside)] += macs
+    return dict(found)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        VARIANTS["sit_xsmall"],
+        dataclasses.replace(VARIANTS["sit_large"], depth=4, stage_blocks=(1, 1, 1, 1)),
+        tiny.TEACHER,
+        dataclasses.replace(tiny.STUDENT, stem="conv7", stem_width=6, distillation_token=True, kept_tokens=(4, 3)),
+    ],
+    ids=["conv4", "conv6", "teacher", "conv7"],
+)
+def test_each_part_is_the_products_that_are_traced(arch: Architecture) -> None:
+    cost = count_cost(arch)
+    expected = {**cost.macs, "rtsm": cost.reverse_macs}
+    assert traced(arch) == {part: macs for part, macs in expected.items() if macs}
+
+
+@pytest.mark.parametrize("slimmed", [False, True])
+def test_the_compilers_count_is_the_products_and_what_lies_between(slimmed: bool) -> None:
+    full = dataclasses.replace(tiny.TEACHER, image_size=64, dim=192, num_heads=3, stem="patch", depth=2)
+    arch = dataclasses.replace(full, stage_blocks=(1, 1), keep_ratio=0.5) if slimmed else full
+    images = jax.ShapeDtypeStruct((1, 64, 64, 1), jnp.float32)
+    shapes = expected_shapes(arch, reverse=False)
+    forward = jax.jit(lambda params, images: build_model(arch).apply({"params": params}, images)[0])
+    analysis = forward.lower(shapes["params"], images).compile().cost_analysis()
+    assert analysis is not None
+    # Besides its products the compiler counts norms, GELU (a polynomial of some thirty operations), softmax, biases
+    # and residuals: some hundred operations for each of a token's 192 values in a block, whose products are
+    # 2 * 8 * 192 of them. So its count is above ours, by no more than a tenth.
+    assert 1.0 <= analysis["flops"] / (2e9 * count_cost(arch).gmac) <= 1.1
+
+
+def test_parts_add_up_in_the_list_of_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["models", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows) == set(VARIANTS)
+    for row in rows.values():
+        parts = sum(macs for part, macs in row["macs"].items() if part != "rtsm")
+        assert parts / 1e9 == pytest.approx(row["gmac"], abs=1e-4)
+    assert cli.main(["models", "--verbose"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("sit_xsmall"))
+    assert f"{rows['sit_xsmall']['macs']['rtsm'] / 1e9:.4f}" in line.split()
+
+
+def test_published_peaks() -> None:
+    assert published_flops("TPU v5 lite") == CHIPS["v5e"].flops
+    assert published_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert published_flops("cpu") is None

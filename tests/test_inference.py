@@ -1,0 +1,139 @@
+"""Folded weights compute what the model does, for every kind of model and part of it."""
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_weights
+import tiny
+
+from sit_jax.inference import prepare
+from sit_jax.inference.fold import fold
+from sit_jax.inference.forward import attention
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+
+PATCH = Architecture(image_size=32, patch_size=8, in_channels=1, num_classes=5, dim=16, depth=3, num_heads=4)
+SLIMMED = dataclasses.replace(PATCH, stage_blocks=(1, 1, 1), keep_ratio=0.5)
+CONV = dataclasses.replace(SLIMMED, stem="conv4", patch_size=16, image_size=48, residual_scale=2.0, qkv_bias=False)
+MODELS = {
+    "plain": PATCH,
+    "slimmed": SLIMMED,
+    "conv4": CONV,
+    "conv6": dataclasses.replace(CONV, stem="conv6"),
+    "conv7": dataclasses.replace(CONV, stem="conv7", stem_width=4),
+    "distilled": dataclasses.replace(SLIMMED, distillation_token=True),
+    "layer scale": dataclasses.replace(SLIMMED, layer_scale=True, residual_scale=3.0),
+    "auxiliary head": dataclasses.replace(PATCH, aux_head=True),
+    "one head": dataclasses.replace(SLIMMED, num_heads=1),
+    "odd MLP": dataclasses.replace(SLIMMED, mlp_ratio=2.3),
+}
+
+
+def by_module(arch: Any, variables: dict[str, Any], images: np.ndarray, dtype: str = "float32") -> np.ndarray:
+    return np.asarray(jax.jit(build_model(arch, dtype=dtype).apply)(variables, images)[0])
+
+
+@pytest.mark.parametrize("arch", MODELS.values(), ids=MODELS.keys())
+def test_logits_are_the_models(arch: Architecture) -> None:
+    variables = random_weights.variables(random_weights.draw(arch))
+    # Far from zero: what is folded must not rely on small means.
+    images = random_weights.images(arch, 3) + 2
+    expected = by_module(arch, variables, images)
+    logits = prepare(arch, variables).jit()(images)
+    assert np.std(expected) > 0.1
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_logits_of_whole_layers() -> None:
+    variables = random_weights.variables(random_weights.draw(SLIMMED))
+    images = random_weights.images(SLIMMED, 3)
+    run = prepare(SLIMMED, variables, platform="any").jit()
+    np.testing.assert_allclose(run(images), by_module(SLIMMED, variables, images), atol=2e-5)
+
+
+def test_few_tokens_have_their_products_in_halves() -> None:
+    weights = random_weights.draw(SLIMMED)
+    halves = fold(SLIMMED, weights.params, weights.batch_stats, parts_below=9)
+    assert [len(halves[f"blocks_{block}"]["qkv"]) for block in range(3)] == [1, 2, 2]
+    dim, parts = SLIMMED.dim, halves["blocks_2"]["qkv"]
+    whole = fold(SLIMMED, weights.params, weights.batch_stats)["blocks_2"]["qkv"][0]
+    queries = np.concatenate([part["kernel"][:, : dim // 2] for part in parts], axis=1)
+    np.testing.assert_array_equal(queries, whole["kernel"][:, :dim])
+
+
+def test_large_and_small_batches() -> None:
+    variables = random_weights.variables(random_weights.draw(SLIMMED))
+    images = random_weights.images(SLIMMED, 80)
+    run = prepare(SLIMMED, variables).jit()
+    # More than 1,024 rows and fewer: on CPU two programs.
+    np.testing.assert_allclose(run(images)[:3], run(images[:3]), atol=1e-5)
+
+
+def test_bfloat16_is_as_near_as_the_module() -> None:
+    arch = dataclasses.replace(PATCH, depth=1)
+    variables = random_weights.variables(random_weights.draw(arch))
+    images = random_weights.images(arch, 4)
+    expected = by_module(arch, variables, images)
+    error = np.abs(prepare(arch, variables, "bfloat16").jit()(images) - expected).max()
+    module_error = np.abs(by_module(arch, variables, images, "bfloat16") - expected).max()
+    assert 0 < error < 1.5 * module_error
+
+
+def test_attention_is_softmax_of_the_products() -> None:
+    rng = np.random.default_rng(0)
+    query, key, value = rng.standard_normal((3, 2, 5, 3, 4))
+    scores = np.einsum("bqhd,bkhd->bhqk", query, key)
+    shares = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+    expected = np.einsum("bhqk,bkhd->bqhd", shares, value)
+    result = attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)))
+    np.testing.assert_allclose(result, expected, atol=1e-6)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    query = jnp.full((1, 3, 1, 4), 100.0)
+    assert np.isfinite(attention(query, query, query)).all()
+
+
+def test_pixels_are_normalised_within() -> None:
+    variables = random_weights.variables(random_weights.draw(PATCH))
+    pixels = random_weights.pixels(PATCH, 2)
+    run = prepare(PATCH, variables).jit(before=lambda x: (x.astype(jnp.float32) / 255.0 - 0.4) / 0.2)
+    expected = by_module(PATCH, variables, ((pixels / 255 - 0.4) / 0.2).astype(np.float32))
+    np.testing.assert_allclose(run(pixels), expected, atol=2e-5)
+
+
+def test_it_can_be_traced() -> None:
+    variables = random_weights.variables(random_weights.draw(PATCH))
+    images = jnp.asarray(random_weights.images(PATCH, 2))
+    run = prepare(PATCH, variables).jit()
+    np.testing.assert_allclose(jax.jit(lambda x: run(x) * 2)(images), 2 * np.asarray(run(images)), atol=1e-5)
+    gradient = jax.grad(lambda v: prepare(PATCH, v).apply(v, images).sum())(variables)
+    assert float(jnp.abs(gradient["params"]["head"]["kernel"]).sum()) > 0
+
+
+def test_regnet_runs_as_it_is() -> None:
+    arch = tiny.CNN
+    model = build_model(arch)
+    images = np.random.default_rng(0).standard_normal((2, arch.image_size, arch.image_size, arch.in_channels))
+    variables = model.init(jax.random.key(0), jnp.asarray(images, jnp.float32))
+    np.testing.assert_allclose(
+        prepare(arch, variables).jit()(images.astype(np.float32)),
+        by_module(arch, variables, images.astype(np.float32)),
+        atol=1e-5,
+    )
+
+
+def test_nothing_but_heads_is_transposed() -> None:
+    """Three transposes for a block's queries, keys and values, one for its result: those that attention needs."""
+    variables = random_weights.variables(random_weights.draw(CONV))
+    prepared = prepare(CONV, variables, platform="any")
+    images = jnp.asarray(random_weights.images(CONV, 2))
+    jaxpr = str(jax.make_jaxpr(prepared.apply)(prepared.weights, images))
+    assert len(re.findall(r"= transpose\[", jaxpr)) <= 2 * CONV.depth
+    # No mean is taken: a norm is a sum of squares and a root.
+    assert len(re.findall(r"= rsqrt", jaxpr)) == 2 * CONV.depth + len(CONV.slimming) + 1

@@ -1,0 +1,276 @@
+"""`sit visualize`: figures and arrays of real pictures, of a split, of models with and without slimming."""
+
+import io
+import pathlib
+import re
+import shlex
+from typing import Any
+
+import numpy as np
+import pictures
+import pytest
+import random_weights
+import tiny
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from sit_jax import cli
+from sit_jax.data.config import DataConfig
+from sit_jax.data.sources import Example, open_source
+from sit_jax.export.folder import save_folder
+from sit_jax.export.predictor import open_predictor
+from sit_jax.models import build_model
+from sit_jax.visual import token_maps as core
+from sit_jax.visual.arrays import arrays_of
+from sit_jax.visual.command import from_files
+from sit_jax.visual.figure import choose_tokens
+from sit_jax.visual.subject import open_subject
+
+COLOUR = tiny.plain(
+    image_size=64, in_channels=3, stem="patch", patch_size=8, stage_blocks=(1, 1, 2), kept_tokens=(64, 12, 5)
+)
+WIDTH = 10.4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("visualize") / "model"
+    save_folder(path, random_weights.draw(COLOUR))
+    return path
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Two real JPEGs, one of them twice under the same name, and a broken one."""
+    root = tmp_path_factory.mktemp("photographs")
+    found = pictures.photographs()
+    (root / "deep").mkdir()
+    (root / "china.jpg").write_bytes(pictures.jpeg(found["china"]))
+    (root / "deep" / "china.jpg").write_bytes(pictures.jpeg(found["chelsea"][:, :300]))
+    (root / "cut.jpg").write_bytes(pictures.jpeg(found["flower"])[:2000])
+    (root / "flower.jpg").write_bytes(pictures.jpeg(found["flower"]))
+    return root
+
+
+def by_hand(path: pathlib.Path) -> np.ndarray:
+    """What the model sees of a photograph: its preprocessing in Pillow's words."""
+    image = Image.open(path)
+    short, side = min(image.size), 64
+    scaled = int(side / 0.875)
+    width, height = (int(scaled * length / short) for length in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+def test_photographs(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, arrays = tmp_path / "figures", tmp_path / "arrays"
+    words = [str(model), str(photographs), "--output", str(out), "--arrays", str(arrays), "--dpi", "50"]
+    forward: Any = core._forward
+    compiled = forward._cache_size()
+    assert cli.main(["visualize", *words, "--tokens", "6", "--batch_size", "2"]) == 1
+    assert forward._cache_size() == compiled + 1  # Two batches, the last one filled up.
+    said, errors = capsys.readouterr()
+    assert f"Written: {out} (3 pictures)" in said
+    assert f"visualize: skipped {photographs / 'cut.jpg'}: " in errors
+    last = "sit visualize: 1 of 4 pictures could not be read and were skipped; the others were done"
+    assert errors.splitlines()[-1] == last
+    # Both of one name are there, and nothing else is: no half of a file, nothing of the broken one.
+    assert sorted(x.name for x in out.iterdir()) == ["china-2.maps.png", "china.maps.png", "flower.maps.png"]
+    assert sorted(x.name for x in arrays.iterdir()) == ["china-2.npz", "china.npz", "flower.npz"]
+    for path in out.iterdir():
+        with Image.open(path) as image:
+            image.load()
+            assert image.width == round(WIDTH * 50)
+            assert np.asarray(image).std() > 20
+    for name, source in (("china", "china.jpg"), ("china-2", "deep/china.jpg"), ("flower", "flower.jpg")):
+        check_arrays(model, arrays / f"{name}.npz", photographs / source)
+
+
+def check_arrays(model: pathlib.Path, path: pathlib.Path, source: pathlib.Path) -> None:
+    """An .npz file against the predictor's logits, and the maps against loops."""
+    with np.load(path) as file:
+        found = {key: file[key] for key in file.files}
+    assert list(found["pictures"]) == [str(source)]
+    assert list(found["class_names"]) == [f"class {index}" for index in range(10)]
+    np.testing.assert_array_equal(found["pixels"][0], by_hand(source))
+    logits = open_predictor(model).logits(found["pixels"])
+    np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
+    assert found["probabilities"].sum() == pytest.approx(1)
+    first, second = found["assignment_1"][0], found["assignment_2"][0]
+    assert (first.shape, second.shape) == ((64, 12), (12, 5))
+    np.testing.assert_array_equal(found["cumulative_1"][0], first.T)
+    np.testing.assert_allclose(found["cumulative_2"][0], (first @ second).T, atol=1e-6)
+    np.testing.assert_allclose(found["cumulative_2"].sum(axis=2), 1, rtol=0, atol=1e-6)
+    for patch in range(64):
+        shares = [found["cumulative_2"][0, token, patch] for token in range(5)]
+        assert shares[found["hard_2"][0, patch]] == max(shares)
+        assert found["overlooked_2"][0, patch] == (max(shares) < 0.5 / 64)
+    assert found["effective_patches_1"].shape == (1, 12)
+    assert list(found["token_counts"][0]) == [64, 12, 5, 5]
+    assert found["class_attention"].shape == (1, 4, 64)
+    over = found["token_attention_2"][0] @ found["cumulative_2"][0]
+    np.testing.assert_allclose(over, found["class_attention"][0, 2:].mean(axis=0), atol=1e-6)
+
+
+def test_what_is_shown_is_what_the_model_sees(model: pathlib.Path, photographs: pathlib.Path) -> None:
+    subject = open_subject(model)
+    for name in ("china.jpg", "deep/china.jpg"):
+        seen = subject.see(Example((photographs / name).read_bytes(), -1, name))
+        np.testing.assert_array_equal(seen.pixels, by_hand(photographs / name))
+        assert seen.shown.shape == (384, 384, 3)
+        small = np.asarray(Image.fromarray(seen.shown).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
+        # The same part of the picture: a shift by one of the model's pixels would be more than this.
+        off = np.abs(small - seen.pixels).mean()
+        assert off < 0.4 * np.abs(np.roll(seen.pixels.astype(int), 1, axis=1) - seen.pixels).mean()
+
+
+def test_the_digits_split(
+    tmp_path: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[tuple[str, str]] = []
+
+    def draw(path: pathlib.Path, *rest: Any) -> None:
+        titles.append(rest[3:5])
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr("sit_jax.visual.command.draw_maps", draw)
+    save_folder(tmp_path / "model", random_weights.draw())
+    words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
+    out, file = str(tmp_path / "figures"), tmp_path / "all.npz"
+    assert cli.main([*words, "--limit", "3", "--output", out, "--arrays", str(file)]) == 0
+    assert f"Written: {file} (3 pictures)" in capsys.readouterr().out
+    with np.load(file) as found:
+        assert list(found["pictures"]) == ["test-00000", "test-00001", "test-00002"]
+        assert found["pixels"].shape == (3, 32, 32, 1)
+        assert found["cumulative_1"].shape == (3, 2, 4)
+        probabilities = found["probabilities"]
+    source = open_source(DataConfig(name="digits", data_dir=digits_dir), "test")
+    for index, ((title, says), row) in enumerate(zip(titles, probabilities, strict=True)):
+        # The same picture in scikit-learn's own collection says which digit it is.
+        levels = np.asarray(Image.open(io.BytesIO(source[index].image)))
+        digits = load_digits()
+        label = digits.target[(np.round(digits.images * 255 / 16) == levels).all(axis=(1, 2))].item()
+        assert title == f"test-0000{index}"
+        best = row.argmax()
+        assert says.startswith(f"labelled {label}; says class {best} {row[best]:.1%}, class ")
+    # Arrays alone draw nothing.
+    titles.clear()
+    assert cli.main([*words, "--limit", "1", "--arrays", str(tmp_path / "one")]) == 0
+    assert (tmp_path / "one" / "test-00000.npz").is_file()
+    assert titles == []
+
+
+def test_a_model_without_slimming(
+    photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_folder(tmp_path / "model", random_weights.draw(COLOUR.without_slimming()))
+    # A name of signs that figures must not take for a formula, and of a script that the font lacks.
+    odd = tmp_path / "a $\\frac$ 塔.jpg"
+    odd.write_bytes((photographs / "china.jpg").read_bytes())
+    words = [str(tmp_path / "model"), str(odd), "--output", str(tmp_path / "out"), "--arrays", str(tmp_path / "x.npz")]
+    assert cli.main(["visualize", *words, "--dpi", "30"]) == 0
+    message = f"{tmp_path / 'model'}: has no token slimming; what is shown is the class token's attention"
+    assert capsys.readouterr().err.splitlines()[0] == message
+    assert (tmp_path / "out" / "a $\\frac$ 塔.maps.png").is_file()
+    with np.load(tmp_path / "x.npz") as found:
+        assert "cumulative_1" not in found.files
+        assert found["class_attention"].shape == (1, 4, 64)
+
+
+def test_chosen_tokens() -> None:
+    assignment = np.full((2, 4, 3), 0.25, np.float32)
+    stage = core.StageMaps(1, assignment, assignment.swapaxes(1, 2))
+    attention = (np.zeros((2, 4)), np.array([[0.1, 0.4, 0.1], [0.0, 0.0, 0.0]]), np.array([[0.3, 0.2, 0.1], [0, 0, 1]]))
+    maps = core.TokenMaps(2, (stage,), attention, np.zeros((2, 10), np.float32))
+    assert choose_tokens(maps, 0, 0, 2) == (1, 0)
+    assert choose_tokens(maps, 0, 1, 8) == (2, 0, 1)
+    assert arrays_of(np.zeros((8, 8, 1)), maps, 1)["token_attention_1"] == pytest.approx([0, 0, 0.5])
+
+
+def test_names_differ() -> None:
+    found = from_files(["a/x.jpg", "b/x.png", "x-2.jpg", "c/x.gif"])
+    assert [picture.stem for picture in found] == ["x", "x-2", "x-2-2", "x-3"]
+
+
+def test_mistakes(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture, file = str(photographs / "china.jpg"), tmp_path / "model.onnx"
+    file.write_bytes(b"")
+    wrong: list[tuple[list[Any], str]] = [
+        ([model], "which pictures? Give files, folders or patterns, or else --split"),
+        ([model, picture, "--split", "test"], "which pictures?"),
+        ([model, picture, "--name", "digits"], "--name and --data_dir: tell where a --split is"),
+        ([model, "--split", "test"], "--name: which data set? The model does not say what it was trained on"),
+        ([model, tmp_path / "gone.png"], "gone.png: there is no such file, folder or match"),
+        ([tmp_path / "none", picture], "none: there is no such file or folder"),
+        ([file, picture], "model.onnx: gives logits only"),
+        ([model, picture, "--step", "3"], "is no run"),
+        ([model, picture, "--output", file], "model.onnx"),
+        ([model, picture, "--arrays", file / "x.npz"], "cannot be written"),
+    ]
+    for words, message in wrong:
+        assert cli.main(["visualize", *map(str, words)]) == 2, words
+        error = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("visualize: step")]
+        assert len(error) == 1
+        assert message in error[0]
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["model.onnx"]
+
+
+def test_a_figure_that_fails_leaves_the_old_one(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "china.maps.png"
+    old.write_bytes(b"old")
+
+    def full_disk(path: pathlib.Path, *_: Any) -> None:
+        path.write_bytes(b"ha")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sit_jax.visual.command.draw_maps", full_disk)
+    words = ["visualize", str(model), str(photographs / "china.jpg"), "--output", str(tmp_path)]
+    assert cli.main(words) == 2
+    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("china.maps.png", b"old")]
+
+
+def test_the_page_about_it(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = pathlib.Path("docs/visualize.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("sit ")]
+    assert [words[1] for words in commands].count("visualize") == 5
+    for words in commands:
+        arguments, rest = cli._parser().parse_known_args(words[1:])
+        if "config" in arguments:
+            cli.load_config(arguments.config, rest)
+        else:
+            assert rest == []
+    for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
+        assert pathlib.Path("docs", figure).stat().st_size < 600_000
+    # Every array is in the table, and no other.
+    with_slimming = core.token_maps(*drawn_maps(model))
+    written = {re.sub(r"_\d$", "_n", key) for key in arrays_of(np.zeros((8, 8, 3)), with_slimming, 0)}
+    assert set(re.findall(r"`([a-z_]+)`", text[text.index("| array |") : text.index("Patch `row")])) == {
+        *written,
+        "pictures",
+        "class_names",
+    }
+    # The Python lines, on a model and a picture that lie where they say.
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(model)
+    (tmp_path / "picture.jpg").symlink_to(photographs / "flower.jpg")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, names)
+    assert names["picture"].shape == names["outlined"].shape == (384, 384, 3)
+
+
+def drawn_maps(model: pathlib.Path) -> tuple[Any, dict[str, Any], np.ndarray]:
+    """What `token_maps` takes, of one picture of noise."""
+    subject = open_subject(model)
+    return build_model(subject.arch), subject.variables, random_weights.images(subject.arch, 1)
