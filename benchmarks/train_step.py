@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=1.0, help="a turn lasts about so long, and a step at least")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each framework")
-    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True, help="JAX: loop over blocks")
+    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=False, help="JAX: loop over blocks")
     parser.add_argument("--tiny", action="store_true", help="four narrow blocks on small pictures, to try the script")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)

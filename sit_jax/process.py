@@ -48,7 +48,8 @@ def keep_compiled(folder: str = "") -> None:
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not folder and jax.config.jax_compilation_cache_dir:
+    name = "jax_compilation_cache_dir"
+    if not folder and getattr(jax.config, name):
         return
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     path = pathlib.Path(folder).expanduser().absolute() if folder else caches / "sit_jax"
@@ -58,7 +59,7 @@ def keep_compiled(folder: str = "") -> None:
     except OSError:
         writable = False
     if writable:
-        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update(name, str(path))
     elif folder:
         raise UserError(f"--compilation_cache: {folder} is no folder that can be written to; `none` goes without")
 

@@ -82,7 +82,7 @@ def test_gelu_to_float32s_precision() -> None:
 
 @pytest.mark.parametrize("columns", [False, True])
 def test_bfloat16_products_leave_gradients_in_float32(columns: bool) -> None:
-    layer = Dense(8, dtype=jnp.bfloat16, columns=columns)
+    layer: Any = Dense(8, dtype=jnp.bfloat16, columns=columns)
     x = normal(0, 4, 64) if columns else normal(0, 64, 4)
     params = layer.init(KEYS[1], x)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))

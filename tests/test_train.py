@@ -177,10 +177,11 @@ def every_equation(jaxpr: Any) -> Any:
 
 
 def test_bfloat16_is_for_products_alone() -> None:
-    half = {"dtype": "bfloat16"}
-    teacher = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, **half))
+    teacher = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, dtype="bfloat16"))
     config = tiny.config(
-        model=ModelConfig(architecture=tiny.STUDENT, **half), teacher=teacher, optim=OptimConfig(ema_decay=0.9)
+        model=ModelConfig(architecture=tiny.STUDENT, dtype="bfloat16"),
+        teacher=teacher,
+        optim=OptimConfig(ema_decay=0.9),
     )
     task = make_task(config, steps_per_epoch=10)
     arguments = abstract_state(task), tiny.batch(16), abstract_teachers(task)

@@ -107,7 +107,7 @@ class ReverseSlimming(nn.Module):
         module = ReverseTokenSlimming(self.arch.num_patches, self.dtype, parent=None)
         found = [error(mine, theirs) for mine, theirs in zip(tokens[:first], targets, strict=False)]
         for _, group in itertools.groupby(range(first, depth), lambda block: tokens[block].shape[1]):
-            each = [(self.get_variable("params", f"blocks_{i}"), tokens[i], targets[i]) for i in group]
+            each: list[Any] = [(self.get_variable("params", f"blocks_{i}"), tokens[i], targets[i]) for i in group]
             if not self.scan or len(each) == 1:
                 found += [_recovery_error(module, error, *arguments) for arguments in each]
                 continue
@@ -123,15 +123,14 @@ def _recovery_error(module: ReverseTokenSlimming, error: Error, params: Any, x: 
     Its gradients are worked out along with it: a scalar's are known up to a factor. So the recovered tokens, and all
     that led to them, are gone before the next block's turn, and nothing is computed twice.
     """
-    return error(module.apply({"params": params}, x), target)
+    recovered: Any = module.apply({"params": params}, x)
+    return error(recovered, target)
 
 
 def _error_forward(
     module: ReverseTokenSlimming, error: Error, params: Any, x: Array, target: Array
 ) -> tuple[Array, tuple[Any, Array]]:
-    both = jax.value_and_grad(lambda params, x: error(module.apply({"params": params}, x), target), argnums=(0, 1))
-    value: Array
-    value, slopes = both(params, x)
+    value, slopes = jax.value_and_grad(_recovery_error.fun, argnums=(2, 3))(module, error, params, x, target)
     return value, slopes
 
 

@@ -222,7 +222,7 @@ def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[
         elif not teacher.run or is_own_run(teacher.run):  # Weights of another program have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
             read = functools.partial(gather, place, name, is_teacher=True)
-            record = attempt(read, None, missing, f"The {name}")
+            record: RunRecord | None = attempt(read, None, missing, f"The {name}")
             if record is not None:
                 found[name] = record
                 missing += [f"{name}: {text}" for text in record.missing]
