@@ -53,7 +53,7 @@ class Jax:
 
         weights = load_folder(pathlib.Path(folder))
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}
-        forward, prepared = prepare_forward(arch, variables, dtype)
+        forward, prepared = prepare_forward(arch, variables, batch, dtype)
         shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
         buffers = [jax.device_put(shapes.images(shape, index)) for index in range(BUFFERS)]
         begun = time.perf_counter()
@@ -176,8 +176,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="four narrow blocks on small pictures, to try the script")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
     parser.add_argument("--child", choices=("jax", "torch"), help=argparse.SUPPRESS)
+    turns.add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.child:
+        turns.keep_memory("jax" if arguments.child == "jax" else "torch")
         served = Jax() if arguments.child == "jax" else Torch()
         names = [name for name in ("write", "prepare", "time", "drop") if hasattr(served, name)]
         turns.serve({name: getattr(served, name) for name in names})
@@ -185,7 +187,7 @@ def main() -> None:
     arguments.versions, rows = {}, []
     with (
         tempfile.TemporaryDirectory() as scratch,
-        turns.children(__file__, ["jax", "torch"], arguments.threads) as both,
+        turns.children(__file__, ["jax", "torch"], arguments.threads, arguments.keep_memory) as both,
     ):
         for name in arguments.models:
             folder = pathlib.Path(scratch) / name

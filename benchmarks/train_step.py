@@ -190,7 +190,7 @@ def compare(folder: pathlib.Path, dtype: str, arguments: argparse.Namespace) -> 
     """Times all contenders in one type; a row of the table for each."""
     rows: list[dict[str, Any]] = []
     names = arguments.contenders
-    with turns.children(__file__, names, arguments.threads) as contenders:
+    with turns.children(__file__, names, arguments.threads, arguments.keep_memory) as contenders:
         for name in names:
             print(f"{dtype}: {name}", file=sys.stderr, flush=True)
             words = {"batch": arguments.batch_size, "dtype": dtype, "mode": name, "scan": arguments.scan}
@@ -229,15 +229,17 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="four narrow blocks on small pictures, to try the script")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
+    turns.add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.child:
+        turns.keep_memory("jax" if arguments.child == "jax" else "torch")
         served = Jax() if arguments.child == "jax" else Torch()
         names = [name for name in ("write", "prepare", "time", "peak") if hasattr(served, name)]
         turns.serve({name: getattr(served, name) for name in names})
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        with turns.children(__file__, ["jax"], arguments.threads) as only:
+        with turns.children(__file__, ["jax"], arguments.threads, arguments.keep_memory) as only:
             only["jax"].ask("write", folder=scratch, name=arguments.model, tiny=arguments.tiny)
         for dtype in arguments.dtypes:
             rows += compare(pathlib.Path(scratch), dtype, arguments)

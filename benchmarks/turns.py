@@ -5,6 +5,7 @@ computes, and a machine that is busy with other things slows all of them alike. 
 spinning would slow the next one: every answer tells the processor time that the child has used while it was waiting.
 """
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -71,8 +72,9 @@ class Child:
 
 
 @contextlib.contextmanager
-def children(script: str, names: list[str], threads: int) -> Iterator[dict[str, Child]]:
+def children(script: str, names: list[str], threads: int, keep: str = "jax") -> Iterator[dict[str, Child]]:
     """One child for each name, running `script --child NAME`; ended when the block is left."""
+    os.environ["BENCHMARK_KEEP_MEMORY"] = keep
     started = {name: Child(name, [sys.executable, script, "--child", name], threads) for name in names}
     try:
         yield started
@@ -86,6 +88,24 @@ def take_cores() -> int:
     cores = {int(core) for core in os.environ["BENCHMARK_CORES"].split(",")}
     os.sched_setaffinity(0, cores)
     return len(cores)
+
+
+def add_keep_memory(parser: argparse.ArgumentParser) -> None:
+    """The option that says which framework's processes have `sit`'s own setting of the allocator."""
+    parser.add_argument(
+        "--keep_memory",
+        choices=("jax", "both", "neither"),
+        default="jax",
+        help="whose processes keep the memory that they free: `sit` sets its own so, PyTorch leaves glibc's default",
+    )
+
+
+def keep_memory(framework: str) -> None:
+    """In a child: sets the allocator as the option says."""
+    if os.environ["BENCHMARK_KEEP_MEMORY"] in (framework, "both"):
+        from sit_jax.process import keep_memory as keep
+
+        keep()
 
 
 def serve(handlers: Handlers) -> None:

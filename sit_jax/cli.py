@@ -327,6 +327,7 @@ def _data_label(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace, _: list[str]) -> None:
+    keep_memory()
     quiet_libraries()
     from sit_jax.analysis.benchmark_command import Settings, command
 

@@ -87,7 +87,7 @@ def open_contender(name: str) -> Contender:
 
 def _from_variables(arch: Architecture | RegNetArchitecture, variables: dict[str, Any]) -> Callable[[int, str], Ready]:
     def ready(batch: int, dtype: str) -> Ready:
-        forward, prepared = prepare_forward(arch, variables, dtype)
+        forward, prepared = prepare_forward(arch, variables, batch, dtype)
         return _compiled(forward, prepared, _images(arch, batch))
 
     return ready

@@ -37,6 +37,10 @@ class Prepared(NamedTuple):
     weights: Any
     tokens: int = 1
 
+    def options(self, batch: int) -> dict[str, str] | None:
+        """What to compile `apply` with for so many images: `jax.jit`'s `compiler_options` for the default backend."""
+        return _options(batch * self.tokens)
+
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
         """The compiled function from images to logits, its weights on the default device.
 
@@ -48,7 +52,7 @@ class Prepared(NamedTuple):
         def run(weights: Any, inputs: Any) -> Array:
             return self.apply(weights, inputs if before is None else before(inputs))
 
-        few, many = (jax.jit(run, compiler_options=compiler_options(rows)) for rows in (1, _ROWS))
+        few, many = (jax.jit(run, compiler_options=_options(rows)) for rows in (1, _ROWS))
 
         def call(inputs: Any) -> Array:
             if isinstance(inputs, jax.core.Tracer):  # Options belong to the outermost compilation alone.
@@ -95,15 +99,11 @@ def prepare(
 
 
 @functools.cache
-def compiler_options(rows: int) -> dict[str, str] | None:
-    """What XLA is told when it compiles inference for the default backend; None where there is nothing to tell.
-
-    Args:
-        rows: Rows of the largest products: images times tokens.
-    """
+def _options(rows: int) -> dict[str, str] | None:
+    """What XLA is told; None where there is nothing to tell."""
     if jax.default_backend() != "cpu":
         return None
-    options = {_CPU_OPTION: _FEW_ROWS if rows < _ROWS else _MANY_ROWS}
+    options = {_CPU_OPTION: _FEW_ROWS if rows < _ROWS else _MANY_ROWS, "xla_cpu_prefer_vector_width": "512"}
     try:
         # An experimental option may be gone in a later jaxlib.
         jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
