@@ -155,7 +155,8 @@ def _section_of(kind: Any) -> type | None:
 def _python(value: Any) -> str:
     if isinstance(value, tuple):
         return f"({', '.join(map(_python, value))})"
-    return repr(round(value, 6) if isinstance(value, float) else value)
+    # 6 digits: 1e-08 keeps its own, a quotient does not show all of its 17.
+    return repr(float(f"{value:.6g}") if isinstance(value, float) else value)
 
 
 def _summary(section: type) -> str:

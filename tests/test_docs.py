@@ -100,6 +100,7 @@ def test_every_key_is_described() -> None:
     assert {field.name for field in dataclasses.fields(Architecture)} <= set(rows)
     assert "| `crop_fraction` | number, above 0, at most 1 | `0.875` |" in page
     assert "| `on_broken` | `error` or `skip` | `'error'` |" in page
+    assert "| `eps` | number, above 0 | `1e-08` |" in page
     assert "| `std` | 3 values, each a number, above 0 | `(0.229, 0.224, 0.225)` |" in page
 
 
