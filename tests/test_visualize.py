@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from sit_jax import cli
 from sit_jax.data.config import DataConfig
-from sit_jax.data.sources import Example, open_source
+from sit_jax.data.sources import Example, TfdsSource, open_source
 from sit_jax.export.folder import save_folder
 from sit_jax.export.predictor import open_predictor
 from sit_jax.models import build_model
@@ -136,12 +136,22 @@ def test_the_digits_split(
         titles.append(rest[3:5])
         path.write_bytes(b"png")
 
+    reads: list[int] = []
+
+    read = TfdsSource.__getitem__
+
+    def counted(source: TfdsSource, index: int) -> Example:
+        reads.append(index)
+        return read(source, index)
+
+    monkeypatch.setattr(TfdsSource, "__getitem__", counted)
     monkeypatch.setattr("sit_jax.visual.command.draw_maps", draw)
     save_folder(tmp_path / "model", random_weights.draw())
     words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
     out, file = str(tmp_path / "figures"), tmp_path / "all.npz"
     assert cli.main([*words, "--limit", "3", "--output", out, "--arrays", str(file)]) == 0
     assert f"Written: {file} (3 pictures)" in capsys.readouterr().out
+    assert reads == [0, 1, 2]  # Once each, label and all.
     with np.load(file) as found:
         assert list(found["pictures"]) == ["test-00000", "test-00001", "test-00002"]
         assert found["pixels"].shape == (3, 32, 32, 1)
@@ -178,6 +188,28 @@ def test_a_model_without_slimming(
     with np.load(tmp_path / "x.npz") as found:
         assert "cumulative_1" not in found.files
         assert found["class_attention"].shape == (1, 4, 64)
+
+
+@pytest.mark.parametrize("tokens", [14, 32])
+def test_figures_show_no_more_than_there_is(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, tokens: int
+) -> None:
+    """The model has 12 tokens at most: it takes 12 columns, and asking for more changes nothing."""
+    figures = {}
+    for count in (12, tokens):
+        out = tmp_path / str(count)
+        words = [str(model), str(photographs / "china.jpg"), "--output", str(out), "--dpi", "40"]
+        assert cli.main(["visualize", *words, "--tokens", str(count)]) == 0
+        figures[count] = (out / "china.maps.png").read_bytes()
+    assert figures[12] == figures[tokens]
+
+
+@pytest.mark.parametrize("tokens", ["0", "33", "105"])
+def test_more_tokens_than_have_room(model: pathlib.Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["visualize", str(model), "x.jpg", "--tokens", tokens])
+    message = f"argument --tokens: must be from 1 to 32, is {tokens}; --arrays holds all tokens"
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_chosen_tokens() -> None:

@@ -6,6 +6,9 @@ import pathlib
 from sit_jax.export.arguments import add_checkpoint
 from sit_jax.process import quiet_libraries
 
+# More have no room side by side.
+_MOST_TOKENS = 32
+
 
 def add_visualize(parser: argparse.ArgumentParser) -> None:
     """Adds the words of `sit visualize` to its parser."""
@@ -19,7 +22,7 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=pathlib.Path, help="folder for a figure per picture; maps if not given")
     arrays = "all arrays in one .npz file, or a folder for one file per picture; alone, no figures are drawn"
     parser.add_argument("--arrays", metavar="PLACE", type=pathlib.Path, help=arrays)
-    parser.add_argument("--tokens", type=_positive, default=8, help="tokens shown per module: the most attended ones")
+    parser.add_argument("--tokens", type=_tokens, default=8, help="tokens shown per module: the most attended ones")
     parser.add_argument("--dpi", type=_dpi, default=150, help="dots per inch of the figures; 300 for print")
     parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time")
     parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
@@ -37,6 +40,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+    return value
+
+
+def _tokens(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= _MOST_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be from 1 to {_MOST_TOKENS}, is {value}; --arrays holds all tokens")
     return value
 
 

@@ -36,15 +36,27 @@ class Picture(NamedTuple):
         name: What messages and arrays call it.
         title: What its figure is called.
         stem: What its files are called, without a suffix.
-        load: Reads it.
-        label: Its class by name, empty where nobody says.
+        load: Reads it, and its class by name, empty where nobody says.
     """
 
     name: str
     title: str
     stem: str
-    load: Callable[[], Example]
-    label: str = ""
+    load: Callable[[], tuple[Example, str]]
+
+
+class Read(NamedTuple):
+    """A picture that has been read.
+
+    Attributes:
+        picture: Which one.
+        seen: How it looks.
+        label: Its class by name, empty where nobody says.
+    """
+
+    picture: Picture
+    seen: Seen
+    label: str
 
 
 class Ways(NamedTuple):
@@ -114,7 +126,7 @@ def from_files(names: Sequence[str]) -> list[Picture]:
     stems = _different(pathlib.PurePath(name).stem for name in names)
 
     def one(name: str, stem: str) -> Picture:
-        return Picture(name, pathlib.PurePath(name).name, stem, lambda: read_file(name))
+        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_file(name), ""))
 
     return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
 
@@ -133,12 +145,11 @@ def from_split(subject: Subject, data: dict[str, str | None], limit: int) -> lis
 
 
 def _example(source: Source, index: int, name: str) -> Picture:
-    # The label is in the record; what cannot be read has none.
-    try:
-        label = source[index].label
-    except PictureError:
-        label = -1
-    return Picture(name, name, name, lambda: source[index], str(source.class_names[label]) if label >= 0 else "")
+    def load() -> tuple[Example, str]:
+        example = source[index]
+        return example, str(source.class_names[example.label]) if example.label >= 0 else ""
+
+    return Picture(name, name, name, load)
 
 
 def visualize(subject: Subject, pictures: Sequence[Picture], ways: Ways) -> int:
@@ -158,12 +169,12 @@ def visualize(subject: Subject, pictures: Sequence[Picture], ways: Ways) -> int:
     readable = finished = 0
     with Progress("visualize", len(pictures), 0, 1) as progress:
         for batch in _read(subject, pictures, ways.batch_size, progress):
-            maps = subject.maps(_filled([seen.pixels for _, seen in batch], ways.batch_size))
-            for index, (picture, seen) in enumerate(batch):
+            maps = subject.maps(_filled([read.seen.pixels for read in batch], ways.batch_size))
+            for index, read in enumerate(batch):
                 if ways.figures is not None:
-                    _write_figure(subject, picture, seen, maps, index, ways)
+                    _write_figure(subject, read, maps, index, ways)
                 if ways.arrays is not None:
-                    arrays = arrays_of(seen.pixels, maps, index)
+                    picture, arrays = read.picture, arrays_of(read.seen.pixels, maps, index)
                     if one_file:
                         kept.append((picture, arrays))
                     else:
@@ -176,14 +187,13 @@ def visualize(subject: Subject, pictures: Sequence[Picture], ways: Ways) -> int:
     return readable
 
 
-def _read(
-    subject: Subject, pictures: Sequence[Picture], batch_size: int, progress: Progress
-) -> Iterator[list[tuple[Picture, Seen]]]:
+def _read(subject: Subject, pictures: Sequence[Picture], batch_size: int, progress: Progress) -> Iterator[list[Read]]:
     """The pictures that can be read, batch by batch."""
-    batch: list[tuple[Picture, Seen]] = []
+    batch: list[Read] = []
     for picture in pictures:
         try:
-            batch.append((picture, subject.see(picture.load())))
+            example, label = picture.load()
+            batch.append(Read(picture, subject.see(example), label))
         except PictureError as error:
             progress.note(f"skipped {error}")
         if len(batch) == batch_size:
@@ -200,16 +210,16 @@ def _filled(pixels: Sequence[ndarray], batch_size: int) -> ndarray:
     return batch
 
 
-def _write_figure(subject: Subject, picture: Picture, seen: Seen, maps: TokenMaps, index: int, ways: Ways) -> None:
+def _write_figure(subject: Subject, read: Read, maps: TokenMaps, index: int, ways: Ways) -> None:
     probabilities, names = maps.probabilities[index], subject.class_names
     order = np.argsort(-probabilities, kind="stable")[:_CLASSES_TOLD]
     says = "says " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in order)
-    if picture.label:
-        says = f"labelled {picture.label}; {says}"
+    if read.label:
+        says = f"labelled {read.label}; {says}"
     assert ways.figures is not None
     # Never the name of a picture, so that no original is ever replaced.
-    with _replacing(ways.figures / f"{picture.stem}.maps.png") as part:
-        draw_maps(part, seen.shown, maps, index, picture.title, says, ways.tokens, ways.dpi)
+    with _replacing(ways.figures / f"{read.picture.stem}.maps.png") as part:
+        draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)
 
 
 def _write_arrays(subject: Subject, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]) -> None:

@@ -18,6 +18,8 @@ _WIDTH, _MARGIN, _GAP = 10.4, 0.25, 0.09
 _BAR, _BAR_ROOM = 0.09, 0.62
 _HEADER, _HEADING, _CAPTION, _BETWEEN = 0.62, 0.26, 0.2, 0.16
 _LARGEST_CELL, _LARGEST_VIEW = 1.25, 2.25
+# Below narrower heat maps only a number fits.
+_CAPTIONED = 0.95
 _PLOT = (1.9, 0.5)
 _TITLE_SIZE, _HEADING_SIZE, _CAPTION_SIZE = 12, 9, 6.5
 _LONGEST = 110
@@ -52,7 +54,8 @@ def draw_maps(
     """
     from matplotlib.figure import Figure
 
-    sheet = _Sheet(tokens, len(maps.stages))
+    most = max([len(maps.attention), *(stage.kept for stage in maps.stages)])
+    sheet = _Sheet(min(tokens, most), len(maps.stages))
     figure = Figure(figsize=(_WIDTH, sheet.height), facecolor="white")
     sheet = dataclasses.replace(sheet, figure=figure)
     top = sheet.height - _MARGIN
@@ -92,6 +95,10 @@ class _Sheet:
     def height(self) -> float:
         rows = (self.stages + 1) * (_HEADING + self.cell + _CAPTION + _BETWEEN)
         return 2 * _MARGIN + _HEADER + self.view + _CAPTION + _BETWEEN + rows - _BETWEEN
+
+    def caption(self, name: str, number: int, what: str) -> str:
+        """What stands below a heat map."""
+        return f"{name} {number}: {what}" if self.cell >= _CAPTIONED else f"{number}"
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         """Writes text."""
@@ -164,7 +171,7 @@ def _draw_tokens(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, i
     heading = f"TSM {number + 1}, behind block {stage.after_block}:"
     text = f"{heading} {stage.assignment.shape[1]} to {stage.kept} tokens ({shown})"
     effective = stage.effective_patches[index]
-    captions = [f"token {token + 1}: {_number(effective[token])} patches" for token in chosen]
+    captions = [sheet.caption("token", token + 1, f"{_number(effective[token])} patches") for token in chosen]
     rows = stage.cumulative[index][list(chosen)]
     scale = float(rows.max()) * rows.shape[1], "times an even share"
     return _draw_row(sheet, top, text, picture, rows, captions, maps.grid, scale)
@@ -174,7 +181,8 @@ def _draw_attention(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps
     depth = len(maps.attention)
     blocks = np.unique(np.round(np.linspace(1, depth, min(depth, sheet.tokens))).astype(int))
     rows = np.stack([maps.attention_on_patches(int(block))[index] for block in blocks])
-    captions = [f"block {block}: {_tokens_of(maps.stage_of(int(block)), maps.grid)} tokens" for block in blocks]
+    counts = [_tokens_of(maps.stage_of(int(block)), maps.grid) for block in blocks]
+    captions = [sheet.caption("block", block, f"{count} tokens") for block, count in zip(blocks, counts, strict=True)]
     heading = "Attention of the class token, handed on to the patches that its tokens are made of (mean over heads)"
     # Early blocks can be sharper by far than those behind the slimming; on one scale these would be black.
     peaks = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
