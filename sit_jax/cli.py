@@ -4,6 +4,7 @@ Verbs import what they need when they run, so that `sit --help` answers at once.
 """
 
 import argparse
+import io
 import json
 import pathlib
 import sys
@@ -34,6 +35,8 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 where inputs were skipped or processes are missing, 2 for a user's
     mistake, 75 for a run that was told to end and can be resumed, 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may hold bytes that are no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")

@@ -90,6 +90,8 @@ BREAKAGES: list[Callable[[pathlib.Path], list[str]]] = [
     damaged_summary,
     no_data,
 ]
+# Broken runs whose student can be asked all the same.
+STILL_ASKED = [damaged_metrics, no_metrics, no_teacher, damaged_summary]
 
 
 def hostile_page(run: pathlib.Path) -> str:
@@ -99,7 +101,7 @@ def hostile_page(run: pathlib.Path) -> str:
     summary = {**record.summary, "images_per_s_measured": HOSTILE}
     about = {"versions": {HOSTILE: HOSTILE}, "devices": HOSTILE}
     record = dataclasses.replace(record, values=values, summary=summary, about=about, missing=[HOSTILE])
-    verdicts = {"student": Verdict(HOSTILE, 0.5), "teacher": Verdict("7", 0.75)}
+    verdicts = {"student": Verdict(HOSTILE, 0.5, False), "teacher": Verdict("7", 0.75, True)}
     picture = Picture(0, HOSTILE, HOSTILE, verdicts, np.zeros((32, 32, 1), np.uint8))
     classes = [ClassScore(HOSTILE, 3, 1 / 3, 2 / 3), ClassScore("7", 3, 1.0, 1.0)]
     outcomes = {(True, True): 4, (True, False): 0, (False, True): 1, (False, False): 1}

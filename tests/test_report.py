@@ -1,10 +1,12 @@
 """`sit report`: what is gathered, what is found, and pages of runs that are not whole."""
 
 import base64
+import dataclasses
 import datetime
 import hashlib
 import html.parser
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -25,8 +27,8 @@ from sit_jax.data.transforms import EvalTransform
 from sit_jax.models import build_model
 from sit_jax.origins import trained_variables
 from sit_jax.report.charts import comparing_charts, run_charts
-from sit_jax.report.compare import differences
-from sit_jax.report.findings import find
+from sit_jax.report.compare import ABSENT, differences
+from sit_jax.report.findings import ClassScore, Findings, Picture, Verdict, find
 from sit_jax.report.gather import RunRecord, gather, gather_all
 from sit_jax.report.page import render, view_run
 
@@ -88,7 +90,7 @@ def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
     assert set(record.about["versions"]) >= {"sit_jax", "jax", "flax", "python", "numpy"}
     assert record.about["devices"] == "8 x cpu"
     titles = [chart.title for chart in run_charts(record, "run")]
-    assert titles == ["Loss terms, before weighting", "Accuracy", "Learning rates", "Gradient norm"]
+    assert titles == ["Loss, and its terms before weighting", "Accuracy", "Learning rates", "Gradient norm"]
     loss = run_charts(record, "run")[0]
     assert loss.headings == ["step", "loss", "classification", "token", "logits", "loss (evaluation)"]
     last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-2])
@@ -128,6 +130,10 @@ def test_findings_against_numpy(finished: pathlib.Path) -> None:
     for picture in found.lost:
         assert picture.verdicts["student"].probability == pytest.approx(sure[picture.index], rel=1e-4)
         assert picture.verdicts["teacher"].name == picture.label == str(labels[picture.index])
+        assert {name: verdict.right for name, verdict in picture.verdicts.items()} == {
+            "student": False,
+            "teacher": True,
+        }
     assert [picture.index for picture in found.examples] == [0, 90, 179, 268, 358]
     assert found.maps is not None
     assert len(found.maps.logits) == 5
@@ -195,6 +201,8 @@ def test_broken_run(break_it: Any, finished: pathlib.Path, tmp_path: pathlib.Pat
     missing = text[text.index("What is missing") : text.index("</ul>", text.index("What is missing"))]
     for words in expected:
         assert words in html.unescape(missing)
+    assert ("Where the tokens look" in text) == (break_it in reports.STILL_ASKED)
+    assert ("Accuracy of each class" in text) == (break_it in reports.STILL_ASKED)
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -240,6 +248,46 @@ def test_several_runs(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     text = output.read_text()
     assert "<code>optim.lr</code>" in text
     assert "elsewhere/digits" in text
+
+
+def test_runs_without_a_configuration_are_not_compared(tmp_path: pathlib.Path) -> None:
+    configurations: dict[str, Any] = {"one": {"seed": 1, "epochs": 2}, "two": {"seed": 2, "epochs": 2}, "lost": None}
+    for name, values in configurations.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("")
+        if values:
+            (tmp_path / name / "config.json").write_text(json.dumps(values))
+    one, two, lost = gather_all([tmp_path / name for name in configurations])
+    assert [(x.key, x.values) for x in differences([one, two, lost])] == [("seed", ("1", "2", ABSENT))]
+    assert differences([one, lost]) == []
+
+    def section(*records: RunRecord) -> str:
+        views = [view_run(f"run-{number}", record, None) for number, record in enumerate(records)]
+        text = render(views, datetime.datetime.now(datetime.UTC))
+        return text[text.index("Where the configurations differ") : text.index("<h3>Curves")]
+
+    assert "Not known: no configuration can be read for lost." in section(one, lost)
+    assert "Nowhere." not in section(one, lost)
+    assert "Not known of all: no configuration can be read for lost." in section(one, two, lost)
+    assert "Nowhere." in section(one, dataclasses.replace(two, values=one.values))
+
+
+def test_names_that_are_not_utf8(tmp_path: pathlib.Path, capsys: Any) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0, "time": 1.0}\n')
+    assert "<h1>caf?</h1>" in report(folder, "--no_model")
+    assert f"Written: {tmp_path}/caf" in capsys.readouterr().out
+
+
+def test_two_classes_of_one_name(finished: pathlib.Path) -> None:
+    verdicts = {"student": Verdict("crane", 0.5, False), "teacher": Verdict("crane", 0.75, True)}
+    picture = Picture(0, "bird.jpg", "crane", verdicts, np.zeros((32, 32, 1), np.uint8))
+    outcomes = {(mine, theirs): 0 for mine in (True, False) for theirs in (True, False)}
+    findings = Findings([ClassScore("crane", 1, 0.0, 1.0)], outcomes, [], [picture], None)
+    text = render([view_run("run-1", gather(finished), findings)], datetime.datetime.now(datetime.UTC))
+    assert '<span class="wrong">student: crane, 50.00%' in text
+    assert '<span class="right">teacher: crane, 75.00%' in text
 
 
 def test_long_runs_are_thinned_and_odd_values_left_out(tmp_path: pathlib.Path) -> None:

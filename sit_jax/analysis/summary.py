@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +76,44 @@ def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[s
     """
     config, variables = run.trained_variables(folder)
     models, folders = {"student": (config, variables)}, {"student": folder}
-    if config.teacher is not None:
-        if config.teacher.run and not is_own_run(config.teacher.run):  # Weights of another program have no curves.
-            models["teacher"] = config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher")
-        else:
-            folders["teacher"] = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
-            models["teacher"] = run.trained_variables(folders["teacher"])
+    teacher = trained_teacher(folder, config)
+    if teacher is not None:
+        models["teacher"] = teacher.config, teacher.variables
+        if teacher.folder is not None:
+            folders["teacher"] = teacher.folder
     return models, folders
+
+
+class Teacher(NamedTuple):
+    """A run's teacher.
+
+    Attributes:
+        config: Of its own training.
+        variables: Its variables.
+        folder: Its run; None where its weights are of another program, which have no curves.
+    """
+
+    config: Config
+    variables: dict[str, Any]
+    folder: pathlib.Path | None
+
+
+def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
+    """The teacher of a run; None for a run without one.
+
+    Args:
+        folder: The run's folder.
+        config: The run's configuration.
+
+    Raises:
+        UserError: Its weights cannot be read.
+    """
+    if config.teacher is None:
+        return None
+    if config.teacher.run and not is_own_run(config.teacher.run):
+        return Teacher(config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher"), None)
+    place = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
+    return Teacher(*run.trained_variables(place), place)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def run_charts(record: RunRecord, key: str) -> list[Chart]:
     rates = _all_of(record.train, _with_prefix(record.train, "lr/"))
     norms = _all_of(record.train, ("grad_norm",))
     charts = [
-        _curves(f"{key}-loss", "Loss terms, before weighting", losses, "log"),
+        _curves(f"{key}-loss", "Loss, and its terms before weighting", losses, "log"),
         _curves(f"{key}-accuracy", "Accuracy", accuracies, "percent"),
         _curves(f"{key}-rate", "Learning rates", rates, "log"),
         _curves(f"{key}-norm", "Gradient norm", norms, "log"),

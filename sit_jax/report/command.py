@@ -65,7 +65,8 @@ def _write(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        # Names of folders, pictures and classes may hold bytes that are no UTF-8.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror or error}") from None

@@ -1,5 +1,6 @@
 """What tells several runs apart."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,11 +23,15 @@ class Difference(NamedTuple):
 
 
 def differences(records: Sequence[RunRecord]) -> list[Difference]:
-    """The keys in which the runs' configurations differ, in the order of the first run's."""
+    """The keys in which the runs' configurations differ, in the order of the first run's.
+
+    Runs whose configuration cannot be read are not compared.
+    """
     flat = [flatten(record.values) for record in records]
     keys = dict.fromkeys(key for values in flat for key in values)
     rows = [Difference(key, tuple(values.get(key, ABSENT) for values in flat)) for key in keys]
-    return [row for row in rows if len(set(row.values)) > 1]
+    known = [bool(values) for values in flat]
+    return [row for row in rows if len(set(itertools.compress(row.values, known))) > 1]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

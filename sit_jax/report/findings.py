@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 
-from sit_jax.analysis.summary import trained_models
+from sit_jax.analysis.summary import trained_teacher
 from sit_jax.config import Config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
@@ -18,8 +18,9 @@ from sit_jax.data.sources import Source, open_source
 from sit_jax.errors import PictureError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.origins import trained_variables
 from sit_jax.progress import Progress
-from sit_jax.report.gather import RunRecord
+from sit_jax.report.gather import RunRecord, attempt
 from sit_jax.visual.subject import Seen, Subject
 from sit_jax.visual.token_maps import TokenMaps
 
@@ -30,10 +31,12 @@ class Verdict(NamedTuple):
     Attributes:
         name: The likeliest class.
         probability: Its probability.
+        right: Whether that is the picture's class; two classes may have one name.
     """
 
     name: str
     probability: float
+    right: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +119,17 @@ def find(record: RunRecord, examples: int) -> Findings:
     """Runs a run's student and its teacher over the evaluation split, with a progress line.
 
     Args:
-        record: The run.
+        record: The run. What hinders the teacher alone is told in its `missing`.
         examples: Pictures shown of each kind, at most.
 
     Raises:
-        UserError: There is no whole checkpoint, or the data is not at hand.
+        UserError: The student has no whole checkpoint, or the data is not at hand.
     """
-    models, _ = trained_models(record.folder)
-    config, variables = models["student"]
+    config, variables = trained_variables(record.folder)
+    models = {"student": (config, variables)}
+    teacher = attempt(lambda: trained_teacher(record.folder, config), None, record.missing, "The teacher")
+    if teacher is not None:
+        models["teacher"] = teacher.config, teacher.variables
     source = open_source(config.data, config.data.eval_split)
     check_classes(config, source)
     answers = _ask(record.name, models, config, source)
@@ -232,7 +238,11 @@ def _pictures(
             continue
         names = source.class_names
         verdicts = {
-            part: Verdict(str(names[int(answers.classes[part][index])]), float(answers.probabilities[part][index]))
+            part: Verdict(
+                str(names[int(answers.classes[part][index])]),
+                float(answers.probabilities[part][index]),
+                bool(answers.right(part)[index]),
+            )
             for part in answers.classes
         }
         pictures.append(Picture(index, example.name, str(names[example.label]), verdicts, view.shown))

@@ -113,6 +113,7 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
             several=several,
             comparing=comparing,
             differences=unlike,
+            unread=[record.name for record in records if not record.values],
             figures={chart.key: chart.figure for chart in charts},
             style=Markup(_source("style.css")),
             plotly_code=plotly_code if charts else Markup(""),
