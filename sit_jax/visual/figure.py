@@ -126,7 +126,10 @@ class _Sheet:
         bar = self.figure.colorbar(scale, cax=axes)
         bar.outline.set_linewidth(0.4)
         bar.ax.tick_params(labelsize=_CAPTION_SIZE, width=0.4, length=2, colors=_INK)
-        bar.set_label(label, size=_CAPTION_SIZE, color=_FAINT)
+        if self.cell >= _CAPTIONED:
+            bar.set_label(label, size=_CAPTION_SIZE, color=_FAINT)
+        else:  # Beside the bar it would run into the next row's.
+            self.write(_WIDTH - _MARGIN, top + _HEADING, label, _CAPTION_SIZE, ha="right", va="top")
 
 
 def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
