@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 
 import pytest
 from pictures import photographs
@@ -62,6 +63,11 @@ def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
     table = re.findall(r"^\| `([\w./]+)` \|", (ROOT / "docs/quickstart.md").read_text(), re.MULTILINE)
     assert len(table) >= 7
     assert all((pathlib.Path("runs/digits") / name).exists() for name in table)
+    # The page about reports goes on from there, and compares with another run.
+    shutil.copytree("runs/digits", "runs/sharp")
+    assert len(follow("report.md", [])) == 4
+    assert "<title>2 runs compared" in pathlib.Path("both.html").read_text()
+    assert "The model was not asked" in pathlib.Path("runs/digits/report.html").read_text()
 
 
 @pytest.mark.slow
