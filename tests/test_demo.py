@@ -136,7 +136,13 @@ def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path:
     assert list(open_contest([copy], []).teachers) == [str(copy / "teacher")]
 
 
-def guarded(path: str, body: Any = None, method: str = "POST", folder: str = "/tmp/uploads") -> int:
+def guarded(
+    path: str,
+    body: Any = None,
+    method: str = "POST",
+    folder: Any = "/tmp/uploads",
+    headers: dict[str, str] | None = None,
+) -> int:
     """The status of a request: 200 where the guard hands it on."""
     statuses: list[int] = []
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -154,8 +160,9 @@ def guarded(path: str, body: Any = None, method: str = "POST", folder: str = "/t
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    scope = {"type": "http", "path": path, "method": method}
-    asyncio.run(Guard(app, pathlib.Path(folder))(scope, receive, send))
+    fields = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": fields}
+    asyncio.run(Guard(app, pathlib.Path(folder), max_bytes=1000)(scope, receive, send))
     return statuses[0]
 
 
@@ -176,17 +183,45 @@ def test_the_guard_lets_uploads_pass_only() -> None:
     assert guarded(join, b"no json") == 403
     assert guarded(join, b'"' + b"a" * 2_000_000 + b'"') == 403
     assert guarded(join, b"[" * 100_000) == 403
-    for path in (
-        "run/predict",
-        "api/predict",
-        "call/predict",
-        "call/v2/x",
-        "proxy=http://example.com",
-        "component_server",
-    ):
-        assert guarded(f"/gradio_api/{path}") == 403
-    assert guarded("/gradio_api/queue/data", method="GET") == 200
-    assert guarded("/", method="GET") == 200
+
+
+def test_the_guard_opens_what_the_page_needs_only() -> None:
+    # Gradio fetches addresses that stand behind `file=`, and streams what they say.
+    for path in ("http://example.com/x", "/etc/passwd", "/tmp/uploads/../../etc/passwd", "", "x.png", "/tmp/up\0loads"):
+        for endpoint in ("file=", "file/"):
+            assert guarded(f"/gradio_api/{endpoint}{path}", method="GET") == 403, (endpoint, path)
+            assert guarded(f"/gradio_api/{endpoint}{path}", method="HEAD") == 403, (endpoint, path)
+    assert guarded("/gradio_api/file=/tmp/uploads/abc/x.png", method="GET") == 200
+    closed = "run/predict api/predict call/predict call/v2/x component_server stream/x process_recording vibe-edit/"
+    closed += (
+        " vibe-code undo-vibe-edit run-history/connect profiling/clear login queue/join/x uploads file=/tmp/uploads/x"
+    )
+    for path in closed.split():
+        assert guarded(f"/gradio_api/{path}", {}) == 403, path
+    closed = "info openapi.json proxy=http://example.com custom_component/a/b/c/d vibe-code runs dev/reload call/a/b"
+    for path in [*closed.split(), "deep_link", "upload", "queue/join"]:
+        assert guarded(f"/gradio_api/{path}", method="GET") == 403, path
+    for path in ("monitoring", "monitoring/summary", "docs", "gradio_api/monitoring"):
+        assert guarded(f"/{path}", method="GET") == 403, path
+    assert guarded("/", method="OPTIONS") == 403
+    for path in ("/", "/theme.css", "/assets/x.js", "/gradio_api/queue/data", "/gradio_api/heartbeat/x"):
+        assert guarded(path, method="GET") == 200, path
+    assert guarded("/gradio_api/cancel", {"session_hash": "x"}) == 200
+
+
+def test_the_guard_bounds_uploads(tmp_path: pathlib.Path) -> None:
+    upload = "/gradio_api/upload"
+    assert guarded(upload, folder=tmp_path) == 411
+    assert guarded(upload, folder=tmp_path, headers={"content-length": "x"}) == 411
+    assert guarded(upload, folder=tmp_path, headers={"content-length": "9", "transfer-encoding": "chunked"}) == 411
+    assert guarded(upload, folder=tmp_path, headers={"content-length": "101001"}) == 413
+    assert guarded(f"{upload}/", folder=tmp_path, headers={"content-length": "101001"}) == 413
+    fits = {"content-length": "101000"}
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "x.png").write_bytes(b"0" * 40_000)
+    assert guarded(upload, folder=tmp_path, headers=fits) == 200
+    (tmp_path / "y.png").write_bytes(b"0" * 20_000)
+    assert guarded(upload, folder=tmp_path, headers=fits) == 507
 
 
 def free_port() -> int:
@@ -219,21 +254,24 @@ def test_the_server_gives_away_nothing(served: str) -> None:
     secret = pathlib.Path("pyproject.toml").resolve()
     with httpx.Client(base_url=served, follow_redirects=False) as client:
         assert client.get("/").status_code == 200
-        for path in ("/etc/passwd", secret, "../../../etc/passwd", "pyproject.toml"):
-            for endpoint in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/svelte/"):
+        for path in ("/etc/passwd", secret, "../../../etc/passwd", "pyproject.toml", "http://example.com/x.png"):
+            for endpoint in ("/gradio_api/file=", "/gradio_api/file/", "/file="):
+                assert client.get(f"{endpoint}{path}").status_code == 403, (endpoint, path)
+            for endpoint in ("/static/", "/assets/", "/svelte/"):
                 answer = client.get(f"{endpoint}{path}")
                 assert answer.status_code in (403, 404, 400, 405, 307, 308), (endpoint, path, answer.status_code)
                 assert "sit_jax" not in answer.text
                 assert "root:" not in answer.text
-        assert client.get("/gradio_api/file=http://example.com/x.png").status_code in (403, 404)
         join = client.post("/gradio_api/queue/join", json={**event(str(secret)), "session_hash": "x"})
         assert join.status_code == 403
         for kind in ("run", "api", "call"):
             assert client.post(f"/gradio_api/{kind}/answer", json=event(str(secret))).status_code == 403
-        assert client.get("/docs").status_code == 404
-        assert client.get("/openapi.json").status_code == 404
+        for path in ("docs", "openapi.json", "gradio_api/info", "gradio_api/openapi.json", "monitoring"):
+            assert client.get(f"/{path}").status_code == 403
         large = client.post("/gradio_api/upload", files={"files": ("x.png", b"0" * 1_500_000)})
         assert large.status_code == 413
+        many = [("files", (f"{index}.png", b"0" * 100_000)) for index in range(20)]
+        assert client.post("/gradio_api/upload", files=many).status_code == 413
         small = client.post("/gradio_api/upload", files={"files": ("../../x.png", b"0" * 1_000)})
         (place,) = small.json()
         assert re.fullmatch(r".*/sit_demo_[^/]+/[^/]+/[^/]*x\.png", place)

@@ -87,7 +87,11 @@ def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: 
         ssr_mode=False,
         state_session_capacity=SESSIONS,
         theme=theme(),
-        app_kwargs={"middleware": [Middleware(Guard, uploads=folder)], "openapi_url": None, "docs_url": None},
+        app_kwargs={
+            "middleware": [Middleware(Guard, uploads=folder, max_bytes=max_mb * 2**20)],
+            "openapi_url": None,
+            "docs_url": None,
+        },
     )
     return page
 
