@@ -1,6 +1,7 @@
 """The demo: fewer tokens are the same tokens, the server gives away nothing, and the page works in a real browser."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import browser
@@ -46,7 +48,7 @@ def test_the_numbers_of_tokens_follow_the_ratio() -> None:
         "keep ratio 0.3: 4/1/1 tokens",
         "keep ratio 0.2: 3/1/1 tokens",
     ]
-    assert [keep.label for keep in keeps(SINGLE)] == ["as trained: 1 tokens"]
+    assert [keep.label for keep in keeps(SINGLE)] == ["as trained: 1 token"]
     assert keeps(tiny.plain(image_size=64, stage_blocks=(2, 2), kept_tokens=(16, 10)))[1].label == (
         "80% per module: 8 tokens"
     )
@@ -106,6 +108,9 @@ def test_mistakes(
         assert cli.main(["demo", "--student", student, "--teacher", teacher, "--port", port]) == 2
         assert f"--port: 127.0.0.1:{port} cannot be opened" in capsys.readouterr().err
     port = str(free_port())
+    for host in ("no.such.host.invalid", "::1", "192.0.2.1", "a" * 70):
+        assert cli.main(["demo", "--student", student, "--teacher", teacher, "--host", host, "--port", port]) == 2
+        assert f"--host: {host} cannot be listened at" in capsys.readouterr().err
     cases = [
         (["--student", teacher, "--teacher", teacher], "has no slimming modules; give it as --teacher"),
         (["--student", student], "--teacher: which model shall the students be compared with?"),
@@ -118,10 +123,28 @@ def test_mistakes(
         assert len(error.splitlines()) == 1
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "sit_jax.demo.page", raising=False)
-    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "GRADIO_TEMP_DIR", "HF_HUB_OFFLINE"):
+    for name in (
+        "GRADIO_ANALYTICS_ENABLED",
+        "GRADIO_SHARE",
+        "GRADIO_TEMP_DIR",
+        "HF_HUB_OFFLINE",
+        "NO_PROXY",
+        "no_proxy",
+    ):
         monkeypatch.setenv(name, os.environ.get(name, ""))
+    before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["demo", "--student", student, "--teacher", teacher, "--port", port]) == 2
+    assert signal.getsignal(signal.SIGTERM) == before
     assert 'pip install "sit-jax[demo]"' in capsys.readouterr().err
+
+
+def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    weights = random_weights.draw(STUDENT)
+    names = ["crane", *NAMES[1:9], "crane"]
+    save_folder(tmp_path / "cranes", weights._replace(about={**weights.about, "class_names": names}))
+    student = open_contest([tmp_path / "cranes"], [folders["teacher"]]).students[str(tmp_path / "cranes")]
+    maps: Any = SimpleNamespace(probabilities=np.array([[0.6, *[0.0] * 8, 0.4]]))
+    assert list(student.likeliest(maps).items())[:3] == [("crane (0)", 0.6), ("crane (9)", 0.4), ("one", 0.0)]
 
 
 def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -229,24 +252,49 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def served(folders: dict[str, pathlib.Path]) -> Iterator[str]:
-    """The address of a page with two students, which takes files of a megabyte."""
+@contextlib.contextmanager
+def serving(folders: dict[str, pathlib.Path], host: str, end: signal.Signals) -> Iterator[str]:
+    """The address of a page with two students, which takes files of a megabyte; ended by a signal."""
     port = free_port()
     models = ["--student", folders["student"], "--student", folders["single"], "--teacher", folders["teacher"]]
     words = [sys.executable, "-m", "sit_jax", "demo", *map(str, models), "--port", str(port), "--max_mb", "1"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # Nobody answers at this proxy, and the folder is one that Gradio would give away.
+    odd = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    odd |= {"NO_PROXY": "", "no_proxy": "", "GRADIO_ALLOWED_PATHS": os.getcwd()}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*words, "--host", host], stdout=pipe, stderr=subprocess.STDOUT, text=True, env={**os.environ, **odd}
+    ) as process:
         assert process.stdout is not None
         said = []
         for line in process.stdout:
             said.append(line)
             if line.startswith("Open http"):
                 break
-        assert said[-1:] == [f"Open http://127.0.0.1:{port} in a browser; Ctrl-C ends it\n"], said
+        name = "localhost" if host == "0.0.0.0" else host
+        assert said[-1:] == [f"Open http://{name}:{port} in a browser; Ctrl-C ends it\n"], said
         yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         rest = process.communicate(timeout=60)[0]
         assert "Traceback" not in rest, rest
+        assert process.returncode == (143 if end == signal.SIGTERM else 0)
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, pathlib.Path]) -> Iterator[str]:
+    """The address of a page that lasts for several tests."""
+    with serving(folders, "127.0.0.1", signal.SIGINT) as address:
+        yield address
+
+
+@pytest.mark.slow
+def test_a_server_that_is_told_to_end_leaves_no_uploads(folders: dict[str, pathlib.Path]) -> None:
+    with serving(folders, "0.0.0.0", signal.SIGTERM) as address:
+        answer = httpx.post(f"{address}/gradio_api/upload", files={"files": ("x.png", b"0" * 1_000)}, trust_env=False)
+        place = pathlib.Path(answer.json()[0])
+        assert place.exists()
+    assert not place.exists()
+    assert not place.parents[1].exists()
 
 
 @pytest.mark.slow
@@ -323,7 +371,7 @@ def test_the_page(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
         page.locator("#student input").click()
         page.get_by_role("option").nth(1).click()
         page.wait_for_selector(":text('makes a single one')")
-        page.wait_for_selector("#text :text('1 tokens behind block 1')")
+        page.wait_for_selector("#text :text('1 token behind block 1')")
         assert page.locator("#keep").count() == 0 or not page.locator("#keep").is_visible()
         assert [error for error in seen.errors if not ENDED.match(error)] == []
         assert {request.partition("/gradio_api")[0] for request in seen.requests if "/gradio_api" in request} == {

@@ -10,7 +10,7 @@ import numpy as np
 
 from sit_jax.data.sources import Example
 from sit_jax.demo.contestants import MAX_PIXELS, Contest, Contestant, milliseconds
-from sit_jax.demo.fewer_tokens import Keep
+from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.errors import UserError
 from sit_jax.visual.pictures import as_rgb, heat, regions
 from sit_jax.visual.subject import Seen
@@ -137,7 +137,7 @@ def stages_of(seen: Seen, maps: TokenMaps) -> list[Stage]:
     stages = [Stage(f"**Stage 0**: the picture, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", plain, [])]
     for index, stage in enumerate(maps.stages):
         drawn = regions(seen.shown, stage.hard[0], maps.grid, stage.overlooked[0])
-        text = f"**Stage {index + 1}**: {stage.kept} tokens behind block {stage.after_block}."
+        text = f"**Stage {index + 1}**: {tokens_in_words((stage.kept,))} behind block {stage.after_block}."
         attention = maps.token_attention(index)[0]
         order = np.argsort(-attention, kind="stable")[:_MOST_TOKENS_SHOWN]
         if stage.kept > len(order):
