@@ -159,6 +159,17 @@ def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path:
     assert list(open_contest([copy], []).teachers) == [str(copy / "teacher")]
 
 
+def test_a_session_keeps_one_picture(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    page = pytest.importorskip("sit_jax.demo.page")
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "red.png")
+    contest = open_contest([folders["student"]], [folders["teacher"]])
+    (teacher,), (student,) = contest.teachers.values(), contest.students.values()
+    _, _, _, kept, _, text, drawn, tokens = page._answer(str(tmp_path / "red.png"), teacher, student, None)
+    assert "4 tokens behind block 2" in text
+    assert len(tokens) == 4
+    assert sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(kept)) < 2 * drawn.nbytes
+
+
 def guarded(
     path: str,
     body: Any = None,
