@@ -124,6 +124,7 @@ class Torch:
         import torch
 
         torch.set_num_threads(cores)
+        torch.set_float32_matmul_precision("high")  # TF32 on a GPU, as JAX has it by default.
 
     def prepare(self, folder: str, batch: int, dtype: str, mode: str, **_: Any) -> turns.Answer:
         import time

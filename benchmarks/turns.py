@@ -40,6 +40,8 @@ class Child:
         # Affinity is what both thread pools look at; the variables are for OpenMP and MKL.
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         environment["BENCHMARK_CORES"] = taken
+        # Others need memory of the accelerator, too.
+        environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

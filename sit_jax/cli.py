@@ -173,7 +173,6 @@ def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.A
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
-    keep_memory()
     quiet_libraries()
     keep_compiled(arguments.compilation_cache)
     first = _join(arguments)
@@ -209,9 +208,9 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
-    keep_memory()
     quiet_libraries()
     first = _join(arguments)
+    keep_memory()
     import dataclasses
 
     from sit_jax.export.predictor import evaluate_predictor, evaluation_data, is_run, open_predictor

@@ -45,18 +45,21 @@ def keep_compiled(folder: str = "") -> None:
     """
     import jax
 
+    if "://" in folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        return
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
         return
     name = "jax_compilation_cache_dir"
     if not folder and getattr(jax.config, name):
         return
-    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = pathlib.Path(folder).expanduser().absolute() if folder else caches / "sit_jax"
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
+        path = pathlib.Path(folder or caches / "sit_jax").expanduser().absolute()
         path.mkdir(parents=True, exist_ok=True)
         writable = os.access(path, os.W_OK | os.X_OK)
-    except OSError:
+    except (OSError, RuntimeError):  # The latter: there is no home.
         writable = False
     if writable:
         jax.config.update(name, str(path))
@@ -86,11 +89,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_memory() -> None:
-    """Lets this process keep the memory that it frees, where the C library is glibc.
+    """Lets this process keep the memory that it frees, where JAX computes on the CPU and the C library is glibc.
 
     A forward pass on CPU takes and frees hundreds of megabytes. glibc gives large pieces back to the system at once,
     which hands them out again page by page, zeroed: a tenth of the time at large batches.
     """
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return
     try:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018  Another C library has other numbers for these options.

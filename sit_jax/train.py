@@ -61,7 +61,9 @@ def make_task(config: Config, steps_per_epoch: int) -> Task:
     recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
     return Task(
         model=build(model),
-        reverse=build_reverse(arch, model.dtype, model.scan) if recovers and isinstance(arch, Architecture) else None,
+        reverse=build_reverse(arch, model.dtype, scan=model.scan)
+        if recovers and isinstance(arch, Architecture)
+        else None,
         teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),

@@ -135,7 +135,7 @@ def test_mistakes(
     before = signal.getsignal(signal.SIGTERM)
     assert cli.main(["demo", "--student", student, "--teacher", teacher, "--port", port]) == 2
     assert signal.getsignal(signal.SIGTERM) == before
-    assert 'pip install "sit-jax[demo]"' in capsys.readouterr().err
+    assert 'pip install ".[demo]"' in capsys.readouterr().err
 
 
 def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

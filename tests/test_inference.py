@@ -11,6 +11,7 @@ import pytest
 import random_weights
 import tiny
 
+import sit_jax
 from sit_jax.inference import prepare
 from sit_jax.inference.fold import fold
 from sit_jax.inference.forward import attention
@@ -20,6 +21,7 @@ from sit_jax.models.architecture import Architecture
 PATCH = Architecture(image_size=32, patch_size=8, in_channels=1, num_classes=5, dim=16, depth=3, num_heads=4)
 SLIMMED = dataclasses.replace(PATCH, stage_blocks=(1, 1, 1), keep_ratio=0.5)
 CONV = dataclasses.replace(SLIMMED, stem="conv4", patch_size=16, image_size=48, residual_scale=2.0, qkv_bias=False)
+SMALL = {"image_size": 32, "patch_size": 8, "in_channels": 1, "num_classes": 5, "dim": 16, "depth": 2, "num_heads": 2}
 MODELS = {
     "plain": PATCH,
     "slimmed": SLIMMED,
@@ -114,6 +116,34 @@ def test_it_can_be_traced() -> None:
     np.testing.assert_allclose(jax.jit(lambda x: run(x) * 2)(images), 2 * np.asarray(run(images)), atol=1e-5)
     gradient = jax.grad(lambda v: prepare(PATCH, v).apply(v, images).sum())(variables)
     assert float(jnp.abs(gradient["params"]["head"]["kernel"]).sum()) > 0
+
+
+def test_calls_within_other_functions() -> None:
+    """A model as `sit_jax.load` gives it, used first and later within whatever JAX offers."""
+    model, images = sit_jax.create_model("deit_tiny", **SMALL), jnp.asarray(random_weights.images(PATCH, 2))
+    expected = by_module(model.arch, model.variables, np.asarray(images))
+    wrapped = [
+        jax.jit(lambda x: model(x))(images),
+        model(images),
+        jax.jit(lambda scale: model(images) * scale)(1.0),
+        jax.lax.scan(lambda carry, x: (carry, model(x)), 0.0, images[None])[1][0],
+        jax.jvp(lambda x: model(x), (images,), (images,))[0],
+        jax.vmap(lambda x: model(x[None])[0])(images),
+    ]
+    for logits in wrapped:
+        np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+    def total(variables: Any) -> jax.Array:
+        return dataclasses.replace(model, variables=variables)(images).sum()
+
+    for gradient in (jax.grad(total), jax.jit(jax.grad(total))):
+        assert float(jnp.abs(gradient(model.variables)["params"]["head"]["kernel"]).sum()) > 0
+
+
+def test_weights_stay_where_they_were_put() -> None:
+    device = jax.devices()[1]
+    variables = jax.device_put(random_weights.variables(random_weights.draw(PATCH)), device)
+    assert prepare(PATCH, variables).jit()(random_weights.images(PATCH, 2)).devices() == {device}
 
 
 def test_regnet_runs_as_it_is() -> None:

@@ -56,7 +56,7 @@ class Times:
 
 
 def take_turns(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
-    """Times contenders in turns, A B A B ..., after two calls of each to warm up.
+    """Times contenders in turns, A B A B ..., after three calls of each to warm up.
 
     Args:
         contenders: Name -> what is timed; compiled already.

@@ -1,4 +1,4 @@
-"""The forward passes that are timed: one function makes them all, so that what is measured is what users run."""
+"""The forward passes that `sit benchmark` and benchmarks/ time: those of `sit predict` and `sit_jax.load`."""
 
 from typing import Any
 

@@ -78,7 +78,7 @@ def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: 
     except ImportError as error:
         if not (error.name or "").startswith(_PACKAGE):
             raise
-        raise UserError('sit demo needs Gradio, which is not installed: pip install "sit-jax[demo]"') from None
+        raise UserError('sit demo needs Gradio, which is not installed: pip install ".[demo]"') from None
     import httpx
     from starlette.middleware import Middleware
 

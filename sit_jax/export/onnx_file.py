@@ -162,7 +162,7 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f'ONNX needs the package {name}, which is not installed: pip install "sit-jax[onnx]"') from None
+        raise UserError(f'ONNX needs the package {name}, which is not installed: pip install ".[onnx]"') from None
 
 
 @contextlib.contextmanager

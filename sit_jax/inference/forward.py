@@ -8,6 +8,7 @@ for CPU copies a weight matrix into the order that its kernel reads, in one thre
 takes as long as the product; two halves are copied and multiplied at the same time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,6 @@ from jaxtyping import Array, Float
 
 from sit_jax.inference.fold import Folded
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import exact_gelu
 from sit_jax.models.slimming import SLIMMING_NORM_EPS
 
 Attend = Callable[[Array, Array, Array], Array]
@@ -47,21 +47,22 @@ def forward(
     x = jnp.concatenate([prefix, patches], axis=1).astype(dtype)
     for block in range(arch.depth):
         layers = weights[f"blocks_{block}"]
-        x = x + _attention_branch(arch, layers, x, attend)
+        # Behind the last block only the prefix is read: the patches are its keys and values and no more.
+        used = arch.num_prefix_tokens if block == arch.depth - 1 else x.shape[1]
+        x = x[:, :used] + _attention_branch(arch, layers, x, used, attend)
         x = x + _mlp_branch(arch, layers, x)
         if block in arch.slimming:
             x = _slim(arch, weights[f"slimming_{block}"], x)
     heads = ["head", "distillation_head"] if arch.distillation_token else ["head"]
-    # Of the last block's tokens only the prefix is used, and XLA leaves out what belongs to the others alone.
     logits = [_normed_product(arch.norm_eps, x[:, i], weights[name]) for i, name in enumerate(heads)]
     return jnp.stack(logits).mean(axis=0)
 
 
 def attention(
-    query: Float[Array, "batch tokens heads size"],
+    query: Float[Array, "batch queries heads size"],
     key: Float[Array, "batch tokens heads size"],
     value: Float[Array, "batch tokens heads size"],
-) -> Float[Array, "batch tokens heads size"]:
+) -> Float[Array, "batch queries heads size"]:
     """Softmax attention, queries scaled. The softmax's sum divides the result, which is smaller than the weights."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
     shares = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -71,8 +72,9 @@ def attention(
 
 
 def _attention_branch(
-    arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"], attend: Attend
-) -> Float[Array, "batch tokens dim"]:
+    arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"], used: int, attend: Attend
+) -> Float[Array, "batch used dim"]:
+    """What attention adds to the first `used` tokens."""
     batch, tokens, dim = x.shape
     parts = layers["qkv"]
     heads = arch.num_heads // len(parts)
@@ -80,8 +82,8 @@ def _attention_branch(
     for part in parts:
         qkv = _shifted(_product(x, part) * norm, part).astype(x.dtype)
         qkv = qkv.reshape(batch, tokens, 3, heads, dim // arch.num_heads)
-        result = attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        mixed.append(result.reshape(batch, tokens, dim // len(parts)))
+        result = attend(qkv[:, :used, 0], qkv[:, :, 1], qkv[:, :, 2])
+        mixed.append(result.reshape(batch, used, dim // len(parts)))
     return _joined([_shifted(_product(_joined(mixed), part), part) for part in layers["proj"]]).astype(x.dtype)
 
 
@@ -89,14 +91,14 @@ def _mlp_branch(
     arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"]
 ) -> Float[Array, "batch tokens dim"]:
     norm = _inverse_norm(arch.norm_eps, x)
-    hidden = [exact_gelu(_shifted(_product(x, part) * norm, part)).astype(x.dtype) for part in layers["fc1"]]
+    hidden = [_gelu(_shifted(_product(x, part) * norm, part)).astype(x.dtype) for part in layers["fc1"]]
     return _joined([_shifted(_product(_joined(hidden), part), part) for part in layers["fc2"]]).astype(x.dtype)
 
 
 def _slim(arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch kept dim"]:
     """TSM: the patches' softmax-weighted sums. Divided by the softmax's sums at the end, when they are fewest."""
     prefix, patches = x[:, : arch.num_prefix_tokens], x[:, arch.num_prefix_tokens :]
-    hidden = exact_gelu(_normed_product(SLIMMING_NORM_EPS, patches, layers["fc1"])).astype(x.dtype)
+    hidden = _gelu(_normed_product(SLIMMING_NORM_EPS, patches, layers["fc1"])).astype(x.dtype)
     scores = _product(hidden, layers["fc2"])
     shares = jnp.exp(scores - scores.max(axis=1, keepdims=True))
     kept = jnp.einsum("bnk,bnc->bkc", shares.astype(x.dtype), patches, preferred_element_type=jnp.float32)
@@ -111,7 +113,7 @@ def _stem(
     shapes = [(kernel // 2, stride) for _, kernel, stride in arch.conv_stem_layers]
     if arch.stem_projection:
         shapes.append((0, arch.stem_projection))
-    nonlinearity = jax.nn.relu if arch.stem_projection else exact_gelu
+    nonlinearity = jax.nn.relu if arch.stem_projection else _gelu
     for index, (padding, stride) in enumerate(shapes, start=1):
         layer = layers[f"conv{index}"]
         sides = ((padding, padding),) * 2
@@ -144,6 +146,11 @@ def _product(x: Float[Array, "*lead dim"], layer: Folded) -> Float[Array, "*lead
 
 def _shifted(x: Float[Array, "*lead out"], layer: Folded) -> Float[Array, "*lead out"]:
     return x + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU as `layers.exact_gelu`, without its hand-made gradient: this one has forward mode, too."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -29,37 +29,56 @@ class Prepared(NamedTuple):
     Attributes:
         apply: `(weights, images) -> logits`: normalised images (batch, height, width, channels) to float32
             (batch, classes). Pure, not jitted.
-        weights: What it takes, in the layout that it wants: a tree of float32 arrays, NumPy's unless placed.
+        weights: What it takes, in the layout that it wants: a tree of arrays, NumPy's unless placed;
+            kernels in the type of the products, all else float32.
         tokens: Rows that an image adds to the first products.
+        sharding: Where the weights that it was made from lay, if they were put there on purpose.
     """
 
     apply: Callable[[Any, Array], Array]
     weights: Any
     tokens: int = 1
+    sharding: jax.sharding.Sharding | None = None
 
     def options(self, batch: int) -> dict[str, str] | None:
         """What to compile `apply` with for so many images: `jax.jit`'s `compiler_options` for the default backend."""
-        return _options(batch * self.tokens)
+        return _options(batch * self.tokens >= _ROWS, jax.default_backend())
 
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
-        """The compiled function from images to logits, its weights on the default device.
+        """The compiled function from images to logits, its weights on the device.
 
         Args:
             before: What turns the function's input into normalised images, compiled with it: pixels, say.
         """
-        weights = jax.device_put(self.weights)
+        # Nothing below holds on to `self`: the weights would stay in memory twice.
+        apply, tokens, weights = self.apply, self.tokens, self.weights
+        traced = _any_traced(weights)
+        if not traced:
+            with jax.ensure_compile_time_eval():  # The first call may come from within a trace.
+                weights = jax.device_put(weights, self.sharding)
 
         def run(weights: Any, inputs: Any) -> Array:
-            return self.apply(weights, inputs if before is None else before(inputs))
+            return apply(weights, inputs if before is None else before(inputs))
 
-        few, many = (jax.jit(run, compiler_options=_options(rows)) for rows in (1, _ROWS))
+        plain = jax.jit(run)
+        few, many = (jax.jit(run, compiler_options=_options(rows, jax.default_backend())) for rows in (False, True))
 
         def call(inputs: Any) -> Array:
-            if isinstance(inputs, jax.core.Tracer):  # Options belong to the outermost compilation alone.
-                return run(weights, inputs)
-            return (few if len(inputs) * self.tokens < _ROWS else many)(weights, inputs)
+            if traced or _any_traced(inputs):
+                return plain(weights, inputs)
+            try:
+                return (few if len(inputs) * tokens < _ROWS else many)(weights, inputs)
+            except ValueError as error:
+                # Options belong to the outermost compilation alone, and something around this is being compiled.
+                if "compiler_options" not in str(error):
+                    raise
+                return plain(weights, inputs)
 
         return call
+
+
+def _any_traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def prepare(
@@ -77,8 +96,7 @@ def prepare(
         platform: `cpu`, `gpu` or `tpu`, for which weights are laid out; `any` for none in particular; JAX's default
             backend where None.
     """
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(variables))
-    if isinstance(arch, RegNetArchitecture) or traced:  # What is being traced has no numbers to fold yet.
+    if isinstance(arch, RegNetArchitecture) or not _readable(variables):
         module = build_model(arch, dtype=dtype)
 
         def apply_module(weights: Any, images: Any) -> Array:
@@ -90,20 +108,49 @@ def prepare(
     folded = fold(
         arch, variables["params"], variables.get("batch_stats", {}), _CPU_PARTS_BELOW if platform == "cpu" else 0
     )
-    attend = _attention_for(platform, dtype)
+    if dtype != "float32":
+        folded = _cast_kernels(folded, jnp.dtype(dtype))
+    attend = _attention_for(platform, dtype, arch.num_heads, arch.dim // arch.num_heads)
 
     def apply(weights: Any, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         return forward(arch, weights, images, jnp.dtype(dtype), attend)
 
-    return Prepared(apply, folded, arch.num_patches)
+    return Prepared(apply, folded, arch.num_patches, _placed(variables))
+
+
+def _readable(variables: Any) -> bool:
+    """Whether there are numbers to fold: not while a function is traced, nor where other processes have a part."""
+    if _any_traced(variables):
+        return False
+    return all(x.is_fully_addressable for x in jax.tree.leaves(variables) if isinstance(x, jax.Array))
+
+
+def _placed(variables: Any) -> jax.sharding.Sharding | None:
+    """Where all of the folded weights go: to the device that some of the variables were put on, or all of its mesh."""
+    for x in jax.tree.leaves(variables):
+        if isinstance(x, jax.Array) and x.committed:
+            if isinstance(x.sharding, jax.sharding.NamedSharding):
+                return jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
+            return x.sharding if len(x.sharding.device_set) == 1 else None
+    return None
+
+
+def _cast_kernels(tree: Any, dtype: Any) -> Any:
+    """The kernels in the type of the products, once; biases and positions stay float32."""
+    if isinstance(tree, list):
+        return [_cast_kernels(x, dtype) for x in tree]
+    return {
+        name: _cast_kernels(x, dtype) if isinstance(x, (dict, list)) else x.astype(dtype) if name == "kernel" else x
+        for name, x in tree.items()
+    }
 
 
 @functools.cache
-def _options(rows: int) -> dict[str, str] | None:
+def _options(many_rows: bool, backend: str) -> dict[str, str] | None:
     """What XLA is told; None where there is nothing to tell."""
-    if jax.default_backend() != "cpu":
+    if backend != "cpu":
         return None
-    options = {_CPU_OPTION: _FEW_ROWS if rows < _ROWS else _MANY_ROWS, "xla_cpu_prefer_vector_width": "512"}
+    options = {_CPU_OPTION: _MANY_ROWS if many_rows else _FEW_ROWS, "xla_cpu_prefer_vector_width": "512"}
     try:
         # An experimental option may be gone in a later jaxlib.
         jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
@@ -113,8 +160,8 @@ def _options(rows: int) -> dict[str, str] | None:
 
 
 @functools.cache
-def _attention_for(platform: str, dtype: str) -> Attend:
-    """cuDNN's attention where there is a GPU that has it for this type, else XLA's."""
+def _attention_for(platform: str, dtype: str, heads: int, size: int) -> Attend:
+    """cuDNN's attention where there is a GPU that has it for this type and size, else XLA's."""
     if platform != "gpu" or dtype != "bfloat16":
         return attention
 
@@ -122,7 +169,7 @@ def _attention_for(platform: str, dtype: str) -> Attend:
         return jax.nn.dot_product_attention(query, key, value, scale=1.0, implementation="cudnn")
 
     try:
-        example = jax.ShapeDtypeStruct((2, 197, 6, 64), jnp.bfloat16)
+        example = jax.ShapeDtypeStruct((2, 197, heads, size), jnp.bfloat16)
         jax.jit(fused).lower(example, example, example).compile()
     except (RuntimeError, ValueError, NotImplementedError):  # No cuDNN, too old a one, or too old a GPU for it.
         return attention

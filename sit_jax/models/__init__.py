@@ -44,6 +44,6 @@ def build_model(
     return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
 
 
-def build_reverse(arch: Architecture, dtype: str = "float32", scan: bool = False) -> ReverseSlimming:
-    """The training-only reverse modules of a slimmed architecture; the options are those of `build_model`."""
+def build_reverse(arch: Architecture, dtype: str = "float32", *, scan: bool = False) -> ReverseSlimming:
+    """The training-only reverse modules of a slimmed architecture; `dtype` and `scan` are those of `build_model`."""
     return ReverseSlimming(arch, dtype=jnp.dtype(dtype), scan=scan)

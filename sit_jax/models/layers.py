@@ -172,15 +172,16 @@ def _attend_forward(query: Array, key: Array, value: Array) -> tuple[Array, tupl
     scores = _einsum("bhqd,bhkd->bhqk", scaled, key)
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)
-    mixed = _einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value) / total
-    return mixed.astype(value.dtype), (scaled, key, value, weights, total, mixed)
+    weights = weights.astype(value.dtype)
+    mixed = (_einsum("bhqk,bhkd->bhqd", weights, value) / total).astype(value.dtype)
+    return mixed, (scaled, key, value, weights, total, mixed)
 
 
 def _attend_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     scaled, key, value, weights, total, mixed = kept
     dtype = value.dtype
     shares = weights / total
-    along = (gradient.astype(jnp.float32) * mixed).sum(axis=-1, keepdims=True)
+    along = (gradient.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
     slopes = (shares * (_einsum("bhqd,bhkd->bhqk", gradient, value) - along)).astype(dtype)
     to_query = _einsum("bhqk,bhkd->bhqd", slopes, key) * scaled.shape[-1] ** -0.5
     to_key = _einsum("bhqk,bhqd->bhkd", slopes, scaled)

@@ -34,7 +34,7 @@ def _project_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array
     x, kernel = kept
     rows = _rows(gradient)
     back = _dot(rows, kernel.astype(x.dtype), 1, 1).astype(x.dtype)
-    return back.reshape(x.shape), _dot(_rows(x), rows, 0, 0)
+    return back.reshape(x.shape), _dot(_rows(x), rows, 0, 0).astype(kernel.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
@@ -54,7 +54,7 @@ def _columns_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
 
 def _columns_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    return _dot(kernel.astype(x.dtype), gradient, 1, 0).astype(x.dtype), _dot(x, gradient, 1, 1)
+    return _dot(kernel.astype(x.dtype), gradient, 1, 0).astype(x.dtype), _dot(x, gradient, 1, 1).astype(kernel.dtype)
 
 
 project_columns.defvjp(_columns_forward, _columns_backward)
