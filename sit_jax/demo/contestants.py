@@ -1,5 +1,6 @@
 """The models of the demo: opened once, asked picture by picture, timed side by side."""
 
+import collections
 import dataclasses
 import functools
 import pathlib
@@ -31,6 +32,7 @@ class Contestant:
         name: The folder, as it was given.
         subject: The model.
         keeps: How many tokens its slimming modules can pass on, the trained numbers first; empty without such modules.
+        labels: Its classes' names; where classes share one, with their numbers behind it.
     """
 
     def __init__(self, name: str, subject: Subject) -> None:
@@ -38,6 +40,8 @@ class Contestant:
         data = dataclasses.replace(subject.data, max_pixels=min(subject.data.max_pixels, MAX_PIXELS))
         self.subject = dataclasses.replace(subject, data=data)
         self.keeps = keeps(subject.arch) if subject.arch.is_slimmed else ()
+        times = collections.Counter(subject.class_names)
+        self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(subject.class_names)]
 
     def see(self, example: Example) -> Seen:
         """What the model gets of a picture.
@@ -57,9 +61,9 @@ class Contestant:
         return lambda: jax.block_until_ready(run(variables, pixels))
 
     def likeliest(self, maps: TokenMaps, top: int = 5) -> dict[str, float]:
-        """Class name -> probability, likeliest first."""
-        probabilities, names = maps.probabilities[0], self.subject.class_names
-        return {names[index]: float(probabilities[index]) for index in np.argsort(-probabilities, kind="stable")[:top]}
+        """Label -> probability, likeliest first."""
+        values = maps.probabilities[0]
+        return {self.labels[index]: float(values[index]) for index in np.argsort(-values, kind="stable")[:top]}
 
     @functools.cache  # noqa: B019 - models live as long as the page
     def _with(self, keep: Keep | None) -> Subject:

@@ -38,7 +38,12 @@ def keeps(arch: Architecture) -> tuple[Keep, ...]:
         counts = tuple(max(1, int(count * share ** (stage + 1))) for stage, count in enumerate(trained))
         ratio = f"keep ratio {arch.keep_ratio * share:.2g}" if arch.keep_ratio else f"{share:.0%} per module"
         found.setdefault(counts, ratio)
-    return tuple(Keep(f"{label}: {'/'.join(map(str, counts))} tokens", counts) for counts, label in found.items())
+    return tuple(Keep(f"{label}: {tokens_in_words(counts)}", counts) for counts, label in found.items())
+
+
+def tokens_in_words(counts: tuple[int, ...]) -> str:
+    """`(8, 4)` -> `8/4 tokens`, `(1,)` -> `1 token`."""
+    return f"{'/'.join(map(str, counts))} {'token' if counts == (1,) else 'tokens'}"
 
 
 def with_fewer_tokens(

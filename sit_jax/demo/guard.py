@@ -4,6 +4,7 @@ Gradio lets whoever calls its endpoints name files and addresses, which it then 
 but what it uploaded itself.
 """
 
+import asyncio
 import json
 import pathlib
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -13,36 +14,66 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# Endpoints of Gradio's clients, of its loader of other pages, and of what is not used here.
-_CLOSED = ("run/", "api/", "call/", "proxy=", "stream/", "component_server", "deep_link", "runs", "run-history", "dev/")
+# What the page asks for. All else is closed: Gradio has some forty endpoints more, and gains some with each version.
+_READ = {
+    *("", "config", "theme.css", "robots.txt", "favicon.ico", "manifest.json", "startup-events"),
+    *("queue/data", "upload_progress"),
+}
+_READ_BELOW = ("assets/", "static/", "svelte/", "heartbeat/")
+_WRITTEN = {"upload", "queue/join", "cancel", "reset"}
+_FILES = ("file=", "file/")
 _MAX_EVENT = 1_000_000
+# What a form adds to the file in it, in bytes; and how many of the largest files may lie there at a time.
+_FORM, _MOST_UPLOADS = 100_000, 50
 
 
 class Guard:
-    """ASGI middleware: closes endpoints that the page does not use, and refuses events that name other files than
-    uploaded ones.
+    """ASGI middleware: closes endpoints that the page does not use, bounds uploads, and refuses requests that name
+    other files than uploaded ones.
 
     Args:
         app: The application behind it.
-        uploads: Folder of uploaded files.
+        uploads: Folder of uploaded files and drawn pictures.
+        max_bytes: Largest file that may be uploaded.
     """
 
-    def __init__(self, app: Callable[..., Awaitable[None]], uploads: pathlib.Path) -> None:
+    def __init__(self, app: Callable[..., Awaitable[None]], uploads: pathlib.Path, max_bytes: int) -> None:
         self._app = app
         self._uploads = uploads.resolve()
+        self._max_bytes = max_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Hands a request on, or answers it with 403."""
+        """Hands a request on, or answers it: 403, and for uploads 411 (no length), 413 (too large) or 507 (full)."""
         if scope["type"] == "http":
             path = scope["path"].lstrip("/").removeprefix("gradio_api/").lstrip("/")
-            if path.startswith(_CLOSED):
-                return await _refuse(send, "this page has no such endpoint")
-            if scope["method"] == "POST" and path.startswith("queue/join"):
+            if path.startswith(_FILES) and not self._is_upload(path[len(_FILES[0]) :]):
+                return await _refuse(send, 403, "this page has no files but uploaded ones")
+            if not _is_open(scope["method"], path):
+                return await _refuse(send, 403, "this page has no such endpoint")
+            if scope["method"] == "POST" and path.rstrip("/") == "upload":
+                refusal = await self._refuses_upload(dict(scope["headers"]))
+                if refusal is not None:
+                    # The rest is read and dropped: who is cut off while sending does not hear the answer.
+                    while (await receive()).get("more_body"):
+                        pass
+                    return await _refuse(send, *refusal)
+            elif scope["method"] == "POST":
                 body = await _read(receive)
                 if body is None or not self._names_uploads_only(body):
-                    return await _refuse(send, "events of this page name no files but uploaded ones")
+                    return await _refuse(send, 403, "events of this page name no files but uploaded ones")
                 receive = _replay(body, receive)
         return await self._app(scope, receive, send)
+
+    async def _refuses_upload(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
+        """Status and reason; None where the upload may come."""
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit() or b"transfer-encoding" in headers:
+            return 411, "uploads must say how long they are"
+        if int(length) > self._max_bytes + _FORM:
+            return 413, f"uploads of this page have at most {self._max_bytes} bytes"
+        if await asyncio.to_thread(_size, self._uploads) > _MOST_UPLOADS * self._max_bytes:
+            return 507, "too many uploads lie here; they are deleted within about an hour"
+        return None
 
     def _names_uploads_only(self, body: bytes) -> bool:
         try:
@@ -59,6 +90,24 @@ class Guard:
             return pathlib.Path(path).is_absolute() and pathlib.Path(path).resolve().is_relative_to(self._uploads)
         except (OSError, ValueError):
             return False
+
+
+def _is_open(method: str, path: str) -> bool:
+    bare = path.rstrip("/")
+    if method == "POST":
+        return bare in _WRITTEN
+    return method in ("GET", "HEAD") and (bare in _READ or path.startswith((*_READ_BELOW, *_FILES)))
+
+
+def _size(folder: pathlib.Path) -> int:
+    """Bytes of the files in a folder, some of which may be deleted meanwhile."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.lstat().st_size
+        except OSError:
+            continue
+    return total
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
@@ -94,8 +143,8 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(send: Send, reason: str) -> None:
+async def _refuse(send: Send, status: int, reason: str) -> None:
     body = json.dumps({"detail": reason}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 403, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

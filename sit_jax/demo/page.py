@@ -10,7 +10,7 @@ import numpy as np
 
 from sit_jax.data.sources import Example
 from sit_jax.demo.contestants import MAX_PIXELS, Contest, Contestant, milliseconds
-from sit_jax.demo.fewer_tokens import Keep
+from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.errors import UserError
 from sit_jax.visual.pictures import as_rgb, heat, regions
 from sit_jax.visual.subject import Seen
@@ -31,18 +31,17 @@ _SERIF_FREE = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Aria
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
-class Stage(NamedTuple):
-    """What the slider shows at one place.
+class Looked(NamedTuple):
+    """What a session keeps of its last picture. Stages are drawn when the slider asks: all of them together take tens
+    of megabytes.
 
     Attributes:
-        text: How many tokens there are, and behind what.
-        picture: The tokens' patches as regions, or the picture itself.
-        tokens: Picture and caption of each token, those first that the class token attends to most.
+        seen: The picture.
+        maps: What the student made of it.
     """
 
-    text: str
-    picture: np.ndarray
-    tokens: list[tuple[np.ndarray, str]]
+    seen: Seen
+    maps: TokenMaps
 
 
 class _Words(gr.themes.Font):
@@ -66,7 +65,7 @@ def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
     """
     students, teachers = list(contest.students), list(contest.teachers)
     with gr.Blocks(title="sit demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
-        stages = gr.State([], time_to_live=KEPT_SECONDS)
+        looked = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.Markdown(_HEAD)
         with gr.Row():
             with gr.Column(scale=1):
@@ -94,7 +93,7 @@ def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
         def answer(path: str | None, left: str, right: str, chosen: str | None) -> Sequence[Any]:
             if path is None:
                 nothing = gr.Slider(maximum=1, value=0, interactive=False)
-                return None, None, "", [], nothing, "", None, []
+                return None, None, "", None, nothing, "", None, []
             try:
                 return _answer(path, contest.teachers[left], contest.students[right], chosen)
             except UserError as error:
@@ -106,10 +105,10 @@ def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
         # Who moves on while an answer is under way wants the answer to the last question.
         private: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
         inputs, shown = [file, teacher, student, keep], [slider, text, picture, tokens]
-        outputs = [*answers, costs, stages, *shown]
+        outputs = [*answers, costs, looked, *shown]
         gr.on([file.upload, file.clear, teacher.input, keep.input], answer, inputs, outputs, **private)
         student.input(choose, student, [keep, why], **private).then(answer, inputs, outputs, **private)
-        slider.input(_at, [stages, slider], [text, picture, tokens], show_progress="hidden", **private)
+        slider.input(_at, [looked, slider], [text, picture, tokens], show_progress="hidden", **private)
     return page
 
 
@@ -125,35 +124,33 @@ def _answer(path: str, teacher: Contestant, student: Contestant, chosen: str | N
     maps = [model.maps(view, way) for (model, way), view in zip(ways, seen, strict=True)]
     times = milliseconds([model.forward(view, way) for (model, way), view in zip(ways, seen, strict=True)])
     says = [model.likeliest(own) for (model, _), own in zip(ways, maps, strict=True)]
-    stages = stages_of(seen[1], maps[1])
+    looked, last = Looked(seen[1], maps[1]), len(maps[1].stages)
     costs = f"One picture, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
-    slider = gr.Slider(maximum=len(stages) - 1, value=len(stages) - 1, interactive=True)
-    return *says, f"{costs} ({times[0] / times[1]:.2f} times as fast).", stages, slider, *_at(stages, len(stages) - 1)
+    slider = gr.Slider(maximum=last, value=last, interactive=True)
+    return *says, f"{costs} ({times[0] / times[1]:.2f} times as fast).", looked, slider, *_at(looked, last)
 
 
-def stages_of(seen: Seen, maps: TokenMaps) -> list[Stage]:
-    """What the slider shows: the picture, then each slimming module's tokens."""
-    plain = as_rgb(seen.shown)
-    stages = [Stage(f"**Stage 0**: the picture, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", plain, [])]
-    for index, stage in enumerate(maps.stages):
-        drawn = regions(seen.shown, stage.hard[0], maps.grid, stage.overlooked[0])
-        text = f"**Stage {index + 1}**: {stage.kept} tokens behind block {stage.after_block}."
-        attention = maps.token_attention(index)[0]
-        order = np.argsort(-attention, kind="stable")[:_MOST_TOKENS_SHOWN]
-        if stage.kept > len(order):
-            text += f" Shown are the {len(order)} that the class token attends to most."
-        stages.append(Stage(text, drawn, [_token(seen, maps, stage, int(token)) for token in order]))
-    return stages
+def _at(looked: Looked | None, index: float) -> Sequence[Any]:
+    """What the slider shows at a place: how many tokens there are; the picture, or the tokens' patches as regions; and
+    picture and caption of each token, those first that the class token attends to most."""
+    if looked is None:
+        return "", None, []
+    seen, maps = looked
+    place = min(int(index), len(maps.stages))
+    if place < 1:
+        return f"**Stage 0**: the picture, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", as_rgb(seen.shown), []
+    stage = maps.stages[place - 1]
+    drawn = regions(seen.shown, stage.hard[0], maps.grid, stage.overlooked[0])
+    text = f"**Stage {place}**: {tokens_in_words((stage.kept,))} behind block {stage.after_block}."
+    order = np.argsort(-maps.token_attention(place - 1)[0], kind="stable")[:_MOST_TOKENS_SHOWN]
+    if stage.kept > len(order):
+        text += f" Shown are the {len(order)} that the class token attends to most."
+    return text, drawn, [_token(seen, maps, stage, int(token)) for token in order]
 
 
 def _token(seen: Seen, maps: TokenMaps, stage: StageMaps, token: int) -> tuple[np.ndarray, str]:
     patches = stage.effective_patches[0, token]
     return heat(seen.shown, stage.cumulative[0, token], maps.grid), f"{patches:.1f} patches"
-
-
-def _at(stages: list[Stage], index: float) -> Sequence[Any]:
-    """Text, picture and tokens at a place of the slider."""
-    return stages[min(int(index), len(stages) - 1)] if stages else ("", None, [])
 
 
 def _keep_control(student: Contestant) -> dict[str, Any]:

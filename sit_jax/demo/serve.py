@@ -1,8 +1,11 @@
 """Opens the models, serves the page and waits."""
 
+import errno
 import os
 import pathlib
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -27,17 +30,23 @@ def serve(
         max_mb: Largest file that the page takes, in megabytes.
 
     Raises:
-        UserError: A model cannot be opened, Gradio is not installed, or the port is taken.
+        UserError: A model cannot be opened, Gradio is not installed, the port is taken, or the page does not start.
     """
-    _check_port(host, port)
+    _check_address(host, port)
     contest = open_contest(students, teachers)
-    with tempfile.TemporaryDirectory(prefix="sit_demo_") as folder:
-        page = start(contest, pathlib.Path(folder), host, port, max_mb)
-        print(f"Open http://{host}:{port} in a browser; Ctrl-C ends it", flush=True)
-        try:
-            page.block_thread()
-        finally:
-            page.close(verbose=False)
+    # Left alone, SIGTERM ends the process at once, and the uploads stay.
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with tempfile.TemporaryDirectory(prefix="sit_demo_") as folder:
+            page = start(contest, pathlib.Path(folder), host, port, max_mb)
+            shown = "localhost" if host == "0.0.0.0" else host
+            print(f"Open http://{shown}:{port} in a browser; Ctrl-C ends it", flush=True)
+            try:
+                page.block_thread()
+            finally:
+                page.close(verbose=False)
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: int) -> Any:
@@ -51,50 +60,69 @@ def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: 
         max_mb: Largest file that the page takes, in megabytes.
 
     Raises:
-        UserError: Gradio is not installed.
+        UserError: Gradio is not installed, or does not start.
     """
-    # Read when Gradio is imported, and while it runs: it calls nobody, and keeps its files where they are cleaned up.
+    # Read when Gradio is imported, and while it runs: it calls nobody but its own page, for which it would ask a proxy
+    # that the environment names, and keeps its files where they are cleaned up.
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_SHARE": "False",
         "GRADIO_TEMP_DIR": str(folder),
         "HF_HUB_OFFLINE": "1",
+        "NO_PROXY": "*",
+        "no_proxy": "*",
     }
+    os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     try:
         from sit_jax.demo.page import SESSIONS, build_page, theme
     except ImportError as error:
         if not (error.name or "").startswith(_PACKAGE):
             raise
         raise UserError('sit demo needs Gradio, which is not installed: pip install ".[demo]"') from None
+    import httpx
     from starlette.middleware import Middleware
 
     page = build_page(contest, max_mb)
     page.queue(api_open=False, max_size=32)
-    page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        inbrowser=False,
-        prevent_thread_lock=True,
-        quiet=True,
-        max_file_size=max_mb * 2**20,
-        allowed_paths=[],
-        footer_links=[],
-        run_history=False,
-        enable_monitoring=False,
-        pwa=False,
-        mcp_server=False,
-        ssr_mode=False,
-        state_session_capacity=SESSIONS,
-        theme=theme(),
-        app_kwargs={"middleware": [Middleware(Guard, uploads=folder)], "openapi_url": None, "docs_url": None},
-    )
+    guard = Middleware(Guard, uploads=folder, max_bytes=max_mb * 2**20)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            quiet=True,
+            max_file_size=max_mb * 2**20,
+            allowed_paths=[],
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            ssr_mode=False,
+            state_session_capacity=SESSIONS,
+            theme=theme(),
+            app_kwargs={"middleware": [guard], "openapi_url": None, "docs_url": None},
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        # Of several lines the first says what failed. Gradio's ValueError is that its own page does not answer.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"sit demo: Gradio cannot serve the page at {host}:{port}: {reason}") from error
     return page
 
 
-def _check_port(host: str, port: int) -> None:
+def _check_address(host: str, port: int) -> None:
+    meant = "give a name or an IPv4 address of this machine"
     try:
+        socket.getaddrinfo(host, port, socket.AF_INET)
         with socket.create_server((host, port)):
             pass
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "is no name"
+        raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
     except OSError as error:
-        raise UserError(f"--port: {host}:{port} cannot be opened: {error.strerror}; choose another one") from None
+        reason = os.strerror(error.errno or 0)
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
+        raise UserError(f"--port: {host}:{port} cannot be opened: {reason}; choose another one") from None
