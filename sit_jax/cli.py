@@ -13,6 +13,7 @@ from typing import Any
 
 from sit_jax import __version__
 from sit_jax.analysis.arguments import add_benchmark
+from sit_jax.argument_types import positive
 from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.demo.arguments import add_demo, run_demo
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(plan)
     plan.add_argument("--topology", required=True, help="TPU slice such as v5e:16x16 or v4:2x2x4, or cpu:8")
-    plan.add_argument("--examples", type=_positive, help="training examples, where the data set is not at hand")
+    plan.add_argument("--examples", type=positive, help="training examples, where the data set is not at hand")
     plan.add_argument("--json", action="store_true", help="print JSON")
     evaluate = _verb(verbs, "evaluate", _evaluate, "evaluate a run or an exported model over an evaluation split")
     which = evaluate.add_mutually_exclusive_group(required=True)
@@ -120,17 +121,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     show = _verb(tasks, "show", _data_show, "draw training pictures as the model gets them")
     _add_config(show)
     show.add_argument("--output", type=pathlib.Path, default=pathlib.Path("examples.png"), help="PNG file to write")
-    show.add_argument("--count", type=_positive, default=32, help="pictures, at most a batch")
+    show.add_argument("--count", type=positive, default=32, help="pictures, at most a batch")
     show.add_argument("--step", type=int, default=0, help="which batch")
     check = _verb(tasks, "check", _data_check, "read every picture once; list broken and unusual ones")
     _add_config(check)
-    check.add_argument("--threads", type=_positive, default=8, help="pictures read at a time")
+    check.add_argument("--threads", type=positive, default=8, help="pictures read at a time")
     check.add_argument("--all", action="store_true", help="list every name")
     check.add_argument("--json", action="store_true", help="print a list of objects")
     label = _verb(tasks, "label", _data_label, "write dense labels for token labelling with a trained model")
     label.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the model's run")
     label.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
-    label.add_argument("--top", type=_positive, default=5, help="likeliest classes stored per place")
+    label.add_argument("--top", type=positive, default=5, help="likeliest classes stored per place")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +143,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("many processes", "Found out on Cloud TPU, under SLURM and under Open MPI.")
     group.add_argument("--coordinator", default="", help="host:port of process 0")
-    group.add_argument("--num_processes", type=_positive, default=0, help="processes in all")
+    group.add_argument("--num_processes", type=positive, default=0, help="processes in all")
     group.add_argument("--process_id", type=int, default=-1, help="this process, from 0")
 
 
@@ -158,13 +159,6 @@ def _folder(text: str) -> pathlib.Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is no folder; mount the bucket, as launch/README.md says")
     return pathlib.Path(text)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value
 
 
 def _verb(verbs: Any, name: str, run: Verb | None, help_text: str) -> argparse.ArgumentParser:
@@ -250,8 +244,8 @@ def _export(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _predict(arguments: argparse.Namespace, _: list[str]) -> None:
-    keep_memory()
     quiet_libraries()
+    keep_memory()
     from sit_jax.predict import command
 
     options = {"top": arguments.top, "style": arguments.format, "batch_size": arguments.batch_size}
@@ -329,8 +323,8 @@ def _data_label(arguments: argparse.Namespace, _: list[str]) -> None:
 
 
 def _benchmark(arguments: argparse.Namespace, _: list[str]) -> None:
-    keep_memory()
     quiet_libraries()
+    keep_memory()
     from sit_jax.analysis.benchmark_command import Settings, command
 
     settings = Settings(arguments.batch_sizes, arguments.dtype, arguments.seconds, arguments.rounds)
@@ -356,7 +350,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    from sit_jax.config_dict import from_config_dict, with_defaults
+    from sit_jax.config_dict import check_keys, from_config_dict, with_defaults
 
     # `page.py:argument` hands the argument on to the page's get_config.
     file = path if path.endswith(".py") else path.rpartition(":")[0] or path
@@ -369,9 +363,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
         page(["sit", f"--config={path}"])
         values = flags.FlagValues()
         words = ["sit", *overrides]
-        config_flags.DEFINE_config_dict("config", with_defaults(page.config), flag_values=values, sys_argv=words)
+        known = with_defaults(page.config)
+        check_keys(known, overrides)
+        config_flags.DEFINE_config_dict("config", known, flag_values=values, sys_argv=words)
         values(words)
         config = values.config
+    except ConfigError:
+        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(_override_problem(error, path)) from None
     except Exception as error:  # Whatever a user's own Python file does.

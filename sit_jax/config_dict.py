@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -105,6 +105,24 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def check_keys(known: Any, overrides: Sequence[str]) -> None:
+    """Checks that `--config.KEY=VALUE` words name keys that there are, which ml_collections tells in words of its own.
+
+    Raises:
+        ConfigError: One is not there; the message names it, and the nearest of its section.
+    """
+    for word in overrides:
+        if not word.startswith("--config.") or "[" in word:
+            continue
+        key = word.removeprefix("--config.").partition("=")[0]
+        section: Any = known
+        for part in key.split("."):
+            if not isinstance(section, Mapping | ConfigDict) or part not in section:
+                close = difflib.get_close_matches(part, list(section), n=1) if isinstance(section, ConfigDict) else []
+                raise ConfigError(f"{key}: there is no such key" + (f". Did you mean {close[0]}?" if close else ""))
+            section = section[part]
 
 
 def _split_model(section: dict[str, Any]) -> dict[str, Any]:

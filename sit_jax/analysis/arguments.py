@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from sit_jax.argument_types import positive
+
 
 def add_benchmark(parser: argparse.ArgumentParser) -> None:
     """Adds the words of `sit benchmark` to its parser."""
@@ -10,20 +12,13 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
     parser.add_argument("--teacher", metavar="MODEL", help="what the others are compared with; the first if not given")
     sizes = [1, 16, 64]
-    parser.add_argument("--batch_sizes", metavar="N", nargs="+", type=_positive, default=sizes, help="images at a time")
+    parser.add_argument("--batch_sizes", metavar="N", nargs="+", type=positive, default=sizes, help="images at a time")
     types = ("float32", "bfloat16")
     parser.add_argument("--dtype", default="float32", choices=types, help="of the products; exported files keep theirs")
     parser.add_argument("--seconds", type=_duration, default=3.0, help="for each model at each batch size")
-    parser.add_argument("--rounds", type=_positive, default=9, help="turns that this time is divided into")
+    parser.add_argument("--rounds", type=positive, default=9, help="turns that this time is divided into")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="accuracy or GMAC over throughput")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value
 
 
 def _duration(text: str) -> float:

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sit_jax.argument_types import positive
+
 if TYPE_CHECKING:
     from sit_jax.models.architecture import Architecture
 
@@ -40,15 +42,15 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=pathlib.Path, help=sources)
     destinations = "model folder (no suffix), or .pth or .safetensors file in the original's layout"
     parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help=destinations)
-    parser.add_argument("--image_size", type=_positive, help="interpolate the positions to this resolution")
-    parser.add_argument("--num_classes", type=_positive, help="replace the heads by zeros for so many classes")
+    parser.add_argument("--image_size", type=positive, help="interpolate the positions to this resolution")
+    parser.add_argument("--num_classes", type=positive, help="replace the heads by zeros for so many classes")
     parser.add_argument("--without_reverse", action="store_true", help="leave the reverse modules out")
     parser.add_argument("--ema", action="store_true", help="the moving average, where SOURCE holds one besides")
     parser.add_argument("--licence", metavar="TEXT", help="of the weights, for a model folder's config.json")
     parser.add_argument("--force", action="store_true", help="replace DEST if it is there")
     group = parser.add_argument_group("what tensors do not tell", "Needed where no named model has the shape found.")
     group.add_argument(f"--{_PREFIX}name", metavar="NAME", help="take the values below from a named model")
-    group.add_argument(f"--{_PREFIX}num_heads", metavar="COUNT", type=_positive, help="attention heads")
+    group.add_argument(f"--{_PREFIX}num_heads", metavar="COUNT", type=positive, help="attention heads")
     group.add_argument(f"--{_PREFIX}residual_scale", metavar="NUMBER", type=float, help="divides residual branches")
     group.add_argument(f"--{_PREFIX}norm_eps", metavar="NUMBER", type=float, help="epsilon of the LayerNorms")
     group.add_argument(f"--{_PREFIX}stage_blocks", metavar="COUNT,COUNT,...", type=_counts, help="blocks per stage")
@@ -68,12 +70,5 @@ def convert_options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value
-
-
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_positive(count) for count in text.split(","))
+    return tuple(positive(count) for count in text.split(","))

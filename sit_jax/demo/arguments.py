@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from sit_jax.argument_types import between, positive
 from sit_jax.process import quiet_libraries
 
 
@@ -13,8 +14,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     teacher = "the same for what it is compared with; a run's own teacher if not given"
     parser.add_argument("--teacher", metavar="MODEL", type=pathlib.Path, action="append", default=[], help=teacher)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=_port, default=7860, help="port to listen at")
-    parser.add_argument("--max_mb", type=_megabytes, default=20, help="largest file that the page takes, in megabytes")
+    parser.add_argument("--port", type=between(1, 65535), default=7860, help="port to listen at")
+    parser.add_argument("--max_mb", type=positive, default=20, help="largest file that the page takes, in megabytes")
 
 
 def run_demo(arguments: argparse.Namespace, _: list[str]) -> None:
@@ -23,17 +24,3 @@ def run_demo(arguments: argparse.Namespace, _: list[str]) -> None:
     from sit_jax.demo.serve import serve
 
     serve(arguments.student, arguments.teacher, arguments.host, arguments.port, arguments.max_mb)
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 1 <= value < 65536:
-        raise argparse.ArgumentTypeError(f"must be from 1 to 65535, is {value}")
-    return value
-
-
-def _megabytes(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value

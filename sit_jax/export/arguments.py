@@ -3,6 +3,8 @@
 import argparse
 import pathlib
 
+from sit_jax.argument_types import positive
+
 ANY_MODEL = "a run's folder, a model folder, a .onnx or .stablehlo file"
 
 
@@ -24,9 +26,9 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, folders, patterns; - reads a list")
     add_checkpoint(parser)
-    parser.add_argument("--top", type=_positive, default=5, help="likeliest classes told")
+    parser.add_argument("--top", type=positive, default=5, help="likeliest classes told")
     parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="how they are printed")
-    parser.add_argument("--batch_size", type=_positive, default=32, help="pictures at a time")
+    parser.add_argument("--batch_size", type=positive, default=32, help="pictures at a time")
     parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
 
 
@@ -34,10 +36,3 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds the words that choose among a run's weights."""
     parser.add_argument("--ema", action="store_true", help="of a run: the moving average of the weights")
     parser.add_argument("--step", type=int, help="of a run: which checkpoint; the newest if not given")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from sit_jax.argument_types import between, positive
 from sit_jax.export.arguments import add_checkpoint
 from sit_jax.process import quiet_libraries
 
@@ -18,13 +19,20 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="instead of PICTURE: the first pictures of a data set's split, such as test")
     parser.add_argument("--name", help="with --split: which data set, if not the model's own")
     parser.add_argument("--data_dir", help="with --split: where it lies, if not where it lay in training")
-    parser.add_argument("--limit", type=_positive, help="pictures at most; if not given all, or 16 of a split")
+    parser.add_argument("--limit", type=positive, help="pictures at most; if not given all, or 16 of a split")
     parser.add_argument("--output", type=pathlib.Path, help="folder for a figure per picture; maps if not given")
     arrays = "all arrays in one .npz file, or a folder for one file per picture; alone, no figures are drawn"
     parser.add_argument("--arrays", metavar="PLACE", type=pathlib.Path, help=arrays)
-    parser.add_argument("--tokens", type=_tokens, default=8, help="tokens shown per module: the most attended ones")
-    parser.add_argument("--dpi", type=_dpi, default=150, help="dots per inch of the figures; 300 for print")
-    parser.add_argument("--batch_size", type=_positive, default=8, help="pictures at a time")
+    parser.add_argument(
+        "--tokens",
+        type=between(1, _MOST_TOKENS, "--arrays holds all tokens"),
+        default=8,
+        help="tokens shown per module: the most attended ones",
+    )
+    parser.add_argument(
+        "--dpi", type=between(20, 1200), default=150, help="dots per inch of the figures; 300 for print"
+    )
+    parser.add_argument("--batch_size", type=positive, default=8, help="pictures at a time")
     parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
 
 
@@ -34,24 +42,3 @@ def run_visualize(arguments: argparse.Namespace, _: list[str]) -> None:
     from sit_jax.visual.command import command, options
 
     command(**options(arguments))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value
-
-
-def _tokens(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= _MOST_TOKENS:
-        raise argparse.ArgumentTypeError(f"must be from 1 to {_MOST_TOKENS}, is {value}; --arrays holds all tokens")
-    return value
-
-
-def _dpi(text: str) -> int:
-    value = int(text)
-    if not 20 <= value <= 1200:
-        raise argparse.ArgumentTypeError(f"must be from 20 to 1200, is {value}")
-    return value

@@ -1,0 +1,31 @@
+"""Types of words on the command line, for argparse: a number, or one line that says what is wrong with it."""
+
+import argparse
+from collections.abc import Callable
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = _number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
+    return value
+
+
+def between(least: int, most: int, hint: str = "") -> Callable[[str], int]:
+    """The type of whole numbers within bounds; `hint` says where others find what they want."""
+
+    def bounded(text: str) -> int:
+        value = _number(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, is {value}{hint and f'; {hint}'}")
+        return value
+
+    return bounded
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from None
