@@ -78,7 +78,7 @@ def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: 
     except ImportError as error:
         if not (error.name or "").startswith(_PACKAGE):
             raise
-        raise UserError('sit demo needs Gradio, which is not installed: pip install ".[demo]"') from None
+        raise UserError('the page needs Gradio, which is not installed: pip install ".[demo]"') from None
     import httpx
     from starlette.middleware import Middleware
 
@@ -108,7 +108,7 @@ def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: 
     except (OSError, ValueError, httpx.HTTPError) as error:
         # Of several lines the first says what failed. Gradio's ValueError is that its own page does not answer.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"sit demo: Gradio cannot serve the page at {host}:{port}: {reason}") from error
+        raise UserError(f"Gradio cannot serve the page at {host}:{port}: {reason}") from error
     return page
 
 
