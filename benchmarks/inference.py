@@ -48,12 +48,13 @@ class Jax:
         import jax
         import numpy as np
 
-        from sit_jax.analysis.forwards import prepare_forward
         from sit_jax.export.folder import load_folder
+        from sit_jax.inference import prepare
 
         weights = load_folder(pathlib.Path(folder))
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}
-        forward, prepared = prepare_forward(arch, variables, batch, dtype)
+        model = prepare(arch, variables, dtype)
+        forward, prepared = model.jitted(batch), jax.device_put(model.weights)
         shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
         buffers = [jax.device_put(shapes.images(shape, index)) for index in range(BUFFERS)]
         begun = time.perf_counter()
@@ -181,10 +182,7 @@ def main() -> None:
     turns.add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.child:
-        turns.keep_memory("jax" if arguments.child == "jax" else "torch")
-        served = Jax() if arguments.child == "jax" else Torch()
-        names = [name for name in ("write", "prepare", "time", "drop") if hasattr(served, name)]
-        turns.serve({name: getattr(served, name) for name in names})
+        turns.serve(arguments.child, Jax if arguments.child == "jax" else Torch)
         return
     arguments.versions, rows = {}, []
     with (

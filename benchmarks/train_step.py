@@ -233,10 +233,7 @@ def main() -> None:
     turns.add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.child:
-        turns.keep_memory("jax" if arguments.child == "jax" else "torch")
-        served = Jax() if arguments.child == "jax" else Torch()
-        names = [name for name in ("write", "prepare", "time", "peak") if hasattr(served, name)]
-        turns.serve({name: getattr(served, name) for name in names})
+        turns.serve(arguments.child, Jax if arguments.child == "jax" else Torch)
         return
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Answer = dict[str, Any]
-Handlers = Mapping[str, Callable[..., Answer]]
 
 
 class Child:
@@ -110,8 +109,10 @@ def keep_memory(framework: str) -> None:
         keep()
 
 
-def serve(handlers: Handlers) -> None:
-    """In a child: answers requests until the parent has no more."""
+def serve(child: str, make: Callable[[], Any]) -> None:
+    """In a child: answers requests, by the public methods of what is made, until the parent has no more."""
+    keep_memory("jax" if child == "jax" else "torch")
+    served = make()
     # Whatever a library prints must not be taken for an answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -120,7 +121,7 @@ def serve(handlers: Handlers) -> None:
         idle = time.process_time() - used
         request = json.loads(line)
         try:
-            answer = handlers[request["what"]](**request["arguments"])
+            answer = getattr(served, request["what"])(**request["arguments"])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps({**answer, "idle_cpu_s": idle}) + "\n")

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sit_jax import losses, sharding
+from sit_jax.compiling import cpu_options
 from sit_jax.config import Config, LossConfig, ModelConfig
 from sit_jax.data.device import prepare_batch
 from sit_jax.models import build_model, build_reverse
@@ -22,10 +23,6 @@ from sit_jax.state import TrainState, stream_key, update_ema
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]
-
-
-# XLA uses half of an AVX-512 register where it is not told to use all of it; other CPUs do not mind.
-CPU_OPTIONS = {"xla_cpu_prefer_vector_width": "512"}
 
 
 class Task(NamedTuple):
@@ -154,7 +151,7 @@ def make_train_step(task: Task, mesh: Mesh) -> Step:
         lambda state, batch, teachers: train_step(task, state, batch, teachers),
         donate_argnums=0,
         out_shardings=(sharded, sharding.replicated(mesh)),
-        compiler_options=CPU_OPTIONS if on_cpu else None,
+        compiler_options=cpu_options() if on_cpu else None,
     )
 
 

@@ -23,7 +23,6 @@ from sit_jax.models import build_model
 from sit_jax.visual import token_maps as core
 from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.command import from_files
-from sit_jax.visual.figure import choose_tokens
 from sit_jax.visual.subject import open_subject
 
 COLOUR = tiny.plain(
@@ -217,8 +216,8 @@ def test_chosen_tokens() -> None:
     stage = core.StageMaps(1, assignment, assignment.swapaxes(1, 2))
     attention = (np.zeros((2, 4)), np.array([[0.1, 0.4, 0.1], [0.0, 0.0, 0.0]]), np.array([[0.3, 0.2, 0.1], [0, 0, 1]]))
     maps = core.TokenMaps(2, (stage,), attention, np.zeros((2, 10), np.float32))
-    assert choose_tokens(maps, 0, 0, 2) == (1, 0)
-    assert choose_tokens(maps, 0, 1, 8) == (2, 0, 1)
+    assert maps.most_attended(0, 0, 2) == (1, 0)
+    assert maps.most_attended(0, 1, 8) == (2, 0, 1)
     assert arrays_of(np.zeros((8, 8, 1)), maps, 1)["token_attention_1"] == pytest.approx([0, 0, 0.5])
 
 

@@ -1,6 +1,7 @@
 """What `sit benchmark` times: named models, runs, model folders and exported files, opened and made ready."""
 
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -11,16 +12,15 @@ import numpy as np
 
 from sit_jax.analysis.benchmark import Timed
 from sit_jax.analysis.flops import count_cost
-from sit_jax.analysis.forwards import prepare_forward
 from sit_jax.errors import UserError
 from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import expected_shapes, read_description
-from sit_jax.export.predictor import is_run, open_weights
+from sit_jax.export.predictor import is_run, open_folder
+from sit_jax.inference import Prepared, prepare
 from sit_jax.metrics import read_metrics
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import VARIANTS
-from sit_jax.origins import trained_variables
 
 _BUFFERS = 4
 
@@ -69,26 +69,26 @@ def open_contender(name: str) -> Contender:
         UserError: It is none of these, or damaged, or a package is missing that it needs.
     """
     if name in VARIANTS:
-        arch = VARIANTS[name]
-        return Contender(name, arch, None, _from_variables(arch, _random_variables(arch)))
+        shape = VARIANTS[name]
+        return Contender(name, shape, None, _from_variables(shape, _random_variables(shape)))
     source = pathlib.Path(name)
     if not source.exists():
         raise UserError(f"{name}: is no named model, see `sit models`, and there is no such file or folder")
     if source.is_file():
         return _exported(name, source)
-    if is_run(source):
-        config, variables = trained_variables(source)
-        shape = config.model.architecture
-        return Contender(name, shape, _accuracy(source), _from_variables(shape, variables))
-    weights = open_weights(source)
-    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-    return Contender(name, weights.arch, None, _from_variables(weights.arch, variables))
+    arch, variables, *_ = open_folder(source)
+    return Contender(name, arch, _accuracy(source) if is_run(source) else None, _from_variables(arch, variables))
 
 
 def _from_variables(arch: Architecture | RegNetArchitecture, variables: dict[str, Any]) -> Callable[[int, str], Ready]:
+    @functools.cache
+    def prepared(dtype: str) -> tuple[Prepared, Any]:
+        model = prepare(arch, variables, dtype)
+        return model, jax.device_put(model.weights)
+
     def ready(batch: int, dtype: str) -> Ready:
-        forward, prepared = prepare_forward(arch, variables, batch, dtype)
-        return _compiled(forward, prepared, _images(arch, batch))
+        model, weights = prepared(dtype)
+        return _compiled(model.jitted(batch), weights, _images(arch, batch))
 
     return ready
 

@@ -16,7 +16,7 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Example
 from sit_jax.demo.fewer_tokens import Keep, keeps, with_fewer_tokens
 from sit_jax.errors import UserError
-from sit_jax.models import build_model
+from sit_jax.inference import prepare
 from sit_jax.visual.subject import Seen, Subject, open_subject
 from sit_jax.visual.token_maps import TokenMaps
 
@@ -57,8 +57,8 @@ class Contestant:
 
     def forward(self, seen: Seen, keep: Keep | None) -> Callable[[], Any]:
         """The bare forward pass over one picture, pixels to logits, as it would be served."""
-        run, variables, pixels = self._forward(keep), self._with(keep).variables, seen.pixels[None]
-        return lambda: jax.block_until_ready(run(variables, pixels))
+        run, pixels = self._forward(keep), seen.pixels[None]
+        return lambda: jax.block_until_ready(run(pixels))
 
     def likeliest(self, maps: TokenMaps, top: int = 5) -> dict[str, float]:
         """Label -> probability, likeliest first."""
@@ -76,8 +76,8 @@ class Contestant:
     @functools.cache  # noqa: B019
     def _forward(self, keep: Keep | None) -> Any:
         subject = self._with(keep)
-        module = build_model(subject.arch, dtype=subject.dtype)
-        return jax.jit(lambda variables, pixels: module.apply(variables, normalize(pixels, subject.data))[0])
+        model = prepare(subject.arch, subject.variables, subject.dtype)
+        return model.jit(before=lambda pixels: normalize(pixels, subject.data))
 
 
 class Contest(NamedTuple):

@@ -142,10 +142,10 @@ def _at(looked: Looked | None, index: float) -> Sequence[Any]:
     stage = maps.stages[place - 1]
     drawn = regions(seen.shown, stage.hard[0], maps.grid, stage.overlooked[0])
     text = f"**Stage {place}**: {tokens_in_words((stage.kept,))} behind block {stage.after_block}."
-    order = np.argsort(-maps.token_attention(place - 1)[0], kind="stable")[:_MOST_TOKENS_SHOWN]
+    order = maps.most_attended(place - 1, 0, _MOST_TOKENS_SHOWN)
     if stage.kept > len(order):
         text += f" Shown are the {len(order)} that the class token attends to most."
-    return text, drawn, [_token(seen, maps, stage, int(token)) for token in order]
+    return text, drawn, [_token(seen, maps, stage, token) for token in order]
 
 
 def _token(seen: Seen, maps: TokenMaps, stage: StageMaps, token: int) -> tuple[np.ndarray, str]:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Predictor:
     @property
     def class_names(self) -> list[str]:
         """The classes' names; their numbers where no names are known."""
-        return self.about.get("class_names") or [str(index) for index in range(self.arch.num_classes)]
+        return class_names(self.about, self.arch)
 
 
 def open_weights(
@@ -80,15 +80,10 @@ def open_predictor(source: pathlib.Path, ema: bool = False, step: int | None = N
         UserError: It is none of these, or damaged, or a package is missing that it needs.
     """
     _check_source(source)
-    if is_run(source):
-        config, variables = trained_variables(source, ema, step)
-        about = about_run(config, source, latest_step(source) if step is None else step, ema)
-        return Predictor(_jitted(config.model, variables, config.data), config.model.architecture, config.data, about)
-    _refuse_run_options(source, ema, step)
     if source.is_dir():
-        arch, params, stats, _, about = open_weights(source)
-        data = data_config(about, source)
-        return Predictor(_jitted(ModelConfig(architecture=arch), _variables(params, stats), data), arch, data, about)
+        arch, variables, data, about, dtype = open_folder(source, ema, step)
+        return Predictor(_jitted(arch, variables, dtype, data), arch, data, about)
+    _refuse_run_options(source, ema, step)
     if source.suffix == onnx_file.SUFFIX:
         return _described(source, *onnx_file.load(source), channels_last=False)
     if source.suffix == stablehlo.SUFFIX:
@@ -97,6 +92,44 @@ def open_predictor(source: pathlib.Path, ema: bool = False, step: int | None = N
         f"{source}: is no model that can be opened; give a run's folder, a model folder, "
         f"a {onnx_file.SUFFIX} or a {stablehlo.SUFFIX} file"
     )
+
+
+class Opened(NamedTuple):
+    """A run or a model folder that has been read.
+
+    Attributes:
+        arch: The model's shape.
+        variables: Its variables, NumPy's or JAX's.
+        data: How pictures are read.
+        about: What else is known; see `Weights.about`.
+        dtype: Type of the products.
+    """
+
+    arch: Architecture | RegNetArchitecture
+    variables: dict[str, Any]
+    data: DataConfig
+    about: dict[str, Any]
+    dtype: str
+
+
+def open_folder(source: pathlib.Path, ema: bool = False, step: int | None = None) -> Opened:
+    """Reads a run or a model folder; the arguments are those of `open_predictor`.
+
+    Raises:
+        UserError: It is neither, or damaged; or `ema` or `step` is asked of a model folder.
+    """
+    if is_run(source):
+        config, variables = trained_variables(source, ema, step)
+        about = about_run(config, source, latest_step(source) if step is None else step, ema)
+        return Opened(config.model.architecture, variables, config.data, about, config.model.dtype)
+    arch, params, stats, _, about = open_weights(source, ema, step)
+    variables = {"params": params, "batch_stats": stats} if stats else {"params": params}
+    return Opened(arch, variables, data_config(about, source), about, "float32")
+
+
+def class_names(about: dict[str, Any], arch: Architecture | RegNetArchitecture) -> list[str]:
+    """The classes' names; their numbers where no names are known."""
+    return about.get("class_names") or [str(index) for index in range(arch.num_classes)]
 
 
 def is_run(source: pathlib.Path) -> bool:
@@ -145,13 +178,11 @@ def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int =
     return {**averages, "examples": float(metrics.top1.count)}
 
 
-def _jitted(model: ModelConfig, variables: dict[str, Any], data: DataConfig) -> Callable[[np.ndarray], np.ndarray]:
-    run = prepare(model.architecture, variables, model.dtype).jit(before=lambda pixels: normalize(pixels, data))
+def _jitted(
+    arch: Architecture | RegNetArchitecture, variables: dict[str, Any], dtype: str, data: DataConfig
+) -> Callable[[np.ndarray], np.ndarray]:
+    run = prepare(arch, variables, dtype).jit(before=lambda pixels: normalize(pixels, data))
     return lambda pixels: np.asarray(run(pixels))
-
-
-def _variables(params: dict[str, Any], stats: dict[str, Any]) -> dict[str, Any]:
-    return {"params": params, "batch_stats": stats} if stats else {"params": params}
 
 
 def _described(

@@ -18,14 +18,26 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     if path.exists() or path.is_symlink():
         raise UserError(f"{path}: is there already; remove it or choose another place")
+    try:
+        with replacing(path) as part:
+            yield part
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary sibling to write to, and puts it in the place of an older file when the block ends well.
+
+    Raises:
+        OSError: It cannot be written; then nothing is left behind, and the older file is as it was.
+    """
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
         yield part
-        part.rename(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+        part.replace(path)
     finally:
         with contextlib.suppress(OSError):
             _remove(part)

@@ -8,7 +8,6 @@ for CPU copies a weight matrix into the order that its kernel reads, in one thre
 takes as long as the product; two halves are copied and multiplied at the same time.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,11 @@ from jaxtyping import Array, Float
 
 from sit_jax.inference.fold import Folded
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.layers import exact_gelu
 from sit_jax.models.slimming import SLIMMING_NORM_EPS
 
+# Without its gradient by hand, so that there is forward mode, too.
+_gelu = exact_gelu.fun
 Attend = Callable[[Array, Array, Array], Array]
 
 
@@ -146,11 +148,6 @@ def _product(x: Float[Array, "*lead dim"], layer: Folded) -> Float[Array, "*lead
 
 def _shifted(x: Float[Array, "*lead out"], layer: Folded) -> Float[Array, "*lead out"]:
     return x + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Exact GELU as `layers.exact_gelu`, without its hand-made gradient: this one has forward mode, too."""
-    return x * (0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5)))
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sit_jax.compiling import cpu_options
 from sit_jax.inference.fold import fold
 from sit_jax.inference.forward import Attend, attention, forward
 from sit_jax.models import build_model
@@ -40,9 +41,9 @@ class Prepared(NamedTuple):
     tokens: int = 1
     sharding: jax.sharding.Sharding | None = None
 
-    def options(self, batch: int) -> dict[str, str] | None:
-        """What to compile `apply` with for so many images: `jax.jit`'s `compiler_options` for the default backend."""
-        return _options(batch * self.tokens >= _ROWS, jax.default_backend())
+    def jitted(self, batch: int) -> Any:
+        """`apply`, jitted as so many images at a time want it; weights are an argument, and can be lowered with."""
+        return jax.jit(self.apply, compiler_options=_options(batch * self.tokens >= _ROWS))
 
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
         """The compiled function from images to logits, its weights on the device.
@@ -61,7 +62,7 @@ class Prepared(NamedTuple):
             return apply(weights, inputs if before is None else before(inputs))
 
         plain = jax.jit(run)
-        few, many = (jax.jit(run, compiler_options=_options(rows, jax.default_backend())) for rows in (False, True))
+        few, many = (jax.jit(run, compiler_options=_options(rows)) for rows in (False, True))
 
         def call(inputs: Any) -> Array:
             if traced or _any_traced(inputs):
@@ -145,18 +146,11 @@ def _cast_kernels(tree: Any, dtype: Any) -> Any:
     }
 
 
-@functools.cache
-def _options(many_rows: bool, backend: str) -> dict[str, str] | None:
+def _options(many_rows: bool) -> dict[str, str] | None:
     """What XLA is told; None where there is nothing to tell."""
-    if backend != "cpu":
+    if jax.default_backend() != "cpu":
         return None
-    options = {_CPU_OPTION: _MANY_ROWS if many_rows else _FEW_ROWS, "xla_cpu_prefer_vector_width": "512"}
-    try:
-        # An experimental option may be gone in a later jaxlib.
-        jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
+    return cpu_options((_CPU_OPTION, _MANY_ROWS if many_rows else _FEW_ROWS))
 
 
 @functools.cache

@@ -1,14 +1,13 @@
 """The body of `sit report`."""
 
-import contextlib
 import datetime
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from sit_jax.errors import UserError
+from sit_jax.export.writing import replacing
 from sit_jax.workdir import SUMMARY
 
 REPORT, COMPARISON = "report.html", "comparison.html"
@@ -44,6 +43,7 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
     Raises:
         UserError: A folder is no run's, or the page cannot be written.
     """
+    from sit_jax.data.sources import writing
     from sit_jax.report.findings import Findings, find
     from sit_jax.report.gather import attempt, gather_all
     from sit_jax.report.page import render, view_run
@@ -58,18 +58,7 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
             findings = attempt(ask, None, record.missing, "The model, or its evaluation split,")
         views.append(view_run(f"run-{index}", record, findings))
     print("report: writing the page", file=sys.stderr)
-    _write(output, render(views, datetime.datetime.now(datetime.UTC)))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    page = render(views, datetime.datetime.now(datetime.UTC))
+    with writing(output, key="--output"), replacing(output) as part:
         # Names of folders, pictures and classes may hold bytes that are no UTF-8.
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        part.write_text(page, encoding="utf-8", errors="replace")

@@ -98,13 +98,12 @@ def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
         overlooked = stage.overlooked[row]
         painted = regions(picture.pixels, stage.hard[row], maps.grid, overlooked)
         effective = stage.effective_patches[row]
-        order = np.argsort(-maps.token_attention(index)[row], kind="stable")[:_TOKENS_SHOWN]
         tokens = [
             Shown(
                 data_uri(heat(picture.pixels, stage.cumulative[row, token], maps.grid), _SMALL),
                 f"{what}, where token {token + 1} looks: {effective[token]:.1f} effective patches",
             )
-            for token in order
+            for token in maps.most_attended(index, row, _TOKENS_SHOWN)
         ]
         text = f"A token is made of {effective.mean():.1f} patches on average ({effective.min():.1f} to "
         text += f"{effective.max():.1f}); {_count(int(overlooked.sum()), 'patch')} in no token."

@@ -1,6 +1,5 @@
 """`sit visualize`: figures and arrays of token maps, picture by picture."""
 
-import contextlib
 import itertools
 import pathlib
 import re
@@ -14,6 +13,7 @@ from numpy import ndarray
 from sit_jax.data.sources import Example, Source, open_source, writing
 from sit_jax.errors import PictureError, SkippedError, UserError
 from sit_jax.export.predictor import evaluation_data
+from sit_jax.export.writing import replacing
 from sit_jax.predict import find_pictures, read_file
 from sit_jax.progress import Progress
 from sit_jax.visual.arrays import arrays_of, write_arrays
@@ -218,26 +218,14 @@ def _write_figure(subject: Subject, read: Read, maps: TokenMaps, index: int, way
         says = f"labelled {read.label}; {says}"
     assert ways.figures is not None
     # Never the name of a picture, so that no original is ever replaced.
-    with _replacing(ways.figures / f"{read.picture.stem}.maps.png") as part:
+    path = ways.figures / f"{read.picture.stem}.maps.png"
+    with writing(path), replacing(path) as part:
         draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)
 
 
 def _write_arrays(subject: Subject, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]) -> None:
-    with _replacing(path) as part:
+    with writing(path), replacing(path) as part:
         write_arrays(part, [picture.name for picture, _ in kept], subject.class_names, [x for _, x in kept])
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary sibling to write to, and puts it in a file's place when the block ends well."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield part
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def _different(stems: Iterable[str]) -> list[str]:

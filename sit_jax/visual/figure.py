@@ -167,7 +167,7 @@ def _plot_effective(axes: Any, maps: TokenMaps, index: int) -> None:
 
 def _draw_tokens(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int, number: int) -> float:
     stage = maps.stages[number]
-    chosen = choose_tokens(maps, number, index, sheet.tokens)
+    chosen = maps.most_attended(number, index, sheet.tokens)
     shown = (
         f"the {len(chosen)} that the class token attends to most" if len(chosen) < stage.kept else "all, by attention"
     )
@@ -211,19 +211,6 @@ def _draw_row(
         sheet.show(_MARGIN + place * (sheet.cell + _GAP), top, sheet.cell, pixels, caption)
     sheet.bar(top, *scale)
     return top - sheet.cell - _CAPTION - _BETWEEN
-
-
-def choose_tokens(maps: TokenMaps, stage: int, index: int, count: int) -> tuple[int, ...]:
-    """The tokens of a stage that the class token attends to most in the blocks that work on them, most first.
-
-    Args:
-        maps: Of a batch.
-        stage: Index into `maps.stages`.
-        index: Of the picture within the batch.
-        count: How many, at most.
-    """
-    order = np.argsort(-maps.token_attention(stage)[index], kind="stable")
-    return tuple(int(token) for token in order[:count])
 
 
 def _tokens_of(stage: StageMaps | None, grid: int) -> int:

@@ -9,18 +9,15 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from sit_jax.checkpoint import latest_step
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Example
 from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, to_pillow
 from sit_jax.errors import UserError
-from sit_jax.export.predictor import is_run, open_weights
-from sit_jax.export.preprocessing import about_run, data_config
+from sit_jax.export.predictor import class_names, open_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.origins import trained_variables
 from sit_jax.visual.token_maps import TokenMaps, token_maps
 
 # A patch is drawn with at least so many pixels, and a picture with at least so many on a side.
@@ -61,7 +58,7 @@ class Subject:
     @property
     def class_names(self) -> list[str]:
         """The classes' names; their numbers where no names are known."""
-        return self.about.get("class_names") or [str(index) for index in range(self.arch.num_classes)]
+        return class_names(self.about, self.arch)
 
     def maps(self, pixels: UInt8[ndarray, "batch height width channels"]) -> TokenMaps:
         """Token maps of pictures as `see` gives them; compiled once for each batch size."""
@@ -99,14 +96,7 @@ def open_subject(source: pathlib.Path, ema: bool = False, step: int | None = Non
     """
     if source.is_file():
         raise UserError(f"{source}: gives logits only; give the run's or model's folder that it was exported from")
-    if source.exists() and is_run(source):
-        config, variables = trained_variables(source, ema, step)
-        arch = config.model.architecture
-        if not isinstance(arch, Architecture):
-            raise UserError(f"{source}: its model is a {arch.family}, which has no tokens; only vision transformers do")
-        about = about_run(config, source, latest_step(source) if step is None else step, ema)
-        return Subject(arch, jax.device_put(variables), config.data, about, config.model.dtype)
-    weights = open_weights(source, ema, step)
-    variables = {"params": weights.params, **({"batch_stats": weights.batch_stats} if weights.batch_stats else {})}
-    data = data_config(weights.about, source)
-    return Subject(weights.arch, jax.device_put(variables), data, weights.about)
+    arch, variables, data, about, dtype = open_folder(source, ema, step)
+    if not isinstance(arch, Architecture):
+        raise UserError(f"{source}: its model is a {arch.family}, which has no tokens; only vision transformers do")
+    return Subject(arch, jax.device_put(variables), data, about, dtype)

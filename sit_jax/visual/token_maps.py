@@ -101,6 +101,17 @@ class TokenMaps(NamedTuple):
         last = self.stages[stage + 1].after_block if stage + 1 < len(self.stages) else len(self.attention)
         return np.mean(self.attention[first:last], axis=0)
 
+    def most_attended(self, stage: int, index: int, count: int) -> tuple[int, ...]:
+        """The tokens of a stage that the class token attends to most in the blocks that work on them, most first.
+
+        Args:
+            stage: Index into `stages`.
+            index: Of the picture within the batch.
+            count: How many, at most.
+        """
+        order = np.argsort(-self.token_attention(stage)[index], kind="stable")
+        return tuple(int(token) for token in order[:count])
+
 
 def token_maps(model: Any, variables: dict[str, Any], images: Float[Any, "batch height width channels"]) -> TokenMaps:
     """Runs a model and says where its tokens come from.
