@@ -400,6 +400,6 @@ def test_a_damaged_stablehlo_artifact(tmp_path: pathlib.Path) -> None:
 
 def test_onnx_without_its_packages(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r"needs the package onnxscript.*pip install "\.\[onnx\]""):
+    with pytest.raises(UserError, match=r'needs the package onnxscript.*pip install "\.\[onnx\]"'):
         onnx_file.save(tmp_path / "m.onnx", WEIGHTS, "float32", raw_input=False)
     assert list(tmp_path.iterdir()) == []
