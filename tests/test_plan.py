@@ -275,7 +275,7 @@ def test_what_does_not_fit_says_what_would(capsys: Any) -> None:
     # Tokens of 512 channels on 1024 patches: some GiB per few pictures.
     arch = Architecture(image_size=512, num_classes=10, dim=512, depth=1, num_heads=8, mlp_ratio=4.0)
     large = Config(
-        model=ModelConfig(architecture=arch), batch_size=4 * 400, eval_batch_size=4, loss=LossConfig(), init="random",
+        model=ModelConfig(architecture=arch), batch_size=4 * 500, eval_batch_size=4, loss=LossConfig(), init="random",
         optim=OptimConfig(),
     )  # fmt: skip
     topology = parse_topology("v5e:2x2")
