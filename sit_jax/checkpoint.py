@@ -133,9 +133,18 @@ class Checkpoints:
             shapes = [[], []]
         if shapes[0] and shapes[0] != shapes[1]:  # None at all where the description itself is unreadable.
             return f"{where} is of another model: {_first_line(error)}"
-        earlier = [c.step for c in self._checkpointer.checkpoints if c.step < step]
-        way_out = f"move {step} away to go on from step {max(earlier)}" if earlier else "there is none before it"
+        before = sorted((c.step for c in self._checkpointer.checkpoints if c.step < step), reverse=True)
+        earlier = next((other for other in before if self._describes_itself(other)), None)
+        way_out = "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
         return f"{where} is damaged (sit checkpoint verify says where); {way_out}"
+
+    def _describes_itself(self, step: int) -> bool:
+        """Whether a checkpoint's own description can be read; one that a killed process was removing has lost it."""
+        try:
+            there = self._checkpointer.checkpointables_metadata(step).metadata
+            return all(there.get(part) is not None for part in ("model", "training"))
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+            return False
 
     def about(self) -> dict[str, Any]:
         """What the newest checkpoint says about itself; empty where there is none, or an old one."""

@@ -154,6 +154,18 @@ def test_damaged_files(damage: str, run: pathlib.Path, config: Config, tmp_path:
         assert "checkpoint 6: " in passed(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "6")
 
 
+def test_damaged_one_before_it_is_not_recommended(run: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:
+    # As a process leaves it that is killed while it removes an old checkpoint.
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for path in (folder / "checkpoints" / "6").rglob("*METADATA*"):
+        path.unlink()
+    largest = max((folder / "checkpoints" / "8" / "model").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(b"")
+    with pytest.raises(RunError, match=r"; move 8 away to go on from step 2$"):
+        restore(folder, config)
+
+
 def test_refusals(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
     for task in ("list", "show", "verify"):
         assert "holds no checkpoint" in refused(capsys, "checkpoint", task, "--workdir", tmp_path)
