@@ -5,7 +5,9 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+import quick_compile
+
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), quick_compile.FLAGS, quick_compile.devices(8)])
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile the same steps again and again, in several processes: they share what is compiled, also from run to run.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(".pytest_cache/jax").absolute())

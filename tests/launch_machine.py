@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+import quick_compile
+
 FAKES = pathlib.Path("tests/fake_commands.py").absolute()
 LOCAL = ("gcloud", "srun", "scancel", "squeue", "scontrol", "kubectl", "docker", "sit", "tar", "mkdir")
 ON_WORKERS = {
@@ -43,7 +45,7 @@ class Machine:
             "FAKE_PYTHON": sys.executable,
             # JAX derives the coordinator's port from a job's number.
             "FAKE_JOB": str(random.randrange(1, 4096)),
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": quick_compile.FLAGS,
             "CUDA_VISIBLE_DEVICES": "",
         }
         self.environment["SLURM_SUBMIT_DIR"] = os.getcwd()

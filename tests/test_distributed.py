@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick_compile
 
 from sit_jax import cli, distributed
 from sit_jax.distributed import Processes, call_the_roll
@@ -184,7 +185,7 @@ def test_missing_processes_of_a_launcher_are_named(monkeypatch: pytest.MonkeyPat
 
 
 def start(devices: int, *words: str) -> "subprocess.Popen[str]":
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{quick_compile.FLAGS} {quick_compile.devices(devices)}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "sit_jax", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

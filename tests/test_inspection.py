@@ -135,23 +135,26 @@ def test_restore_of_another_models(run: pathlib.Path, config: Config) -> None:
         restore(run, wider)
 
 
-@pytest.mark.parametrize("damage", ["cut", "emptied", "overwritten", "gone"])
-def test_damaged_files(damage: str, run: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any) -> None:
-    for part in ("model", "training"):
-        folder = tmp_path / part
-        shutil.copytree(run, folder)
-        target = max((folder / "checkpoints" / "8" / part).rglob("d/*"), key=lambda path: path.stat().st_size)
-        content = target.read_bytes()
-        if damage == "gone":
-            target.unlink()
-        elif damage == "overwritten":
-            target.write_bytes(np.random.default_rng(0).bytes(len(content)))
-        else:
-            target.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-        assert "checkpoint 8 in" in refused(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "8")
-        with pytest.raises(RunError, match=r"^checkpoint 8 in .* is damaged .*; move 8 away to go on from step 6$"):
-            restore(folder, config)
-        assert "checkpoint 6: " in passed(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "6")
+@pytest.mark.parametrize(
+    ("damage", "part"), [("cut", "model"), ("emptied", "training"), ("overwritten", "training"), ("gone", "model")]
+)
+def test_damaged_files(
+    damage: str, part: str, run: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    folder = tmp_path / part
+    shutil.copytree(run, folder)
+    target = max((folder / "checkpoints" / "8" / part).rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = target.read_bytes()
+    if damage == "gone":
+        target.unlink()
+    elif damage == "overwritten":
+        target.write_bytes(np.random.default_rng(0).bytes(len(content)))
+    else:
+        target.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    assert "checkpoint 8 in" in refused(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "8")
+    with pytest.raises(RunError, match=r"^checkpoint 8 in .* is damaged .*; move 8 away to go on from step 6$"):
+        restore(folder, config)
+    assert "checkpoint 6: " in passed(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "6")
 
 
 def test_damaged_one_before_it_is_not_recommended(run: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick_compile
 from test_distributed import SMALL
 
 from sit_jax.checkpoint import FOLDER, Checkpoints
@@ -31,7 +32,7 @@ def start(run: pathlib.Path, data: str, **more: Any) -> "subprocess.Popen[str]":
     values = {**LONG, "data.data_dir": data, **more}
     words = ["train", "--config", "configs/digits.py", "--workdir", str(run), "--resume"]
     words += [f"--config.{key}={value}" for key, value in values.items()]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": quick_compile.FLAGS, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "sit_jax", *words]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

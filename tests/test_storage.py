@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import quick_compile
 from test_interruption import LONG
 
 from sit_jax.checkpoint import Checkpoints
@@ -41,7 +42,7 @@ def words(run: pathlib.Path, data: str, **more: Any) -> list[str]:
 
 
 def finish(command: list[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "XLA_FLAGS": quick_compile.FLAGS, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
