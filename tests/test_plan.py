@@ -83,6 +83,35 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert traffic.memory_bytes == 5 * each + (4 + 128) + 32 + 256
 
 
+# What runs beside the kernels: a matrix brought to the chip's memory (space 1), a result brought back from there, two of
+# three rows of another matrix brought in apart and named as one, and a gather in two halves.
+ASYNCHRONOUS = """HloModule jit_step
+
+ENTRY %main (x: f32[16,8], y: f32[3,8], z: bf16[16]) -> f32[16,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %y = f32[3,8]{1,0} parameter(1)
+  %z = bf16[16]{0} parameter(2)
+  %in = (f32[16,8]{1,0:S(1)}, f32[16,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %here = f32[16,8]{1,0:S(1)} copy-done(%in)
+  %first = ((f32[3,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%y), slice={[0:1], [0:8]}
+  %second = ((f32[3,8]{1,0}), f32[1,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%y), slice={[1:2], [0:8]}
+  %one = f32[1,8]{1,0:S(1)} slice-done(%first)
+  %two = f32[1,8]{1,0:S(1)} slice-done(%second)
+  %rows = f32[2,8]{1,0:S(1)} custom-call(%one, %two), custom_call_target="ConcatBitcast"
+  %gather = (bf16[16]{0}, bf16[128]{0}) all-gather-start(%z), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  %gathered = bf16[128]{0} all-gather-done(%gather)
+  %out = (f32[16,8]{1,0}, f32[16,8]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%here)
+  ROOT %back = f32[16,8]{1,0} copy-done(%out)
+}
+"""
+
+
+def test_asynchronous_moves_count_once() -> None:
+    traffic = read_traffic(ASYNCHRONOUS, 8)
+    assert traffic.collectives == (Collective("all-gather", group=8, runs=1, bytes=256),)
+    assert traffic.memory_bytes == 512 + 512 + 2 * 32 + (32 + 256)
+
+
 def test_what_the_compiler_noted_comes_first() -> None:
     noted = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert read_traffic(noted, 8).collectives[1].runs == 3

@@ -15,10 +15,25 @@ _BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
-# These name or rearrange buffers; nothing moves.
+# These name or rearrange buffers, or run other computations, which are counted by themselves; nothing moves.
 _FREE = frozenset(
-    {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "while", "conditional"}
+    {
+        "parameter",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "constant",
+        "after-all",
+        "while",
+        "conditional",
+        "call",
+        "async-start",
+    }
 )
+# Custom calls that only name buffers anew.
+_FREE_CALLS = ('custom_call_target="ConcatBitcast"',)
+# Asynchronous instructions whose result holds their operands besides what they write.
+_WITH_OPERANDS = frozenset({"copy-start", "all-gather-start", "collective-permute-start"})
 # The second half of an asynchronous pair; the first half counts.
 _SECOND_HALF = re.compile(r"-(done|update)$")
 
@@ -180,8 +195,16 @@ def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[
     match instruction.opcode:
         case "dynamic-slice" | "slice" | "gather":
             return 2 * _size(instruction.type)
+        case "slice-start":  # Its result: (operand, slice, context). Either may lie in the chip's own memory.
+            arrays = _arrays(instruction.type)
+            (_, operand_in_main), (size, slice_in_main) = arrays[:2]
+            return size * (operand_in_main + slice_in_main)
         case "dynamic-update-slice":
             return 2 * (_size(operands[1]) if len(operands) > 1 else 0)
+        case opcode if opcode in _WITH_OPERANDS:
+            return _size(instruction.type)
+        case "custom-call" if any(call in instruction.attributes for call in _FREE_CALLS):
+            return 0
         case "fusion":
             body = computations.get(_attribute(instruction, "calls"), [])
             return _moved_by_fusion(instruction, operands, body)
