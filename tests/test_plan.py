@@ -83,8 +83,8 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert traffic.memory_bytes == 5 * each + (4 + 128) + 32 + 256
 
 
-# What runs beside the kernels: a matrix brought to the chip's memory (space 1), a result brought back from there, two of
-# three rows of another matrix brought in apart and named as one, and a gather in two halves.
+# What runs beside the kernels: a matrix brought to the chip's memory (space 1), a result brought back from there, two
+# of three rows of another matrix brought in apart and named as one, and a gather in two halves.
 ASYNCHRONOUS = """HloModule jit_step
 
 ENTRY %main (x: f32[16,8], y: f32[3,8], z: bf16[16]) -> f32[16,8] {
