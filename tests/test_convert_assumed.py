@@ -40,10 +40,13 @@ def test_what_timm_does_not_say_of_pictures_is_told(
     assert notices(tmp_path, tmp_path.with_suffix(".pth")) == ([assumed] if assumed else [])
 
 
-def test_what_google_research_does_not_say_of_pictures_is_told(tmp_path: pathlib.Path) -> None:
+def test_google_research_stretches_pictures(tmp_path: pathlib.Path) -> None:
     original_models.save_npz(tmp_path / "ViT.npz", original_models.google(PLAIN))
-    assumed = "interpolation bicubic, crop_fraction 0.875, resize crop"
-    assert notices(tmp_path / "ViT.npz", tmp_path / "model") == [assumed]
+    assert notices(tmp_path / "ViT.npz", tmp_path / "model") == []
+    preprocessing = json.loads((tmp_path / "model" / "config.json").read_text())["preprocessing"]
+    # As google-research evaluates: pixels of a whole picture, resized to a square, minus 127.5, over 127.5.
+    assert (preprocessing["resize"], preprocessing["interpolation"]) == ("stretch", "bilinear")
+    assert preprocessing["mean"] == preprocessing["std"] == [0.5] * 3
 
 
 def notices(source: pathlib.Path, dest: pathlib.Path) -> list[str]:

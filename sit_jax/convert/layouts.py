@@ -22,8 +22,14 @@ class Source(NamedTuple):
 
 
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
-# google-research's models take pixels from -1 to 1.
-_MINUS_ONE_TO_ONE: dict[str, Any] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+# As vit_jax/input_pipeline.py of google-research evaluates: the whole picture stretched, pixels from -1 to 1.
+_GOOGLE_PICTURES: dict[str, Any] = {
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "interpolation": "bilinear",
+    "crop_fraction": 1.0,
+    "resize": "stretch",
+}
 
 
 class Layout(NamedTuple):
@@ -52,7 +58,7 @@ def find_layout(shapes: Shapes) -> Layout | None:
     """The layout of a file's tensors, or None for no model known here."""
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
         name = "google-research layout (vision_transformer)"
-        return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_MINUS_ONE_TO_ONE)
+        return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_GOOGLE_PICTURES)
     if not any(name.startswith("blocks.0.") for name in shapes):
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):
