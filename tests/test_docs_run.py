@@ -11,6 +11,7 @@ from pictures import photographs
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import sit_jax
 from sit_jax import cli
 
 ROOT = pathlib.Path.cwd()
@@ -22,17 +23,18 @@ DIGITS = ["--config.data.train_split=train[:64]", "--config.data.eval_split=test
 
 
 def follow(page: str, extra: list[str], verbs: tuple[str, ...] = (), times: int = 99) -> list[list[str]]:
-    """Runs the commands of a page's first shell blocks; training and showing data get further words.
+    """Runs the commands of a page's first shell blocks; what takes long gets further words.
 
     With `verbs`, only commands of these that do not need ImageNet.
     """
     done = []
-    further = {"train": extra, "data": ["--config.batch_size=8"]}
+    further = {"train": extra, "data": ["--config.batch_size=8"], "benchmark": ["--seconds=0.1", "--rounds=1"]}
     text = (ROOT / "docs" / page).resolve().read_text()
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[:times]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if not words or (verbs and (words[0] != "sit" or words[1] not in verbs or "runs/sit_tiny" in words)):
+            imagenet = any("configs/imagenet" in word or word == "runs/sit_tiny" for word in words)
+            if not words or (verbs and (imagenet or words[0] != "sit" or words[1] not in verbs)):
                 continue
             if words == ["make", "demo"]:
                 recipe = re.search(r"^demo: .*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -78,9 +80,17 @@ def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
     Image.open("picture.jpg").save("pictures/0.png")
     assert len(follow("visualize.md", [], ("visualize",), times=1)) == 4
     assert pathlib.Path("maps.npz").exists()
-    done = follow("../README.md", [], ("evaluate", "predict", "visualize", "report", "checkpoint", "models"))
-    assert len(done) == 6
-    assert len(follow("training.md", [], ("models", "evaluate", "checkpoint"))) == 5
+    # Random weights in the place of published ones.
+    for name, model, layout in (
+        ("deit_small_patch16_224", "deit_small", "timm"),
+        ("lvvit_s", "lvvit_small", "original"),
+    ):
+        sit_jax.create_model(model).save(f"random/{model}")
+        assert cli.main(["export", f"random/{model}", f"{name}.pth", "--format", layout]) == 0
+    verbs = ("benchmark", "evaluate", "predict", "visualize", "report", "convert", "checkpoint", "models")
+    assert len(follow("../README.md", [], verbs)) == 8
+    assert len(follow("imagenet.md", [], ("convert",))) == 1
+    assert len(follow("training.md", [], ("models", "evaluate", "checkpoint", "plan"))) == 6
 
 
 @pytest.mark.slow
