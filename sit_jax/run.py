@@ -28,7 +28,7 @@ from sit_jax.origins import check_origins, first_state, given_teacher
 from sit_jax.origins import trained_variables as trained_variables
 from sit_jax.progress import Progress
 from sit_jax.state import TrainState
-from sit_jax.train import Task, abstract_state, make_task, make_train_step
+from sit_jax.train import Task, abstract_state, abstract_teachers, make_task, make_train_step
 
 Evaluator = Callable[[TrainState], dict[str, float]]
 

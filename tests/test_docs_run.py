@@ -22,18 +22,20 @@ SMALL = [f"--config.{of}.{name}={size}" for of in ("model", "teacher.model") for
 DIGITS = ["--config.data.train_split=train[:64]", "--config.data.eval_split=test[:32]"]
 
 
-def follow(page: str, extra: list[str], verbs: tuple[str, ...] = (), times: int = 99) -> list[list[str]]:
-    """Runs the commands of a page's first shell blocks; what takes long gets further words.
+def follow(
+    page: str, extra: list[str], verbs: tuple[str, ...] = (), first: int = 0, times: int = 99
+) -> list[list[str]]:
+    """Runs the commands of some of a page's shell blocks, in order; what takes long gets further words.
 
     With `verbs`, only commands of these that do not need ImageNet.
     """
     done = []
-    further = {"train": extra, "data": ["--config.batch_size=8"], "benchmark": ["--seconds=0.1", "--rounds=1"]}
+    further = {"train": extra, "show": ["--config.batch_size=8"], "benchmark": ["--seconds=0.1", "--rounds=1"]}
     text = (ROOT / "docs" / page).resolve().read_text()
-    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[:times]:
+    for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[first : first + times]:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            imagenet = any("configs/imagenet" in word or word == "runs/sit_tiny" for word in words)
+            imagenet = any("imagenet" in word or word == "runs/sit_tiny" for word in words)
             if not words or (verbs and (imagenet or words[0] != "sit" or words[1] not in verbs)):
                 continue
             if words == ["make", "demo"]:
@@ -41,7 +43,8 @@ def follow(page: str, extra: list[str], verbs: tuple[str, ...] = (), times: int 
                 assert recipe
                 words = shlex.split(recipe[1].replace("$(WORKDIR)", "runs/digits"))
             assert words[0] == "sit", line
-            assert cli.main([*words[1:], *further.get(words[1], [])]) == 0, line
+            verb = words[2] if words[1] == "data" else words[1]
+            assert cli.main([*words[1:], *further.get(verb, [])]) == 0, line
             done.append(words)
     return done
 
@@ -90,18 +93,39 @@ def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
     verbs = ("benchmark", "evaluate", "predict", "visualize", "report", "convert", "checkpoint", "models")
     assert len(follow("../README.md", [], verbs)) == 8
     assert len(follow("imagenet.md", [], ("convert",))) == 1
-    assert len(follow("training.md", [], ("models", "evaluate", "checkpoint", "plan"))) == 6
 
 
 @pytest.mark.slow
-def test_own_pictures(place: pathlib.Path) -> None:
-    for name, photograph in list(photographs().items())[:2]:
+def test_training(place: pathlib.Path, digits_dir: str) -> None:
+    crops(2)
+    blocks = ["--config.model.stage_blocks=(1,1,2)", f"--config.data.data_dir={digits_dir}"]
+    verbs = ("models", "train", "evaluate", "checkpoint", "data", "plan")
+    done = follow("training.md", [*SHORT, *STEADY, *SMALL, *DIGITS, *blocks], verbs)
+    assert len(done) == 11
+    assert pathlib.Path("data/mine").is_dir()
+
+
+def crops(classes: int) -> None:
+    """Pictures in folders, one for each class."""
+    for name, photograph in list(photographs().items())[:classes]:
         for index in range(20):
             folder = pathlib.Path("pictures") / name
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(photograph[index : index + 150, 3 * index : 3 * index + 150]).save(folder / f"{index}.jpg")
+
+
+@pytest.mark.slow
+def test_own_pictures(place: pathlib.Path) -> None:
+    crops(2)
     small = [*SMALL, "--config.model.stage_blocks=(2,2)", "--config.batch_size=8", "--config.teacher.batch_size=8"]
     sizes = ["--config.model.image_size=64", "--config.teacher.model.image_size=64"]
-    done = follow("own_pictures.md", [*SHORT[:2], *STEADY, *small, *sizes, "--config.eval_batch_size=8"], times=2)
-    assert len(done) == 4  # What follows is a ViT of full size; test_docs.py reads its page and its words.
+    words = [*SHORT[:2], *STEADY, *small, *sizes, "--config.eval_batch_size=8"]
+    assert len(follow("own_pictures.md", words, times=2)) == 4
     assert pathlib.Path("examples.png").exists()
+    # The page's own ViT, which `sit convert` would have brought, with random weights and as narrow as the rest.
+    text = (ROOT / "docs/own_pictures.md").read_text()
+    (page,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    pathlib.Path("my_vit.py").write_text(page)
+    sit_jax.create_model("deit_small", num_classes=2, image_size=64, **SIZES).save("models/deit_small")
+    vit = [word for word in words if "stage_blocks" not in word] + ["--config.model.stage_blocks=(1,1,1,1)"]
+    assert len(follow("own_pictures.md", vit, ("train",), first=2)) == 2

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import pathlib
+import re
 import types
 from typing import Any
 
@@ -12,7 +14,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from sit_jax import sharding
+from sit_jax import cli, sharding
 from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
@@ -156,3 +158,18 @@ def test_placements_add_up() -> None:
     for entry in placed:
         split = math.prod(mesh.shape[axis] for axis in entry.spec if axis is not None)
         assert entry.mib * split == pytest.approx(math.prod(entry.shape) * 4 / 2**20)
+
+
+def test_the_command_prints_every_arrays_place(tmp_path: pathlib.Path, digits_dir: str, capsys: Any) -> None:
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4", "--config.mesh.tensor=1"]
+    words = ["train", "--config", "configs/digits.py", "--workdir", str(tmp_path / "run"), "--print_sharding"]
+    wide = ["--config.model.dim=96", "--config.teacher.model.dim=96", "--config.optim.ema_decay=0.9"]
+    assert cli.main([*words, *mesh, *wide, f"--config.data.data_dir={digits_dir}"]) == 0
+    rows = [re.split(r" {2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    kernels = {row[0]: row[1:] for row in rows if row[0].endswith("blocks_0/attn/qkv/kernel")}
+    # Of 96 x 288 values of 4 bytes each device holds a quarter; so of the moments, the average and the teacher.
+    assert {name.split("/")[0] for name in kernels} == {"state", "teachers"}
+    assert len(kernels) >= 5
+    for name, cells in kernels.items():
+        assert cells == ["96 x 288", "- x fsdp", f"{96 * 288 * 4 / 4 / 2**20:.3f}"], name
+    assert not (tmp_path / "run").exists()
