@@ -79,7 +79,7 @@ def head(cells: list[str]) -> None:
 def times(result: dict[str, Any]) -> list[str]:
     bound = result["bound"]
     parts = [f"{1e3 * bound[name]:.1f}" for name in ("compute_s", "memory_s", "network_s")]
-    return [*parts, f"{bound['images_per_s']:,.0f}", f"{bound['days']:.2f}", f"{bound['chip_hours']:,.0f}"]
+    return [*parts, f"{bound['images_per_s']:,.0f}", f"{bound['days']:.2g}", f"{bound['chip_hours']:,.0f}"]
 
 
 COLUMNS = [
