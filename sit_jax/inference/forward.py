@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from sit_jax.inference.fold import Folded
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import exact_gelu
+from sit_jax.models.gelu import exact_gelu
 from sit_jax.models.slimming import SLIMMING_NORM_EPS
 
 # Without its gradient by hand, so that there is forward mode, too.

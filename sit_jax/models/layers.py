@@ -1,9 +1,9 @@
-"""The parts of a vision transformer: stems, attention, MLP, block, drop path, normalisation.
+"""The parts of a vision transformer: stems, attention, block, drop path, normalisation.
 
 Everything takes a `dtype` for the products and keeps softmax, statistics and parameters in float32.
 """
 
-import math
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.convolution import Halving
-from sit_jax.models.products import DENSE_INIT, Dense
+from sit_jax.models.gelu import exact_gelu
+from sit_jax.models.products import DENSE_INIT, Dense, Mlp
 
 TOKEN_INIT = nn.initializers.normal(0.02)
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -28,38 +29,66 @@ def dense(features: int, dtype: jnp.dtype, name: str, use_bias: bool = True, hea
     return Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, name=name)
 
 
-def layer_norm(epsilon: float, dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics; the two-pass variance, since the fast one loses digits on large means."""
-    return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normalise(
+    epsilon: float, dtype: Any, x: Float[Array, "*lead dim"], scale: Float[Array, " dim"], bias: Float[Array, " dim"]
+) -> Float[Array, "*lead dim"]:
+    """LayerNorm over the last dimension, in float32, as `dtype`.
 
-
-@jax.custom_vjp
-def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """GELU by the error function (Flax's default is the tanh approximation), computed in float32.
-
-    As in PyTorch, `x / 2 * (1 + erf(x / sqrt 2))`: JAX's own takes `erfc`, which on CPU works out two branches, and its
-    derivative runs over the array four times and keeps three more of them. Here the backward pass is one pass over `x`.
+    The variance is the two-pass one, since the fast one loses digits on large means. Of the backward pass autodiff
+    makes more sums and more passes than it takes.
     """
-    value = x.astype(jnp.float32)
-    return (value * _normal_share(value)).astype(x.dtype)
+    return _normalise_forward(epsilon, dtype, x, scale, bias)[0]
 
 
-def _gelu_forward(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    return exact_gelu(x), x
+def _normalise_forward(
+    epsilon: float, dtype: Any, x: Array, scale: Array, bias: Array
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    values = x.astype(jnp.float32)
+    mean = values.mean(axis=-1, keepdims=True)
+    centred = values - mean
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + epsilon)
+    result = centred * (inverse * _last(scale, x)) + _last(bias, x)
+    return result.astype(dtype), (x, mean, inverse, scale)
 
 
-def _gelu_backward(x: Float[Array, "..."], gradient: Float[Array, "..."]) -> tuple[Float[Array, "..."]]:
-    value = x.astype(jnp.float32)
-    slope = _normal_share(value) + value * jnp.exp(-0.5 * value * value) / math.sqrt(2 * math.pi)
-    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+def _normalise_backward(
+    epsilon: float, dtype: Any, kept: tuple[Array, Array, Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    x, mean, inverse, scale = kept
+    slopes = gradient.astype(jnp.float32)
+    normed = (x.astype(jnp.float32) - mean) * inverse
+    along = slopes * _last(scale, x)
+    shift, stretch = along.mean(axis=-1, keepdims=True), (along * normed).mean(axis=-1, keepdims=True)
+    lead = tuple(range(x.ndim - 1))
+    to_x = (inverse * (along - shift - normed * stretch)).astype(x.dtype)
+    return to_x, (slopes * normed).sum(axis=lead), slopes.sum(axis=lead)
 
 
-def _normal_share(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The share of the normal distribution that lies below x."""
-    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-exact_gelu.defvjp(_gelu_forward, _gelu_backward)
+def _last(vector: Array, x: Array) -> Array:
+    """A vector as an array that broadcasts against x along its last dimension."""
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm with the parameters of `flax.linen.LayerNorm`.
+
+    Attributes:
+        epsilon: Added to the variance.
+        dtype: Type of the result; all else is float32.
+    """
+
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead dim"]) -> Float[Array, "*lead dim"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return normalise(self.epsilon, self.dtype, x, jnp.asarray(scale), jnp.asarray(bias))
 
 
 class BatchNorm(nn.Module):
@@ -213,27 +242,6 @@ class Attention(nn.Module):
         return dense(dim, self.dtype, "proj")(mixed)
 
 
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between.
-
-    Attributes:
-        hidden_dim: Features between the layers.
-        out_dim: Features that come out.
-        dtype: Type of the products.
-        columns: Work on the first of two dimensions instead of the last one.
-    """
-
-    hidden_dim: int
-    out_dim: int
-    dtype: Any = jnp.float32
-    columns: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        layers = [Dense(n, dtype=self.dtype, columns=self.columns) for n in (self.hidden_dim, self.out_dim)]
-        return layers[1].copy(name="fc2")(exact_gelu(layers[0].copy(name="fc1")(x)))
-
-
 def drop_path(
     branch: Float[Array, "batch tokens dim"], rate: float | Float[Array, ""], key: Array | None
 ) -> Float[Array, "batch tokens dim"]:
@@ -270,10 +278,10 @@ class Block(nn.Module):
         """Transforms the tokens; with a key, drop path of the given rate applies to both branches."""
         arch = self.arch
         keys = (None, None) if key is None else jax.random.split(key)
-        normed = layer_norm(arch.norm_eps, self.dtype, "norm1")(x)
+        normed = LayerNorm(arch.norm_eps, self.dtype, name="norm1")(x)
         branch = self._scale(Attention(arch.num_heads, arch.qkv_bias, self.dtype, name="attn")(normed), "layer_scale1")
         x = x + drop_path(branch, drop_rate, keys[0]) / arch.residual_scale
-        normed = layer_norm(arch.norm_eps, self.dtype, "norm2")(x)
+        normed = LayerNorm(arch.norm_eps, self.dtype, name="norm2")(x)
         branch = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")(normed)
         branch = self._scale(branch, "layer_scale2")
         return x + drop_path(branch, drop_rate, keys[1]) / arch.residual_scale

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import Mlp, dense, exact_gelu, layer_norm
+from sit_jax.models.gelu import exact_gelu
+from sit_jax.models.layers import LayerNorm, dense
+from sit_jax.models.products import Mlp
 
 Error = Callable[[Array, Array], Array]
 
@@ -38,7 +40,7 @@ class TokenSlimming(nn.Module):
         self, x: Float[Array, "batch tokens dim"]
     ) -> tuple[Float[Array, "batch kept dim"], Float[Array, "batch tokens kept"]]:
         """Returns the kept tokens and the assignment matrix, whose columns each sum to one."""
-        hidden = layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm")(x)
+        hidden = LayerNorm(SLIMMING_NORM_EPS, self.dtype, name="norm")(x)
         hidden = exact_gelu(dense(x.shape[-1] // 2, self.dtype, "fc1")(hidden))
         scores = dense(self.kept_tokens, self.dtype, "fc2")(hidden).astype(jnp.float32)
         scale = self.param("scale", nn.initializers.ones, ())
@@ -61,12 +63,12 @@ class ReverseTokenSlimming(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch kept dim"]) -> Float[Array, "batch tokens dim"]:
         batch, kept, channels = x.shape
-        normed = layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm1")(x)
+        normed = LayerNorm(SLIMMING_NORM_EPS, self.dtype, name="norm1")(x)
         # Tokens first, then all channels of all examples as columns: whole rows move, and no matrix is transposed.
         columns = jnp.swapaxes(normed, 0, 1).reshape(kept, batch * channels)
         across = Mlp(4 * self.num_tokens, self.num_tokens, self.dtype, columns=True, name="token_mlp")(columns)
         recovered = jnp.swapaxes(across.reshape(self.num_tokens, batch, channels), 0, 1)
-        normed = layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm2")(recovered)
+        normed = LayerNorm(SLIMMING_NORM_EPS, self.dtype, name="norm2")(recovered)
         return recovered + Mlp(4 * channels, channels, self.dtype, name="channel_mlp")(normed)
 
 

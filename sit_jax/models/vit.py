@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import TOKEN_INIT, Block, ConvStem, PatchStem, dense, layer_norm
+from sit_jax.models.layers import TOKEN_INIT, Block, ConvStem, LayerNorm, PatchStem, dense
 
 
 class Outputs(NamedTuple):
@@ -81,7 +81,7 @@ class ViT(nn.Module):
                 assignments.append(assignment)
             tokens += run_tokens
         used = stream if self._has_patch_logits else stream[:, : arch.num_prefix_tokens]
-        normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
+        normed = LayerNorm(arch.norm_eps, self.dtype, name="norm")(used)
         logits, distillation_logits, patch_logits = self._heads(normed, train)
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
 
