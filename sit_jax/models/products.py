@@ -175,22 +175,15 @@ class Weights(nn.Module):
     Attributes:
         inputs: Features that go in.
         features: Features that come out.
-        use_bias: Whether there is a bias.
-        kernel_init: Initialiser of the kernel.
     """
 
     inputs: int
     features: int
-    use_bias: bool = True
-    kernel_init: Any = DENSE_INIT
 
     @nn.compact
-    def __call__(self) -> tuple[Float[Array, "inputs outputs"], Float[Array, " outputs"] | None]:
+    def __call__(self) -> tuple[Float[Array, "inputs outputs"], Float[Array, " outputs"]]:
         """The kernel and the bias."""
-        kernel = jnp.asarray(self.param("kernel", self.kernel_init, (self.inputs, self.features)))
-        if not self.use_bias:
-            return kernel, None
-        return kernel, jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,)))
+        return _kernel(self, DENSE_INIT, self.inputs, self.features), _bias(self, self.features)
 
 
 class Dense(nn.Module):
@@ -210,9 +203,17 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        kernel = jnp.asarray(self.param("kernel", self.kernel_init, (x.shape[-1], self.features)))
-        bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,))) if self.use_bias else None
+        kernel = _kernel(self, self.kernel_init, x.shape[-1], self.features)
+        bias = _bias(self, self.features) if self.use_bias else None
         return linear(False, jnp.asarray(x, self.dtype), kernel, bias)
+
+
+def _kernel(module: nn.Module, init: Any, inputs: int, outputs: int) -> Array:
+    return jnp.asarray(module.param("kernel", init, (inputs, outputs)))
+
+
+def _bias(module: nn.Module, outputs: int) -> Array:
+    return jnp.asarray(module.param("bias", nn.initializers.zeros, (outputs,)))
 
 
 class Mlp(nn.Module):
