@@ -141,6 +141,18 @@ def test_bfloat16_products_leave_gradients_in_float32(sizes: tuple[int, int, int
     np.testing.assert_allclose(to_bias, wide(slopes).sum(axis=0), rtol=1e-5, atol=1e-4)
 
 
+def test_a_bfloat16_convolutions_kernel_gradient_is_summed_in_float32() -> None:
+    x, kernel = normal(0, 2, 8, 6, 16).astype(jnp.bfloat16), normal(1, 3, 3, 16, 32)
+    slopes = normal(2, 2, 4, 3, 32).astype(jnp.bfloat16)
+    _, back = jax.jit(functools.partial(jax.vjp, halve))(x, kernel)
+    to_kernel = jax.jit(back)(slopes)[1]
+    padded = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = [padded[:, i : i + 8 : 2, j : j + 6 : 2] for i in range(3) for j in range(3)]
+    expected = np.einsum("tbhwi,bhwo->tio", np.stack(windows), np.asarray(slopes, np.float64))
+    assert to_kernel.dtype == jnp.float32
+    np.testing.assert_allclose(to_kernel, expected.reshape(3, 3, 16, 32), rtol=1e-5, atol=1e-4)
+
+
 def test_parameters_stay_in_float32() -> None:
     layer: Any = Dense(8, dtype=jnp.bfloat16)
     params = layer.init(KEYS[1], normal(0, 64, 4))

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sit_jax.models.products import dot_turned
+
 
 @jax.custom_vjp
 def halve(
@@ -57,7 +59,7 @@ def _to_kernel(x: Array, gradient: Array) -> Array:
     for row in (pairs[:, :-1, 0], pairs[:, :-1, 1], pairs[:, 1:, 0]):
         window = jnp.concatenate([row[:, :, :-1], row[:, :, 1:, :channels]], axis=-1)
         flat = window.reshape(-1, 3 * channels)
-        rows.append(jax.lax.dot_general(flat, slopes, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32))
+        rows.append(dot_turned(flat, slopes))
     return jnp.stack(rows).reshape(3, 3, channels, -1)
 
 

@@ -54,13 +54,12 @@ def _linear_backward(
 ) -> tuple[Array, Array, Array | None]:
     x, kernel, bias = kept
     to_x = _to_input(columns, kernel, gradient).astype(x.dtype)
-    return to_x, _to_kernel(columns, x, gradient), _to_bias(columns, gradient, bias)
+    return to_x, _to_kernel(columns, x, gradient), None if bias is None else _to_bias(columns, gradient)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gelu_mlp(
     columns: bool,
     x: Float[Array, "..."],
@@ -74,45 +73,43 @@ def gelu_mlp(
     Of what lies between, only GELU's input is kept for the backward pass, in the type of x: GELU and its slope come
     from it in one pass.
     """
-    hidden = linear(columns, x if columns else _rows(x), kernel1, bias1)
-    result = linear(columns, exact_gelu(hidden), kernel2, bias2)
-    return result if columns else result.reshape(*x.shape[:-1], kernel2.shape[1])
+    if columns:
+        return _matrix_mlp(columns, x, kernel1, bias1, kernel2, bias2)
+    return _matrix_mlp(columns, _rows(x), kernel1, bias1, kernel2, bias2).reshape(*x.shape[:-1], kernel2.shape[1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matrix_mlp(columns: bool, x: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array) -> Array:
+    return linear(columns, exact_gelu(linear(columns, x, kernel1, bias1)), kernel2, bias2)
 
 
 def _mlp_forward(
     columns: bool, x: Array, kernel1: Array, bias1: Array, kernel2: Array, bias2: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    flat = x if columns else _rows(x)
     # Without the barrier XLA keeps the float32 result of the product, too, or instead.
-    hidden = jax.lax.optimization_barrier(linear(columns, flat, kernel1, bias1))
-    result = linear(columns, exact_gelu(hidden), kernel2, bias2)
-    result = result if columns else result.reshape(*x.shape[:-1], kernel2.shape[1])
-    return result, (x, hidden, kernel1, bias1, kernel2, bias2)
+    hidden = jax.lax.optimization_barrier(linear(columns, x, kernel1, bias1))
+    return linear(columns, exact_gelu(hidden), kernel2, bias2), (x, hidden, kernel1, kernel2)
 
 
-def _mlp_backward(columns: bool, kept: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
-    x, hidden, kernel1, bias1, kernel2, bias2 = kept
-    if not columns:
-        gradient = _rows(gradient)
-    flat = x if columns else _rows(x)
+def _mlp_backward(columns: bool, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    x, hidden, kernel1, kernel2 = kept
     active, slope = gelu_and_slope(hidden)
     # Rounded when it is the slope's product, not before.
     to_hidden = (_to_input(columns, kernel2, gradient) * slope).astype(x.dtype)
-    to_x = _to_input(columns, kernel1, to_hidden).astype(x.dtype).reshape(x.shape)
-    to_kernel1 = _to_kernel(columns, flat, to_hidden)
+    to_x = _to_input(columns, kernel1, to_hidden).astype(x.dtype)
+    to_kernel1 = _to_kernel(columns, x, to_hidden)
     to_kernel2 = _to_kernel(columns, active.astype(x.dtype), gradient)
-    to_bias1, to_bias2 = _to_bias(columns, to_hidden, bias1), _to_bias(columns, gradient, bias2)
-    return to_x, to_kernel1, to_bias1, to_kernel2, to_bias2
+    return to_x, to_kernel1, _to_bias(columns, to_hidden), to_kernel2, _to_bias(columns, gradient)
 
 
-gelu_mlp.defvjp(_mlp_forward, _mlp_backward)
+_matrix_mlp.defvjp(_mlp_forward, _mlp_backward)
 
 
 def _affine(columns: bool, x: Array, kernel: Array, bias: Array | None) -> Array:
     """The layer's result in float32."""
     kernel = kernel.astype(x.dtype)
     if columns:
-        result = _dot_turned(kernel, x)
+        result = dot_turned(kernel, x)
         return result if bias is None else result + bias[:, None]
     result = _dot(_rows(x), kernel, 1, 0)
     result = result if bias is None else result + bias[None]
@@ -129,13 +126,11 @@ def _to_input(columns: bool, kernel: Array, gradient: Array) -> Array:
 
 def _to_kernel(columns: bool, x: Array, gradient: Array) -> Array:
     """The gradient of the layer's kernel, in float32."""
-    return _dot(x, gradient, 1, 1) if columns else _dot_turned(_rows(x), _rows(gradient))
+    return _dot(x, gradient, 1, 1) if columns else dot_turned(_rows(x), _rows(gradient))
 
 
-def _to_bias(columns: bool, gradient: Array, bias: Array | None) -> Array | None:
-    """The gradient of the layer's bias, in float32; None where it has none."""
-    if bias is None:
-        return None
+def _to_bias(columns: bool, gradient: Array) -> Array:
+    """The gradient of the layer's bias, in float32."""
     values = gradient.astype(jnp.float32)
     return values.sum(axis=1) if columns else _rows(values).sum(axis=0)
 
@@ -149,7 +144,7 @@ def _dot(left: Array, right: Array, left_dim: int, right_dim: int) -> Array:
     return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
-def _dot_turned(left: Array, right: Array) -> Array:
+def dot_turned(left: Array, right: Array) -> Array:
     """`left.T @ right`; in bfloat16 on a CPU, `left` is turned round in memory first."""
     rows, columns = left.shape
     piece = next((size for size in (16, 8, 4, 2, 3, 5, 7) if columns % size == 0 and size < columns), 0)
