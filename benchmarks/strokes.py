@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from sit_jax.data.sources import open_source
+from sit_jax.errors import UserError
 from sit_jax.visual.subject import open_subject
 
 STROKE = 0.5
@@ -27,8 +28,13 @@ def measure(folder: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]
     Args:
         folder: The student's run.
         data_dir: Where the digits lie, if not where they lay in training.
+
+    Raises:
+        UserError: There is no run, or its model slims nothing.
     """
     subject = open_subject(folder)
+    if not subject.arch.is_slimmed:
+        raise UserError(f"{folder}: this model has no slimming modules; give a student's run")
     data = subject.data if data_dir is None else dataclasses.replace(subject.data, data_dir=data_dir)
     source = open_source(data, data.eval_split)
     pixels = np.stack([subject.see(source[index]).pixels for index in range(len(source))])
@@ -58,7 +64,11 @@ def main() -> None:
     parser.add_argument("run", type=pathlib.Path, help="folder of a digits student's run")
     parser.add_argument("--data_dir", help="where the digits lie, if not where they lay in training")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.run, arguments.data_dir), indent=2))
+    try:
+        found = measure(arguments.run, arguments.data_dir)
+    except UserError as error:
+        parser.error(str(error))
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -58,3 +58,10 @@ def test_trainer(tmp_path: pathlib.Path) -> None:
     assert (len(found["loop_s"]), len(found["bare_s"])) == (2, 2)
     assert min(found["loop_s"] + found["bare_s"]) > 0
     assert "| trainer |" in out
+
+
+def test_strokes_of_a_run_that_is_not_there(tmp_path: pathlib.Path) -> None:
+    missing = tmp_path / "runs"
+    done = subprocess.run([sys.executable, "benchmarks/strokes.py", str(missing)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"strokes.py: error: {missing}: there is no such file or folder"

@@ -40,3 +40,8 @@ def check_strokes(folder: pathlib.Path) -> None:
     assert max(tokens) > 1.15 * area
     assert min(tokens) < 0.85 * area
     assert found["class_attention"][0] > 1.15 * area
+    # The teacher has no slimming modules to ask.
+    command[-1] = str(folder / "teacher")
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("has no slimming modules; give a student's run")
