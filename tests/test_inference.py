@@ -1,6 +1,7 @@
 """Folded weights compute what the model does, for every kind of model and part of it."""
 
 import dataclasses
+import importlib
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ import random_weights
 import tiny
 
 import sit_jax
+from sit_jax import compiling
 from sit_jax.inference import prepare
 from sit_jax.inference.fold import fold
 from sit_jax.inference.forward import attention
@@ -60,12 +62,12 @@ def test_logits_of_whole_layers() -> None:
 
 def test_few_tokens_have_their_products_in_halves() -> None:
     weights = random_weights.draw(SLIMMED)
-    halves = fold(SLIMMED, weights.params, weights.batch_stats, parts_below=9)
-    assert [len(halves[f"blocks_{block}"]["qkv"]) for block in range(3)] == [1, 2, 2]
-    dim, parts = SLIMMED.dim, halves["blocks_2"]["qkv"]
-    whole = fold(SLIMMED, weights.params, weights.batch_stats)["blocks_2"]["qkv"][0]
-    queries = np.concatenate([part["kernel"][:, : dim // 2] for part in parts], axis=1)
-    np.testing.assert_array_equal(queries, whole["kernel"][:, :dim])
+    whole, halves = (fold(SLIMMED, weights.params, weights.batch_stats, halves_below=tokens) for tokens in (0, 9))
+    assert [isinstance(halves[f"blocks_{block}"]["qkv"]["kernel"], list) for block in range(3)] == [False, True, True]
+    for name, layer in halves["blocks_2"].items():
+        joined = layer["kernel"] if name == "proj" else np.concatenate(layer["kernel"], axis=1)
+        np.testing.assert_array_equal(joined, whole["blocks_2"][name]["kernel"])
+        np.testing.assert_array_equal(layer["bias"], whole["blocks_2"][name]["bias"])
 
 
 def test_large_and_small_batches() -> None:
@@ -84,6 +86,23 @@ def test_bfloat16_is_as_near_as_the_module() -> None:
     error = np.abs(prepare(arch, variables, "bfloat16").jit()(images) - expected).max()
     module_error = np.abs(by_module(arch, variables, images, "bfloat16") - expected).max()
     assert 0 < error < 1.5 * module_error
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs are told anything")
+def test_products_in_bfloat16_are_always_the_librarys() -> None:
+    options_of = importlib.import_module("sit_jax.inference.prepare")._options  # The function has the same name.
+    options = {(dtype, rows): options_of(dtype, rows) for dtype in ("float32", "bfloat16") for rows in (8, 4096)}
+    library = options.pop(("float32", 8))
+    # XLA's own products in bfloat16 are float32 ones: slower than float32 in the first place.
+    assert options.pop(("float32", 4096)) != library
+    assert list(options.values()) == [library, library]
+
+
+def test_options_that_xla_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "_WIDTH", ("xla_cpu_no_such_option", "1"))
+    monkeypatch.setattr(compiling, "_PRODUCTS", "NO_SUCH_TYPE")
+    assert compiling.cpu_options() == {}
+    assert len(compiling.cpu_options(library_products=False)) == 1
 
 
 def test_attention_is_softmax_of_the_products() -> None:

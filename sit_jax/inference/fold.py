@@ -23,15 +23,15 @@ from sit_jax.models.layers import BatchNorm
 Folded = dict[str, Any]
 
 
-def fold(arch: Architecture, params: dict[str, Any], batch_stats: dict[str, Any], parts_below: int = 0) -> Folded:
+def fold(arch: Architecture, params: dict[str, Any], batch_stats: dict[str, Any], halves_below: int = 0) -> Folded:
     """The folded weights of a vision transformer, float32 NumPy arrays.
 
     Args:
         arch: The model's shape.
         params: Its parameters; the reverse modules' and the auxiliary head's play no role.
         batch_stats: Its BatchNorm statistics; empty where it has none.
-        parts_below: Blocks with at most this many tokens have their products in two halves of the columns, for
-            backends that work on both at a time (see `forward`).
+        halves_below: Blocks with at most this many tokens have their kernels as lists of two halves of the columns,
+            for backends that work on both at a time (see `forward`).
     """
     params = _float64(params)
     stem, shift = _fold_stem(arch, params["stem"], _float64(batch_stats.get("stem", {})))
@@ -49,8 +49,8 @@ def fold(arch: Architecture, params: dict[str, Any], batch_stats: dict[str, Any]
         folded["distillation_head"] = _behind_norm(params["norm"], params["distillation_head"])
     for block in range(arch.depth):
         tokens = arch.block_input_tokens[block] + arch.num_prefix_tokens
-        halved = tokens <= parts_below and arch.num_heads % 2 == 0 and int(arch.dim * arch.mlp_ratio) % 2 == 0
-        folded[f"blocks_{block}"] = _fold_block(arch, params[f"blocks_{block}"], 2 if halved else 1)
+        layers = _fold_block(arch, params[f"blocks_{block}"])
+        folded[f"blocks_{block}"] = _in_halves(layers) if tokens <= halves_below else layers
     for block in arch.slimming:
         module = params[f"slimming_{block}"]
         fc2 = {"kernel": module["fc2"]["kernel"] * module["scale"]}
@@ -58,21 +58,26 @@ def fold(arch: Architecture, params: dict[str, Any], batch_stats: dict[str, Any]
     return _float32(folded)
 
 
-def _fold_block(arch: Architecture, block: dict[str, Any], parts: int) -> Folded:
-    """A block's four linear layers, each a list of `parts` layers that give a share of its columns each."""
+def _fold_block(arch: Architecture, block: dict[str, Any]) -> Folded:
+    """A block's four linear layers."""
     qkv = _behind_norm(block["norm1"], block["attn"]["qkv"])
     factors = np.ones((3, arch.dim))
     factors[0] = (arch.dim // arch.num_heads) ** -0.5
-    qkv = {name: x * factors.reshape(-1) for name, x in qkv.items()}
-    # A part has whole heads: their queries, keys and values.
-    grouped = {name: x.reshape(*x.shape[:-1], 3, parts, arch.dim // parts) for name, x in qkv.items()}
-    heads = [{name: x[..., part, :].reshape(*x.shape[:-3], -1) for name, x in grouped.items()} for part in range(parts)]
     return {
-        "qkv": heads,
-        "proj": _split(_ends_branch(arch, block["attn"]["proj"], block.get("layer_scale1")), parts),
-        "fc1": _split(_behind_norm(block["norm2"], block["mlp"]["fc1"]), parts),
-        "fc2": _split(_ends_branch(arch, block["mlp"]["fc2"], block.get("layer_scale2")), parts),
+        "qkv": {name: x * factors.reshape(-1) for name, x in qkv.items()},
+        "proj": _ends_branch(arch, block["attn"]["proj"], block.get("layer_scale1")),
+        "fc1": _behind_norm(block["norm2"], block["mlp"]["fc1"]),
+        "fc2": _ends_branch(arch, block["mlp"]["fc2"], block.get("layer_scale2")),
     }
+
+
+def _in_halves(layers: Folded) -> Folded:
+    """The layers with kernels in two halves of the columns; the smallest kernel, `proj`, gains nothing by it."""
+
+    def halved(name: str, kernel: np.ndarray) -> Any:
+        return kernel if name == "proj" or kernel.shape[1] % 2 else np.split(kernel, 2, axis=1)
+
+    return {name: {**layer, "kernel": halved(name, layer["kernel"])} for name, layer in layers.items()}
 
 
 def _fold_stem(arch: Architecture, stem: dict[str, Any], stats: dict[str, Any]) -> tuple[Folded, np.ndarray]:
@@ -100,11 +105,6 @@ def _ends_branch(arch: Architecture, layer: dict[str, Any], layer_scale: np.ndar
     """A residual branch's last layer, scaled and mean-free."""
     factor = (1.0 if layer_scale is None else layer_scale) / arch.residual_scale
     return {name: _centred(x * factor) for name, x in layer.items()}
-
-
-def _split(layer: Folded, parts: int) -> list[Folded]:
-    pieces = {name: np.split(x, parts, axis=-1) for name, x in layer.items()}
-    return [{name: pieces[name][part] for name in pieces} for part in range(parts)]
 
 
 def _centred(x: np.ndarray) -> np.ndarray:

@@ -3,9 +3,10 @@
 Beside the products hardly anything is left: a sum of squares per norm, GELU, softmax. Every product is a matrix times
 a matrix with the batch among the rows; queries, keys and values come from one of them.
 
-Where a block's layers come in parts (`fold`), each part is a product of its own that gives a share of the columns. XLA
-for CPU copies a weight matrix into the order that its kernel reads, in one thread, and with a few dozen tokens that
-takes as long as the product; two halves are copied and multiplied at the same time.
+Where a kernel comes in halves (`fold`), each is a product of its own that gives half of the columns. XLA for CPU copies
+a weight matrix into the order that its kernel reads, in one thread, and with a few dozen tokens that takes as long as
+the product; two halves are copied and multiplied at the same time. All else is done on whole matrices: XLA works off
+what lies between products in one thread, however it is divided, and some microseconds for each piece.
 """
 
 from collections.abc import Callable
@@ -78,23 +79,17 @@ def _attention_branch(
 ) -> Float[Array, "batch used dim"]:
     """What attention adds to the first `used` tokens."""
     batch, tokens, dim = x.shape
-    parts = layers["qkv"]
-    heads = arch.num_heads // len(parts)
-    norm, mixed = _inverse_norm(arch.norm_eps, x), []
-    for part in parts:
-        qkv = _shifted(_product(x, part) * norm, part).astype(x.dtype)
-        qkv = qkv.reshape(batch, tokens, 3, heads, dim // arch.num_heads)
-        result = attend(qkv[:, :used, 0], qkv[:, :, 1], qkv[:, :, 2])
-        mixed.append(result.reshape(batch, used, dim // len(parts)))
-    return _joined([_shifted(_product(_joined(mixed), part), part) for part in layers["proj"]]).astype(x.dtype)
+    qkv = _normed_product(arch.norm_eps, x, layers["qkv"]).astype(x.dtype)
+    qkv = qkv.reshape(batch, tokens, 3, arch.num_heads, dim // arch.num_heads)
+    mixed = attend(qkv[:, :used, 0], qkv[:, :, 1], qkv[:, :, 2]).reshape(batch, used, dim)
+    return _shifted(_product(mixed, layers["proj"]), layers["proj"]).astype(x.dtype)
 
 
 def _mlp_branch(
     arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"]
 ) -> Float[Array, "batch tokens dim"]:
-    norm = _inverse_norm(arch.norm_eps, x)
-    hidden = [_gelu(_shifted(_product(x, part) * norm, part)).astype(x.dtype) for part in layers["fc1"]]
-    return _joined([_shifted(_product(_joined(hidden), part), part) for part in layers["fc2"]]).astype(x.dtype)
+    hidden = _gelu(_normed_product(arch.norm_eps, x, layers["fc1"])).astype(x.dtype)
+    return _shifted(_product(hidden, layers["fc2"]), layers["fc2"]).astype(x.dtype)
 
 
 def _slim(arch: Architecture, layers: Folded, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch kept dim"]:
@@ -139,16 +134,13 @@ def _inverse_norm(epsilon: float, x: Float[Array, "*lead dim"]) -> Float[Array, 
 
 
 def _product(x: Float[Array, "*lead dim"], layer: Folded) -> Float[Array, "*lead out"]:
-    """`x @ kernel` with float32 sums, as one matrix product."""
-    kernel = layer["kernel"]
-    flat = x.reshape(-1, x.shape[-1])
-    result = jnp.dot(flat, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-    return result.reshape(*x.shape[:-1], kernel.shape[-1])
+    """`x @ kernel` with float32 sums, as one matrix product, or one for each half of the kernel's columns."""
+    kernel, flat = layer["kernel"], x.reshape(-1, x.shape[-1])
+    halves = kernel if isinstance(kernel, list) else [kernel]
+    products = [jnp.dot(flat, half.astype(x.dtype), preferred_element_type=jnp.float32) for half in halves]
+    result = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    return result.reshape(*x.shape[:-1], result.shape[1])
 
 
 def _shifted(x: Float[Array, "*lead out"], layer: Folded) -> Float[Array, "*lead out"]:
     return x + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def _joined(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)

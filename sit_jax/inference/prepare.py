@@ -15,13 +15,10 @@ from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 
-# On CPU, XLA gives products, convolutions and sums to a library (YNNPACK in jax 0.10) that is faster for sums and for
-# products of few rows; its convolutions take twice as long as XLA's own, and large products a tenth longer.
-_CPU_OPTION = "xla_cpu_experimental_ynn_fusion_type"
-_FEW_ROWS, _MANY_ROWS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE", "LIBRARY_FUSION_TYPE_REDUCE"
-_ROWS = 1024
+# From so many rows on, XLA's own products in float32 are faster on CPU.
+_MANY_ROWS = 1024
 # Blocks of so few tokens gain on CPU from products in two halves.
-_CPU_PARTS_BELOW = 64
+_CPU_HALVES_BELOW = 64
 
 
 class Prepared(NamedTuple):
@@ -34,16 +31,18 @@ class Prepared(NamedTuple):
             kernels in the type of the products, all else float32.
         tokens: Rows that an image adds to the first products.
         sharding: Where the weights that it was made from lay, if they were put there on purpose.
+        dtype: Type of the products, by its name.
     """
 
     apply: Callable[[Any, Array], Array]
     weights: Any
     tokens: int = 1
     sharding: jax.sharding.Sharding | None = None
+    dtype: str = "float32"
 
     def jitted(self, batch: int) -> Any:
         """`apply`, jitted as so many images at a time want it; weights are an argument, and can be lowered with."""
-        return jax.jit(self.apply, compiler_options=_options(batch * self.tokens >= _ROWS))
+        return jax.jit(self.apply, compiler_options=_options(self.dtype, batch * self.tokens))
 
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
         """The compiled function from images to logits, its weights on the device.
@@ -62,13 +61,13 @@ class Prepared(NamedTuple):
             return apply(weights, inputs if before is None else before(inputs))
 
         plain = jax.jit(run)
-        few, many = (jax.jit(run, compiler_options=_options(rows)) for rows in (False, True))
+        few, many = (jax.jit(run, compiler_options=_options(self.dtype, rows)) for rows in (1, _MANY_ROWS))
 
         def call(inputs: Any) -> Array:
             if traced or _any_traced(inputs):
                 return plain(weights, inputs)
             try:
-                return (few if len(inputs) * tokens < _ROWS else many)(weights, inputs)
+                return (few if len(inputs) * tokens < _MANY_ROWS else many)(weights, inputs)
             except ValueError as error:
                 # Options belong to the outermost compilation alone, and something around this is being compiled.
                 if "compiler_options" not in str(error):
@@ -104,10 +103,10 @@ def prepare(
             logits: Array = module.apply(jax.tree.map(jnp.asarray, weights), images)[0]
             return logits
 
-        return Prepared(apply_module, variables)
+        return Prepared(apply_module, variables, dtype=dtype)
     platform = platform or jax.default_backend()
     folded = fold(
-        arch, variables["params"], variables.get("batch_stats", {}), _CPU_PARTS_BELOW if platform == "cpu" else 0
+        arch, variables["params"], variables.get("batch_stats", {}), _CPU_HALVES_BELOW if platform == "cpu" else 0
     )
     if dtype != "float32":
         folded = _cast_kernels(folded, jnp.dtype(dtype))
@@ -116,7 +115,7 @@ def prepare(
     def apply(weights: Any, images: Float[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:
         return forward(arch, weights, images, jnp.dtype(dtype), attend)
 
-    return Prepared(apply, folded, arch.num_patches, _placed(variables))
+    return Prepared(apply, folded, arch.num_patches, _placed(variables), dtype)
 
 
 def _readable(variables: Any) -> bool:
@@ -138,19 +137,18 @@ def _placed(variables: Any) -> jax.sharding.Sharding | None:
 
 def _cast_kernels(tree: Any, dtype: Any) -> Any:
     """The kernels in the type of the products, once; biases and positions stay float32."""
-    if isinstance(tree, list):
-        return [_cast_kernels(x, dtype) for x in tree]
-    return {
-        name: _cast_kernels(x, dtype) if isinstance(x, (dict, list)) else x.astype(dtype) if name == "kernel" else x
-        for name, x in tree.items()
-    }
+
+    def cast(path: tuple[Any, ...], x: Any) -> Any:
+        return x.astype(dtype) if any(getattr(part, "key", "") == "kernel" for part in path) else x
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
 
 
-def _options(many_rows: bool) -> dict[str, str] | None:
-    """What XLA is told; None where there is nothing to tell."""
+def _options(dtype: str, rows: int) -> dict[str, str] | None:
+    """What XLA is told for products of so many rows; None where there is nothing to tell."""
     if jax.default_backend() != "cpu":
         return None
-    return cpu_options((_CPU_OPTION, _MANY_ROWS if many_rows else _FEW_ROWS))
+    return cpu_options(library_products=rows < _MANY_ROWS or dtype != "float32")
 
 
 @functools.cache
