@@ -13,6 +13,7 @@ import random_weights
 import tiny
 
 from sit_jax import cli
+from sit_jax.analysis import benchmark
 from sit_jax.analysis.benchmark import Timed, Times, take_turns
 from sit_jax.analysis.flops import count_cost
 from sit_jax.export.folder import save_folder
@@ -49,6 +50,20 @@ def test_figures_of_known_times() -> None:
     assert slow.seconds == 6.0
     # A busy moment slows both turns beside it, and leaves their ratio alone.
     assert fast.speed_over(slow) == 3.0
+
+
+def test_the_machines_products_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    results: list[Any] = []
+
+    def once(contenders: dict[str, Timed], **_: Any) -> dict[str, Times]:
+        timed = contenders["products"]
+        results.append(timed.run(timed.buffers[0]))
+        return {"products": Times([], [2.0])}
+
+    monkeypatch.setattr(benchmark, "take_turns", once)
+    assert benchmark.product_rate("bfloat16") == 1024**3
+    # Where the result is bfloat16, XLA for CPUs multiplies in float32, and models would have more than the peak.
+    assert results[0].dtype == np.float32
 
 
 @pytest.fixture(scope="module")

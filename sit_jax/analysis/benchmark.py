@@ -98,10 +98,13 @@ def measure_throughput(
 
 def product_rate(dtype: str, seconds: float = 0.5) -> float:
     """FLOP/s of large matrix products on the first device: what this machine can do, as measured."""
-    side = 1024 if jax.default_backend() == "cpu" else 8192
+    on_cpu = jax.default_backend() == "cpu"
+    side = 1024 if on_cpu else 8192
     draws = [np.random.default_rng(seed).standard_normal((side, side), np.float32) for seed in range(2)]
     factors = [jax.device_put(jax.numpy.asarray(x, dtype)) for x in draws]
-    multiply = jax.jit(lambda a, b: a @ b).lower(*factors).compile()
+    # XLA for CPUs multiplies bfloat16 in bfloat16 where the result is float32, as the models have it, else in float32.
+    result = jax.numpy.float32 if on_cpu else None
+    multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=result)).lower(*factors).compile()
     timed = Timed(lambda pair: multiply(*pair), [factors, factors[::-1]])
     found = take_turns({"products": timed}, rounds=5, seconds=seconds / 5)["products"]
     return 2 * side**3 / min(found.turns)
