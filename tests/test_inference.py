@@ -90,8 +90,9 @@ def test_bfloat16_is_as_near_as_the_module() -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs are told anything")
 def test_products_in_bfloat16_are_always_the_librarys() -> None:
-    options_of = importlib.import_module("sit_jax.inference.prepare")._options  # The function has the same name.
-    options = {(dtype, rows): options_of(dtype, rows) for dtype in ("float32", "bfloat16") for rows in (8, 4096)}
+    module = importlib.import_module("sit_jax.inference.prepare")  # The function has the same name.
+    cases = [(dtype, rows) for dtype in ("float32", "bfloat16") for rows in (8, 4096)]
+    options = {case: module._options(module._by_library(*case)) for case in cases}
     library = options.pop(("float32", 8))
     # XLA's own products in bfloat16 are float32 ones: slower than float32 in the first place.
     assert options.pop(("float32", 4096)) != library

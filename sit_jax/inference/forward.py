@@ -138,7 +138,7 @@ def _product(x: Float[Array, "*lead dim"], layer: Folded) -> Float[Array, "*lead
     kernel, flat = layer["kernel"], x.reshape(-1, x.shape[-1])
     halves = kernel if isinstance(kernel, list) else [kernel]
     products = [jnp.dot(flat, half.astype(x.dtype), preferred_element_type=jnp.float32) for half in halves]
-    result = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    result = jnp.concatenate(products, axis=1)
     return result.reshape(*x.shape[:-1], result.shape[1])
 
 

@@ -42,7 +42,7 @@ class Prepared(NamedTuple):
 
     def jitted(self, batch: int) -> Any:
         """`apply`, jitted as so many images at a time want it; weights are an argument, and can be lowered with."""
-        return jax.jit(self.apply, compiler_options=_options(self.dtype, batch * self.tokens))
+        return jax.jit(self.apply, compiler_options=_options(_by_library(self.dtype, batch * self.tokens)))
 
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
         """The compiled function from images to logits, its weights on the device.
@@ -51,7 +51,7 @@ class Prepared(NamedTuple):
             before: What turns the function's input into normalised images, compiled with it: pixels, say.
         """
         # Nothing below holds on to `self`: the weights would stay in memory twice.
-        apply, tokens, weights = self.apply, self.tokens, self.weights
+        apply, weights, tokens, dtype = self.apply, self.weights, self.tokens, self.dtype
         traced = _any_traced(weights)
         if not traced:
             with jax.ensure_compile_time_eval():  # The first call may come from within a trace.
@@ -61,13 +61,13 @@ class Prepared(NamedTuple):
             return apply(weights, inputs if before is None else before(inputs))
 
         plain = jax.jit(run)
-        few, many = (jax.jit(run, compiler_options=_options(self.dtype, rows)) for rows in (1, _MANY_ROWS))
+        programs = {chosen: jax.jit(run, compiler_options=_options(chosen)) for chosen in (True, False)}
 
         def call(inputs: Any) -> Array:
             if traced or _any_traced(inputs):
                 return plain(weights, inputs)
             try:
-                return (few if len(inputs) * tokens < _MANY_ROWS else many)(weights, inputs)
+                return programs[_by_library(dtype, len(inputs) * tokens)](weights, inputs)
             except ValueError as error:
                 # Options belong to the outermost compilation alone, and something around this is being compiled.
                 if "compiler_options" not in str(error):
@@ -144,11 +144,14 @@ def _cast_kernels(tree: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, tree)
 
 
-def _options(dtype: str, rows: int) -> dict[str, str] | None:
-    """What XLA is told for products of so many rows; None where there is nothing to tell."""
-    if jax.default_backend() != "cpu":
-        return None
-    return cpu_options(library_products=rows < _MANY_ROWS or dtype != "float32")
+def _by_library(dtype: str, rows: int) -> bool:
+    """Whether products of so many rows are better left to XLA's library for CPUs (see `compiling`)."""
+    return rows < _MANY_ROWS or dtype != "float32"
+
+
+def _options(library_products: bool) -> dict[str, str] | None:
+    """What XLA is told; None where there is nothing to tell."""
+    return cpu_options(library_products) if jax.default_backend() == "cpu" else None
 
 
 @functools.cache
