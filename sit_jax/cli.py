@@ -19,7 +19,7 @@ from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.demo.arguments import add_demo, run_demo
 from sit_jax.errors import ConfigError, MissingProcessError, SkippedError, StoppedError, UserError
 from sit_jax.export.arguments import ANY_MODEL, add_checkpoint, add_export, add_predict
-from sit_jax.process import keep_compiled, keep_memory, quiet_libraries, take_cpu
+from sit_jax.process import keep_compiled, keep_memory, quiet_libraries, survive_closed_pipes, take_cpu
 from sit_jax.report.arguments import add_report, run_report
 from sit_jax.visual.arguments import add_visualize, run_visualize
 
@@ -36,6 +36,7 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 where inputs were skipped or processes are missing, 2 for a user's
     mistake, 75 for a run that was told to end and can be resumed, 130 when interrupted."""
+    survive_closed_pipes()
     if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may hold bytes that are no text.
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(strays)}")
     try:
         arguments.run(arguments, rest)
+        if sys.stdout is not None:  # None where the shell closed it.
+            sys.stdout.flush()
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         codes: dict[type, int] = {StoppedError: STOPPED, MissingProcessError: FAILED, SkippedError: FAILED}
@@ -350,7 +353,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
     from absl import flags
     from ml_collections import config_flags
 
-    from sit_jax.config_dict import check_keys, from_config_dict, with_defaults
+    from sit_jax.config_dict import check_keys, from_config_dict, take_nones, with_defaults
 
     # `page.py:argument` hands the argument on to the page's get_config.
     file = path if path.endswith(".py") else path.rpartition(":")[0] or path
@@ -362,9 +365,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Any:
         config_flags.DEFINE_config_file("config", flag_values=page, sys_argv=["sit"])
         page(["sit", f"--config={path}"])
         values = flags.FlagValues()
-        words = ["sit", *overrides]
         known = with_defaults(page.config)
+        overrides = take_nones(known, overrides)
         check_keys(known, overrides)
+        words = ["sit", *overrides]
         config_flags.DEFINE_config_dict("config", known, flag_values=values, sys_argv=words)
         values(words)
         config = values.config

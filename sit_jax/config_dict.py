@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 from pydantic import TypeAdapter, ValidationError
 
 from sit_jax.config import (
@@ -73,6 +73,11 @@ def with_defaults(config: ConfigDict) -> ConfigDict:
     for key, value in defaults(Config).items():
         if key not in filled:
             filled[key] = value
+    for holder in (filled, filled.get("teacher"), filled.get("cnn_teacher")):
+        model = holder.get("model") if holder is not None else None
+        if model is not None and model.get("keep_ratio", 0.0) is None:
+            # ml_collections overrides a None only where it knows the type.
+            model["keep_ratio"] = config_dict.placeholder(float)
     return filled
 
 
@@ -105,6 +110,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+# Keys of which None is a value.
+_NULLABLE = ("keep_ratio", "teacher", "cnn_teacher")
 
 
 def check_keys(known: Any, overrides: Sequence[str]) -> None:
@@ -119,10 +126,33 @@ def check_keys(known: Any, overrides: Sequence[str]) -> None:
         key = word.removeprefix("--config.").partition("=")[0]
         section: Any = known
         for part in key.split("."):
+            if section is None:
+                missing = key[: key.index(f".{part}")]
+                raise ConfigError(f"{key}: {missing} is None in this config; add a {missing} section to the file")
             if not isinstance(section, Mapping | ConfigDict) or part not in section:
                 close = difflib.get_close_matches(part, list(section), n=1) if isinstance(section, ConfigDict) else []
                 raise ConfigError(f"{key}: there is no such key" + (f". Did you mean {close[0]}?" if close else ""))
             section = section[part]
+
+
+def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Sets the keys of `--config.KEY=None` words to None where None is a value of theirs.
+
+    ml_collections reads such a word as text. All other words are returned, in order.
+    """
+    rest = []
+    for word in overrides:
+        *parents, last = word.removeprefix("--config.").removesuffix("=None").split(".")
+        section: Any = known
+        for part in parents:
+            section = section.get(part) if isinstance(section, ConfigDict) else None
+        if word.endswith("=None") and last in _NULLABLE and isinstance(section, ConfigDict) and last in section:
+            # A section cannot be assigned to where it was, nor a number to None, unless its key is new.
+            del section[last]
+            section[last] = config_dict.placeholder(float) if last == "keep_ratio" else None
+        else:
+            rest.append(word)
+    return rest
 
 
 def _split_model(section: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sit_jax.data.sources import Example
 from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import PictureError, SkippedError, UserError
 from sit_jax.export.predictor import Predictor, open_predictor
+from sit_jax.process import reader_gone
 from sit_jax.progress import Progress
 
 Style = Literal["table", "jsonl", "csv"]
@@ -116,7 +117,9 @@ def run_predict(
                 writer.write(answer)
             if done % batch_size == 0 or done == len(pictures):
                 progress.update(done, {})
-    out.flush()
+                out.flush()
+                if reader_gone(out):  # The reader has enough, as `head` does.
+                    return
     if skipped:
         raise SkippedError(
             f"{skipped} of {len(pictures)} pictures could not be read and were skipped; the others were done"
@@ -249,8 +252,4 @@ def command(source: pathlib.Path, words: Sequence[str], ema: bool, step: int | N
         SkippedError: Some pictures could not be read.
     """
     pictures = find_pictures(words, sys.stdin)
-    try:
-        run_predict(open_predictor(source, ema, step), pictures, out=sys.stdout, **options)
-    except BrokenPipeError:
-        # Whoever reads has enough, as `head` does. What Python would still flush at its end goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_predict(open_predictor(source, ema, step), pictures, out=sys.stdout, **options)

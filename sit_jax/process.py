@@ -3,13 +3,59 @@
 import contextlib
 import ctypes
 import gc
+import io
 import logging
 import os
 import pathlib
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
 
 from sit_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+
+class _Output(io.FileIO):
+    """A standard stream that is no terminal. A reader that closes its end, as `head` does, is no error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self._is_stdout = stream is sys.stdout
+        self.reader_gone = False
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # Everything after this goes nowhere, what is still buffered included.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            self.reader_gone = isinstance(error, BrokenPipeError)
+            if self._is_stdout and not self.reader_gone:
+                raise UserError(f"standard output cannot be written: {error.strerror}") from None
+        return memoryview(data).nbytes
+
+
+def survive_closed_pipes() -> None:
+    """Lets a command finish its work when the reader of its standard output or error closes the pipe.
+
+    Progress that cannot be written ends no training. A standard output that cannot be written for another reason, such
+    as a full disk, is a UserError.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        # Streams that a test or an embedding program has put there are left alone.
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__") or stream.isatty():
+            continue
+        by_line = stream.line_buffering or stream.write_through
+        raw = io.BufferedWriter(_Output(stream))
+        setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=by_line))
+
+
+def reader_gone(stream: TextIO) -> bool:
+    """Whether the reader of a stream of `survive_closed_pipes` has closed its end."""
+    return bool(getattr(getattr(getattr(stream, "buffer", None), "raw", None), "reader_gone", False))
 
 
 def quiet_libraries() -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import sit_jax
 from sit_jax import cli
 from sit_jax.config_dict import from_config_dict, to_dict
 from sit_jax.errors import ConfigError, UserError
@@ -31,6 +32,29 @@ def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_choices_that_do_not_exist(word: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: "):
         cli.load_config("configs/digits.py", [f"--config.{word}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "stages", "ratio"),
+    [
+        # The file has keep_ratio None, and then 0.5.
+        ("configs/imagenet_lvvit_tiny.py model.keep_ratio=0.5 model.stage_blocks=1,1,1,11", (1, 1, 1, 11), 0.5),
+        ("configs/digits.py model.keep_ratio=None model.stage_blocks=()", (), None),
+    ],
+)
+def test_a_value_that_may_be_none_can_be_set(words: str, stages: tuple[int, ...], ratio: float | None) -> None:
+    page, *overrides = words.split()
+    arch = cli.load_config(page, [f"--config.{word}" for word in overrides]).model.architecture
+    assert (arch.stage_blocks, arch.keep_ratio) == (stages, ratio)
+
+
+def test_a_section_can_be_removed_but_its_keys_not_be_set_then() -> None:
+    plain = [f"--config.{word}" for word in ("teacher=None", "init=random", "loss.token=0", "loss.logits=0")]
+    assert cli.load_config("configs/digits.py", plain).teacher is None
+    with pytest.raises(ConfigError, match=r"^teacher\.run: "):
+        cli.load_config("configs/digits.py", [*plain, "--config.teacher.run=runs/teacher"])
+    with pytest.raises(ConfigError, match=r"config\.optim\.lr"):
+        cli.load_config("configs/digits.py", ["--config.optim.lr=None"])
 
 
 def test_models_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +91,32 @@ def test_unknown_words(capsys: pytest.CaptureFixture[str]) -> None:
             cli.main(words)
         assert stop.value.code == 2
         assert "sit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["models"], ["convert", "SOURCE", "DEST"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_no_error(words: list[str], unbuffered: str, tmp_path: pathlib.Path) -> None:
+    source, dest = tmp_path / "source", tmp_path / "dest"
+    sit_jax.create_model("deit_tiny", num_classes=3, image_size=32, depth=1).save(source)
+    places = {"SOURCE": str(source), "DEST": str(dest)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "sit_jax", *(places.get(word, word) for word in words)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert dest.exists() == ("DEST" in words)
+
+
+def test_a_full_disk_behind_standard_output_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sit_jax", "models"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("sit models: standard output ")
 
 
 def test_python_m_is_the_command() -> None:
