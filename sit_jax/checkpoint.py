@@ -2,24 +2,27 @@
 
 import contextlib
 import logging
+import math
 import os
 import pathlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from sit_jax import distributed
 from sit_jax.config import CheckpointConfig
-from sit_jax.errors import RunError
+from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.process import silent_threads
-from sit_jax.state import TrainState
+from sit_jax.state import TrainState, has_finite_weights
 
 FOLDER = "checkpoints"
 BEST_BY = "top1"
+_NO_SCORE = -1.0
 
 _keep = ocp.training.preservation_policies
 _when = ocp.training.save_decision_policies
@@ -40,9 +43,7 @@ class Checkpoints:
             workdir: The run's folder.
             keep: The newest checkpoints that stay.
         """
-        best = _keep.BestN(
-            get_metric_fn=lambda metrics: metrics.get(BEST_BY, -1.0), n=1, keep_checkpoints_without_metrics=False
-        )
+        best = _keep.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         logger = logging.getLogger("absl")
         if not any(isinstance(known, _SaidElsewhere) for known in logger.filters):
             logger.addFilter(_SaidElsewhere())
@@ -68,13 +69,15 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the checkpoint with the best accuracy, or None; the earliest of equals."""
-        scored = [(c.metrics[BEST_BY], -c.step) for c in self._checkpointer.checkpoints if c.metrics]
-        return -max(scored)[1] if scored else None
+        return best_step(self._checkpointer.checkpoints)
 
     def beaten_by(self, metrics: dict[str, float]) -> bool:
         """Whether an evaluation is better than that of every checkpoint so far."""
-        best = max((c.metrics[BEST_BY] for c in self._checkpointer.checkpoints if c.metrics), default=-1.0)
-        return metrics.get(BEST_BY, -1.0) > best
+        return _score(metrics) > max((_score(c.metrics) for c in self._checkpointer.checkpoints), default=_NO_SCORE)
+
+    def last_before(self, step: int) -> int | None:
+        """The newest checkpoint before a step, or None."""
+        return max((int(c.step) for c in self._checkpointer.checkpoints if c.step < step), default=None)
 
     def save(self, state: TrainState, metrics: dict[str, float], about: dict[str, Any] | None = None) -> None:
         """Starts writing the state; the arrays may be donated right after.
@@ -115,13 +118,17 @@ class Checkpoints:
                 raise RunError(self._why_not(step, parts["model"], error)) from None
         training = loaded["training"]
         params = {"model": loaded["model"]["params"], **training["params"]}
-        return TrainState(
+        state = TrainState(
             step=training["step"],
             params=params,
             batch_stats=loaded["model"]["batch_stats"],
             opt_state=training["opt_state"],
             ema=loaded.get("ema"),
         )
+        if not has_finite_weights(state):
+            where = f"checkpoint {step} in {self._checkpointer.directory}"
+            raise NotFiniteError(f"{where} holds weights that are not finite; {self._way_out(step)}")
+        return state
 
     def _why_not(self, step: int, model: Any, error: Exception) -> str:
         """Why a checkpoint cannot be restored: it is another model's, or it is damaged."""
@@ -133,10 +140,13 @@ class Checkpoints:
             shapes = [[], []]
         if shapes[0] and shapes[0] != shapes[1]:  # None at all where the description itself is unreadable.
             return f"{where} is of another model: {_first_line(error)}"
+        return f"{where} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
+
+    def _way_out(self, step: int) -> str:
+        """What to do about a checkpoint that a run cannot go on from."""
         before = sorted((c.step for c in self._checkpointer.checkpoints if c.step < step), reverse=True)
         earlier = next((other for other in before if self._describes_itself(other)), None)
-        way_out = "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
-        return f"{where} is damaged (sit checkpoint verify says where); {way_out}"
+        return "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
 
     def _describes_itself(self, step: int) -> bool:
         """Whether a checkpoint's own description can be read; one that a killed process was removing has lost it."""
@@ -175,6 +185,21 @@ class Checkpoints:
                 f"{which} could not be written in {self._checkpointer.directory}: {reason}; what is whole there stays "
                 "as it is: make room, and go on with --resume"
             ) from None
+
+
+def best_step(checkpoints: Iterable[Any]) -> int | None:
+    """The step of the best of Orbax's descriptions of checkpoints by accuracy, the earliest of equals.
+
+    None where no checkpoint has an evaluation that is finite.
+    """
+    scored = [(score, -int(c.step)) for c in checkpoints if (score := _score(c.metrics)) > _NO_SCORE]
+    return -max(scored)[1] if scored else None
+
+
+def _score(metrics: Mapping[str, float] | None) -> float:
+    """Accuracy of an evaluation; below every accuracy where there is none, or where it is not finite."""
+    values = metrics or {}
+    return values.get(BEST_BY, _NO_SCORE) if all(map(math.isfinite, values.values())) else _NO_SCORE
 
 
 class Due:
@@ -239,6 +264,7 @@ def load_variables(
 
     Raises:
         RunError: There is no checkpoint, or it is of another model, or it holds no moving average.
+        NotFiniteError: It holds weights that are not finite.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
@@ -251,7 +277,21 @@ def load_variables(
             raise RunError(
                 f"checkpoint {chosen} in {workdir} does not hold this {part}: {_first_line(error)}"
             ) from None
+    _check_finite(loaded[part], f"checkpoint {chosen} in {workdir}")
     return dict(loaded[part])
+
+
+def _check_finite(tree: Any, where: str) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    finite = jax.device_get([jnp.isfinite(leaf).all() for _, leaf in leaves])
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), ok in zip(leaves, finite, strict=True)
+        if not ok
+    ]
+    if bad:
+        more = f" (and {len(bad) - 1} other arrays)" if len(bad) > 1 else ""
+        raise NotFiniteError(f"{where}: {bad[0]}{more} holds values that are not finite; choose another --step")
 
 
 def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
@@ -269,7 +309,9 @@ def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) 
             loaded = checkpointer.load_checkpointables(step, {"training": {"params": {"reverse": wanted}}})
         except (ValueError, KeyError) as error:
             raise RunError(f"{workdir}: its checkpoint holds no such reverse modules: {_first_line(error)}") from None
-    return loaded["training"]["params"]["reverse"]
+    reverse = loaded["training"]["params"]["reverse"]
+    _check_finite(reverse, f"{workdir}: its reverse modules")
+    return reverse
 
 
 def latest_step(workdir: pathlib.Path) -> int:

@@ -13,6 +13,10 @@ class RunError(UserError, RuntimeError):
     """A run cannot start or go on: its folder, its checkpoint or its loss is not what it must be."""
 
 
+class NotFiniteError(RunError):
+    """Weights, outputs or an evaluation of a model are not finite."""
+
+
 class PictureError(UserError):
     """A picture cannot be read; the message names it and says why."""
 

@@ -25,10 +25,23 @@ def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
     return jax.jit(eval_step)
 
 
-def evaluate(step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh) -> dict[str, float]:
-    """Loss, top-1, top-5 (shares of 1) and the number of examples of a model over all batches."""
+def evaluate(
+    step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
+) -> dict[str, float]:
+    """Loss, top-1, top-5 (fractions of 1) and the number of examples of a model over all batches.
+
+    Args:
+        step: See `make_eval_step`.
+        variables: The model's.
+        batches: See `eval_batches`.
+        mesh: Where they are computed.
+        what: What is evaluated, for messages.
+
+    Raises:
+        RunError: No example counts.
+        NotFiniteError: The loss is not finite.
+    """
     metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
     for batch in batches:
         metrics = step(variables, sharding.put_batch(mesh, batch), metrics)
-    averages = {name: float(value) for name, value in metrics.compute().items()}
-    return {**averages, "examples": float(metrics.top1.count)}
+    return metrics.result(what)

@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sit_jax import workdir
-from sit_jax.checkpoint import BEST_BY, checkpoint_parts, open_checkpoints
+from sit_jax.checkpoint import best_step, checkpoint_parts, open_checkpoints
 from sit_jax.errors import RunError
 from sit_jax.process import silent_threads
 from sit_jax.train import abstract_state, make_task
@@ -95,8 +95,7 @@ def list_checkpoints(folder: pathlib.Path) -> list[Entry]:
     with open_checkpoints(folder) as checkpointer:
         found = list(checkpointer.checkpoints)
         place = pathlib.Path(checkpointer.directory)
-    scores = {c.step: c.metrics[BEST_BY] for c in found if c.metrics and BEST_BY in c.metrics}
-    best = max(scores, key=lambda step: (scores[step], -step), default=None)
+    best = best_step(found)
     return [
         Entry(
             step=c.step,
@@ -185,6 +184,7 @@ def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
 def _verify(folder: pathlib.Path, step: int | None) -> Verdict:
     contents = read_contents(folder, step)
     problems = list(_wrong_shapes(folder, contents))
+    problems += [f"metrics: {name} is {x}" for name, x in contents.metrics.items() if not math.isfinite(x)]
     sizes = {array.name: array.bytes for array in contents.arrays}
     done = 0
     with (

@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
 from sit_jax import losses
-from sit_jax.errors import RunError
+from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.workdir import writing
 
 
@@ -25,22 +26,43 @@ class EvalMetrics(clu_metrics.Collection):
     top1: clu_metrics.Average.from_output("top1")
     top5: clu_metrics.Average.from_output("top5")
 
+    def result(self, what: str) -> dict[str, float]:
+        """The averages by name, accuracies as fractions of 1, and the number of `examples`.
+
+        Args:
+            what: What was evaluated, for messages.
+
+        Raises:
+            RunError: No example counts.
+            NotFiniteError: The loss is not finite.
+        """
+        examples = float(self.top1.count)
+        if examples == 0:
+            raise RunError(f"{what}: no example to evaluate: no image of the split can be read and has a label")
+        averages = {name: float(value) for name, value in self.compute().items()}
+        if not is_finite(averages):
+            raise NotFiniteError(f"{what}: the loss over {examples:.0f} examples is {averages['loss']}")
+        return {**averages, "examples": examples}
+
 
 def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalMetrics:
     """The metrics of one batch.
 
+    Of equal logits the class with the lower index ranks first, as with argmax. Logits with a NaN are wrong.
+
     Args:
         logits: (batch, classes).
-        labels: Class indices, (batch,), or those of all right classes, (batch, labels), filled up with -1: the one that
-            the model finds likeliest counts.
+        labels: Class indices, (batch,), or those of all right classes, (batch, labels), padded with -1: the one with
+            the largest logit counts.
         mask: 1 for examples that count, 0 for those that fill the batch up, (batch,).
     """
-    if labels.ndim == 2:
-        scores = jnp.where(labels >= 0, jnp.take_along_axis(logits, labels, axis=1), -jnp.inf)
-        labels = jnp.take_along_axis(labels, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
-    rank = (logits > jnp.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)
-    loss = losses.label_cross_entropy(logits, labels)
-    return EvalMetrics.single_from_model_output(loss=loss, top1=rank < 1, top5=rank < 5, mask=mask)
+    rows = labels[:, None] if labels.ndim == 1 else labels
+    scores = jnp.where(rows >= 0, jnp.take_along_axis(logits, rows, axis=1), -jnp.inf)
+    label = jnp.take_along_axis(rows, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    _, ranked = jax.lax.top_k(logits, min(5, logits.shape[1]))
+    right = (ranked[:, :, None] == rows[:, None, :]).any(axis=2) & ~jnp.isnan(logits).any(axis=1)[:, None]
+    loss = losses.label_cross_entropy(logits, label)
+    return EvalMetrics.single_from_model_output(loss=loss, top1=right[:, 0], top5=right.any(axis=1), mask=mask)
 
 
 class MetricWriter:
@@ -176,6 +198,15 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
         RunError: The file cannot be read.
     """
     return scan_metrics(workdir).lines
+
+
+def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of evaluations whose numbers are all finite; runs of older versions may hold others."""
+    return [line for line in lines if line["kind"] == "eval" and is_finite(_numbers(line))]
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, float)}
 
 
 def is_finite(values: dict[str, float]) -> bool:

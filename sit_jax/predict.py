@@ -16,7 +16,7 @@ import numpy as np
 from sit_jax.data.folder import pictures_in
 from sit_jax.data.sources import Example
 from sit_jax.data.transforms import EvalTransform
-from sit_jax.errors import PictureError, SkippedError, UserError
+from sit_jax.errors import NotFiniteError, PictureError, SkippedError, UserError
 from sit_jax.export.predictor import Predictor, open_predictor
 from sit_jax.process import reader_gone
 from sit_jax.progress import Progress
@@ -186,7 +186,13 @@ def _answer(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities (batch, classes) of logits, in float64."""
+    """Probabilities (batch, classes) of logits, in float64.
+
+    Raises:
+        NotFiniteError: A logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise NotFiniteError("the model's outputs are not finite, so they say nothing about the images")
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     weights = np.exp(shifted)
     return weights / weights.sum(axis=1, keepdims=True)

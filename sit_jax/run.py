@@ -20,14 +20,14 @@ from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.config_dict import to_dict
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.sources import Source, open_source
-from sit_jax.errors import RunError, StoppedError
+from sit_jax.errors import NotFiniteError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.metrics import MetricWriter, is_finite
 from sit_jax.models import build_model
 from sit_jax.origins import check_origins, first_state, given_teacher
 from sit_jax.origins import trained_variables as trained_variables
 from sit_jax.progress import Progress
-from sit_jax.state import TrainState
+from sit_jax.state import TrainState, has_finite_weights
 from sit_jax.train import Task, abstract_state, abstract_teachers, make_task, make_train_step
 
 Evaluator = Callable[[TrainState], dict[str, float]]
@@ -140,7 +140,7 @@ def train_loop(
     The metrics of a step are read while the next one runs.
 
     Raises:
-        RunError: A loss or gradient that is not finite; the newest checkpoint is from before that step.
+        NotFiniteError: A loss, a gradient, an evaluation or the weights are not finite; they are not saved.
         StoppedError: The run was told to end; the newest checkpoint is of the step that it got to.
     """
     config, epoch = task.config, data.steps_per_epoch
@@ -170,10 +170,8 @@ def train_loop(
             pending = None
             if not is_finite(values):
                 bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-                raise RunError(
-                    f"step {step}: {bad} is not finite; lower optim.lr or set optim.clip_norm. "
-                    f"The last good checkpoint is of step {checkpoints.latest_step} in {folder}"
-                )
+                # They come from the weights of the step before, which a checkpoint may hold.
+                raise _not_finite(f"step {step}: {bad} is not finite", checkpoints.last_before(step - 1), folder)
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
@@ -189,17 +187,30 @@ def train_loop(
             scores: dict[str, float] = {}
             if last or (ends and step // epoch % config.eval_every_epochs == 0):
                 settle()
-                scores = evaluation = evaluator(state)
+                try:
+                    scores = evaluation = evaluator(state)
+                except NotFiniteError as error:
+                    raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
                 writer.write(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.reached() and not last
             if last or stopped or due.now(step) or checkpoints.beaten_by(scores):
                 settle()
+                if not has_finite_weights(state):
+                    problem = f"step {step}: weights are not finite after it"
+                    raise _not_finite(problem, checkpoints.last_before(step), folder)
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
                 raise StoppedError(f"told to end: saved after step {step} of {total}; go on with --resume")
     return evaluation or evaluator(state)
+
+
+def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
+    there = (
+        f"The last good checkpoint is of step {last_good}" if last_good is not None else "There is no good checkpoint"
+    )
+    return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
 
 
 def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
@@ -229,13 +240,19 @@ def evaluate_run(
         ConfigError: The data has other classes than the model.
     """
     config, variables = trained_variables(folder, ema, step)
-    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables)
+    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables, str(folder))
 
 
-def evaluate_variables(config: Config, variables: dict[str, Any]) -> dict[str, float]:
+def evaluate_variables(config: Config, variables: dict[str, Any], what: str) -> dict[str, float]:
     """Evaluates a model's variables over the evaluation split of a configuration.
 
+    Args:
+        config: The configuration.
+        variables: The model's.
+        what: What is evaluated, for messages.
+
     Raises:
+        RunError: No image of the split can be read, or the loss is not finite.
         UserError: The data is not there.
         ConfigError: The data has other classes than the model.
     """
@@ -245,7 +262,7 @@ def evaluate_variables(config: Config, variables: dict[str, Any]) -> dict[str, f
     check_classes(config, source)
     model = build_model(config.model.architecture, dtype=config.model.dtype)
     variables = sharding.place(variables, sharding.state_shardings(mesh, variables))
-    return evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh)
+    return evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh, what)
 
 
 def _make_evaluator(task: Task, source: Source, mesh: Mesh) -> Evaluator:
@@ -255,7 +272,7 @@ def _make_evaluator(task: Task, source: Source, mesh: Mesh) -> Evaluator:
     def evaluator(state: TrainState) -> dict[str, float]:
         result = evaluate(step, state.variables, eval_batches(config, source), mesh)
         if state.ema is not None:
-            averaged = evaluate(step, state.ema, eval_batches(config, source), mesh)
+            averaged = evaluate(step, state.ema, eval_batches(config, source), mesh, "evaluation of the average")
             result |= {f"ema_{name}": value for name, value in averaged.items() if name != "examples"}
         return result
 

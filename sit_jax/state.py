@@ -34,6 +34,16 @@ class TrainState:
         return {"params": self.params["model"], "batch_stats": self.batch_stats}
 
 
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def has_finite_weights(state: TrainState) -> bool:
+    """Whether all weights, statistics and averages are finite; the same answer in all processes."""
+    return bool(_all_finite((state.params, state.batch_stats, state.ema)))
+
+
 def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
     """The random key of a stream at a step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)

@@ -17,7 +17,7 @@ from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import expected_shapes, read_description
 from sit_jax.export.predictor import is_run, open_folder
 from sit_jax.inference import Prepared, prepare
-from sit_jax.metrics import read_metrics
+from sit_jax.metrics import evaluations, read_metrics
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import VARIANTS
@@ -149,5 +149,5 @@ def _random_variables(arch: Architecture) -> dict[str, Any]:
 
 
 def _accuracy(folder: pathlib.Path) -> float | None:
-    scores = [line["top1"] for line in read_metrics(folder) if line["kind"] == "eval" and "top1" in line]
+    scores = [line["top1"] for line in evaluations(read_metrics(folder)) if "top1" in line]
     return float(scores[-1]) if scores else None

@@ -17,7 +17,7 @@ from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
-from sit_jax.metrics import read_metrics
+from sit_jax.metrics import evaluations, read_metrics
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.origins import given_teacher, is_own_run
@@ -35,7 +35,8 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     Returns:
         What `summary.json` holds: `student` and, where there is one, `teacher`, each with `top1` (share of 1),
         `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
-        `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's).
+        `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
+        None where the number below is 0 or a number is missing.
     """
     models, folders = trained_models(folder)
     config, variables = models["student"]
@@ -47,16 +48,17 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for name, (model, weights) in sorted(models.items(), reverse=True):
         arch = model.model.architecture
-        entry: dict[str, Any] = {"top1": run.evaluate_variables(model, weights)["top1"]}
+        what = str(folders.get(name, name))
+        entry: dict[str, Any] = {"top1": run.evaluate_variables(model, weights, what)["top1"]}
         if isinstance(arch, Architecture):
             cost = count_cost(arch)
             entry |= {"params": cost.params, "gmac": cost.gmac}
         summary[name] = {**entry, "images_per_s": speed[name]}
     if "teacher" in summary:
         student, teacher = summary["student"], summary["teacher"]
-        summary["kept_accuracy"] = student["top1"] / teacher["top1"]
-        summary["gmac_ratio"] = teacher["gmac"] / student["gmac"]
-        summary["speedup"] = student["images_per_s"] / teacher["images_per_s"]
+        summary["kept_accuracy"] = _ratio(student["top1"], teacher["top1"])
+        summary["gmac_ratio"] = _ratio(teacher.get("gmac"), student.get("gmac"))
+        summary["speedup"] = _ratio(student["images_per_s"], teacher["images_per_s"])
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
     if not distributed.is_first():
         return summary
@@ -126,16 +128,26 @@ def print_summary(summary: dict[str, Any]) -> None:
             continue
         entry = summary[name]
         compared = name == "student" and "teacher" in summary
+        forms = (("gmac_ratio", "MMAC 1/{:.2f}"), ("speedup", "speed x{:.2f}"))
+        ratios = [_cell(summary.get(key), form) for key, form in forms]
         table.add_row(
             name,
             f"{entry['top1']:.2%}",
-            f"{summary['kept_accuracy']:.2%}" if compared else "",
+            _cell(summary["kept_accuracy"] if compared else None, "{:.2%}"),
             f"{entry['params']:,}" if "params" in entry else "",
             f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
             f"{entry['images_per_s']:,.0f}",
-            f"MMAC 1/{summary['gmac_ratio']:.2f}, speed x{summary['speedup']:.2f}" if compared else "",
+            ", ".join(filter(None, ratios)) if compared else "",
         )
     Console().print(table)
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
 
 
 def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
@@ -147,7 +159,7 @@ def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
     for column, (name, place) in enumerate(sorted(runs.items(), reverse=True)):
         lines = read_metrics(place)
         train = [line for line in lines if line["kind"] == "train"]
-        scores = [line for line in lines if line["kind"] == "eval"]
+        scores = evaluations(lines)
         terms = ("loss", "classification", "token", "logits", "hard")
         for term in [term for term in terms if train and term in train[0]]:
             axes[0, column].plot([x["step"] for x in train], [x[term] for x in train], label=term)

@@ -15,7 +15,7 @@ from sit_jax.convert.weights import Weights
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
-from sit_jax.errors import UserError
+from sit_jax.errors import NotFiniteError, UserError
 from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import is_folder, load_folder, read_description
 from sit_jax.export.from_run import run_weights
@@ -25,6 +25,8 @@ from sit_jax.metrics import EvalMetrics, eval_metrics
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.origins import trained_variables
+
+Logits = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Predictor:
         about: What else is known, such as `class_names`; see `Weights.about`.
     """
 
-    logits: Callable[[np.ndarray], np.ndarray]
+    logits: Logits
     arch: Architecture | RegNetArchitecture
     data: DataConfig
     about: dict[str, Any]
@@ -82,7 +84,7 @@ def open_predictor(source: pathlib.Path, ema: bool = False, step: int | None = N
     _check_source(source)
     if source.is_dir():
         arch, variables, data, about, dtype = open_folder(source, ema, step)
-        return Predictor(_jitted(arch, variables, dtype, data), arch, data, about)
+        return Predictor(_finite(source, _jitted(arch, variables, dtype, data)), arch, data, about)
     _refuse_run_options(source, ema, step)
     if source.suffix == onnx_file.SUFFIX:
         return _described(source, *onnx_file.load(source), channels_last=False)
@@ -174,13 +176,10 @@ def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int =
     # Where there are several processes, each evaluates all of it: there is no mesh that would sum up their shares.
     for batch in eval_batches(config, source, Hosts()):
         metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
-    averages = {name: float(value) for name, value in metrics.compute().items()}
-    return {**averages, "examples": float(metrics.top1.count)}
+    return metrics.result("evaluation")
 
 
-def _jitted(
-    arch: Architecture | RegNetArchitecture, variables: dict[str, Any], dtype: str, data: DataConfig
-) -> Callable[[np.ndarray], np.ndarray]:
+def _jitted(arch: Architecture | RegNetArchitecture, variables: dict[str, Any], dtype: str, data: DataConfig) -> Logits:
     run = prepare(arch, variables, dtype).jit(before=lambda pixels: normalize(pixels, data))
     return lambda pixels: np.asarray(run(pixels))
 
@@ -201,7 +200,17 @@ def _described(
         images = np.asarray(normalize(jnp.asarray(pixels), data))
         return np.asarray(run(images if channels_last else np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
 
-    return Predictor(logits, arch, data, about)
+    return Predictor(_finite(path, logits), arch, data, about)
+
+
+def _finite(source: pathlib.Path, logits: Logits) -> Logits:
+    def checked(pixels: np.ndarray) -> np.ndarray:
+        values = logits(pixels)
+        if not np.isfinite(values).all():
+            raise NotFiniteError(f"{source}: the model's outputs are not finite, so they say nothing about the images")
+        return values
+
+    return checked
 
 
 def _check_source(source: pathlib.Path) -> None:

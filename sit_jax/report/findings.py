@@ -15,7 +15,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Source, open_source
-from sit_jax.errors import PictureError
+from sit_jax.errors import NotFiniteError, PictureError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.origins import trained_variables
@@ -153,6 +153,8 @@ def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, sourc
             labels.append(np.where(batch["mask"] > 0, batch["label"], -1))
             for part, step in steps.items():
                 found[part].append(jax.device_get(step(batch["image"])))
+                if not np.isfinite(found[part][-1][1]).all():
+                    raise NotFiniteError(f"the {part}'s outputs are not finite, so they say nothing about the images")
             progress.update(done, {})
     columns = {part: [np.concatenate(x)[: len(source)] for x in zip(*found[part], strict=True)] for part in models}
     return _Answers(

@@ -15,7 +15,7 @@ from sit_jax.config import Config
 from sit_jax.config_dict import from_config_dict
 from sit_jax.errors import UserError
 from sit_jax.inspection import Entry, list_checkpoints, read_contents
-from sit_jax.metrics import MetricLines, scan_metrics
+from sit_jax.metrics import MetricLines, evaluations, scan_metrics
 from sit_jax.models.architecture import Architecture
 from sit_jax.origins import is_own_run
 from sit_jax.process import silent_threads
@@ -149,6 +149,13 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
     metrics = attempt(lambda: scan_metrics(folder), MetricLines([], [], False), missing, "The metrics")
     _tell_damage(folder, metrics, missing)
     summary = _read_object(folder / SUMMARY, missing) if (folder / SUMMARY).exists() else {}
+    evaluated = [line for line in metrics.lines if line["kind"] == "eval"]
+    whole = evaluations(evaluated)
+    wrong = [str(line["step"]) for line in evaluated if line not in whole]
+    if wrong:
+        missing.append(f"The evaluation of step {', '.join(wrong)} is not finite; its accuracy is left out.")
+    if wrong and str(evaluated[-1]["step"]) in wrong and isinstance(summary.get("student"), dict):
+        summary["student"]["top1"] = None  # What older versions counted as right was not.
     checkpoints: list[Entry] = []
     about: dict[str, Any] = {}
     with silent_threads():
@@ -161,7 +168,7 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
         values=values,
         config=config,
         train=[_finite_line(line) for line in metrics.lines if line["kind"] == "train"],
-        scores=[_finite_line(line) for line in metrics.lines if line["kind"] == "eval"],
+        scores=[_finite_line(line) for line in evaluations(metrics.lines)],
         summary=summary,
         checkpoints=checkpoints,
         about=about,
