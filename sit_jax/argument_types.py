@@ -24,6 +24,17 @@ def between(least: int, most: int, hint: str = "") -> Callable[[str], int]:
     return bounded
 
 
+def fraction(text: str) -> float:
+    """A number above 0 and below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, is {text!r}") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, is {text}")
+    return value
+
+
 def _number(text: str) -> int:
     try:
         return int(text)

@@ -13,7 +13,7 @@ from typing import Any
 
 from sit_jax import __version__
 from sit_jax.analysis.arguments import add_benchmark
-from sit_jax.argument_types import positive
+from sit_jax.argument_types import fraction, positive
 from sit_jax.checkpoint_command import add_checkpoint_tasks
 from sit_jax.convert.arguments import add_convert, convert_options
 from sit_jax.demo.arguments import add_demo, run_demo
@@ -92,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
     evaluate.add_argument("--split", help="another split")
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
+    evaluate.add_argument(
+        "--held_out", type=fraction, help="fraction of each class in val, for a folder without splits"
+    )
+    evaluate.add_argument("--on_broken", choices=("error", "skip"), help="what an unreadable image does")
+    evaluate.add_argument(
+        "--match_classes",
+        choices=("names", "index"),
+        default="names",
+        help="match the classes of model and data by name where both have names, or by index (default: names)",
+    )
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
     add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
@@ -118,7 +128,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--data_dir", default="", help="where prepared data sets lie; tfds's default if not given")
     prepare.add_argument("--manual_dir", default="", help="where files lie that must be downloaded by hand")
     prepare.add_argument("--from_folder", type=pathlib.Path, help="folder of pictures to convert")
-    prepare.add_argument("--held_out", type=float, default=0.1, help="share for val where the folder has no splits")
+    prepare.add_argument("--held_out", type=fraction, default=0.1, help="share for val where the folder has no splits")
     prepare.add_argument("--skip_broken", action="store_true", help="leave pictures out that cannot be read")
     prepare.add_argument("--from_tfrecord", type=pathlib.Path, help="folder of a prepared TFRecord version to convert")
     show = _verb(tasks, "show", _data_show, "draw training pictures as the model gets them")
@@ -217,15 +227,17 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from sit_jax.run import evaluate_run
     from sit_jax.workdir import read_config
 
-    chosen = {"name": arguments.name, "eval_split": arguments.split, "data_dir": arguments.data_dir}
+    chosen = {name: getattr(arguments, name) for name in ("name", "data_dir", "held_out", "on_broken")}
+    chosen["eval_split"] = arguments.split
+    match_names = arguments.match_classes == "names"
     changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     model = arguments.workdir or arguments.source
     if arguments.workdir or is_run(model):
         data = dataclasses.replace(read_config(model).data, **changes)
-        result = evaluate_run(model, arguments.ema, arguments.step, data)
+        result = evaluate_run(model, arguments.ema, arguments.step, data, match_names)
     else:
         predictor = open_predictor(model, arguments.ema, arguments.step)
-        result = evaluate_predictor(predictor, evaluation_data(predictor, changes))
+        result = evaluate_predictor(predictor, evaluation_data(predictor, changes), match_names=match_names)
     if not first:
         return
     if arguments.json:
@@ -273,8 +285,6 @@ def _data_prepare(arguments: argparse.Namespace, _: list[str]) -> None:
         raise UserError("--from_tfrecord stands alone: the copy keeps the data set's name")
     if not arguments.from_tfrecord and not arguments.name:
         raise UserError("--name: which data set? A tfds name, digits, or a new name with --from_folder")
-    if not 0 < arguments.held_out < 1:
-        raise UserError(f"--held_out: must be above 0 and below 1, is {arguments.held_out}")
     data = DataConfig(
         name=arguments.name or "digits",
         data_dir=arguments.data_dir,

@@ -126,6 +126,8 @@ class TeacherConfig:
         batch_size: Examples per step.
         optim: Optimizer and schedule.
         label_smoothing: Share of a label spread over all classes.
+        match_classes: How the classes of a given teacher are matched with those of the data: by their `names`, where
+            both have names, or by `index`, for the same classes under other names.
     """
 
     model: ModelConfig
@@ -135,6 +137,7 @@ class TeacherConfig:
     batch_size: Count = 64
     optim: OptimConfig = OptimConfig()
     label_smoothing: Fraction = 0.0
+    match_classes: Literal["names", "index"] = "names"
 
     def __post_init__(self) -> None:
         _check_training(self.epochs, self.batch_size, self.optim)

@@ -7,7 +7,7 @@ import math
 import pathlib
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,10 +18,12 @@ from sit_jax import __version__, distributed, sharding, workdir
 from sit_jax.checkpoint import Checkpoints, Due
 from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.config_dict import to_dict
+from sit_jax.data.classes import match_classes
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.sources import Source, open_source
 from sit_jax.errors import NotFiniteError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
+from sit_jax.export.preprocessing import run_class_names
 from sit_jax.metrics import MetricWriter, is_finite
 from sit_jax.models import build_model
 from sit_jax.origins import check_origins, first_state, given_teacher
@@ -65,6 +67,7 @@ def _run(config: Config, folder: pathlib.Path, resume: bool, label: str) -> dict
     check_classes(config, eval_source)
     check_origins(config, folder)
     distributed.on_first(lambda: workdir.claim(folder, config, resume))
+    distributed.on_first(lambda: workdir.claim_classes(folder, data.source.class_names))
     teachers = {
         name: _teacher_variables(config, teacher, folder / name, mesh, name)
         for name, teacher in config.teachers.items()
@@ -231,25 +234,40 @@ def _package_versions() -> dict[str, str]:
 
 
 def evaluate_run(
-    folder: pathlib.Path, ema: bool = False, step: int | None = None, data: DataConfig | None = None
+    folder: pathlib.Path,
+    ema: bool = False,
+    step: int | None = None,
+    data: DataConfig | None = None,
+    match_names: bool = True,
 ) -> dict[str, float]:
     """Evaluates a run's checkpoint over its evaluation split, or over that of other data; see `trained_variables`.
+
+    Args:
+        folder: The run's folder.
+        ema: The moving average instead of the weights.
+        step: Which checkpoint; the newest where None.
+        data: The data set; the run's own where None.
+        match_names: Match classes by their names where both sides have names; else by index.
 
     Raises:
         UserError: There is no such checkpoint or data.
         ConfigError: The data has other classes than the model.
     """
     config, variables = trained_variables(folder, ema, step)
-    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables, str(folder))
+    names = run_class_names(config, folder) if match_names else None
+    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables, str(folder), names)
 
 
-def evaluate_variables(config: Config, variables: dict[str, Any], what: str) -> dict[str, float]:
+def evaluate_variables(
+    config: Config, variables: dict[str, Any], what: str, class_names: Sequence[str] | None = None
+) -> dict[str, float]:
     """Evaluates a model's variables over the evaluation split of a configuration.
 
     Args:
         config: The configuration.
         variables: The model's.
         what: What is evaluated, for messages.
+        class_names: The model's class names, by index; None where classes are matched by index.
 
     Raises:
         RunError: No image of the split can be read, or the loss is not finite.
@@ -258,7 +276,7 @@ def evaluate_variables(config: Config, variables: dict[str, Any], what: str) -> 
     """
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
-    source = open_source(config.data, config.data.eval_split)
+    source = match_classes(open_source(config.data, config.data.eval_split), class_names, what)
     check_classes(config, source)
     model = build_model(config.model.architecture, dtype=config.model.dtype)
     variables = sharding.place(variables, sharding.state_shardings(mesh, variables))

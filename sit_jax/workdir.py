@@ -4,7 +4,7 @@ import contextlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sit_jax.checkpoint import FOLDER
@@ -13,6 +13,7 @@ from sit_jax.config_dict import from_config_dict, to_dict
 from sit_jax.errors import RunError
 
 CONFIG = "config.json"
+CLASS_NAMES = "class_names.json"
 SUMMARY = "summary.json"
 
 # What may differ between a run and its continuation.
@@ -55,7 +56,41 @@ def read_config(workdir: pathlib.Path) -> Config:
     path = workdir / CONFIG
     if not path.is_file():
         raise RunError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
-    return from_config_dict(_read(path))
+    values = _read(path)
+    if not isinstance(values, dict):
+        raise RunError(f"{path} holds no JSON object")
+    return from_config_dict(values)
+
+
+def claim_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
+    """Writes the class names of a run's data beside its configuration, or finds that they are the same.
+
+    Raises:
+        RunError: The folder cannot be written, or the run began with other classes, or with another order of them.
+    """
+    known = read_class_names(workdir)
+    if known is None:
+        with writing(workdir):
+            write_json(workdir / CLASS_NAMES, list(names))
+    elif known != list(names):
+        index = next((i for i, pair in enumerate(zip(known, names, strict=False)) if pair[0] != pair[1]), None)
+        first = f"class {index} was {known[index]!r} and is {names[index]!r}" if index is not None else "their number"
+        raise RunError(f"{workdir} began with other classes than the data has now ({first}); choose another --workdir")
+
+
+def read_class_names(workdir: pathlib.Path) -> list[str] | None:
+    """The class names of the run in a folder, by index; None for a run of an older version, which has no such file.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = workdir / CLASS_NAMES
+    if not path.exists():
+        return None
+    names = _read(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunError(f"{path} must hold a list of names")
+    return names
 
 
 @contextlib.contextmanager
@@ -75,16 +110,13 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def _read(path: pathlib.Path) -> dict[str, Any]:
+def _read(path: pathlib.Path) -> Any:
     try:
-        values: Any = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{path} holds no JSON object")
-    return values
 
 
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:

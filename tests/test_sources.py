@@ -172,13 +172,16 @@ def test_prepare_refusals(tmp_path: pathlib.Path, flat: pathlib.Path, capsys: An
         (["--name", "no_such_set", "--data_dir", str(tmp_path)], "there is no data set 'no_such_set'"),
         (["--from_tfrecord", str(tmp_path / "x")], "is no prepared tfds data set"),
         (["--name", "x", "--from_folder", str(tmp_path / "none")], "there is no folder"),
-        (["--name", "x", "--held_out", "2", "--from_folder", str(flat)], "--held_out"),
     ]
     for words, message in cases:
         assert cli.main(["data", "prepare", *words]) == 2
         error = capsys.readouterr().err.strip()
         assert message in error
         assert len(error.splitlines()) == 1
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["data", "prepare", "--name", "x", "--held_out", "2", "--from_folder", str(flat)])
+    assert stop.value.code == 2
+    assert "--held_out" in capsys.readouterr().err
 
 
 class ManyLabels(tfds.core.GeneratorBasedBuilder):

@@ -41,7 +41,7 @@ class SyntheticSource:
         match = _SPLIT.fullmatch(split)
         if match is None or match[1] not in _SIZES or match[2] == "0":
             raise UserError(f"split {split!r} of synthetic pictures: there are train, val and test, and train[:6400]")
-        self.class_names: Sequence[str] = tuple(f"class {index}" for index in range(int(classes)))
+        self.class_names: Sequence[str] = tuple(map(str, range(int(classes))))
         size = _SIZES[match[1]]
         self._size = min(size, int(match[2])) if match[2] else size
 

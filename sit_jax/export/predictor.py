@@ -12,6 +12,7 @@ import numpy as np
 from sit_jax.checkpoint import latest_step
 from sit_jax.config import Config, DataConfig, ModelConfig
 from sit_jax.convert.weights import Weights
+from sit_jax.data.classes import match_classes
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
@@ -162,14 +163,23 @@ def evaluation_data(predictor: Described, changes: dict[str, Any]) -> DataConfig
     return dataclasses.replace(predictor.data, **changes)
 
 
-def evaluate_predictor(predictor: Predictor, data: DataConfig, batch_size: int = 64) -> dict[str, float]:
-    """Loss, top-1, top-5 (shares of 1) and the number of examples over the whole evaluation split of a data set.
+def evaluate_predictor(
+    predictor: Predictor, data: DataConfig, batch_size: int = 64, match_names: bool = True
+) -> dict[str, float]:
+    """Loss, top-1, top-5 (fractions of 1) and the number of examples over the whole evaluation split of a data set.
+
+    Args:
+        predictor: The model.
+        data: The data set.
+        batch_size: Images at a time.
+        match_names: Match classes by their names where both sides have names; else by index.
 
     Raises:
         UserError: The data cannot be read, or has other classes than the model.
     """
     config = Config(model=ModelConfig(architecture=predictor.arch), data=data, eval_batch_size=batch_size)
-    source = open_source(data, data.eval_split)
+    names = predictor.about.get("class_names") if match_names else None
+    source = match_classes(open_source(data, data.eval_split), names, "the model")
     check_classes(config, source)
     metrics = EvalMetrics.empty()
     merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))

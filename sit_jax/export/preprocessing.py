@@ -13,6 +13,7 @@ from sit_jax.config import Config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.sources import open_source
 from sit_jax.errors import UserError
+from sit_jax.workdir import read_class_names
 
 # What models for ImageNet expect, and what is taken where a description is silent.
 IMAGENET: dict[str, Any] = {
@@ -22,6 +23,9 @@ IMAGENET: dict[str, Any] = {
     "crop_fraction": 0.875,
     "resize": "crop",
 }
+
+# Keys of the data section that decide which images a model is evaluated on.
+_EVALUATED = ("eval_split", "held_out", "on_broken", "max_pixels")
 
 _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
@@ -99,7 +103,8 @@ def data_config(about: dict[str, Any], where: object) -> DataConfig:
             values[name] = list(numbers) * 3  # Grey: DataConfig averages them again.
     provenance = about.get("provenance")
     if isinstance(provenance, dict) and "data" in provenance:
-        values |= {"name": provenance["data"], "eval_split": provenance.get("eval_split", "test")}
+        known = {name: provenance[name] for name in _EVALUATED if name in provenance}
+        values |= {"name": provenance["data"], **known}
     try:
         return _DATA.validate_python(values)
     except ValidationError as error:
@@ -116,16 +121,33 @@ def about_run(config: Config, folder: pathlib.Path, step: int, ema: bool) -> dic
             "step": step,
             "ema": ema,
             "data": config.data.name,
-            "eval_split": config.data.eval_split,
+            **{name: getattr(config.data, name) for name in _EVALUATED},
             "sit_jax": __version__,
         },
     }
+    names = run_class_names(config, folder)
+    return about if names is None else {"class_names": names, **about}
+
+
+def run_class_names(config: Config, folder: pathlib.Path) -> list[str] | None:
+    """The class names of a run, by index; None, with a line that says why, where nothing tells them.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's folder.
+
+    Raises:
+        RunError: The file that holds them is damaged.
+    """
+    names = read_class_names(folder)
+    if names is not None:
+        return names
     try:
-        names = open_source(config.data, config.data.eval_split).class_names
+        # Runs of older versions do not hold them; their data may still be there.
+        return [str(name) for name in open_source(config.data, config.data.eval_split).class_names]
     except UserError as error:
-        print(f"class names are left out: {error}", file=sys.stderr)
-        return about
-    return {"class_names": [str(name) for name in names], **about}
+        print(f"class names of {folder} are unknown: {error}", file=sys.stderr)
+        return None
 
 
 def _per_channel(values: Sequence[float], channels: int) -> list[float]:

@@ -1,0 +1,170 @@
+"""Models and data sets whose classes have names: in the same order, in another one, or others altogether."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pictures
+import pytest
+import tiny
+
+import sit_jax
+from sit_jax import cli, workdir
+from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig
+from sit_jax.data.classes import match_classes
+from sit_jax.data.sources import open_source
+from sit_jax.errors import RunError
+from sit_jax.run import run
+
+NAMES = ("ant", "cat", "dog")
+
+
+def write_images(root: pathlib.Path, names: Sequence[str], per_class: int = 10) -> pathlib.Path:
+    """Noise around another grey for each class, by its place in the alphabet."""
+    rng = np.random.default_rng(0)
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for index in range(per_class):
+            pixels = rng.integers(0, 60, (32, 32, 3)) + 60 * (ord(name[0]) - ord("a"))
+            (root / name / f"{index}.jpg").write_bytes(pictures.jpeg(pixels.clip(0, 255).astype(np.uint8)))
+    return root
+
+
+def save_model(folder: pathlib.Path, names: Sequence[str] | None, columns: Sequence[int] = (0, 1, 2)) -> pathlib.Path:
+    """A model folder of random weights with the head's columns in some order."""
+    model = sit_jax.create_model("deit_tiny", num_classes=3, image_size=32, depth=1)
+    head = model.variables["params"]["head"]
+    head["kernel"] = head["kernel"][:, np.array(columns)]
+    if names is not None:
+        model.about["class_names"] = list(names)
+    model.save(folder)
+    return folder
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, float] | str:
+    """What `sit evaluate` prints: its result, or the line on standard error."""
+    code = cli.main(["evaluate", *map(str, words), "--json"])
+    captured = capsys.readouterr()
+    if code:
+        assert (code, len(captured.err.strip().splitlines())) == (2, 1), captured.err
+        return captured.err
+    result: dict[str, float] = json.loads(captured.out)
+    return result
+
+
+def test_evaluation_matches_classes_by_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--name", "folder", "--split", "val", "--data_dir", write_images(tmp_path / "images", NAMES)]
+    same = evaluate(capsys, save_model(tmp_path / "same", NAMES), *data, "--held_out", "0.5")
+    assert isinstance(same, dict)
+    assert same["examples"] == 15
+    turned = save_model(tmp_path / "turned", ("dog", "ant", "cat"), (2, 0, 1))
+    assert evaluate(capsys, turned, *data, "--held_out", "0.5") == pytest.approx(same)
+    # By index the classes are others, and so is the loss.
+    by_index = evaluate(capsys, turned, *data, "--held_out", "0.5", "--match_classes", "index")
+    assert isinstance(by_index, dict)
+    assert by_index["loss"] != pytest.approx(same["loss"], rel=1e-3)
+    # Without names, or with numbers for names, the index is all there is.
+    for folder, names in (("unnamed", None), ("numbered", ("0", "1", "2"))):
+        assert evaluate(capsys, save_model(tmp_path / folder, names), *data, "--held_out", "0.5") == pytest.approx(same)
+
+
+@pytest.mark.parametrize(
+    ("names", "differences"),
+    [
+        (("cat", "dog", "eel"), ["eel", "ant"]),
+        (("Ant", "cat", "dog"), ["Ant", "ant"]),
+        (("cat", "cat", "ant"), ["dog"]),
+    ],
+)
+def test_other_classes_are_refused_with_the_differences(
+    names: Sequence[str], differences: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--name", "folder", "--split", "val", "--data_dir", write_images(tmp_path / "images", NAMES)]
+    error = evaluate(capsys, save_model(tmp_path / "model", names), *data)
+    assert isinstance(error, str)
+    assert "class names" in error
+    assert all(name in error.partition("differ: ")[2] for name in differences)
+
+
+def test_several_right_classes_are_renumbered(tmp_path: pathlib.Path) -> None:
+    source = open_source(
+        DataConfig(name="folder", data_dir=str(write_images(tmp_path, NAMES)), eval_split="val"), "train"
+    )
+    matched = match_classes(source, ["dog", "ant", "cat"], "the model")
+    names = [matched.class_names[matched[index].label] for index in range(len(matched))]
+    assert names == [source.class_names[source[index].label] for index in range(len(source))]
+
+    class Several:
+        class_names: Sequence[str] = NAMES
+        multi_label = True
+
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Any:
+            return source[0]._replace(label=2, labels=(2, 0))
+
+    several = match_classes(Several(), ["dog", "ant", "cat"], "the model")
+    assert (several[0].label, several[0].labels, several.multi_label) == (0, (0, 1), True)
+
+
+def config(folder: pathlib.Path, **changes: Any) -> Config:
+    """A model that is trained for an epoch on a flat folder, of which it holds out 40%."""
+    data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", held_out=0.4, on_broken="skip")
+    model = ModelConfig(architecture=tiny.plain(num_classes=3))
+    fields: dict[str, Any] = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3)}
+    return tiny.config(LossConfig(), model=model, teacher=None, data=data, **{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images", NAMES)
+
+
+@pytest.fixture(scope="module")
+def trained(images: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run on the folder."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run(config(images), folder)
+    return folder
+
+
+def test_an_exported_run_is_evaluated_on_the_images_it_was_not_trained_on(
+    trained: pathlib.Path, images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "dog" / "9.jpg").write_bytes(b"broken")  # One of the four that are held out.
+    data = ["--data_dir", tmp_path / "images"]
+    of_run = evaluate(capsys, "--workdir", trained, *data)
+    assert isinstance(of_run, dict)
+    assert of_run["examples"] == 11
+    assert cli.main(["export", str(trained), str(tmp_path / "model"), "--format", "folder"]) == 0
+    capsys.readouterr()
+    assert evaluate(capsys, tmp_path / "model", *data) == pytest.approx(of_run)
+    other = evaluate(capsys, tmp_path / "model", *data, "--held_out", "0.2")
+    assert isinstance(other, dict)
+    assert other["examples"] == 5
+    stricter = evaluate(capsys, tmp_path / "model", *data, "--on_broken", "error")
+    assert isinstance(stricter, str)
+    assert "9.jpg" in stricter
+    for mistake in ("0", "1", "nan", "much"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["evaluate", str(tmp_path / "model"), "--held_out", mistake])
+        assert stop.value.code == 2
+
+
+def test_a_run_knows_its_classes_when_its_folder_has_others(
+    trained: pathlib.Path, images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert workdir.read_class_names(trained) == list(NAMES)
+    other = write_images(tmp_path / "other", ("cat", "dog", "eel"))
+    for model in (["--workdir", trained], ["--workdir", trained, "--split", "train"]):
+        error = evaluate(capsys, *model, "--data_dir", other)
+        assert isinstance(error, str)
+        assert "eel" in error
+    with pytest.raises(RunError, match="other classes"):
+        run(config(other), trained, resume=True)
+    assert workdir.read_class_names(trained) == list(NAMES)
