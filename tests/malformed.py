@@ -132,7 +132,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "bad_icc.jpg": (saved(PHOTO, "JPEG", icc_profile=b"\x00garbage" * 30), ""),
     "bad_icc.png": (saved(PHOTO, "PNG", icc_profile=b"\x00garbage" * 30), ""),
     "one_pixel.png": (saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), ""),
-    "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), ""),
+    "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), "longer"),
     "progressive.jpg": (saved(PHOTO, "JPEG", progressive=True), ""),
     "trailing_zeros.jpg": (JPEG + bytes(64), ""),
     "trailing_text.jpg": (JPEG + b"camera maker's notes", ""),

@@ -16,6 +16,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 _ORIENTATION = 0x0112
 _END_OF_JPEG = b"\xff\xd9"
 _BACKGROUND = "white"
+_LONG = 10
 _SUFFIXES = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "MPO": ("jpg", "jpeg", "mpo"),
@@ -91,6 +92,9 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
             found.append("animated: only its first frame is used")
         if _orientation(image) > 1:
             found.append("turned by EXIF: set upright")
+        if max(image.size) > _LONG * min(image.size):
+            what = "a centre crop keeps its middle only, stretching distorts it"
+            found.append(f"longer than {_LONG} times its shorter side: {what}")
         suffix = name.rsplit(".", 1)[-1].lower() if "." in name else ""
         if suffix and kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
             found.append(f"suffix .{suffix} but {kind}: read as {kind}")
