@@ -14,7 +14,7 @@ from sit_jax.data.label_maps import LabelMapWriter
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
-from sit_jax.errors import UserError
+from sit_jax.errors import SkippedError, UserError
 from sit_jax.models import build_model
 from sit_jax.origins import trained_variables
 
@@ -36,6 +36,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
 
     Raises:
         UserError: There is no such run, its model has no dense head, or the folder cannot be written.
+        SkippedError: Some pictures could not be read; the folder is complete, with uniform labels for them.
     """
     config, variables = trained_variables(run)
     config = dataclasses.replace(config, data=data or config.data)
@@ -49,17 +50,26 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     size = config.eval_batch_size
     top = min(top, arch.num_classes)
     writer = LabelMapWriter(output, len(source), grid, top, arch.num_classes)
+    labelled = 0
     with tqdm(total=len(source), unit="pictures") as progress:
         for number, batch in enumerate(batches):
             values, classes = jax.lax.top_k(forward(jnp.asarray(batch["image"])), top)
             start, count = number * size, min(size, len(source) - number * size)
             shape = (count, grid, grid, top)
-            writer.write(
-                start, np.asarray(classes)[:count].reshape(shape), np.asarray(values, np.float16)[:count].reshape(shape)
-            )
+            stored = np.array(values, np.float16)[:count].reshape(shape)
+            readable = batch["mask"][:count] > 0
+            stored[~readable] = 0  # Probabilities of a black picture mean nothing; zeros are read as uniform.
+            labelled += int(readable.sum())
+            writer.write(start, np.asarray(classes)[:count].reshape(shape), stored)
             progress.update(count)
     writer.close()
-    return len(source)
+    if labelled < len(source):
+        skipped = len(source) - labelled
+        raise SkippedError(
+            f"{skipped} of {len(source)} pictures could not be read and have no labels in {output}; the others have. "
+            "sit data check lists them"
+        )
+    return labelled
 
 
 def _dense_forward(config: Config, variables: dict[str, Any]) -> tuple[Any, int]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TextIO, get_args
 import numpy as np
 
 from sit_jax.data.folder import pictures_in
-from sit_jax.data.sources import Example
+from sit_jax.data.sources import Example, read_picture
 from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import NotFiniteError, PictureError, SkippedError, UserError
 from sit_jax.export.predictor import Predictor, open_predictor
@@ -62,11 +62,11 @@ def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
             if not inside:
                 raise UserError(f"{word}: holds no pictures")
             found += inside
-        elif os.path.exists(word):
+        elif os.path.lexists(word):  # A dead link, too: reading it fails, as it does for one in a folder.
             found.append(word)
         else:
             # A pattern that the shell left alone; a file may well have brackets in its name, so this comes last.
-            matches = sorted(x for x in glob.glob(word, recursive=True) if os.path.isfile(x))
+            matches = sorted(x for x in glob.glob(word, recursive=True) if not os.path.isdir(x))
             if not matches:
                 raise UserError(f"{word}: there is no such file, folder or match")
             found += matches
@@ -132,12 +132,7 @@ def read_file(name: str) -> Example:
     Raises:
         PictureError: It cannot be read.
     """
-    try:
-        with open(name, "rb") as file:
-            return Example(file.read(), -1, name)
-    except (OSError, ValueError) as error:  # ValueError: a line with a null byte in it.
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise PictureError(f"{name}: cannot be read: {reason}") from None
+    return read_picture(name)
 
 
 def _read(predictor: Predictor, pictures: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | PictureError]]:

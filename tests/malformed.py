@@ -25,6 +25,22 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, key: bytes = b"") -> bytes:
+    """A PNG file.
+
+    Args:
+        size: Width and height.
+        bits: Bits per sample.
+        colour: 0 for grey, 2 for RGB.
+        rows: Samples row by row, each row with its filter's byte before it.
+        key: The transparent colour, 16 bits per sample; empty for none.
+    """
+    header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
+    transparent = _png_chunk(b"tRNS", key) if key else b""
+    data = _png_chunk(b"IDAT", zlib.compress(rows)) + _png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + transparent + data
+
+
 def _huge_png(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
@@ -84,6 +100,7 @@ BROKEN: dict[str, bytes] = {
     "webp_half.webp": WEBP[: len(WEBP) // 2],
     "webp_header_only.webp": WEBP[:16],
     "float.tif": saved(Image.fromarray(np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)), "TIFF"),
+    "int32.tif": saved(Image.fromarray(np.arange(600, dtype=np.int32).reshape(20, 30) % 256), "TIFF"),
     "zip.png": b"PK\x03\x04" + bytes(200),
     "pdf.jpg": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
     "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>',
@@ -127,12 +144,13 @@ ODD: dict[str, tuple[bytes, str]] = {
     "jpeg_called.png": (JPEG, "suffix"),
     "png_called.jpeg": (PNG, "suffix"),
     "turned.jpg": (saved(PHOTO, "JPEG", exif=_exif(6)), "EXIF"),
+    "turned_by_xmp.jpg": (saved(PHOTO, "JPEG", xmp=b'<rdf tiff:Orientation="6"/>'), "XMP"),
     "bad_orientation.jpg": (saved(PHOTO, "JPEG", exif=_exif(77)), ""),
     "bad_exif.jpg": (saved(PHOTO, "JPEG", exif=b"Exif\x00\x00" + b"\xff" * 40), ""),
     "bad_icc.jpg": (saved(PHOTO, "JPEG", icc_profile=b"\x00garbage" * 30), ""),
     "bad_icc.png": (saved(PHOTO, "PNG", icc_profile=b"\x00garbage" * 30), ""),
     "one_pixel.png": (saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), ""),
-    "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), ""),
+    "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), "longer"),
     "progressive.jpg": (saved(PHOTO, "JPEG", progressive=True), ""),
     "trailing_zeros.jpg": (JPEG + bytes(64), ""),
     "trailing_text.jpg": (JPEG + b"camera maker's notes", ""),

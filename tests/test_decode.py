@@ -1,13 +1,16 @@
 """Decoding: odd pictures come out right, broken ones never get in."""
 
 import io
+from collections.abc import Sequence
+from typing import Any
 
 import malformed
 import numpy as np
 import pictures
 import pytest
+import tifffile
 from malformed import BROKEN, ODD, PHOTO, saved
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from sit_jax.data.decode import decode, findings
 from sit_jax.errors import PictureError
@@ -71,6 +74,132 @@ def test_exif_orientation_is_honoured(kind: str, orientation: int) -> None:
     assert np.abs(pixels.astype(int) - expected).mean() < 0.5
 
 
+def _turned(kind: str, mode: str, orientation: int, where: str) -> bytes:
+    """A picture with an orientation in EXIF, in XMP, or in both, of which EXIF's counts."""
+    options: dict[str, Any] = {}
+    xmp = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about="" xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="'
+        f'{orientation if where == "XMP" else 9 - orientation}"/></rdf:RDF></x:xmpmeta>'
+    )
+    if where != "EXIF":
+        if kind == "PNG":
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt("XML:com.adobe.xmp", xmp)
+            options["pnginfo"] = info
+        elif kind == "TIFF":
+            options["tiffinfo"] = {700: xmp.encode()}
+        else:
+            options["xmp"] = xmp.encode()
+    if where != "XMP":
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        options["exif"] = exif
+        if where == "both" and kind == "TIFF":
+            exif[700] = options.pop("tiffinfo")[700]
+    return saved(PHOTO.convert(mode), kind, **options)
+
+
+@pytest.mark.parametrize("where", ["EXIF", "XMP", "both"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [*((k, m) for k in ("JPEG", "TIFF") for m in ("RGB", "L", "CMYK")), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")],
+)
+def test_orientation_is_what_check_says(kind: str, mode: str, where: str) -> None:
+    for orientation in range(1, 9):
+        encoded = _turned(kind, mode, orientation, where)
+        # Pillow's own way; of a TIFF it turns the pixels when it loads them.
+        with Image.open(io.BytesIO(encoded)) as image:
+            upright = ImageOps.exif_transpose(image)
+            expected = np.asarray(upright.convert("RGB"), np.int64)
+        pixels = decode(encoded, 3, max_pixels=MAX)
+        assert pixels.shape == expected.shape
+        assert pixels.flags.c_contiguous
+        assert np.abs(pixels - expected).max() <= 6, orientation
+        assert decode(encoded, 1, max_pixels=MAX).shape[:2] == expected.shape[:2]
+        turned = any("upright" in line for line in findings(encoded, "", MAX))
+        assert turned == (orientation > 1)
+
+
+GREY = np.asarray(PHOTO.convert("L"))
+
+
+def _png16(samples: np.ndarray, key: Sequence[int] = ()) -> bytes:
+    """A PNG of 16 bits per sample, grey or RGB, with a transparent colour; Pillow writes no such RGB."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    size, colour = (samples.shape[1], samples.shape[0]), 2 if samples.ndim == 3 else 0
+    return malformed.png(size, 16, colour, rows, b"".join(x.to_bytes(2, "big") for x in key))
+
+
+def _tiff(samples: np.ndarray, **tags: Any) -> bytes:
+    encoded = io.BytesIO()
+    tifffile.imwrite(encoded, samples, **tags)
+    return encoded.getvalue()
+
+
+def test_bits_per_sample_are_the_files() -> None:
+    rgb = EXPECTED.astype(np.uint16) * 257 - (EXPECTED > 0)
+    deep = GREY.astype(np.uint16) * 256 + 77
+    for encoded, expected in (
+        (_png16(deep), GREY),
+        (_png16(rgb), EXPECTED),
+        (_tiff(deep, byteorder="<"), GREY),
+        (_tiff(deep, byteorder=">"), GREY),
+        (_tiff(deep, photometric="miniswhite"), 255 - GREY),
+        (_tiff(rgb, photometric="rgb"), EXPECTED),
+        (b"P5 90 60 65535\n" + deep.astype(">u2").tobytes(), GREY),
+    ):
+        wanted = expected if expected.ndim == 3 else expected[:, :, None].repeat(3, axis=2)
+        np.testing.assert_array_equal(decode(encoded, 3, max_pixels=MAX), wanted)
+        found = findings(encoded, "", MAX)
+        assert any(line.startswith("16-bit") for line in found)
+        assert any(line.startswith("grey") for line in found) == (expected.ndim == 2)
+    twelve = _twelve_bit_tiff(GREY.astype(np.uint16) * 16 + 5)
+    np.testing.assert_array_equal(decode(twelve, 1, max_pixels=MAX)[:, :, 0], GREY)
+    assert any(line.startswith("12-bit") for line in findings(twelve, "", MAX))
+    # By the file's own range these are black; so it is said.
+    assert any("black" in line for line in findings(_tiff(GREY.astype(np.uint16)), "", MAX))
+
+
+def _twelve_bit_tiff(samples: np.ndarray) -> bytes:
+    """Two samples in three bytes, as Pillow reads and nothing here writes them."""
+    first, second = samples[:, ::2], samples[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    height, width = samples.shape
+    values = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: height, 279: packed.nbytes}
+    for tag, value in values.items():
+        directory[tag] = value
+    encoded = io.BytesIO()
+    directory.save(encoded)
+    encoded.write(packed.tobytes())
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint32", "int16", "float32"])
+@pytest.mark.parametrize("largest", [1, 255, 65535])
+def test_pixels_without_a_range_are_refused(kind: str, largest: int) -> None:
+    # What is black and what is white is not in the file: 255 may be either, and a guess may differ between pictures.
+    values = (GREY / 255.0 * min(largest, 32767 if kind == "int16" else largest)).astype(kind)
+    for read in (lambda: decode(_tiff(values), 3, "x.tif", MAX), lambda: findings(_tiff(values), "x.tif", MAX)):
+        with pytest.raises(PictureError, match=r"^x.tif: .*range"):
+            read()
+
+
+def test_transparent_colours_are_laid_on_white() -> None:
+    flat = np.full((4, 6), 0x1234, np.uint16)
+    flat[1:3] = 0x2335
+    grey = _png16(flat, key=(0x2335,))
+    colour = _png16(np.stack([flat, flat, flat + 0x2000], axis=-1), key=(0x2335, 0x2335, 0x4335))
+    rows = b"".join(b"\0" + bytes(row[::2] % 16 * 17) for row in flat.astype(np.uint8))
+    four_bit = malformed.png((6, 4), 4, 0, rows, bytes([0, 5]))
+    for encoded in (grey, colour, four_bit):
+        pixels = decode(encoded, 3, max_pixels=MAX)
+        assert (pixels[1:3] == 255).all()
+        assert (pixels[[0, 3]] < 255).all()
+        assert any(line.startswith("transparent") for line in findings(encoded, "", MAX))
+
+
 def test_size_limit() -> None:
     assert decode(malformed.JPEG, 3, max_pixels=60 * 90).shape == (60, 90, 3)
     with pytest.raises(PictureError, match=r"big.jpg: has 90 x 60 pixels, more than data.max_pixels, 5,399"):
@@ -90,6 +219,7 @@ def test_random_damage_never_escapes() -> None:
         try:
             pixels = decode(damaged, 3, "damaged", MAX)
             assert pixels.ndim == 3
+            findings(damaged, "damaged", MAX)
             outcomes["read"] += 1
         except PictureError:
             outcomes["refused"] += 1

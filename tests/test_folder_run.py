@@ -13,12 +13,15 @@ import pytest
 from PIL import Image
 
 from sit_jax import cli, workdir
+from sit_jax.annotate import write_label_maps
+from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
+from sit_jax.data.folder import FolderSource
 from sit_jax.data.label_maps import LabelMaps
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
 from sit_jax.data.transforms import resize_box
-from sit_jax.errors import ConfigError
+from sit_jax.errors import ConfigError, SkippedError
 from sit_jax.metrics import read_metrics
 from sit_jax.models import build_model
 from sit_jax.run import trained_variables
@@ -141,6 +144,17 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     assert values.sum(axis=-1).max() <= 1.001
     assert cli.main(["data", "label", "--workdir", first, "--output", maps]) == 2
     assert "holds label maps already" in capsys.readouterr().err
+    # A picture that cannot be read has no labels, and is not counted as one that has.
+    hurt = tmp_path / "hurt"
+    pictures.make_folder(hurt, 2, "train", size=(72, 64))
+    (hurt / "train" / "chelsea" / "0000.jpg").unlink()
+    (hurt / "train" / "chelsea" / "0000.jpg").symlink_to("nowhere.jpg")
+    with pytest.raises(SkippedError, match=r"^1 of 16 "):
+        write_label_maps(pathlib.Path(first), tmp_path / "some", 3, DataConfig(name="folder", data_dir=str(hurt)))
+    stored = LabelMaps(tmp_path / "some")
+    labelled = [bool(stored[index][1].any()) for index in range(16)]
+    files = [pathlib.Path(path).parts[-2:] for path, _ in FolderSource(hurt, "train").files]
+    assert labelled == [file != ("chelsea", "0000.jpg") for file in files]
     dense = [f"--config.data.label_maps={maps}", "--config.loss.token_label=0.5"]
     mixed = ["--config.mix.mix_token=1.0", "--config.mix.mixup=0.0", "--config.mix.cutmix=0.0"]
     assert cli.main(["train", "--config", str(page), "--workdir", second, *dense, *mixed]) == 0

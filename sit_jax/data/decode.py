@@ -6,16 +6,24 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sit_jax.errors import PictureError
 
 # Pictures beyond `max_pixels` are refused here by name; Pillow's own warning would come on top.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-_ORIENTATION = 0x0112
+# Tags of EXIF and TIFF.
+_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0
+# The byte of a PNG file that says how many bits a sample has.
+_PNG_BIT_DEPTH = 24
+# Formats whose samples Pillow scales to 16 bits where it opens them as 32-bit integers.
+_SCALED_TO_16 = ("PNG", "PPM")
 _END_OF_JPEG = b"\xff\xd9"
 _BACKGROUND = "white"
+_LONG = 10
+_GREY = "grey: repeated over the model's channels"
 _SUFFIXES = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "MPO": ("jpg", "jpeg", "mpo"),
@@ -28,9 +36,10 @@ _SUFFIXES = {
 
 
 def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int = 80_000_000) -> np.ndarray:
-    """Decodes a picture, turned upright by its EXIF orientation; the first frame of an animation.
+    """Decodes a picture, turned upright by its EXIF or XMP orientation; the first frame of an animation.
 
-    Transparent pixels are laid on white, 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB.
+    Transparent pixels are laid on white, samples of more than 8 bits scaled to 8, CMYK and palettes become RGB.
+    Pixels whose range the file does not give (floats, signed integers, 32-bit integers) are refused.
 
     Args:
         encoded: The file's bytes.
@@ -42,24 +51,9 @@ def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int
         Pixels, uint8 (height, width, channels).
 
     Raises:
-        PictureError: The bytes are no picture, a broken or cut-off one, or one of too many pixels.
+        PictureError: The bytes are no picture, a broken or cut-off one, or one of too many pixels or of unknown range.
     """
-    if not encoded:
-        raise PictureError(f"{name}: is empty")
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise PictureError(f"{name}: has {size} pixels, more than data.max_pixels, {max_pixels:,}")
-            if _is_plain_jpeg(image, encoded):
-                pixels = _decode_jpeg(encoded, channels)
-            else:
-                pixels = np.asarray(_to_channels(image, channels))
-    except PictureError:
-        raise
-    except Exception as error:  # Decoders of damaged files raise anything, from SyntaxError to struct.error.
-        raise PictureError(f"{name}: cannot be read: {_reason(error)}") from None
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+    return _read(encoded, channels, name, max_pixels)[0]
 
 
 def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
@@ -73,28 +67,52 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
     Raises:
         PictureError: `decode` would raise it.
     """
-    decode(encoded, 3, name, max_pixels)
-    found = []
+    pixels, found = _read(encoded, 3, name, max_pixels)
+    height, width, _ = pixels.shape
+    if max(width, height) > _LONG * min(width, height):
+        what = "a centre crop keeps its middle only, stretching distorts it"
+        found.append(f"longer than {_LONG} times its shorter side: {what}")
     with Image.open(io.BytesIO(encoded)) as image:
-        mode, kind = image.mode, str(image.format)
-        if mode in ("L", "LA", "1"):
-            found.append("grey: repeated over the channels")
-        if mode in ("CMYK", "YCCK"):
-            found.append("CMYK: turned to RGB")
-        if _is_deep(mode):
-            found.append("16-bit: scaled to 8 bits")
-        if mode in ("P", "PA"):
-            found.append("palette: turned to RGB")
-        if image.has_transparency_data:
-            found.append("transparent: laid on white")
-        if getattr(image, "n_frames", 1) > 1 and kind != "MPO":
+        kind = str(image.format)
+        if kind != "MPO" and _frames(image) > 1:
             found.append("animated: only its first frame is used")
-        if _orientation(image) > 1:
-            found.append("turned by EXIF: set upright")
-        suffix = name.rsplit(".", 1)[-1].lower() if "." in name else ""
-        if suffix and kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
-            found.append(f"suffix .{suffix} but {kind}: read as {kind}")
+    suffix = name.rsplit(".", 1)[-1].lower() if "." in name else ""
+    if suffix and kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
+        found.append(f"suffix .{suffix} but {kind}: read as {kind}")
     return found
+
+
+def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np.ndarray, list[str]]:
+    """The pixels, and what was unusual about them with what was done: written down where it is done."""
+    if not encoded:
+        raise PictureError(f"{name}: is empty")
+    done: list[str] = []
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.width * image.height > max_pixels:
+                size = f"{image.width} x {image.height}"
+                raise PictureError(f"{name}: has {size} pixels, more than data.max_pixels, {max_pixels:,}")
+            turned_by_pillow = 1
+            if _is_plain_jpeg(image, encoded):
+                orientation = _orientation(image)
+                if image.mode == "L":
+                    done.append(_GREY)
+                pixels = _decode_jpeg(encoded, channels)
+            else:
+                bits = _bits_per_sample(image, encoded)
+                if isinstance(image, TiffImageFile):  # Loading turns the pixels and forgets the orientation.
+                    turned_by_pillow = _orientation(image)
+                image.load()  # Before the orientation is read: that loads a PNG, and passes over what is wrong with it.
+                orientation = _orientation(image)
+                pixels = np.asarray(_to_channels(image, bits, done).convert("L" if channels == 1 else "RGB"))
+            if max(orientation, turned_by_pillow) > 1:
+                done.append("turned by EXIF or XMP: set upright")
+                pixels = _upright(pixels, orientation)
+    except PictureError:
+        raise
+    except Exception as error:  # Decoders of damaged files raise anything, from SyntaxError to struct.error.
+        raise PictureError(f"{name}: cannot be read: {_reason(error)}") from None
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels, done
 
 
 def _is_plain_jpeg(image: Image.Image, encoded: bytes) -> bool:
@@ -105,33 +123,77 @@ def _is_plain_jpeg(image: Image.Image, encoded: bytes) -> bool:
 
 
 def _decode_jpeg(encoded: bytes, channels: int) -> np.ndarray:
-    flags = cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE
+    # OpenCV knows the orientation in EXIF only; Pillow that in XMP, too.
+    flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE)
     pixels: np.ndarray | None = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     if pixels is None:
         raise ValueError("broken JPEG data")
     return pixels
 
 
-def _to_channels(image: Image.Image, channels: int) -> Image.Image:
-    image.load()
-    orientation = _orientation(image)
-    if _is_deep(image.mode):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    elif image.has_transparency_data:
+def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
+    """A loaded image of 8 bits per sample without transparency; adds to `done` what is done to it."""
+    mode = image.mode
+    deep_grey = mode.startswith("I;16") or (mode == "I" and image.format in _SCALED_TO_16)
+    if mode in ("I", "F") and not deep_grey:
+        kind = "floating-point numbers" if mode == "F" else "signed or 32-bit integers"
+        raise ValueError(f"its pixels are {kind} of unknown range; save it with 8 bits, or unsigned with 16 bits")
+    if deep_grey or mode in ("1", "L", "LA"):
+        done.append(_GREY)
+    if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+        done.append(f"{mode}: turned to RGB")
+    if mode in ("P", "PA"):
+        done.append("palette: turned to RGB")
+    if bits > 8:
+        done.append(f"{bits}-bit: scaled to 8 bits")
+    if image.has_transparency_data:
+        done.append("transparent: laid on white")
+    if deep_grey:
+        return _from_deep_grey(image, bits, done)
+    if image.has_transparency_data:
+        _scale_transparent_colour(image, bits)
         image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, _BACKGROUND)
-        image = Image.alpha_composite(ground, image)
-    if orientation > 1:
-        # Only what was decoded is turned; the tag travels with the file's own Image object.
-        image.getexif()[_ORIENTATION] = orientation
-        image = ImageOps.exif_transpose(image)
-    return image.convert("L" if channels == 1 else "RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, _BACKGROUND), image)
+    return image
 
 
-def _is_deep(mode: str) -> bool:
-    return mode == "I" or mode.startswith("I;16")
+def _from_deep_grey(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
+    samples = np.asarray(image).astype(np.int64)
+    grey = (samples >> (bits - 8)).clip(0, 255).astype(np.uint8)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        grey = 255 - grey  # Pillow does so for 8 bits only.
+    elif not grey.any():
+        done.append(f"{bits}-bit with values below {1 << (bits - 8)} only: black")
+    if "transparency" in image.info:
+        grey[samples == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _scale_transparent_colour(image: Image.Image, bits: int) -> None:
+    """A PNG's transparent colour has as many bits as its samples, but Pillow has scaled those to 8 bits."""
+    colour = image.info.get("transparency")
+    if image.format != "PNG" or image.mode not in ("L", "RGB") or colour is None:
+        return
+    if image.mode == "L" and bits < 8:
+        image.info["transparency"] = colour * 255 // ((1 << bits) - 1)
+    elif image.mode == "RGB" and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _bits_per_sample(image: Image.Image, encoded: bytes) -> int:
+    """Bits per sample that the file declares; 8 where only whole bytes are possible, and for palettes."""
+    if image.format == "PNG" and image.mode != "P":
+        return encoded[_PNG_BIT_DEPTH]
+    if isinstance(image, TiffImageFile):
+        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))))
+    return 16 if image.mode.startswith("I") else 8
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # Frames that `decode` does not read may be damaged.
+        return 1
 
 
 def _orientation(image: Image.Image) -> int:
@@ -140,6 +202,14 @@ def _orientation(image: Image.Image) -> int:
         return value if value in range(1, 9) else 1
     except Exception:  # A broken EXIF block says nothing about the pixels.
         return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns pixels that are stored in one of EXIF's orientations, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        pixels = cv2.transpose(pixels)
+    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's codes: 0 swaps top and bottom, 1 left and right.
+    return cv2.flip(pixels, flips[orientation]) if orientation in flips else pixels
 
 
 def _reason(error: Exception) -> str:

@@ -1,18 +1,28 @@
 """Pictures in folders named after their classes."""
 
+import contextlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from sit_jax.data.sources import Example
-from sit_jax.errors import PictureError, UserError
+from sit_jax.data.sources import Example, read_picture
+from sit_jax.errors import UserError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 TRAIN, HELD_OUT = "train", "val"
 # Other names that people give the held-out part.
 _HELD_OUT_NAMES = (HELD_OUT, "valid", "validation", "test")
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+@contextlib.contextmanager
+def _listing() -> Iterator[None]:
+    """Turns the error of a folder that cannot be listed into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename}: the folder cannot be listed: {error.strerror}") from None
 
 
 class FolderSource:
@@ -30,6 +40,7 @@ class FolderSource:
 
     multi_label = False
 
+    @_listing()
     def __init__(self, root: pathlib.Path, split: str, held_out: float = 0.1) -> None:
         """Lists the pictures.
 
@@ -39,7 +50,7 @@ class FolderSource:
             held_out: Share of each class that goes to `val` where the folder has no splits.
 
         Raises:
-            UserError: No such folder or split, or no pictures in it.
+            UserError: No such folder or split, no pictures in it, or a folder that cannot be listed.
         """
         if not root.is_dir():
             raise UserError(f"data.data_dir: there is no folder {root}")
@@ -81,12 +92,7 @@ class FolderSource:
         return sorted(str(path) for path in found if path.is_file() and not _is_picture(path.name))
 
     def __getitem__(self, index: int) -> Example:
-        path, label = self.files[index]
-        try:
-            with open(path, "rb") as file:
-                return Example(file.read(), label, path)
-        except OSError as error:
-            raise PictureError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return read_picture(*self.files[index])
 
 
 def _classes(base: pathlib.Path) -> tuple[str, ...]:
@@ -102,10 +108,20 @@ def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
         raise UserError(f"data.data_dir: {folder} has classes that train has not: {', '.join(strays[:5])}")
 
 
+@_listing()
 def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures in a folder and the folders within, sorted; hidden ones are passed over."""
+    """The pictures in a folder and the folders within, sorted; hidden ones are passed over.
+
+    Raises:
+        UserError: A folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # `val` may lack a class of `train`.
+            raise error
+
     found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(x for x in folders if not x.startswith("."))
         found += [pathlib.Path(place, x) for x in names if _is_picture(x)]
     return sorted(found)

@@ -73,10 +73,10 @@ class EvalExamples:
         """The example; raises PictureError for one that cannot be read."""
         if position >= len(self.source):
             return self._nothing()
-        stored = self.source[int(position)]
-        if stored.label < 0:
-            return self._nothing()  # ReaL has pictures without a right class: they do not count.
         try:
+            stored = self.source[int(position)]
+            if stored.label < 0:
+                return self._nothing()  # ReaL has pictures without a right class: they do not count.
             example = self.transform(stored)
         except PictureError as error:
             if not self.skip_broken:

@@ -48,16 +48,17 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         source = self.sources[split]
         for index in tqdm(range(len(source)), desc=split, unit="pictures"):
-            example = source[index]
-            name = str(pathlib.Path(example.name).relative_to(self.root))
+            path, label = source.files[index]
+            name = str(pathlib.Path(path).relative_to(self.root))
             try:
-                decode(example.image, 3, name)
+                image = source[index].image
+                decode(image, 3, name)
             except PictureError as error:
                 if self.skip_broken:
                     tqdm.write(f"left out: {error}")
                     continue
                 raise
-            yield name, {"image": io.BytesIO(example.image), "label": example.label, "file_name": name}
+            yield name, {"image": io.BytesIO(image), "label": label, "file_name": name}
 
 
 def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.Path:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sit_jax.data.config import DataConfig
-from sit_jax.errors import ConfigError, UserError
+from sit_jax.errors import ConfigError, PictureError, UserError
 
 # ImageNet ReaL gives a picture several right classes; tfds calls them so.
 _LABEL_KEYS = ("label", "real_label")
+# ArrayRecord's messages: a record's checksum is wrong; the index at the end of the file cannot be read.
+_DAMAGED_RECORD, _SHARD_INDEX = "Corrupted Riegeli/records file: chunk", "RiegeliPostscript"
 
 
 class Example(NamedTuple):
@@ -37,6 +39,31 @@ class Example(NamedTuple):
     labels: tuple[int, ...] = ()
 
 
+def read_picture(path: str, label: int = -1, name: str = "") -> Example:
+    """Reads a picture's file.
+
+    Args:
+        path: The file.
+        label: Its class index; -1 if unknown.
+        name: What messages call it; the path if empty.
+
+    Raises:
+        PictureError: The file cannot be read, whatever the reason.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            os.set_blocking(file.fileno(), True)
+            return Example(file.read(), label, name or path)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte in it.
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise PictureError(f"{name or path}: cannot be read: {reason}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Opens a pipe that nothing writes to, too, instead of waiting for a writer; such a pipe is empty."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 class Source(Protocol):
     """Random access to a split of a data set.
 
@@ -50,7 +77,9 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Example:
+        """The stored picture; raises a PictureError if only this one cannot be read, else a UserError."""
+        ...
 
 
 class TfdsSource:
@@ -97,7 +126,14 @@ class TfdsSource:
         try:
             record = self._records[int(index)]
         except Exception as error:  # The reader of a damaged or missing shard raises what it likes.
-            raise UserError(f"{name} cannot be read from its shard: {' '.join(str(error).split())[:300]}") from None
+            reason = " ".join(str(error).split())[:300]
+            # If the shard's index is readable and this record's checksum is wrong, the shard's other records are fine.
+            # A shard that cannot be opened is never skipped: an evaluation of the rest would look like one of all.
+            if reason.startswith(_DAMAGED_RECORD) and _SHARD_INDEX not in reason:
+                raise PictureError(f"{name}: cannot be read: its record is damaged: {reason}") from None
+            raise UserError(f"{name} cannot be read from its shard: {reason}") from None
+        if record["image"] is None or record[self._key] is None:
+            raise UserError(f"{name} is not in its shard, which is damaged; prepare or copy the data set again")
         stored = record.get("file_name", name)
         name = stored.decode(errors="replace") if isinstance(stored, bytes) else str(stored)
         if not self.multi_label:

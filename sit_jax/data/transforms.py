@@ -28,6 +28,10 @@ RESAMPLING = {
 }
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 _CROP_ATTEMPTS = 10
+# Crops that keep less than one part in so many of the resized picture are resized alone.
+_MOST_RESIZED = 64
+# Beyond so many pixels per pixel of the result, Pillow takes block means first: its filter weighs every single pixel.
+_REDUCING_GAP = 1000.0
 
 # Left, top, width, height in pixels.
 Box = tuple[int, int, int, int]
@@ -110,7 +114,7 @@ class EvalTransform:
         if self.data.resize == "crop":
             image = center_crop(image, self.size, self.data.crop_fraction, resample)
         else:
-            image = image.resize((self.size, self.size), resample)
+            image = image.resize((self.size, self.size), resample, reducing_gap=_REDUCING_GAP)
         return {"image": _with_channels(image), "label": np.int32(example.label)}
 
 
@@ -152,7 +156,8 @@ def resize_box(pixels: np.ndarray, box: Box, size: int, data: DataConfig) -> Ima
     left, top, width, height = box
     if data.resampler == "pillow":
         edges = (left, top, left + width, top + height)
-        return to_pillow(pixels).resize((size, size), RESAMPLING[data.interpolation], edges)
+        resample = RESAMPLING[data.interpolation]
+        return to_pillow(pixels).resize((size, size), resample, edges, reducing_gap=_REDUCING_GAP)
     return to_pillow(_resize_fast(pixels[top : top + height, left : left + width], size, _OPENCV[data.interpolation]))
 
 
@@ -172,9 +177,36 @@ def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to `int(size / fraction)` and cuts the centre square out, as torchvision does."""
+    """Resizes the shorter side to `int(size / fraction)` and cuts the centre square out, as torchvision does.
+
+    Of a very long picture only the square is resized, to the same pixels within a level: all of 1 x 60,000 pixels would
+    take 12 GB at 224 pixels.
+    """
     scaled, left, top = _scaled_centre(*image.size, size, fraction)
+    if scaled[0] * scaled[1] > _MOST_RESIZED * size**2:
+        return resize_part(image, centre_box(*image.size, size, fraction), size, resample)
     return image.resize(scaled, resample).crop((left, top, left + size, top + size))
+
+
+def resize_part(
+    image: Image.Image, box: tuple[float, float, float, float], size: int, resample: Image.Resampling
+) -> Image.Image:
+    """Resizes a part of a picture to a square; pixels around the part count as far as the filter reaches.
+
+    Args:
+        image: The picture.
+        box: Left, top, right, bottom of the part in pixels, with fractions.
+        size: Pixels per side of the result.
+        resample: The filter.
+    """
+    # Pillow holds boxes in float32, which is whole pixels far from the corner: so first, the part with its surroundings
+    # is cut out. No filter reaches further than Lanczos, three pixels of the picture or of the result.
+    reach = [3 * max(1.0, (box[axis + 2] - box[axis]) / size) + 1 for axis in (0, 1)]
+    left, top = (max(0, math.floor(box[axis] - reach[axis])) for axis in (0, 1))
+    right, bottom = (min(image.size[axis], math.ceil(box[axis + 2] + reach[axis])) for axis in (0, 1))
+    inner = (box[0] - left, box[1] - top, min(box[2], right) - left, min(box[3], bottom) - top)
+    part = image.crop((left, top, right, bottom))
+    return part.resize((size, size), resample, inner, reducing_gap=_REDUCING_GAP)
 
 
 def centre_box(width: int, height: int, size: int, fraction: float) -> tuple[float, float, float, float]:

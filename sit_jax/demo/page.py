@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 import numpy as np
 
-from sit_jax.data.sources import Example
+from sit_jax.data.sources import read_picture
 from sit_jax.demo.contestants import MAX_PIXELS, Contest, Contestant, milliseconds
 from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.errors import UserError
@@ -117,7 +117,7 @@ def _answer(path: str, teacher: Contestant, student: Contestant, chosen: str | N
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is no picture; give one of {', '.join(_SUFFIXES)}")
-    example = Example(file.read_bytes(), -1, file.name)
+    example = read_picture(path, name=file.name)  # Messages on the page do not name the server's folders.
     keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
     ways: list[tuple[Contestant, Keep | None]] = [(teacher, None), (student, keep)]
     seen = [model.see(example) for model, _ in ways]

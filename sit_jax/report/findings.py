@@ -233,8 +233,8 @@ def _pictures(
     for index in places:
         if subject is None or answers.labels[index] < 0:
             continue
-        example = source[index]
         try:
+            example = source[index]
             view = subject.see(example)
         except PictureError:
             continue

@@ -13,7 +13,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Example
-from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, to_pillow
+from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, resize_part, to_pillow
 from sit_jax.errors import UserError
 from sit_jax.export.predictor import class_names, open_folder
 from sit_jax.models import build_model
@@ -79,7 +79,7 @@ class Subject:
         if data.resize == "crop":
             # The model's own crop to the pixel: its rounding at another size would be another part of the picture.
             box = centre_box(whole.width, whole.height, arch.image_size, data.crop_fraction)
-        shown = np.asarray(whole.resize((side, side), RESAMPLING[data.interpolation], box))
+        shown = np.asarray(resize_part(whole, box, side, RESAMPLING[data.interpolation]))
         return Seen(np.ascontiguousarray(pixels), shown[:, :, None] if shown.ndim == 2 else shown)
 
 
