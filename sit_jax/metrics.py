@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -198,6 +199,18 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
         RunError: The file cannot be read.
     """
     return scan_metrics(workdir).lines
+
+
+def warn_of_missing(result: dict[str, float], images: int) -> None:
+    """Says on standard error how many images of a split an evaluation does not count, if any.
+
+    Args:
+        result: The evaluation.
+        images: Images in the split.
+    """
+    missing = images - round(result["examples"])
+    if missing:
+        print(f"{missing} of {images} images are not counted: they are unreadable or have no label", file=sys.stderr)
 
 
 def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from sit_jax.data.sources import Source, open_source
 from sit_jax.errors import NotFiniteError, StoppedError
 from sit_jax.evaluate import evaluate, make_eval_step
 from sit_jax.export.preprocessing import run_class_names
-from sit_jax.metrics import MetricWriter, is_finite
+from sit_jax.metrics import MetricWriter, is_finite, warn_of_missing
 from sit_jax.models import build_model
 from sit_jax.origins import check_origins, first_state, given_teacher
 from sit_jax.origins import trained_variables as trained_variables
@@ -280,7 +280,10 @@ def evaluate_variables(
     check_classes(config, source)
     model = build_model(config.model.architecture, dtype=config.model.dtype)
     variables = sharding.place(variables, sharding.state_shardings(mesh, variables))
-    return evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh, what)
+    result = evaluate(make_eval_step(model, config.data), variables, eval_batches(config, source), mesh, what)
+    if distributed.is_first():
+        warn_of_missing(result, len(source))
+    return result
 
 
 def _make_evaluator(task: Task, source: Source, mesh: Mesh) -> Evaluator:

@@ -138,6 +138,8 @@ def test_an_exported_run_is_evaluated_on_the_images_it_was_not_trained_on(
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "dog" / "9.jpg").write_bytes(b"broken")  # One of the four that are held out.
     data = ["--data_dir", tmp_path / "images"]
+    assert cli.main(["evaluate", "--workdir", str(trained), *map(str, data)]) == 0
+    assert capsys.readouterr().err.startswith("1 of 12 images ")
     of_run = evaluate(capsys, "--workdir", trained, *data)
     assert isinstance(of_run, dict)
     assert of_run["examples"] == 11

@@ -22,7 +22,7 @@ from sit_jax.export.folder import is_folder, load_folder, read_description
 from sit_jax.export.from_run import run_weights
 from sit_jax.export.preprocessing import about_run, data_config, settled
 from sit_jax.inference import prepare
-from sit_jax.metrics import EvalMetrics, eval_metrics
+from sit_jax.metrics import EvalMetrics, eval_metrics, warn_of_missing
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.origins import trained_variables
@@ -186,7 +186,9 @@ def evaluate_predictor(
     # Where there are several processes, each evaluates all of it: there is no mesh that would sum up their shares.
     for batch in eval_batches(config, source, Hosts()):
         metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
-    return metrics.result("evaluation")
+    result = metrics.result("evaluation")
+    warn_of_missing(result, len(source))
+    return result
 
 
 def _jitted(arch: Architecture | RegNetArchitecture, variables: dict[str, Any], dtype: str, data: DataConfig) -> Logits:
