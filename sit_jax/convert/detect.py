@@ -55,7 +55,7 @@ def detect(shapes: Shapes) -> Told:
         "patch_size": patch_size,
         "dim": dim,
         "depth": len(_numbers(shapes, r"blocks\.(\d+)\.|Transformer/encoderblock_(\d+)/")),
-        "mlp_ratio": _ratio(hidden, dim),
+        "mlp_ratio": hidden_ratio(hidden, dim),
         "qkv_bias": look.has("blocks.0.attn.qkv.bias"),
         "layer_scale": look.has("blocks.0.ls1.gamma"),
         "distillation_token": "dist_token" in shapes,
@@ -111,7 +111,8 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
     return {"stem": "conv6" if "patch_embed.conv6.weight" in shapes else "conv4"}
 
 
-def _ratio(hidden: int, dim: int) -> float:
+def hidden_ratio(hidden: int, dim: int) -> float:
+    """The `mlp_ratio` of an MLP's hidden width."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
 
