@@ -10,7 +10,7 @@ from tqdm import tqdm
 from sit_jax.convert.arguments import Options
 from sit_jax.convert.change import empty_head, replace_heads, resize
 from sit_jax.convert.config_json import Description, read_config_json
-from sit_jax.convert.detect import Told, detect
+from sit_jax.convert.detect import Positions, Told, detect
 from sit_jax.convert.fill import fill, put
 from sit_jax.convert.original import Entry
 from sit_jax.convert.other_files import read_npz, read_safetensors
@@ -84,7 +84,7 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
     if config.unused:
         say(f"not used: {', '.join(config.unused)} in {file.with_name(CONFIG_FILE)}")
     try:
-        told = detect({name: tensor.shape for name, tensor in tensors.items()})
+        told = detect({name: tensor.shape for name, tensor in tensors.items()}, _positions(config, options))
         absent = _absent_heads(told, options.num_classes)
         if absent:
             config = _without_classes(config)
@@ -142,6 +142,16 @@ def _absent_heads(told: Told, num_classes: int | None) -> tuple[str, ...]:
     told.fields["num_classes"] = num_classes
     heads = {"head": True, "distillation_head": told.fields["distillation_token"], "aux_head": told.fields["aux_head"]}
     return tuple(name for name, wanted in heads.items() if wanted)
+
+
+def _positions(config: Description, options: Options) -> Positions:
+    """What is known about the positions; an option comes before the `config.json`."""
+    if "image_size" in options.fields:
+        return Positions(options.fields["image_size"])
+    # What is interpolated to the size of `like` may be of any other one.
+    likely = options.like.image_size if options.like is not None and options.image_size is None else None
+    size = config.fields.get("image_size")
+    return Positions(size, config.class_position, likely, f"model.image_size in {CONFIG_FILE}")
 
 
 def _without_classes(config: Description) -> Description:

@@ -9,7 +9,7 @@ from sit_jax.models.architecture import Architecture, architecture_from_dict
 from sit_jax.models.variants import VARIANTS
 
 # Options that settle what is left open; all other fields are told by the tensors.
-OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio")
+OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio", "image_size")
 
 # The fields that tensors leave open, and those of all plain ViTs.
 _OPEN = ("num_heads", "residual_scale", "norm_eps")
@@ -210,6 +210,7 @@ def describe(told: Told, settled: Settled, said: Collection[str], configured: Co
         "RTSMs" if told.has_reverse else "",
         "distillation head" if arch.distillation_token else "",
         "layer scale" if arch.layer_scale else "",
+        "" if told.class_position else "no class position",
     ]
     having = " and ".join(extra for extra in extras if extra)
     numbers = f"{arch.num_heads} heads, residual scale {arch.residual_scale:g}, norm epsilon {arch.norm_eps:g}"
