@@ -232,10 +232,14 @@ def _guesses(told: Told, arch: Architecture, said: Collection[str], configured: 
 
 
 def likely_fields(told: Told, like: Architecture) -> dict[str, Any]:
-    """What tensors leave open, taken from a model of the same width and depth."""
-    if (told.fields["dim"], told.fields["depth"]) != (like.dim, like.depth):
-        return {}
+    """What tensors leave open, taken from the model that they are read for.
+
+    Raises:
+        ConfigError: They are of another width, whose number of heads is another one too.
+    """
+    if told.fields["dim"] != like.dim:
+        raise ConfigError(f"is of another model: dim is {told.fields['dim']} there and {like.dim} here")
     fields: dict[str, Any] = {key: getattr(like, key) for key in _OPEN}
-    slimmed = told.kept and len(like.stage_blocks) == len(told.kept) + 1 and "stage_blocks" not in told.fields
-    fields |= {"stage_blocks": like.stage_blocks} if slimmed else {}
+    if told.kept and len(like.stage_blocks) == len(told.kept) + 1 and told.fields["depth"] == like.depth:
+        fields["stage_blocks"] = like.stage_blocks
     return {key: value for key, value in fields.items() if key not in told.fields}
