@@ -1,17 +1,16 @@
 """Where a run's first weights and its teachers come from."""
 
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from sit_jax import sharding, workdir
+from sit_jax import distributed, sharding, workdir
 from sit_jax.checkpoint import FOLDER, Checkpoints, load_variables
 from sit_jax.config import Config, TeacherConfig
+from sit_jax.convert.compare import check_start, differences
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
@@ -28,9 +27,10 @@ def first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict
     2. the weights that `init` names, the optimizer new: the folder of a run (its newest checkpoint) or one of its
        checkpoints, `RUN/checkpoints/STEP`;
     3. or anything else that `sit convert` reads: a model folder, or a file of PyTorch, safetensors or NumPy;
-    4. the teacher's weights, where `init` is `teacher` and there is one; what the teacher lacks (the slimming and
-       reverse modules) is drawn at random, as it is with 2 and 3;
+    4. the teacher's weights, where `init` is `teacher` and there is one;
     5. random weights.
+
+    What the weights of 2, 3 and 4 lack by design (see `check_start`) is drawn at random, and listed on stderr.
 
     Args:
         task: The run's functions.
@@ -43,32 +43,32 @@ def first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict
     """
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(task)))
-    init = task.config.init
-    if init == "teacher":
-        return init_state(task, mesh, teachers.get("teacher"))
-    if init == "random":
-        return init_state(task, mesh)
-    variables = _initial(pathlib.Path(init), task.config, _say)
-    _check_shapes(task.config, variables)
-    return init_state(task, mesh, variables)
+    config = task.config
+    variables: dict[str, Any] | None = None
+    if config.init == "teacher":
+        _check_start_from_teacher(config)
+        variables = teachers.get("teacher")
+    elif config.init != "random":
+        variables = _initial(pathlib.Path(config.init), config, _say)
+    state = init_state(task, mesh, variables)
+    if variables is not None:
+        _say_drawn(state.params, variables["params"])
+    return state
 
 
-def _check_shapes(config: Config, variables: dict[str, Any]) -> None:
-    """Raises a ConfigError where weights that `init` names have other shapes than the model's of the same name."""
-    mine = flatten(abstract_state(make_task(config, steps_per_epoch=1)).variables)
-    theirs = flatten(variables)
-    for name in sorted(mine.keys() & theirs.keys()):
-        if mine[name].shape != theirs[name].shape:
-            raise ConfigError(
-                f"init: the weights in {config.init} do not fit the model: {name} is {tuple(theirs[name].shape)} "
-                f"there and {tuple(mine[name].shape)} here"
-            )
+def _check_start_from_teacher(config: Config) -> None:
+    if config.init == "teacher" and config.teacher is not None:
+        check_start(config.teacher.model.architecture, config.model.architecture, "the teacher")
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths, such as `params/head/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+def _say_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
+    """Lists the parts of a model that first weights do not give, and those that the model does not take."""
+    drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
+    drawn += ["reverse modules"] if "reverse" in params else []
+    left = sorted(given.keys() - params["model"].keys())
+    for what, names in (("drawn at random", drawn), ("left out", left)):
+        if names:
+            _say(f"{what}: {', '.join(names)}")
 
 
 def _initial(path: pathlib.Path, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
@@ -79,16 +79,18 @@ def _initial(path: pathlib.Path, config: Config, say: Callable[[str], None]) -> 
         if not isinstance(arch, Architecture):
             raise ConfigError(f"init: {path} is no run; other models than transformers start from runs alone")
         return initial_variables(path, arch, say)
+    check_start(workdir.read_config(path).model.architecture, arch, str(path))
     theirs, variables = trained_variables(path)
     if theirs.model.architecture.num_classes != arch.num_classes:
-        say(f"{path} has other classes, so the heads start at random")
+        say(f"{path} has other classes, so the heads are new")
         params = {name: value for name, value in variables["params"].items() if name not in HEADS}
         variables = {**variables, "params": params}
     return variables
 
 
 def _say(line: str) -> None:
-    print(f"init: {line}", file=sys.stderr)
+    if distributed.is_first():
+        print(f"init: {line}", file=sys.stderr)
 
 
 def trained_variables(
@@ -144,18 +146,11 @@ def given_teacher(teacher: TeacherConfig, name: str) -> dict[str, Any]:
 
 
 def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
-    mine = teacher.model.architecture
-    if theirs != mine:
+    problem = differences(theirs, teacher.model.architecture)
+    if problem:
         raise ConfigError(
-            f"{name}.run: the model in {teacher.run} is not the one that {name}.model describes: "
-            + _differences(theirs, mine)
+            f"{name}.run: the model in {teacher.run} is not the one that {name}.model describes: {problem}"
         )
-
-
-def _differences(theirs: Any, mine: Any) -> str:
-    mine_fields, their_fields = dataclasses.asdict(mine), dataclasses.asdict(theirs)
-    names = [name for name in mine_fields if mine_fields[name] != their_fields.get(name)]
-    return ", ".join(f"{name} is {their_fields.get(name)!r} there and {mine_fields[name]!r} here" for name in names)
 
 
 def check_origins(config: Config, folder: pathlib.Path) -> None:
@@ -165,10 +160,11 @@ def check_origins(config: Config, folder: pathlib.Path) -> None:
         config: The run's configuration.
         folder: The run's folder; with a checkpoint in it, `init` plays no part any more.
     """
-    if config.init not in _NO_PATH and not (folder / FOLDER).is_dir():
+    starts = not (folder / FOLDER).is_dir()
+    if config.init not in _NO_PATH and starts:
         if not pathlib.Path(config.init).exists():
             raise ConfigError(f"init: there is no {config.init}; name a run, a model folder or a file of weights")
-        _check_shapes(config, _initial(pathlib.Path(config.init), config, lambda _: None))
+        _initial(pathlib.Path(config.init), config, lambda _: None)
     for name, teacher in config.teachers.items():
         if not teacher.run:
             check_origins(config.teacher_run(teacher), folder / name)
@@ -176,3 +172,5 @@ def check_origins(config: Config, folder: pathlib.Path) -> None:
             _check_teacher(workdir.read_config(pathlib.Path(teacher.run)).model.architecture, teacher, name)
         else:
             given_teacher(teacher, name)
+    if starts:
+        _check_start_from_teacher(config)
