@@ -14,7 +14,7 @@ from test_other_stems import CONV7, SCALED, torch_model
 
 from sit_jax import cli
 from sit_jax.config import ModelConfig, TeacherConfig
-from sit_jax.convert.initial import initial_variables
+from sit_jax.convert.initial import initial_weights
 from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
 from sit_jax.models.architecture import Architecture
@@ -131,7 +131,7 @@ def test_init_and_teachers(tmp_path: pathlib.Path) -> None:
     arch = Architecture(image_size=40, patch_size=8, num_classes=5, dim=16, depth=2, num_heads=2)
     file = write(tmp_path, 25)
     with pytest.raises(UserError, match=r"--model\.image_size 40"):
-        initial_variables(file, arch)
+        initial_weights(file, arch)
     variables = given_teacher(TeacherConfig(model=ModelConfig(architecture=arch), run=str(file)), "teacher")
     assert not variables["params"]["positions"][:, 0].any()
 
