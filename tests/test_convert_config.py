@@ -185,3 +185,10 @@ def test_a_guess_is_called_one(tmp_path: pathlib.Path) -> None:
         weights, lines = read(tmp_path, config, fields, arch=tiny)
         assert weights.arch.num_heads == 3
         assert [("guess" in line and "num_heads" in line) for line in lines if line.startswith("found:")] == [guess]
+
+
+@pytest.mark.parametrize(("heads", "named"), [(3, True), (6, False)])
+def test_another_model_of_the_same_shape(heads: int, named: bool, tmp_path: pathlib.Path) -> None:
+    arch = type(PLAIN)(dim=192, depth=12, num_heads=3, num_classes=5, image_size=32)
+    _, lines = read(tmp_path, {**VIT, "model_args": {"num_heads": heads}}, arch=arch)
+    assert ["deit_tiny" in line for line in lines if line.startswith("found:")] == [named]

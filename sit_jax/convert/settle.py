@@ -39,7 +39,7 @@ class Settled(NamedTuple):
 
     Attributes:
         arch: The architecture.
-        name: The named model that it follows, or an empty string.
+        name: The named model that it is, or an empty string.
     """
 
     arch: Architecture
@@ -88,6 +88,8 @@ def settle(told: Told, config: Mapping[str, Any], options: Mapping[str, Any]) ->
             f"the tensors do not tell {' and '.join(missing)}, and no named model has this shape: give {words}"
         )
     fields |= _kept(told, fields, given, known)
+    if known is not None and any(fields[key] != getattr(known, key) for key in _OPEN):
+        name = ""  # A model of that shape, but not that model.
     return Settled(architecture_from_dict(fields, "model."), name)
 
 
