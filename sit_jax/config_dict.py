@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,9 @@ def named_model(name: str, **overrides: Any) -> ConfigDict:
     Raises:
         ConfigError: Unknown name or field, or an impossible combination.
     """
-    compute = {key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "scan") if key in overrides}
+    compute = {
+        key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "attention", "scan") if key in overrides
+    }
     return model_section(get_architecture(name, **overrides), name=name, **compute)
 
 
@@ -157,6 +160,8 @@ def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
 
 def _split_model(section: dict[str, Any]) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(ModelConfig)} - {"architecture"}
+    if section.pop("scan", False):
+        print("model.scan: blocks are no longer looped over; the key has no effect", file=sys.stderr)
     split = {key: value for key, value in section.items() if key in own}
     shape = {key: value for key, value in section.items() if key not in own}
     split["architecture"] = {"family": "vit", **shape}
