@@ -1,17 +1,17 @@
 """Where a run's first weights and its teachers come from."""
 
-import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from sit_jax import sharding, workdir
+from sit_jax import distributed, sharding, workdir
 from sit_jax.checkpoint import FOLDER, Checkpoints, load_variables
 from sit_jax.config import Config, TeacherConfig
+from sit_jax.convert.compare import check_start, differences
+from sit_jax.data.classes import class_order, reorder_heads
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
@@ -21,74 +21,95 @@ from sit_jax.train import Task, abstract_state, init_state, make_task
 _NO_PATH = ("teacher", "random")
 
 
-def first_state(task: Task, checkpoints: Checkpoints, mesh: Mesh, teachers: dict[str, Any]) -> TrainState:
+def first_state(
+    task: Task,
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    teachers: dict[str, Any],
+    class_names: Sequence[str] | None = None,
+) -> TrainState:
     """The state that a run begins or goes on with. The order of restoring, first that applies:
 
     1. the newest whole checkpoint in the run's own folder: weights, optimizer, moving average, statistics and step;
     2. the weights that `init` names, the optimizer new: the folder of a run (its newest checkpoint) or one of its
        checkpoints, `RUN/checkpoints/STEP`;
     3. or anything else that `sit convert` reads: a model folder, or a file of PyTorch, safetensors or NumPy;
-    4. the teacher's weights, where `init` is `teacher` and there is one; what the teacher lacks (the slimming and
-       reverse modules) is drawn at random, as it is with 2 and 3;
+    4. the teacher's weights, where `init` is `teacher` and there is one;
     5. random weights.
+
+    What the weights of 2, 3 and 4 lack by design (see `check_start`) is drawn at random, and listed on stderr.
 
     Args:
         task: The run's functions.
         checkpoints: The run's own.
         mesh: Where the state is to live, whatever mesh wrote it.
         teachers: The teachers' variables by their section's name.
+        class_names: Of the data, by index: heads that `init` names are put into this order, and those for other
+            classes are new. None matches classes by index.
 
     Raises:
         UserError: What `init` names cannot be read, or is of another model.
     """
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(task)))
-    init = task.config.init
-    if init == "teacher":
-        return init_state(task, mesh, teachers.get("teacher"))
-    if init == "random":
-        return init_state(task, mesh)
-    variables = _initial(pathlib.Path(init), task.config, _say)
-    _check_shapes(task.config, variables)
-    return init_state(task, mesh, variables)
+    config = task.config
+    variables: dict[str, Any] | None = None
+    if config.init == "teacher":
+        _check_start_from_teacher(config)
+        variables = teachers.get("teacher")
+    elif config.init != "random":
+        variables = _initial(pathlib.Path(config.init), config, class_names, _say)
+    state = init_state(task, mesh, variables)
+    if variables is not None:
+        _say_drawn(state.params, variables["params"])
+    return state
 
 
-def _check_shapes(config: Config, variables: dict[str, Any]) -> None:
-    """Raises a ConfigError where weights that `init` names have other shapes than the model's of the same name."""
-    mine = flatten(abstract_state(make_task(config, steps_per_epoch=1)).variables)
-    theirs = flatten(variables)
-    for name in sorted(mine.keys() & theirs.keys()):
-        if mine[name].shape != theirs[name].shape:
-            raise ConfigError(
-                f"init: the weights in {config.init} do not fit the model: {name} is {tuple(theirs[name].shape)} "
-                f"there and {tuple(mine[name].shape)} here"
-            )
+def _check_start_from_teacher(config: Config) -> None:
+    if config.init == "teacher" and config.teacher is not None:
+        check_start(config.teacher.model.architecture, config.model.architecture, "the teacher")
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths, such as `params/head/kernel`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+def _say_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
+    """Lists the parts of a model that first weights do not give, and those that the model does not take."""
+    drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
+    drawn += ["reverse modules"] if "reverse" in params else []
+    left = sorted(given.keys() - params["model"].keys())
+    for what, names in (("drawn at random", drawn), ("left out", left)):
+        if names:
+            _say(f"{what}: {', '.join(names)}")
 
 
-def _initial(path: pathlib.Path, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
-    from sit_jax.convert.initial import initial_variables
+def _initial(
+    path: pathlib.Path, config: Config, class_names: Sequence[str] | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    from sit_jax.convert.initial import initial_weights
+    from sit_jax.export.preprocessing import run_class_names
 
     arch = config.model.architecture
-    if not (path / FOLDER).is_dir():
-        if not isinstance(arch, Architecture):
-            raise ConfigError(f"init: {path} is no run; other models than transformers start from runs alone")
-        return initial_variables(path, arch, say)
-    theirs, variables = trained_variables(path)
-    if theirs.model.architecture.num_classes != arch.num_classes:
-        say(f"{path} has other classes, so the heads start at random")
+    if (path / FOLDER).is_dir():
+        check_start(workdir.read_config(path).model.architecture, arch, str(path))
+        theirs, variables = trained_variables(path)
+        names, count = run_class_names(theirs, path), theirs.model.architecture.num_classes
+    elif isinstance(arch, Architecture):
+        weights = initial_weights(path, arch, say)
+        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+        names, count = weights.about.get("class_names"), arch.num_classes
+    else:
+        raise ConfigError(f"init: {path} is no run; other models than transformers start from runs alone")
+    try:
+        if count != arch.num_classes:
+            raise ConfigError(f"{path} has {count} classes and not {arch.num_classes}")
+        return reorder_heads(variables, class_order(names, class_names, str(path), "the data"), HEADS)
+    except ConfigError as problem:
+        say(f"{problem}; the heads are new")
         params = {name: value for name, value in variables["params"].items() if name not in HEADS}
-        variables = {**variables, "params": params}
-    return variables
+        return {**variables, "params": params}
 
 
 def _say(line: str) -> None:
-    print(f"init: {line}", file=sys.stderr)
+    if distributed.is_first():
+        print(f"init: {line}", file=sys.stderr)
 
 
 def trained_variables(
@@ -118,61 +139,80 @@ def is_own_run(path: str) -> bool:
     return is_run(pathlib.Path(path))
 
 
-def given_teacher(teacher: TeacherConfig, name: str) -> dict[str, Any]:
+def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
     """The variables of a teacher that is trained already: a run's, or any weights that `sit convert` reads.
 
     Args:
         teacher: Its section of the configuration.
         name: That section's name, for messages.
+        class_names: Of the data, by index: the teacher's heads are put into this order. None matches classes by index.
 
     Raises:
         UserError: The weights cannot be read, or are of another model than the section describes.
+        ConfigError: The teacher has other classes.
     """
     from sit_jax.convert.arguments import Options
     from sit_jax.convert.read import read_weights
+    from sit_jax.export.preprocessing import run_class_names
 
+    path, arch = pathlib.Path(teacher.run), teacher.model.architecture
     if is_own_run(teacher.run):
-        config, variables = trained_variables(pathlib.Path(teacher.run))
+        config, variables = trained_variables(path)
         _check_teacher(config.model.architecture, teacher, name)
-        return variables
-    arch = teacher.model.architecture
-    if not isinstance(arch, Architecture):
+        names = run_class_names(config, path)
+    elif isinstance(arch, Architecture):
+        weights = read_weights(teacher.run, options=Options(like=arch, reverse=False))
+        _check_teacher(weights.arch, teacher, name)
+        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+        names = weights.about.get("class_names")
+    else:
         raise ConfigError(f"{name}.run: {teacher.run} is no run; other teachers than transformers must be runs")
-    weights = read_weights(teacher.run, options=Options(like=arch, reverse=False))
-    _check_teacher(weights.arch, teacher, name)
-    return {"params": weights.params, "batch_stats": weights.batch_stats}
+    return reorder_heads(variables, _teacher_order(teacher, name, names, class_names), HEADS)
+
+
+def _teacher_order(
+    teacher: TeacherConfig, name: str, names: Sequence[str] | None, class_names: Sequence[str] | None
+) -> list[int] | None:
+    if teacher.match_classes == "index":
+        return None
+    try:
+        return class_order(names, class_names, teacher.run, "the data")
+    except ConfigError as problem:
+        advice = f"if they are the same classes in the same order, set {name}.match_classes=index"
+        raise ConfigError(f"{name}.run: {problem}; {advice}") from None
 
 
 def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
-    mine = teacher.model.architecture
-    if theirs != mine:
+    problem = differences(theirs, teacher.model.architecture)
+    if problem:
         raise ConfigError(
-            f"{name}.run: the model in {teacher.run} is not the one that {name}.model describes: "
-            + _differences(theirs, mine)
+            f"{name}.run: the model in {teacher.run} is not the one that {name}.model describes: {problem}"
         )
 
 
-def _differences(theirs: Any, mine: Any) -> str:
-    mine_fields, their_fields = dataclasses.asdict(mine), dataclasses.asdict(theirs)
-    names = [name for name in mine_fields if mine_fields[name] != their_fields.get(name)]
-    return ", ".join(f"{name} is {their_fields.get(name)!r} there and {mine_fields[name]!r} here" for name in names)
-
-
-def check_origins(config: Config, folder: pathlib.Path) -> None:
+def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[str] | None = None) -> None:
     """Raises a UserError where weights that a configuration names are not there, or are another model's.
 
     Args:
         config: The run's configuration.
         folder: The run's folder; with a checkpoint in it, `init` plays no part any more.
+        class_names: Of the data, by index; None where they do not matter.
     """
-    if config.init not in _NO_PATH and not (folder / FOLDER).is_dir():
+    from sit_jax.export.preprocessing import run_class_names
+
+    starts = not (folder / FOLDER).is_dir()
+    if config.init not in _NO_PATH and starts:
         if not pathlib.Path(config.init).exists():
             raise ConfigError(f"init: there is no {config.init}; name a run, a model folder or a file of weights")
-        _check_shapes(config, _initial(pathlib.Path(config.init), config, lambda _: None))
+        _initial(pathlib.Path(config.init), config, class_names, lambda _: None)
     for name, teacher in config.teachers.items():
         if not teacher.run:
-            check_origins(config.teacher_run(teacher), folder / name)
+            check_origins(config.teacher_run(teacher), folder / name, class_names)
         elif is_own_run(teacher.run):
-            _check_teacher(workdir.read_config(pathlib.Path(teacher.run)).model.architecture, teacher, name)
+            theirs = workdir.read_config(pathlib.Path(teacher.run))
+            _check_teacher(theirs.model.architecture, teacher, name)
+            _teacher_order(teacher, name, run_class_names(theirs, pathlib.Path(teacher.run)), class_names)
         else:
-            given_teacher(teacher, name)
+            given_teacher(teacher, name, class_names)
+    if starts:
+        _check_start_from_teacher(config)

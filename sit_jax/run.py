@@ -65,16 +65,17 @@ def _run(config: Config, folder: pathlib.Path, resume: bool, label: str) -> dict
     data = TrainData(config)
     eval_source = open_source(config.data, config.data.eval_split)
     check_classes(config, eval_source)
-    check_origins(config, folder)
+    class_names = data.source.class_names
+    check_origins(config, folder, class_names)
     distributed.on_first(lambda: workdir.claim(folder, config, resume))
-    distributed.on_first(lambda: workdir.claim_classes(folder, data.source.class_names))
+    distributed.on_first(lambda: workdir.claim_classes(folder, class_names))
     teachers = {
-        name: _teacher_variables(config, teacher, folder / name, mesh, name)
+        name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names)
         for name, teacher in config.teachers.items()
     }
     task = make_task(config, data.steps_per_epoch)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-        state = first_state(task, checkpoints, mesh, teachers)
+        state = first_state(task, checkpoints, mesh, teachers, class_names)
         evaluator = _make_evaluator(task, eval_source, mesh)
         if checkpoints.latest_step is None and distributed.is_first():
             _print_overview(label, state)
@@ -300,10 +301,12 @@ def _make_evaluator(task: Task, source: Source, mesh: Mesh) -> Evaluator:
     return evaluator
 
 
-def _teacher_variables(config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, name: str) -> Any:
+def _teacher_variables(
+    config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, name: str, class_names: Sequence[str]
+) -> Any:
     """A teacher's frozen variables, on every device; trains it first where no run is named."""
     if teacher.run:
-        variables = given_teacher(teacher, name)
+        variables = given_teacher(teacher, name, class_names)
     else:
         run(config.teacher_run(teacher), folder, resume=True, label=name)
         _, variables = trained_variables(folder)

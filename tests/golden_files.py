@@ -15,8 +15,6 @@ from sit_jax.models.architecture import Architecture, Stem
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 TRAINED = ("lvvit_4c", "lvvit_6c", "deit_naive")
-# Files whose initial student weights are known: see golden/README.md.
-RECOVERED = tuple(name for name in TRAINED if (FOLDER / f"{name}_initial.npz").exists())
 STEMS: dict[str, Stem] = {"4c": "conv4", "6c": "conv6", "naive": "patch"}
 
 
@@ -47,10 +45,6 @@ def load(name: str) -> Golden:
     arch = architecture(meta["model"])
     teacher = part(data, "teacher/")
     own = part(data, "student_own/")
-    initial = FOLDER / f"{name}_initial.npz"
-    if initial.exists():
-        with np.load(initial) as file:
-            own = {key: file[key] for key in file.files}
     return Golden(
         data, meta, arch, from_original(teacher, arch.without_slimming()), from_original({**teacher, **own}, arch)
     )

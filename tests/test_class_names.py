@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pictures
 import pytest
@@ -13,11 +14,15 @@ import tiny
 
 import sit_jax
 from sit_jax import cli, workdir
-from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig
+from sit_jax.checkpoint import Checkpoints
+from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.data.classes import match_classes
 from sit_jax.data.sources import open_source
-from sit_jax.errors import RunError
+from sit_jax.errors import ConfigError, RunError
+from sit_jax.origins import first_state, given_teacher
 from sit_jax.run import run
+from sit_jax.sharding import make_mesh
+from sit_jax.train import make_task
 
 NAMES = ("ant", "cat", "dog")
 
@@ -116,7 +121,8 @@ def config(folder: pathlib.Path, **changes: Any) -> Config:
     data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", held_out=0.4, on_broken="skip")
     model = ModelConfig(architecture=tiny.plain(num_classes=3))
     fields: dict[str, Any] = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3)}
-    return tiny.config(LossConfig(), model=model, teacher=None, data=data, **{**fields, **changes})
+    fields |= {"model": model, "loss": LossConfig(), "teacher": None, "data": data}
+    return tiny.config(**{**fields, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +162,37 @@ def test_an_exported_run_is_evaluated_on_the_images_it_was_not_trained_on(
         with pytest.raises(SystemExit) as stop:
             cli.main(["evaluate", str(tmp_path / "model"), "--held_out", mistake])
         assert stop.value.code == 2
+
+
+def test_teachers_and_first_weights_are_put_into_the_datas_order(
+    tmp_path: pathlib.Path, images: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = save_model(tmp_path / "same", NAMES)
+    turned = save_model(tmp_path / "turned", ("dog", "ant", "cat"), (2, 0, 1))
+    other = save_model(tmp_path / "other", ("cat", "dog", "eel"))
+    model = ModelConfig(architecture=sit_jax.load(same).arch)
+
+    def teacher(folder: pathlib.Path, **changes: Any) -> TeacherConfig:
+        return TeacherConfig(model=model, run=str(folder), **changes)
+
+    expected = sit_jax.load(same).variables["params"]["head"]["kernel"]
+    for folder in (same, turned):
+        head = given_teacher(teacher(folder), "teacher", NAMES)["params"]["head"]
+        np.testing.assert_array_equal(head["kernel"], expected)
+    by_index = given_teacher(teacher(turned, match_classes="index"), "teacher", NAMES)["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(by_index, expected[:, np.array((2, 0, 1))])
+    # Before the run's folder is made.
+    distilled = config(images, model=model, teacher=teacher(other), loss=LossConfig(logits=1.0), init="random")
+    with pytest.raises(ConfigError, match=r"^teacher\.run: .*eel.*ant"):
+        run(distilled, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    # Weights to start from need not be of the same classes: their heads are new then.
+    for init, drawn in ((turned, False), (other, True)):
+        task = make_task(config(images, model=model, init=str(init)), 1)
+        with Checkpoints(tmp_path / "empty") as checkpoints:
+            state = first_state(task, checkpoints, make_mesh(devices=jax.devices()[:1]), {}, NAMES)
+        assert np.array_equal(state.params["model"]["head"]["kernel"], expected) != drawn
+        assert ("eel" in capsys.readouterr().err) == drawn
 
 
 def test_a_run_knows_its_classes_when_its_folder_has_others(

@@ -16,7 +16,7 @@ from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import Config, ModelConfig, OptimConfig
 from sit_jax.config import LossConfig as Loss
 from sit_jax.convert.arguments import Options
-from sit_jax.convert.initial import initial_variables
+from sit_jax.convert.initial import initial_weights
 from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
 from sit_jax.models.architecture import Architecture
@@ -106,7 +106,8 @@ def test_starting_from_a_file_of_others(tmp_path: pathlib.Path) -> None:
     changes: dict[str, Any] = {"image_size": 48, "num_classes": 3, "stage_blocks": (1, 1), "keep_ratio": 0.5}
     arch = dataclasses.replace(file_arch, **changes)
     lines: list[str] = []
-    variables = initial_variables(tmp_path / "deit.pth", arch, lines.append)
+    weights = initial_weights(tmp_path / "deit.pth", arch, lines.append)
+    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     assert [line.split(":")[0] for line in lines] == ["read", "found", "changed", "changed"]
     config = tiny.config(Loss(), arch, teacher=None)
     state = init_state(make_task(config, steps_per_epoch=1), make_mesh(devices=jax.devices()[:1]), variables)

@@ -16,7 +16,7 @@ import pytest
 import random_weights
 import tiny
 import torch
-from golden_files import RECOVERED, TRAINED, Golden
+from golden_files import TRAINED, Golden
 
 from sit_jax.config import Config, OptimConfig
 from sit_jax.convert.original import to_original
@@ -57,10 +57,6 @@ def weights(name: str) -> tuple[Golden, dict[str, np.ndarray], dict[str, np.ndar
     """A golden file, and the state dicts of its teacher and of its student at the start."""
     golden = golden_files.load(name)
     teacher, own = (golden_files.part(golden.data, prefix) for prefix in ("teacher/", "student_own/"))
-    initial = golden_files.FOLDER / f"{name}_initial.npz"
-    if initial.exists():
-        with np.load(initial) as file:
-            own = {key: file[key] for key in file.files}
     return golden, teacher, {**teacher, **own}
 
 
@@ -74,7 +70,7 @@ def test_teacher(name: str) -> None:
         close(tokens, golden.data[f"eval/teacher_tokens/{block}"])
 
 
-@pytest.mark.parametrize("name", RECOVERED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_student(name: str) -> None:
     golden, _, student = weights(name)
     model = module(golden.arch, student, reverse=True)
@@ -94,7 +90,7 @@ def test_trained_student(name: str) -> None:
     close(logits, golden.data["final_eval/student_logits"])
 
 
-@pytest.mark.parametrize("name", RECOVERED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_gradients_of_the_first_step(name: str) -> None:
     golden, teacher, student = weights(name)
     model = module(golden.arch, student, reverse=True).train()
@@ -117,7 +113,7 @@ def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any)
     return distillation_loss(student, teacher, images, labels, kept["lambda_token"], kept["lambda_logits"], kept["tau"])
 
 
-@pytest.mark.parametrize("name", RECOVERED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_losses_of_every_step(name: str) -> None:
     golden, teacher_state, student_state = weights(name)
     optim, kept = golden.meta["optimizer"], golden.meta["distillation"]

@@ -17,6 +17,7 @@ from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import open_source
+from sit_jax.export.preprocessing import run_class_names
 from sit_jax.metrics import evaluations, read_metrics
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
@@ -90,8 +91,8 @@ class Teacher(NamedTuple):
     """A run's teacher.
 
     Attributes:
-        config: Of its own training.
-        variables: Its variables.
+        config: Its model, and the student's data.
+        variables: Its variables, heads in the order of the student's classes.
         folder: Its run; None where its weights are of another program, which have no curves.
     """
 
@@ -112,10 +113,12 @@ def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
     """
     if config.teacher is None:
         return None
-    if config.teacher.run and not is_own_run(config.teacher.run):
-        return Teacher(config.teacher_run(config.teacher), given_teacher(config.teacher, "teacher"), None)
-    place = pathlib.Path(config.teacher.run) if config.teacher.run else folder / "teacher"
-    return Teacher(*run.trained_variables(place), place)
+    if not config.teacher.run:
+        return Teacher(*run.trained_variables(folder / "teacher"), folder / "teacher")
+    place = pathlib.Path(config.teacher.run) if is_own_run(config.teacher.run) else None
+    variables = given_teacher(config.teacher, "teacher", run_class_names(config, folder))
+    # Whatever data it was trained on, it is compared on the student's.
+    return Teacher(config.teacher_run(config.teacher), variables, place)
 
 
 def print_summary(summary: dict[str, Any]) -> None:

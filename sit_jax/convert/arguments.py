@@ -53,6 +53,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     group.add_argument(f"--{_PREFIX}num_heads", metavar="COUNT", type=positive, help="attention heads")
     group.add_argument(f"--{_PREFIX}residual_scale", metavar="NUMBER", type=float, help="divides residual branches")
     group.add_argument(f"--{_PREFIX}norm_eps", metavar="NUMBER", type=float, help="epsilon of the LayerNorms")
+    group.add_argument(f"--{_PREFIX}image_size", metavar="PX", type=positive, help="side that the positions are for")
     group.add_argument(f"--{_PREFIX}stage_blocks", metavar="COUNT,COUNT,...", type=_counts, help="blocks per stage")
     group.add_argument(f"--{_PREFIX}keep_ratio", metavar="NUMBER", type=float, help="share of tokens a stage keeps")
 

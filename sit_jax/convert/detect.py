@@ -1,11 +1,12 @@
 """What tensors tell of their model: everything that can be read off their names and shapes."""
 
 import itertools
+import math
 import re
 from typing import Any, NamedTuple
 
-from sit_jax.convert.layouts import Layout, Shapes, find_layout, is_square, prefix_positions
-from sit_jax.errors import UserError
+from sit_jax.convert.layouts import Layout, Shapes, find_layout
+from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import CONV_STEM_STRIDE
 
 
@@ -18,21 +19,43 @@ class Told(NamedTuple):
             there is a head.
         kept: Tokens that each slimming module keeps, in order.
         has_reverse: Whether there are reverse modules.
+        class_position: Whether the class token has a position of its own.
     """
 
     layout: Layout
     fields: dict[str, Any]
     kept: tuple[int, ...]
     has_reverse: bool
+    class_position: bool = True
 
 
-def detect(shapes: Shapes) -> Told:
+class Positions(NamedTuple):
+    """What is known about a table of positions besides its shape.
+
+    Attributes:
+        image_size: Side of the images that it is for.
+        class_position: Whether the class token has a position of its own.
+        likely_size: Side of the images that it is for where nothing else decides.
+        source: Where `image_size` is given, for messages.
+    """
+
+    image_size: Any = None
+    class_position: bool | None = None
+    likely_size: int | None = None
+    source: str = "model.image_size"
+
+
+def detect(shapes: Shapes, known: Positions | None = None) -> Told:
     """Reads an architecture off names and shapes, as far as they tell it.
+
+    Args:
+        shapes: Name -> shape of the tensors.
+        known: What else is known about positions.
 
     Raises:
         UserError: They are of no layout known here, or lack what tells the model's size.
     """
-    layout = find_layout(shapes)
+    known, layout = known or Positions(), find_layout(shapes)
     if layout is None:
         some = ", ".join(sorted(shapes)[:4]) or "nothing"
         raise UserError(f"no vision transformer of a known layout; it holds {some}{' ...' if len(shapes) > 4 else ''}")
@@ -41,12 +64,17 @@ def detect(shapes: Shapes) -> Told:
     look = _Look(layout, shapes)
     stem = _stem(shapes)
     positions = look.shape("pos_embed", 3)
-    dim, prefix = positions[2], prefix_positions(shapes) if layout.plain else 1
-    patches = positions[1] - prefix
-    if not is_square(patches) or dim == 0:
-        raise UserError(f"positions for {patches} patches, which are no square grid")
+    dim = positions[2]
     kernel = look.shape("patch_embed.conv1.weight" if stem["stem"] != "patch" else "patch_embed.proj.weight", 4)
     patch_size = kernel[2] if stem["stem"] == "patch" else CONV_STEM_STRIDE
+    layer_scale, distilled = look.has("blocks.0.ls1.gamma"), "dist_token" in shapes
+    if layout.prefixes:  # Of google-research, whose class token always has a position.
+        known = known._replace(class_position=True)
+    prefix = prefix_positions(positions[1], patch_size, distilled, layer_scale, known) if layout.plain else 1
+    layout = find_layout(shapes, prefix) or layout
+    patches = positions[1] - prefix
+    if not _is_square(patches) or dim == 0:
+        raise UserError(f"positions for {patches} patches, which are not a square grid")
     hidden = look.shape("blocks.0.mlp.fc1.weight", 2)[0]
     fields: dict[str, Any] = {
         **stem,
@@ -55,10 +83,10 @@ def detect(shapes: Shapes) -> Told:
         "patch_size": patch_size,
         "dim": dim,
         "depth": len(_numbers(shapes, r"blocks\.(\d+)\.|Transformer/encoderblock_(\d+)/")),
-        "mlp_ratio": _ratio(hidden, dim),
+        "mlp_ratio": hidden_ratio(hidden, dim),
         "qkv_bias": look.has("blocks.0.attn.qkv.bias"),
-        "layer_scale": look.has("blocks.0.ls1.gamma"),
-        "distillation_token": "dist_token" in shapes,
+        "layer_scale": layer_scale,
+        "distillation_token": distilled,
         "aux_head": "aux_head.weight" in shapes,
     }
     if look.has("head.weight"):
@@ -70,7 +98,54 @@ def detect(shapes: Shapes) -> Told:
     stages = _stages_from_reverse(shapes, patches, kept, fields["depth"])
     if stages:
         fields["stage_blocks"] = stages
-    return Told(layout, fields, kept, any(name.startswith("rtsm.") for name in shapes))
+    return Told(layout, fields, kept, any(name.startswith("rtsm.") for name in shapes), prefix > 0)
+
+
+def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: bool, known: Positions) -> int:
+    """How many positions of a plain ViT belong to its class and distillation tokens; DeiT-III has none for them.
+
+    So many positions can be a square grid alone, or the tokens' and a grid that is not square: 196 are 14x14, or a
+    class token and 13x15. The size of the images decides, then layer scale, which DeiT-III's models have.
+
+    Args:
+        count: All positions.
+        patch_size: Side of a patch.
+        distilled: Whether there is a distillation token.
+        layer_scale: Whether there is layer scale.
+        known: What else is known.
+
+    Raises:
+        ConfigError: The images' size is another one.
+        UserError: The grid is not square, or may be: the message names the option that decides.
+    """
+    usual = 2 if distilled else 1
+    if known.image_size is not None:
+        side = known.image_size if type(known.image_size) is int else 0
+        prefix = count - (side // patch_size) ** 2
+        if side < patch_size or side % patch_size or prefix not in _allowed(usual, known):
+            problem = (
+                f"is {str(known.image_size)[:50]}, but there are {count} positions for patches of {patch_size} pixels"
+            )
+            raise ConfigError(f"{known.source}: {problem}")
+        return prefix
+    square = [prefix for prefix in _allowed(usual, known) if _is_square(count - prefix)]
+    if not square:
+        raise UserError(f"{count} positions are not those of a square grid; only square images are supported")
+    prefix, size = square[0], round((count - square[0]) ** 0.5) * patch_size
+    if prefix == usual or known.class_position is not None or layer_scale or size == known.likely_size:
+        return prefix
+    raise UserError(
+        f"{count} positions are those of {size}x{size} px where the class token has none, or of images that are not "
+        f"square, which are not supported: give `sit convert --model.image_size {size}` if it is the former"
+    )
+
+
+def _allowed(usual: int, known: Positions) -> tuple[int, ...]:
+    return {None: (usual, 0), True: (usual,), False: (0,)}[known.class_position]
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 class _Look:
@@ -111,7 +186,8 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
     return {"stem": "conv6" if "patch_embed.conv6.weight" in shapes else "conv4"}
 
 
-def _ratio(hidden: int, dim: int) -> float:
+def hidden_ratio(hidden: int, dim: int) -> float:
+    """The `mlp_ratio` of an MLP's hidden width."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
 

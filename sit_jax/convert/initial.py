@@ -1,18 +1,20 @@
 """Weights for a run to start from."""
 
 import pathlib
-from typing import Any
 
 from sit_jax.convert.arguments import Options
+from sit_jax.convert.compare import check_start
 from sit_jax.convert.read import Say, read_weights, silent
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
 
 
-def initial_variables(path: str | pathlib.Path, arch: Architecture, say: Say = silent) -> dict[str, Any]:
-    """Variables to start a model from, out of anything that `read_weights` reads.
+def initial_weights(path: str | pathlib.Path, arch: Architecture, say: Say = silent) -> Weights:
+    """Weights to start a model from, out of anything that `read_weights` reads.
 
-    What the file's tensors leave open is taken from the model that starts. Positions are interpolated to its
-    resolution; heads of other classes become zeros.
+    What the file does not tell is taken from the model that starts. Positions are interpolated to its resolution;
+    heads of other classes become zeros.
 
     Args:
         path: A file of weights, a model folder, or a run.
@@ -20,13 +22,15 @@ def initial_variables(path: str | pathlib.Path, arch: Architecture, say: Say = s
         say: Is called with each line about what was found and changed.
 
     Returns:
-        `{'params': ..., 'batch_stats': ...}`; without what the file's model lacks (a student's slimming
-        modules, say).
+        The weights, without what the file's model lacks (a student's slimming modules, say).
 
     Raises:
-        UserError: The file cannot be read.
-        ConfigError: The model's resolution is none that the file's model can have.
+        ConfigError: The file cannot be read, or is of another model (see `check_start`).
     """
     changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, reverse=False, like=arch)
-    weights = read_weights(path, options=changes, say=say)
-    return {"params": weights.params, "batch_stats": weights.batch_stats}
+    try:
+        weights = read_weights(path, options=changes, say=say)
+    except UserError as error:
+        raise ConfigError(f"init: {error}") from None
+    check_start(weights.arch, arch, str(path))
+    return weights

@@ -54,8 +54,13 @@ class Layout(NamedTuple):
         return not self.prefixes or name.startswith(self.prefixes)
 
 
-def find_layout(shapes: Shapes) -> Layout | None:
-    """The layout of a file's tensors, or None for no model known here."""
+def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
+    """The layout of a file's tensors, or None for no model known here.
+
+    Args:
+        shapes: Name -> shape of the tensors.
+        prefix: How many of timm's positions belong to the class and distillation tokens; see `detect.prefix_positions`.
+    """
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
         name = "google-research layout (vision_transformer)"
         return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_GOOGLE_PICTURES)
@@ -68,7 +73,7 @@ def find_layout(shapes: Shapes) -> Layout | None:
         return Layout("token-labelling layout (LV-ViT)" if seven else "SiT original layout", _same)
     if "aux_head.weight" in shapes or "dist_pos_embed" in shapes:
         return Layout("SiT original layout", _same)
-    return Layout("timm layout (ViT, DeiT)", _timm(shapes), plain=True)
+    return Layout("timm layout (ViT, DeiT)", _timm(shapes, prefix), plain=True)
 
 
 def _identity(x: np.ndarray) -> np.ndarray:
@@ -79,22 +84,9 @@ def _same(key: str) -> Source:
     return Source((key,), _identity)
 
 
-def prefix_positions(shapes: Shapes) -> int:
-    """How many of timm's positions belong to the class and distillation tokens: none in DeiT-III."""
-    positions = shapes.get("pos_embed", ())
-    count = positions[1] if len(positions) == 3 else 0
-    candidates = (2, 1, 0) if "dist_token" in shapes else (1, 0)
-    return next((prefix for prefix in candidates if is_square(count - prefix)), candidates[0])
-
-
-def is_square(count: int) -> bool:
-    """Whether so many tokens fill a square grid."""
-    return count > 0 and round(count**0.5) ** 2 == count
-
-
-def _timm(shapes: Shapes) -> Callable[[str], Source]:
+def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:
     """timm's names are the original's, but for layer scale in DeiT's own checkpoints, and positions."""
-    prefix, distilled = prefix_positions(shapes), "dist_token" in shapes
+    distilled = "dist_token" in shapes
 
     def positions(x: np.ndarray) -> np.ndarray:
         if prefix == 0:

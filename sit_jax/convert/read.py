@@ -1,6 +1,5 @@
 """Reads weights from wherever they lie: files of PyTorch, safetensors and NumPy, model folders and runs."""
 
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -10,27 +9,25 @@ from tqdm import tqdm
 
 from sit_jax.convert.arguments import Options
 from sit_jax.convert.change import empty_head, replace_heads, resize
-from sit_jax.convert.detect import Told, detect
+from sit_jax.convert.config_json import Description, read_config_json
+from sit_jax.convert.detect import Positions, Told, detect
 from sit_jax.convert.fill import fill, put
 from sit_jax.convert.original import Entry
 from sit_jax.convert.other_files import read_npz, read_safetensors
 from sit_jax.convert.run_weights import is_run, read_run
 from sit_jax.convert.select import select_torch, strip_prefixes
-from sit_jax.convert.settle import config_fields, describe, likely_fields, settle
+from sit_jax.convert.settle import describe, likely_fields, settle
 from sit_jax.convert.tensors import FileError, Tensors, check_total
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
+from sit_jax.export.folder import FORMAT as FORMAT
 from sit_jax.export.preprocessing import check_about
 
 Say = Callable[[str], None]
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-FORMAT = "sit_jax"
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
-_ABOUT = ("class_names", "preprocessing", "provenance", "licence")
-
-_LARGEST_CONFIG = 2**24
 
 
 def silent(line: str) -> None:
@@ -83,14 +80,19 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
             f"{path}: is neither a run nor a model folder: there is no {CONFIG_FILE} with {MODEL_FILE} in it"
         )
     tensors = strip_prefixes(_tensors(file, options.ema, say))
-    config = _read_config(file.with_name(CONFIG_FILE))
+    config = read_config_json(file.with_name(CONFIG_FILE))
+    if config.unused:
+        say(f"not used: {', '.join(config.unused)} in {file.with_name(CONFIG_FILE)}")
     try:
-        told = detect({name: tensor.shape for name, tensor in tensors.items()})
+        told = detect({name: tensor.shape for name, tensor in tensors.items()}, _positions(config, options))
         absent = _absent_heads(told, options.num_classes)
+        if absent:
+            config = _without_classes(config)
         hints = likely_fields(told, options.like) if options.like else {}
-        settled = settle(told, {**hints, **config_fields(config)}, options.fields)
+        said = _said(config, told)
+        settled = settle(told, {**hints, **said}, options.fields)
         arch = settled.arch
-        say(f"found: {describe(told, settled)}")
+        say(f"found: {describe(told, settled, {*said, *options.fields}, hints)}")
         reverse = told.has_reverse and options.reverse
         if told.has_reverse and not reverse:
             say("changed: RTSMs left out")
@@ -100,7 +102,9 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
     for name in absent:
         put(tree, ("params", name), empty_head(arch.dim, arch.num_classes))
         say(f"changed: there is no {name}, so it is zeros")
-    about = _about(config) or {"provenance": {"converted_from": path.name, "layout": told.layout.name}}
+    about = dict(config.about)
+    if not config.is_own:
+        about = {"provenance": {"converted_from": path.name, "layout": told.layout.name}, **about}
     if told.layout.preprocessing is not None:
         about = {"preprocessing": told.layout.preprocessing, **about}
     check_about(about, arch.num_classes, file.with_name(CONFIG_FILE))
@@ -129,23 +133,6 @@ def _tensors(file: pathlib.Path, ema: bool, say: Say) -> Tensors:
         raise FileError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
-def _read_config(path: pathlib.Path) -> dict[str, Any]:
-    """The `config.json` beside a file of weights; empty where there is none."""
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise FileError(f"{path}: is too large for a description of a model")
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(values, dict):
-        raise FileError(f"{path}: holds no JSON object")
-    return values
-
-
 def _absent_heads(told: Told, num_classes: int | None) -> tuple[str, ...]:
     """The heads that the file lacks and `num_classes` replaces; fills in the number of classes."""
     if "num_classes" in told.fields:
@@ -157,21 +144,27 @@ def _absent_heads(told: Told, num_classes: int | None) -> tuple[str, ...]:
     return tuple(name for name, wanted in heads.items() if wanted)
 
 
-def _about(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a `config.json` says besides the architecture: a model folder's own entries, or timm's preprocessing."""
-    if config.get("format") == FORMAT:
-        return {key: config[key] for key in _ABOUT if key in config}
-    timm = config.get("pretrained_cfg")
-    if not isinstance(timm, dict):
-        return {}
-    names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_fraction": "crop_pct"}
-    preprocessing = {ours: timm[theirs] for ours, theirs in names.items() if theirs in timm}
-    licence = {"licence": timm["license"]} if "license" in timm else {}
-    return {
-        "preprocessing": {**preprocessing, "resize": "crop"},
-        "provenance": {"timm": config.get("architecture")},
-        **licence,
-    }
+def _positions(config: Description, options: Options) -> Positions:
+    """What is known about the positions; an option comes before the `config.json`."""
+    if "image_size" in options.fields:
+        return Positions(options.fields["image_size"])
+    # What is interpolated to the size of `like` may be of any other one.
+    likely = options.like.image_size if options.like is not None and options.image_size is None else None
+    size = config.fields.get("image_size")
+    return Positions(size, config.class_position, likely, f"model.image_size in {CONFIG_FILE}")
+
+
+def _without_classes(config: Description) -> Description:
+    """What a `config.json` says, but for the head that the file beside it lacks."""
+    fields = {key: value for key, value in config.fields.items() if key != "num_classes"}
+    about = {key: value for key, value in config.about.items() if key != "class_names"}
+    return config._replace(fields=fields, about=about)
+
+
+def _said(config: Description, told: Told) -> dict[str, Any]:
+    """The fields that a `config.json` says."""
+    heads = config.heads.get(told.fields["dim"])
+    return {**({} if heads is None else {"num_heads": heads}), **config.fields}
 
 
 def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:

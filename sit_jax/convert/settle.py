@@ -1,7 +1,6 @@
 """What tensors do not tell of their model: heads, residual scale, epsilons, and where slimming modules stand."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from sit_jax.convert.detect import Told
@@ -10,7 +9,11 @@ from sit_jax.models.architecture import Architecture, architecture_from_dict
 from sit_jax.models.variants import VARIANTS
 
 # Options that settle what is left open; all other fields are told by the tensors.
-OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio")
+OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio", "image_size")
+
+# The fields that tensors leave open, and those of all plain ViTs.
+_OPEN = ("num_heads", "residual_scale", "norm_eps")
+_PLAIN: dict[str, Any] = {"residual_scale": 1.0, "norm_eps": 1e-6}
 
 _LVVIT: dict[str, Any] = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
 
@@ -60,7 +63,8 @@ def settle(told: Told, config: Mapping[str, Any], options: Mapping[str, Any]) ->
     if unknown:
         raise ConfigError(f"model.{unknown[0]}: is no option here; there are {', '.join(OPTIONS)}")
     given = {key: value for key, value in {**config, **options}.items() if key != "name" and value is not None}
-    _agree(given, told)
+    _agree(given, told, options)
+    given |= {key: float(given[key]) for key in _NUMBERS if key in given}  # JSON's 2 is an int.
     if "mlp_ratio" in given:
         fields["mlp_ratio"] = given["mlp_ratio"]
     if told.kept and "stage_blocks" not in fields and "stage_blocks" in given:
@@ -70,14 +74,14 @@ def settle(told: Told, config: Mapping[str, Any], options: Mapping[str, Any]) ->
         fields["stage_blocks"] = _stages(named)
     name = next((name for name, arch in named.items() if _fits(arch, fields)), "")
     known = named.get(name) or next(iter(named.values()), None)
-    for key in ("num_heads", "residual_scale", "norm_eps"):
+    if told.layout.plain:
+        fields = {**_PLAIN, **fields}
+    for key in _OPEN:
         if key in given:
             fields[key] = given[key]
         elif key not in fields and known is not None:
             fields[key] = getattr(known, key)
-    if told.layout.plain:
-        fields = {"residual_scale": 1.0, "norm_eps": 1e-6, **fields}
-    missing = [key for key in ("num_heads", "residual_scale", "norm_eps") if key not in fields]
+    missing = [key for key in _OPEN if key not in fields]
     if missing:
         words = " ".join(f"--model.{key} VALUE" for key in missing)
         raise UserError(
@@ -87,14 +91,16 @@ def settle(told: Told, config: Mapping[str, Any], options: Mapping[str, Any]) ->
     return Settled(architecture_from_dict(fields, "model."), name)
 
 
-def _agree(given: Mapping[str, Any], told: Told) -> None:
+def _agree(given: Mapping[str, Any], told: Told, options: Mapping[str, Any]) -> None:
     """Raises a ConfigError where a given field is no possible value, or not what the tensors say."""
     for key, value in given.items():
+        where = "" if key in options else " in config.json"
         if not _CHECKS.get(key, lambda value: True)(value):
-            raise ConfigError(f"model.{key}: {value!r} is no possible value")
+            raise ConfigError(f"model.{key}: {value!r}{where} is no possible value")
         value = tuple(value) if isinstance(value, list) else value
         if key in told.fields and _differs(key, value, told.fields):
-            raise ConfigError(f"model.{key}: is given as {value!r}, but the tensors are those of {told.fields[key]!r}")
+            told_value = told.fields[key]
+            raise ConfigError(f"model.{key}: is given as {value!r}{where}, but the tensors are those of {told_value!r}")
     if not told.kept and len(given.get("stage_blocks", ())) > 1:
         raise ConfigError("model.stage_blocks: is given, but the tensors hold no slimming module")
 
@@ -114,12 +120,10 @@ def _is_counts(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
 
 
+_NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "mlp_ratio": _is_number,
+    **dict.fromkeys(_NUMBERS, _is_number),
     "num_heads": lambda value: type(value) is int and value > 0,
-    "residual_scale": _is_number,
-    "norm_eps": _is_number,
-    "keep_ratio": _is_number,
     "stage_blocks": _is_counts,
     "kept_tokens": _is_counts,
 }
@@ -190,8 +194,15 @@ def _kept(
     return explicit
 
 
-def describe(told: Told, settled: Settled) -> str:
-    """What was found, in one line."""
+def describe(told: Told, settled: Settled, said: Collection[str], configured: Collection[str] = ()) -> str:
+    """What was found, in one line.
+
+    Args:
+        told: What the tensors tell.
+        settled: The whole architecture.
+        said: Fields that the user or a `config.json` says.
+        configured: Fields that are taken from the model that the weights are read for.
+    """
     arch = settled.arch
     kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
     name = settled.name or f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
@@ -199,29 +210,36 @@ def describe(told: Told, settled: Settled) -> str:
         "RTSMs" if told.has_reverse else "",
         "distillation head" if arch.distillation_token else "",
         "layer scale" if arch.layer_scale else "",
+        "" if told.class_position else "no class position",
     ]
     having = " and ".join(extra for extra in extras if extra)
     numbers = f"{arch.num_heads} heads, residual scale {arch.residual_scale:g}, norm epsilon {arch.norm_eps:g}"
     return (
         f"{told.layout.name}, {kind} {name}{f' with {having}' if having else ''}, {arch.num_classes} classes, "
-        f"{arch.image_size} px, {numbers}"
+        f"{arch.image_size} px, {numbers}{_guesses(told, arch, said, configured)}"
     )
 
 
+def _guesses(told: Told, arch: Architecture, said: Collection[str], configured: Collection[str]) -> str:
+    """The fields that neither the file nor the user says, for the end of a line."""
+    known = {*told.fields, *said, *(_PLAIN if told.layout.plain else ())}
+    unsaid = [key for key in (*_OPEN, *(["stage_blocks"] if arch.is_slimmed else [])) if key not in known]
+    if not unsaid or "name" in said:
+        return ""
+    if set(unsaid) <= set(configured):
+        return f" (the file does not say {' and '.join(unsaid)}: as configured)"
+    return f" (a guess from the shape: {' and '.join(unsaid)}; --model.{unsaid[0]} changes it)"
+
+
 def likely_fields(told: Told, like: Architecture) -> dict[str, Any]:
-    """What tensors leave open, taken from a model of the same width and depth."""
-    if (told.fields["dim"], told.fields["depth"]) != (like.dim, like.depth):
-        return {}
-    fields = {key: getattr(like, key) for key in ("num_heads", "residual_scale", "norm_eps")}
-    slimmed = told.kept and len(like.stage_blocks) == len(told.kept) + 1 and "stage_blocks" not in told.fields
-    fields |= {"stage_blocks": like.stage_blocks} if slimmed else {}
+    """What tensors leave open, taken from the model that they are read for.
+
+    Raises:
+        ConfigError: They are of another width, whose number of heads is another one too.
+    """
+    if told.fields["dim"] != like.dim:
+        raise ConfigError(f"is of another model: dim is {told.fields['dim']} there and {like.dim} here")
+    fields: dict[str, Any] = {key: getattr(like, key) for key in _OPEN}
+    if told.kept and len(like.stage_blocks) == len(told.kept) + 1 and told.fields["depth"] == like.depth:
+        fields["stage_blocks"] = like.stage_blocks
     return {key: value for key, value in fields.items() if key not in told.fields}
-
-
-def config_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an architecture in a `config.json`: a model folder's, a run's, or bare ones."""
-    section = values.get("architecture", values.get("model", values))
-    if not isinstance(section, Mapping):
-        return {}
-    known = {field.name for field in dataclasses.fields(Architecture)} - {"family"}
-    return {key: value for key, value in section.items() if key in known}

@@ -1,6 +1,9 @@
 """Class names of a model against those of a data set: the same order, another order, or other classes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
 
 from sit_jax.data.sources import Example, Source
 from sit_jax.errors import ConfigError
@@ -32,6 +35,24 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
     differences += [f"only {other}: {_listed(missing)}"] if missing else []
     problem = "; ".join(differences) or "several classes have the same name"
     raise ConfigError(f"class names of {what} and {other} differ: {problem}")
+
+
+def reorder_heads(variables: dict[str, Any], order: Sequence[int] | None, heads: Collection[str]) -> dict[str, Any]:
+    """A model's variables with the outputs of its heads in another order.
+
+    Args:
+        variables: The model's.
+        order: Old index of each new output; None for no change.
+        heads: Names of the parameters whose width is the number of classes.
+    """
+    if order is None:
+        return variables
+    columns = np.asarray(order)
+    params = {
+        name: {key: x[..., columns] for key, x in value.items()} if name in heads else value
+        for name, value in variables["params"].items()
+    }
+    return {**variables, "params": params}
 
 
 def match_classes(source: Source, names: Sequence[str] | None, what: str) -> Source:

@@ -66,6 +66,8 @@ def check_about(about: dict[str, Any], num_classes: int, where: object) -> None:
     for name, least in (("mean", -math.inf), ("std", _SMALLEST_STD)):
         if name in preprocessing and not _are_numbers(preprocessing[name], least):
             raise UserError(f"{where}: preprocessing.{name} must be a list of numbers, one per channel")
+    choices = ("interpolation", "crop_fraction", "resize")
+    data_config({"preprocessing": {name: preprocessing[name] for name in choices if name in preprocessing}}, where)
 
 
 def _are_numbers(values: Any, above: float) -> bool:

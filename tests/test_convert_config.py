@@ -1,0 +1,187 @@
+"""What a `config.json` beside weights says is used, or it is refused."""
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import safetensors.numpy
+from test_convert import PLAIN
+from test_other_stems import SCALED, torch_model
+
+from sit_jax.convert.arguments import Options
+from sit_jax.convert.read import read_weights
+from sit_jax.convert.weights import Weights
+from sit_jax.errors import UserError
+
+PICTURES = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 0.9}
+OURS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_fraction": 0.9, "resize": "crop"}
+VIT = {"architecture": "some_vit"}
+
+
+def read(
+    folder: pathlib.Path, config: dict[str, Any], fields: dict[str, Any] | None = None, **state: Any
+) -> tuple[Weights, list[str]]:
+    """The weights of a small timm model with a `config.json` beside them, and what the reader says."""
+    lines: list[str] = []
+    values = {key: value.numpy() for key, value in torch_model(state.get("arch", PLAIN)).state_dict().items()}
+    if state.get("headless"):
+        values = {key: value for key, value in values.items() if not key.startswith("head.")}
+    safetensors.numpy.save_file(values, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    options = Options(fields or {}, num_classes=state.get("num_classes"))
+    return read_weights(folder / "model.safetensors", options=options, say=lines.append), lines
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**VIT, "model_args": {"num_heads": 4}},
+        {**VIT, "num_heads": 4},
+        {"model_type": "vit", "num_attention_heads": 4},
+        {"architecture": {"num_heads": 4}},
+        {"model": {"num_heads": 4, "drop_path": 0.1, "name": "x"}},
+    ],
+)
+def test_heads(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    weights, lines = read(tmp_path, config)
+    assert weights.arch.num_heads == 4
+    assert not any("guess" in line or "not used" in line for line in lines)
+    assert read(tmp_path, config, {"num_heads": 8})[0].arch.num_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({**VIT, "global_pool": "avg"}, "global_pool"),
+        ({**VIT, "global_pool": ""}, "global_pool"),
+        ({**VIT, "model_args": {"global_pool": "map"}}, "global_pool"),
+        ({**VIT, "model_args": {"act_layer": "gelu_tanh"}}, "act_layer"),
+        ({**VIT, "model_args": {"norm_layer": "rmsnorm"}}, "norm_layer"),
+        ({**VIT, "model_args": {"reg_tokens": 4}}, "reg_tokens"),
+        ({**VIT, "model_args": {"pre_norm": True}}, "pre_norm"),
+        ({**VIT, "model_args": {"class_token": False}}, "class_token"),
+        ({**VIT, "model_args": {"fc_norm": True}}, "fc_norm"),
+        ({**VIT, "model_args": {"qk_norm": True}}, "qk_norm"),
+        ({**VIT, "model_args": {"unheard_of": 1}}, "unheard_of"),
+        ({**VIT, "model_args": [1]}, "model_args"),
+        ({**VIT, "model_args": {"embed_dim": 32}}, "dim"),
+        ({**VIT, "model_args": {"depth": 3}}, "depth"),
+        ({**VIT, "model_args": {"mlp_ratio": 3}}, "mlp_ratio"),
+        ({**VIT, "model_args": {"qkv_bias": False}}, "qkv_bias"),
+        ({**VIT, "model_args": {"patch_size": 16}}, "patch_size"),
+        ({**VIT, "model_args": {"patch_size": [8, 16]}}, "patch_size"),
+        ({**VIT, "model_args": {"in_chans": 1}}, "in_channels"),
+        ({**VIT, "model_args": {"init_values": 1e-5}}, "layer_scale"),
+        ({**VIT, "model_args": {"mlp_ratio": "wide"}}, "mlp_ratio"),
+        ({**VIT, "num_features": 32}, "dim"),
+        ({**VIT, "num_classes": 7}, "num_classes"),
+        ({**VIT, "pretrained_cfg": {"input_size": [1, 32, 32]}}, "in_channels"),
+        ({**VIT, "pretrained_cfg": {"input_size": 32}}, "input_size"),
+        ({**VIT, "pretrained_cfg": {**PICTURES, "crop_mode": "border"}}, "crop_mode"),
+        ({**VIT, "pretrained_cfg": {**PICTURES, "crop_mode": "squash"}}, "crop_mode"),  # crop_pct is 0.9.
+        ({**VIT, "pretrained_cfg": {**PICTURES, "interpolation": "box"}}, "interpolation"),
+        ({**VIT, "pretrained_cfg": {**PICTURES, "crop_pct": 1.5}}, "crop_fraction"),
+        ({**VIT, "pretrained_cfg": {"mean": "grey"}}, "mean"),
+        ({**VIT, "label_names": ["a", "b"]}, "class_names"),
+        ({**VIT, "label_names": {"0": "a", "7": "b"}}, "label_names"),
+        ({**PICTURES, "interpolation": "box"}, "interpolation"),
+        ({"model_type": "bert"}, "model_type"),
+        ({"model_type": "vit", "hidden_act": "quick_gelu"}, "hidden_act"),
+        ({"model_type": "vit", "hidden_size": 32}, "dim"),
+        ({"model_type": "vit", "image_size": 64}, "image_size"),
+        ({"model_type": "vit", "hidden_size": 16, "intermediate_size": 48}, "mlp_ratio"),
+        ({"model_type": "vit", "id2label": {"0": "a"}}, "num_classes"),
+        ({"model": {"family": "regnet", "widths": [8]}}, "regnet"),
+        ({"format": "sit_jax", "format_version": 2}, "version 2"),
+    ],
+)
+def test_what_is_refused_by_name(config: dict[str, Any], key: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=key) as caught:
+        read(tmp_path, config, {"num_heads": 2})
+    assert "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_agrees_is_taken(tmp_path: pathlib.Path) -> None:
+    args = {"img_size": 32, "patch_size": [8, 8], "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 4}
+    more = {"qkv_bias": True, "init_values": 1e-6, "class_token": True, "reg_tokens": 0, "fc_norm": None}
+    rest = {"drop_path_rate": 0.1, "dynamic_img_size": True, "act_layer": "gelu", "norm_layer": None}
+    config = {
+        "architecture": "vit_tiny_patch8_32",
+        "num_classes": 5,
+        "num_features": 16,
+        "global_pool": "token",
+        "model_args": {**args, **more, **rest},
+        "pretrained_cfg": {**PICTURES, "input_size": [3, 32, 32], "tag": "x", "pool_size": None, "num_classes": 1000},
+    }
+    weights, lines = read(tmp_path, config, arch=SCALED)
+    assert weights.arch == SCALED
+    assert weights.about["preprocessing"] == OURS
+    assert not any("guess" in line or "not used" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("config", "preprocessing"),
+    [
+        (PICTURES, OURS),
+        ({**VIT, "input_size": [3, 32, 32], "num_classes": 5, "classifier": "head", **PICTURES}, OURS),
+        ({**VIT, "pretrained_cfg": {**PICTURES, "crop_mode": "center"}}, OURS),
+        (
+            {**VIT, "pretrained_cfg": {**PICTURES, "crop_pct": 1.0, "crop_mode": "squash"}},
+            {**OURS, "crop_fraction": 1.0, "resize": "stretch"},
+        ),
+        ({"model": {"num_heads": 2}, "data": {"mean": [0.5] * 3, "resize": "stretch", "name": "digits"}},
+         {"mean": [0.5] * 3, "resize": "stretch"}),
+        (VIT, None),
+    ],
+)  # fmt: skip
+def test_pictures(config: dict[str, Any], preprocessing: Any, tmp_path: pathlib.Path) -> None:
+    assert read(tmp_path, config, {"num_heads": 2})[0].about.get("preprocessing") == preprocessing
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"label_names": list("abcde")}, list("abcde")),
+        ({"label_names": dict(zip("01234", "abcde", strict=True))}, list("abcde")),
+        ({"label_names": list("abcde"), "label_descriptions": {"a": "ape"}}, ["ape", *"bcde"]),
+    ],
+)
+def test_class_names(config: dict[str, Any], names: list[str], tmp_path: pathlib.Path) -> None:
+    assert read(tmp_path, {**VIT, **config}, {"num_heads": 2})[0].about["class_names"] == names
+    hub = {"model_type": "vit", "id2label": dict(zip("01234", names, strict=True)), "num_attention_heads": 2}
+    assert read(tmp_path, hub)[0].about["class_names"] == names
+
+
+def test_a_head_that_is_not_there(tmp_path: pathlib.Path) -> None:
+    config = {**VIT, "num_classes": 0, "label_names": list("abcde"), "num_heads": 2}
+    weights, _ = read(tmp_path, config, headless=True, num_classes=3)
+    assert weights.arch.num_classes == 3
+    assert "class_names" not in weights.about
+
+
+def test_what_is_not_used_is_told(tmp_path: pathlib.Path) -> None:
+    config = {"n_layer": 12, "vocab_size": 50257}
+    for extra in ({}, VIT, {"mean": [0.5] * 3}):
+        _, lines = read(tmp_path, {**config, **extra}, {"num_heads": 2})
+        assert [line for line in lines if "n_layer" in line and "vocab_size" in line and "config.json" in line]
+    _, lines = read(tmp_path, {"architecture": {"num_heads": 2, "n_layer": 12}})
+    assert [line for line in lines if "n_layer" in line]
+
+
+def test_a_guess_is_called_one(tmp_path: pathlib.Path) -> None:
+    """Only the shape of its tensors says how many heads a DeiT-Ti has."""
+    tiny = type(PLAIN)(dim=192, depth=12, num_heads=3, num_classes=5, image_size=32)
+    for config, fields, guess in (
+        ({}, {}, True),
+        (PICTURES, {}, True),
+        (VIT, {}, True),
+        ({}, {"name": "deit_tiny"}, False),
+        ({}, {"num_heads": 3}, False),
+        ({"architecture": "vit_tiny_patch16_32"}, {}, False),
+        ({**VIT, "model_args": {"num_heads": 3}}, {}, False),
+    ):
+        weights, lines = read(tmp_path, config, fields, arch=tiny)
+        assert weights.arch.num_heads == 3
+        assert [("guess" in line and "num_heads" in line) for line in lines if line.startswith("found:")] == [guess]
