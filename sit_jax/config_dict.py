@@ -139,12 +139,15 @@ def check_keys(known: Any, overrides: Sequence[str]) -> None:
 
 
 def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
-    """Sets the keys of `--config.KEY=None` words to None where None is a value of theirs.
+    """Sets the keys of `--config.KEY=None` words to None where None is a value of theirs; drops removed keys.
 
     ml_collections reads such a word as text. All other words are returned, in order.
     """
     rest = []
     for word in overrides:
+        if word.partition("=")[0].endswith("model.scan"):
+            _say_removed(word.partition("=")[0].removeprefix("--config."))
+            continue
         *parents, last = word.removeprefix("--config.").removesuffix("=None").split(".")
         section: Any = known
         for part in parents:
@@ -158,10 +161,14 @@ def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
     return rest
 
 
+def _say_removed(key: str) -> None:
+    print(f"{key}: has no effect any more; blocks are compiled one by one", file=sys.stderr)
+
+
 def _split_model(section: dict[str, Any]) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(ModelConfig)} - {"architecture"}
     if section.pop("scan", False):
-        print("model.scan: blocks are no longer looped over; the key has no effect", file=sys.stderr)
+        _say_removed("model.scan")
     split = {key: value for key, value in section.items() if key in own}
     shape = {key: value for key, value in section.items() if key not in own}
     split["architecture"] = {"family": "vit", **shape}

@@ -207,7 +207,7 @@ def test_bound_is_the_largest_of_three() -> None:
 
     chip = CHIPS["v5e"]
     traffic = Traffic((Collective("all-reduce", 16, 3, 80 * 10**9),), int(3 * chip.memory_rate))
-    bound = planning._bound(parse_topology("v5e:4x4"), config(True), 2 * chip.flops, traffic, steps=86400)
+    bound = planning._bound(parse_topology("v5e:4x4"), config(), 2 * chip.flops, traffic, steps=86400)
     assert bound == Bound(2.0, 3.0, 2 * 15 / 16 * 80 / 200, "memory", 3.0, 16 / 3, 3.0, 3.0 * 24 * 16)
 
 
