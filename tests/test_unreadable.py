@@ -36,7 +36,7 @@ WAYS: dict[str, Callable[[pathlib.Path], object]] = {
     "truncated": lambda path: path.write_bytes(malformed.BROKEN["jpeg_half.jpg"]),
 }
 # These are there when the folder is listed.
-LISTED = tuple(set(WAYS) - {"missing", "folder"})
+LISTED = tuple(way for way in WAYS if way not in ("missing", "folder"))
 
 
 def a_config(data: DataConfig) -> Any:

@@ -205,7 +205,9 @@ def describe(told: Told, settled: Settled, said: Collection[str], configured: Co
     """
     arch = settled.arch
     kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
-    name = settled.name or f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
+    variant = VARIANTS.get(settled.name)
+    named = variant and all(getattr(variant, key) == getattr(arch, key) for key in _OPEN)
+    name = settled.name if named else f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
     extras = [
         "RTSMs" if told.has_reverse else "",
         "distillation head" if arch.distillation_token else "",
