@@ -249,7 +249,7 @@ def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> Non
     assert slope == pytest.approx(float(along(grad(params))), rel=1e-4)
     # Forward over reverse, against the difference of two gradients.
     curvature = along(jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (direction,))[1])(params))
-    step = 1e-3
+    step = 2e-4
     ends = [grad(jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction)) for sign in (1, -1)]
     differences = along(ends[0]) - along(ends[1])
     assert float(curvature) == pytest.approx(float(differences) / (2 * step), rel=2e-2)
