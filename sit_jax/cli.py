@@ -25,7 +25,7 @@ from sit_jax.visual.arguments import add_visualize, run_visualize
 
 Verb = Callable[[argparse.Namespace, list[str]], None]
 
-# Nobody's mistake: some inputs were skipped, or processes did not come and may at the next try.
+# Some inputs were skipped, or processes are missing.
 FAILED = 1
 USER_ERROR = 2
 # What sysexits.h calls a temporary failure: whoever started the command may start it again, with --resume.
@@ -90,18 +90,14 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
     add_checkpoint(evaluate)
     evaluate.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
-    evaluate.add_argument("--split", help="another split")
+    evaluate.add_argument("--split", dest="eval_split", metavar="SPLIT", help="another split")
     evaluate.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
     evaluate.add_argument(
         "--held_out", type=fraction, help="fraction of each class in val, for a folder without splits"
     )
     evaluate.add_argument("--on_broken", choices=("error", "skip"), help="what an unreadable image does")
-    evaluate.add_argument(
-        "--match_classes",
-        choices=("names", "index"),
-        default="names",
-        help="match the classes of model and data by name where both have names, or by index (default: names)",
-    )
+    text = "match the classes of model and data by name where both have names, or by index (default: names)"
+    evaluate.add_argument("--match_classes", choices=("names", "index"), default="names", help=text)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     _add_processes(evaluate)
     add_convert(_verb(verbs, "convert", _convert, "read weights of other programs, and of runs, and write them"))
@@ -227,10 +223,9 @@ def _evaluate(arguments: argparse.Namespace, _: list[str]) -> None:
     from sit_jax.run import evaluate_run
     from sit_jax.workdir import read_config
 
-    chosen = {name: getattr(arguments, name) for name in ("name", "data_dir", "held_out", "on_broken")}
-    chosen["eval_split"] = arguments.split
+    keys = ("name", "eval_split", "data_dir", "held_out", "on_broken")
+    changes = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
     match_names = arguments.match_classes == "names"
-    changes: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
     model = arguments.workdir or arguments.source
     if arguments.workdir or is_run(model):
         data = dataclasses.replace(read_config(model).data, **changes)
