@@ -49,11 +49,11 @@ class Jax:
         import numpy as np
 
         from sit_jax.export.folder import load_folder
-        from sit_jax.inference import prepare
+        from sit_jax.models.inference import inference_model
 
         weights = load_folder(pathlib.Path(folder))
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}
-        model = prepare(arch, variables, dtype)
+        model = inference_model(arch, variables, dtype)
         forward, prepared = model.jitted(batch), jax.device_put(model.weights)
         shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
         buffers = [jax.device_put(shapes.images(shape, index)) for index in range(BUFFERS)]

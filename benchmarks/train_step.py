@@ -53,7 +53,7 @@ class Jax:
         shapes.write_folder(pathlib.Path(folder) / "teacher", teacher_of(name), tiny, reverse=False, seed=1)
         return {}
 
-    def prepare(self, folder: str, batch: int, dtype: Any, scan: bool, **_: Any) -> turns.Answer:
+    def prepare(self, folder: str, batch: int, dtype: Any, **_: Any) -> turns.Answer:
         import time
 
         import jax
@@ -67,7 +67,7 @@ class Jax:
 
         before = turns.resident_mib()
         student, teacher = (load_folder(pathlib.Path(folder) / name) for name in ("student", "teacher"))
-        models = [ModelConfig(architecture=x.arch, dtype=dtype, scan=scan) for x in (student, teacher)]
+        models = [ModelConfig(architecture=x.arch, dtype=dtype) for x in (student, teacher)]
         config = Config(
             model=models[0],
             teacher=TeacherConfig(model=models[1]),
@@ -194,7 +194,7 @@ def compare(folder: pathlib.Path, dtype: str, arguments: argparse.Namespace) -> 
     with turns.children(__file__, names, arguments.threads, arguments.keep_memory) as contenders:
         for name in names:
             print(f"{dtype}: {name}", file=sys.stderr, flush=True)
-            words = {"batch": arguments.batch_size, "dtype": dtype, "mode": name, "scan": arguments.scan}
+            words = {"batch": arguments.batch_size, "dtype": dtype, "mode": name}
             row = contenders[name].ask("prepare", folder=str(folder), **words)
             reference = rows[0]["losses"] if rows else row["losses"]
             apart = max(abs(a / b - 1) for a, b in zip(row["losses"], reference, strict=True))
@@ -226,7 +226,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contender")
     parser.add_argument("--seconds", type=float, default=1.0, help="a turn lasts about so long, and a step at least")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each framework")
-    parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=False, help="JAX: loop over blocks")
     parser.add_argument("--tiny", action="store_true", help="four narrow blocks on small pictures, to try the script")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the figures to")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)

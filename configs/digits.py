@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
 
     # The teacher, trained first.
     config.teacher = ConfigDict()
-    config.teacher.model = model_section(TEACHER, scan=True, remat=True)
+    config.teacher.model = model_section(TEACHER, remat=True)
     config.teacher.epochs = 40
     config.teacher.batch_size = 64
     config.teacher.label_smoothing = 0.1
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.teacher.optim.clip_norm = 1.0
 
     # The student: the same model with three slimming modules, started from the teacher's weights.
-    config.model = model_section(TEACHER, scan=True, remat=True)
+    config.model = model_section(TEACHER, remat=True)
     config.model.stage_blocks = (1, 1, 1, 11)
     config.model.keep_ratio = 0.5
     config.init = "teacher"

@@ -18,9 +18,9 @@ from sit_jax.export.folder import save_folder
 from sit_jax.export.forward import normalize_with
 from sit_jax.export.predictor import open_weights
 from sit_jax.export.preprocessing import settled
-from sit_jax.inference import prepare
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.inference import inference_model
 from sit_jax.models.variants import get_architecture
 
 
@@ -72,7 +72,7 @@ class Model:
         def normalized(images: Array) -> Array:
             return normalize_with(images, preprocessing) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
-        return prepare(self.arch, self.variables).jit(before=normalized)
+        return inference_model(self.arch, self.variables).jit(before=normalized)
 
 
 def create_model(name: str, seed: int = 0, **changes: Any) -> Model:

@@ -36,8 +36,8 @@ class ModelConfig:
         drop_path: Stochastic depth of the last block, growing linearly from 0 at the first.
         dtype: Type of the products. Softmax, norms, losses and the stored weights are float32 whatever this says.
         remat: Recompute each block in the backward pass instead of keeping its activations.
-        scan: Compile runs of equal blocks once in training and loop over them: the same result from a smaller program.
-            Slower on CPU, where it does not even compile faster (docs/performance.md).
+        attention: How softmax attention is computed: `xla`, `cudnn` (fused, on NVIDIA GPUs, in bfloat16), `plain` (by
+            autodiff, also in forward mode), or `auto`: `cudnn` where the GPU has it, else `xla`.
     """
 
     architecture: Annotated[Architecture | RegNetArchitecture, Field(discriminator="family")]
@@ -45,7 +45,7 @@ class ModelConfig:
     drop_path: Fraction = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False
-    scan: bool = False
+    attention: Literal["auto", "xla", "cudnn", "plain"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,9 @@ def named_model(name: str, **overrides: Any) -> ConfigDict:
     Raises:
         ConfigError: Unknown name or field, or an impossible combination.
     """
-    compute = {key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "scan") if key in overrides}
+    compute = {
+        key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "attention", "scan") if key in overrides
+    }
     return model_section(get_architecture(name, **overrides), name=name, **compute)
 
 
@@ -136,12 +139,15 @@ def check_keys(known: Any, overrides: Sequence[str]) -> None:
 
 
 def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
-    """Sets the keys of `--config.KEY=None` words to None where None is a value of theirs.
+    """Sets the keys of `--config.KEY=None` words to None where None is a value of theirs; drops removed keys.
 
     ml_collections reads such a word as text. All other words are returned, in order.
     """
     rest = []
     for word in overrides:
+        if word.partition("=")[0].endswith("model.scan"):
+            _say_removed(word.partition("=")[0].removeprefix("--config."))
+            continue
         *parents, last = word.removeprefix("--config.").removesuffix("=None").split(".")
         section: Any = known
         for part in parents:
@@ -155,8 +161,14 @@ def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
     return rest
 
 
+def _say_removed(key: str) -> None:
+    print(f"{key}: has no effect any more; blocks are compiled one by one", file=sys.stderr)
+
+
 def _split_model(section: dict[str, Any]) -> dict[str, Any]:
     own = {field.name for field in dataclasses.fields(ModelConfig)} - {"architecture"}
+    if section.pop("scan", False):
+        _say_removed("model.scan")
     split = {key: value for key, value in section.items() if key in own}
     shape = {key: value for key, value in section.items() if key not in own}
     split["architecture"] = {"family": "vit", **shape}

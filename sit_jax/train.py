@@ -12,13 +12,13 @@ import optax
 from jax.sharding import Mesh
 
 from sit_jax import losses, sharding
-from sit_jax.compiling import cpu_options
 from sit_jax.config import Config, LossConfig, ModelConfig
 from sit_jax.data.device import prepare_batch
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.optim import Schedule, make_optimizer, schedules
 from sit_jax.state import TrainState, stream_key, update_ema
+from sit_jax.xla_options import cpu_options
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -51,16 +51,14 @@ def make_task(config: Config, steps_per_epoch: int) -> Task:
     """Builds modules and optimizer of a run."""
 
     def build(model: ModelConfig) -> Any:
-        return build_model(model.architecture, model.drop_path, model.dtype, model.remat, model.scan)
+        return build_model(model.architecture, model.drop_path, model.dtype, model.remat, model.attention)
 
     loss, model = config.loss, config.model
     arch = model.architecture
     recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
     return Task(
         model=build(model),
-        reverse=build_reverse(arch, model.dtype, scan=model.scan)
-        if recovers and isinstance(arch, Architecture)
-        else None,
+        reverse=build_reverse(arch, model.dtype) if recovers and isinstance(arch, Architecture) else None,
         teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),

@@ -175,3 +175,19 @@ jax.jit(lambda x: x * 2 + 1)(1.0)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--compilation_cache: .*file is no folder"):
         keep_compiled(str(tmp_path / "file"))
+
+
+def test_a_removed_key_has_no_effect_but_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = cli.load_config("configs/digits.py")
+    words = ["--config.model.scan=True", "--config.teacher.model.scan=False"]
+    assert cli.load_config("configs/digits.py", words) == expected
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "model.scan",
+        "teacher.model.scan",
+    ]
+    # As a run of an earlier version holds it.
+    values = to_dict(expected)
+    values["model"] |= {"scan": True}
+    values["teacher"]["model"] |= {"scan": False}
+    assert from_config_dict(values) == expected
+    assert len(capsys.readouterr().err.splitlines()) == 1

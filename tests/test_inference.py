@@ -1,8 +1,6 @@
-"""Folded weights compute what the model does, for every kind of model and part of it."""
+"""A model prepared for inference computes what its module does, for every kind of model."""
 
 import dataclasses
-import importlib
-import re
 from typing import Any
 
 import jax
@@ -13,12 +11,9 @@ import random_weights
 import tiny
 
 import sit_jax
-from sit_jax import compiling
-from sit_jax.inference import prepare
-from sit_jax.inference.fold import fold
-from sit_jax.inference.forward import attention
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.inference import fold_batch_norm, inference_model
 
 PATCH = Architecture(image_size=32, patch_size=8, in_channels=1, num_classes=5, dim=16, depth=3, num_heads=4)
 SLIMMED = dataclasses.replace(PATCH, stage_blocks=(1, 1, 1), keep_ratio=0.5)
@@ -48,32 +43,15 @@ def test_logits_are_the_models(arch: Architecture) -> None:
     # Far from zero: what is folded must not rely on small means.
     images = random_weights.images(arch, 3) + 2
     expected = by_module(arch, variables, images)
-    logits = prepare(arch, variables).jit()(images)
+    logits = inference_model(arch, variables).jit()(images)
     assert np.std(expected) > 0.1
     np.testing.assert_allclose(logits, expected, atol=2e-5)
-
-
-def test_logits_of_whole_layers() -> None:
-    variables = random_weights.variables(random_weights.draw(SLIMMED))
-    images = random_weights.images(SLIMMED, 3)
-    run = prepare(SLIMMED, variables, platform="any").jit()
-    np.testing.assert_allclose(run(images), by_module(SLIMMED, variables, images), atol=2e-5)
-
-
-def test_few_tokens_have_their_products_in_halves() -> None:
-    weights = random_weights.draw(SLIMMED)
-    whole, halves = (fold(SLIMMED, weights.params, weights.batch_stats, halves_below=tokens) for tokens in (0, 9))
-    assert [isinstance(halves[f"blocks_{block}"]["qkv"]["kernel"], list) for block in range(3)] == [False, True, True]
-    for name, layer in halves["blocks_2"].items():
-        joined = layer["kernel"] if name == "proj" else np.concatenate(layer["kernel"], axis=1)
-        np.testing.assert_array_equal(joined, whole["blocks_2"][name]["kernel"])
-        np.testing.assert_array_equal(layer["bias"], whole["blocks_2"][name]["bias"])
 
 
 def test_large_and_small_batches() -> None:
     variables = random_weights.variables(random_weights.draw(SLIMMED))
     images = random_weights.images(SLIMMED, 80)
-    run = prepare(SLIMMED, variables).jit()
+    run = inference_model(SLIMMED, variables).jit()
     # More than 1,024 rows and fewer: on CPU two programs.
     np.testing.assert_allclose(run(images)[:3], run(images[:3]), atol=1e-5)
 
@@ -83,48 +61,15 @@ def test_bfloat16_is_as_near_as_the_module() -> None:
     variables = random_weights.variables(random_weights.draw(arch))
     images = random_weights.images(arch, 4)
     expected = by_module(arch, variables, images)
-    error = np.abs(prepare(arch, variables, "bfloat16").jit()(images) - expected).max()
+    error = np.abs(inference_model(arch, variables, "bfloat16").jit()(images) - expected).max()
     module_error = np.abs(by_module(arch, variables, images, "bfloat16") - expected).max()
     assert 0 < error < 1.5 * module_error
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="only CPUs are told anything")
-def test_products_in_bfloat16_are_always_the_librarys() -> None:
-    module = importlib.import_module("sit_jax.inference.prepare")  # The function has the same name.
-    cases = [(dtype, rows) for dtype in ("float32", "bfloat16") for rows in (8, 4096)]
-    options = {case: module._options(module._by_library(*case)) for case in cases}
-    library = options.pop(("float32", 8))
-    # XLA's own products in bfloat16 are float32 ones: slower than float32 in the first place.
-    assert options.pop(("float32", 4096)) != library
-    assert list(options.values()) == [library, library]
-
-
-def test_options_that_xla_does_not_know_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiling, "_WIDTH", ("xla_cpu_no_such_option", "1"))
-    monkeypatch.setattr(compiling, "_PRODUCTS", "NO_SUCH_TYPE")
-    assert compiling.cpu_options() == {}
-    assert len(compiling.cpu_options(library_products=False)) == 1
-
-
-def test_attention_is_softmax_of_the_products() -> None:
-    rng = np.random.default_rng(0)
-    query, key, value = rng.standard_normal((3, 2, 5, 3, 4))
-    scores = np.einsum("bqhd,bkhd->bhqk", query, key)
-    shares = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
-    expected = np.einsum("bhqk,bkhd->bqhd", shares, value)
-    result = attention(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)))
-    np.testing.assert_allclose(result, expected, atol=1e-6)
-
-
-def test_large_scores_do_not_overflow() -> None:
-    query = jnp.full((1, 3, 1, 4), 100.0)
-    assert np.isfinite(attention(query, query, query)).all()
 
 
 def test_pixels_are_normalised_within() -> None:
     variables = random_weights.variables(random_weights.draw(PATCH))
     pixels = random_weights.pixels(PATCH, 2)
-    run = prepare(PATCH, variables).jit(before=lambda x: (x.astype(jnp.float32) / 255.0 - 0.4) / 0.2)
+    run = inference_model(PATCH, variables).jit(before=lambda x: (x.astype(jnp.float32) / 255.0 - 0.4) / 0.2)
     expected = by_module(PATCH, variables, ((pixels / 255 - 0.4) / 0.2).astype(np.float32))
     np.testing.assert_allclose(run(pixels), expected, atol=2e-5)
 
@@ -132,9 +77,14 @@ def test_pixels_are_normalised_within() -> None:
 def test_it_can_be_traced() -> None:
     variables = random_weights.variables(random_weights.draw(PATCH))
     images = jnp.asarray(random_weights.images(PATCH, 2))
-    run = prepare(PATCH, variables).jit()
+    run = inference_model(PATCH, variables).jit()
     np.testing.assert_allclose(jax.jit(lambda x: run(x) * 2)(images), 2 * np.asarray(run(images)), atol=1e-5)
-    gradient = jax.grad(lambda v: prepare(PATCH, v).apply(v, images).sum())(variables)
+
+    def total(variables: Any) -> jax.Array:
+        model = inference_model(PATCH, variables)
+        return model.apply(model.weights, images).sum()
+
+    gradient = jax.grad(total)(variables)
     assert float(jnp.abs(gradient["params"]["head"]["kernel"]).sum()) > 0
 
 
@@ -163,7 +113,7 @@ def test_calls_within_other_functions() -> None:
 def test_weights_stay_where_they_were_put() -> None:
     device = jax.devices()[1]
     variables = jax.device_put(random_weights.variables(random_weights.draw(PATCH)), device)
-    assert prepare(PATCH, variables).jit()(random_weights.images(PATCH, 2)).devices() == {device}
+    assert inference_model(PATCH, variables).jit()(random_weights.images(PATCH, 2)).devices() == {device}
 
 
 def test_regnet_runs_as_it_is() -> None:
@@ -172,18 +122,19 @@ def test_regnet_runs_as_it_is() -> None:
     images = np.random.default_rng(0).standard_normal((2, arch.image_size, arch.image_size, arch.in_channels))
     variables = model.init(jax.random.key(0), jnp.asarray(images, jnp.float32))
     np.testing.assert_allclose(
-        prepare(arch, variables).jit()(images.astype(np.float32)),
+        inference_model(arch, variables).jit()(images.astype(np.float32)),
         by_module(arch, variables, images.astype(np.float32)),
         atol=1e-5,
     )
 
 
-def test_nothing_but_heads_is_transposed() -> None:
-    """Three transposes for a block's queries, keys and values, one for its result: those that attention needs."""
-    variables = random_weights.variables(random_weights.draw(CONV))
-    prepared = prepare(CONV, variables, platform="any")
-    images = jnp.asarray(random_weights.images(CONV, 2))
-    jaxpr = str(jax.make_jaxpr(prepared.apply)(prepared.weights, images))
-    assert len(re.findall(r"= transpose\[", jaxpr)) <= 2 * CONV.depth
-    # No mean is taken: a norm is a sum of squares and a root.
-    assert len(re.findall(r"= rsqrt", jaxpr)) == 2 * CONV.depth + len(CONV.slimming) + 1
+def test_batch_norm_is_folded_into_convolutions() -> None:
+    weights = random_weights.draw(CONV)
+    stem = fold_batch_norm(weights.params, weights.batch_stats)["stem"]
+    assert set(stem) == {f"conv{index}" for index in range(1, 5)}
+    norm, running = weights.params["stem"]["bn2"], weights.batch_stats["stem"]["bn2"]
+    factor = norm["scale"] / np.sqrt(running["var"] + 1e-5)
+    np.testing.assert_allclose(stem["conv2"]["kernel"], weights.params["stem"]["conv2"]["kernel"] * factor, rtol=1e-5)
+    np.testing.assert_allclose(stem["conv2"]["bias"], norm["bias"] - running["mean"] * factor, rtol=1e-4, atol=1e-6)
+    # Weights without BatchNorm stay what they are.
+    assert fold_batch_norm(weights.params, {}) is weights.params

@@ -151,12 +151,9 @@ def test_costs_of_the_published_lvvit() -> None:
     assert round(cost.gmac + 196 * 384 * 1000 / 1e9, 1) == 6.6
 
 
-def test_layer_scale_starts_small_and_scans() -> None:
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 3)), jnp.float32)
-    plain, scanned = build_model(SCALED), build_model(SCALED, scan=True)
-    variables = plain.init(jax.random.key(0), images)
+def test_layer_scale_starts_small() -> None:
+    variables = build_model(SCALED).init(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     np.testing.assert_array_equal(variables["params"]["blocks_1"]["layer_scale2"], np.full(16, 1e-4, np.float32))
-    np.testing.assert_allclose(scanned.apply(variables, images)[0], plain.apply(variables, images)[0], atol=1e-6)
 
 
 def test_impossible_stems() -> None:

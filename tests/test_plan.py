@@ -143,13 +143,13 @@ WIDE = Architecture(
 SLIM = dataclasses.replace(WIDE, stage_blocks=(1, 1), keep_ratio=0.5)
 
 
-def config(scan: bool, **changes: Any) -> Config:
-    teacher = TeacherConfig(model=ModelConfig(architecture=WIDE, scan=scan))
-    return tiny.config(arch=SLIM, **{"teacher": teacher, "model": ModelConfig(architecture=SLIM, scan=scan), **changes})
+def config(**changes: Any) -> Config:
+    teacher = TeacherConfig(model=ModelConfig(architecture=WIDE))
+    return tiny.config(arch=SLIM, **{"teacher": teacher, "model": ModelConfig(architecture=SLIM), **changes})
 
 
 def test_costs_against_the_compilers_own_count() -> None:
-    unrolled = config(scan=False, batch_size=32)
+    unrolled = config(batch_size=32)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     compiled = planning._compile(unrolled, mesh)
     counted = compiled.cost_analysis()
@@ -170,7 +170,7 @@ def test_reverse_modules_cost() -> None:
 
 def test_abstract_arguments_are_those_of_a_real_run() -> None:
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    small = config(scan=True)
+    small = config()
     state, batch, teachers = abstract_arguments(small, mesh)
     from sit_jax.train import init_state
 
@@ -185,7 +185,7 @@ def test_abstract_arguments_are_those_of_a_real_run() -> None:
 
 @pytest.mark.slow
 def test_plan_for_virtual_devices() -> None:
-    result = plan(config(scan=True, mesh=MeshConfig(data=2, fsdp=4)), parse_topology("cpu:8"), examples=1600)
+    result = plan(config(mesh=MeshConfig(data=2, fsdp=4)), parse_topology("cpu:8"), examples=1600)
     assert result.fits
     assert (result.devices, result.mesh, result.steps) == (8, {"data": 2, "fsdp": 4, "tensor": 1}, 200)
     assert result.bound is None
@@ -193,11 +193,11 @@ def test_plan_for_virtual_devices() -> None:
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     held = sum(
         leaf.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
-        for leaf in jax.tree.leaves(abstract_arguments(config(scan=True), mesh))
+        for leaf in jax.tree.leaves(abstract_arguments(config(), mesh))
     )
     assert result.memory.arguments == pytest.approx(held, rel=0.02)
     assert {collective.kind for collective in result.collectives} >= {"all-gather", "all-reduce"}
-    alone = plan(config(scan=True), parse_topology("cpu:1"))
+    alone = plan(config(), parse_topology("cpu:1"))
     assert alone.collectives == ()
     assert alone.flops == 8 * result.flops
 
@@ -207,7 +207,7 @@ def test_bound_is_the_largest_of_three() -> None:
 
     chip = CHIPS["v5e"]
     traffic = Traffic((Collective("all-reduce", 16, 3, 80 * 10**9),), int(3 * chip.memory_rate))
-    bound = planning._bound(parse_topology("v5e:4x4"), config(True), 2 * chip.flops, traffic, steps=86400)
+    bound = planning._bound(parse_topology("v5e:4x4"), config(), 2 * chip.flops, traffic, steps=86400)
     assert bound == Bound(2.0, 3.0, 2 * 15 / 16 * 80 / 200, "memory", 3.0, 16 / 3, 3.0, 3.0 * 24 * 16)
 
 

@@ -144,7 +144,7 @@ def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path,
     given = dataclasses.replace(config.teacher, run=str(finished / "teacher"))
     changed = dataclasses.replace(
         config,
-        model=ModelConfig(architecture=arch, scan=True),
+        model=ModelConfig(architecture=arch),
         loss=Loss(hard=1.0),
         teacher=given,
         cnn_teacher=cnn,
@@ -159,7 +159,7 @@ def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path,
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config, tmp_path: pathlib.Path) -> None:
     plain = dataclasses.replace(
         config,
-        model=ModelConfig(architecture=tiny.TEACHER, scan=True),
+        model=ModelConfig(architecture=tiny.TEACHER),
         teacher=None,
         loss=Loss(),
         optim=OptimConfig(lr=1e-3),

@@ -222,3 +222,34 @@ def test_teacher_and_reverse_modules_leave_no_activations(capsys: pytest.Capture
     # Of a reverse module its gradients alone: nothing as large as all channels of all examples.
     assert not any(16 * arch.dim in shape for shape in shapes)
     assert not any(shape[-3:] == (16, arch.num_patches, 4 * arch.dim) for shape in shapes)
+
+
+def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> None:
+    arch = dataclasses.replace(tiny.STUDENT, stem="patch")
+    teacher = dataclasses.replace(tiny.TEACHER, stem="patch")
+    config = tiny.config(
+        model=ModelConfig(architecture=arch, attention="plain"),
+        teacher=TeacherConfig(model=ModelConfig(architecture=teacher)),
+    )
+    task = make_task(config, steps_per_epoch=10)
+    teachers = {"teacher": build_model(teacher).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))}
+    params = init_state(task, sharding.make_mesh(devices=jax.devices()[:1])).params
+    batch = {**tiny.batch(4), "label": jax.nn.one_hot(tiny.batch(4)["label"], 10)}
+
+    def loss(params: Any) -> jax.Array:
+        return compute_loss(task, params, {}, batch, teachers, jax.random.key(0))[0]
+
+    direction = jax.tree.map(lambda x: jnp.cos(100.0 * x), params)
+
+    def along(tree: Any) -> jax.Array:
+        return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, tree, direction)))  # type: ignore[return-value]
+
+    grad = jax.jit(jax.grad(loss))
+    slope = jax.jit(lambda x: jax.jvp(loss, (x,), (direction,))[1])(params)
+    assert slope == pytest.approx(float(along(grad(params))), rel=1e-4)
+    # Forward over reverse, against the difference of two gradients.
+    curvature = along(jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (direction,))[1])(params))
+    step = 2e-4
+    ends = [grad(jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction)) for sign in (1, -1)]
+    differences = along(ends[0]) - along(ends[1])
+    assert float(curvature) == pytest.approx(float(differences) / (2 * step), rel=2e-2)

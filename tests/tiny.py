@@ -24,7 +24,7 @@ def config(loss: LossConfig = FRD, arch: Architecture = STUDENT, **changes: Any)
     """A student's configuration with a teacher that is trained for one epoch."""
     teacher = TeacherConfig(model=ModelConfig(architecture=TEACHER), batch_size=128)
     fields: dict[str, Any] = {
-        "model": ModelConfig(architecture=arch, scan=True),
+        "model": ModelConfig(architecture=arch),
         "teacher": teacher,
         "epochs": 2,
         "batch_size": 16,

@@ -16,9 +16,9 @@ from sit_jax.errors import UserError
 from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import expected_shapes, read_description
 from sit_jax.export.predictor import is_run, open_folder
-from sit_jax.inference import Prepared, prepare
 from sit_jax.metrics import evaluations, read_metrics
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.inference import InferenceModel, inference_model
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import VARIANTS
 
@@ -82,8 +82,8 @@ def open_contender(name: str) -> Contender:
 
 def _from_variables(arch: Architecture | RegNetArchitecture, variables: dict[str, Any]) -> Callable[[int, str], Ready]:
     @functools.cache
-    def prepared(dtype: str) -> tuple[Prepared, Any]:
-        model = prepare(arch, variables, dtype)
+    def prepared(dtype: str) -> tuple[InferenceModel, Any]:
+        model = inference_model(arch, variables, dtype)
         return model, jax.device_put(model.weights)
 
     def ready(batch: int, dtype: str) -> Ready:

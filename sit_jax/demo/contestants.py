@@ -16,7 +16,7 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Example
 from sit_jax.demo.fewer_tokens import Keep, keeps, with_fewer_tokens
 from sit_jax.errors import UserError
-from sit_jax.inference import prepare
+from sit_jax.models.inference import inference_model
 from sit_jax.visual.subject import Seen, Subject, open_subject
 from sit_jax.visual.token_maps import TokenMaps
 
@@ -76,7 +76,7 @@ class Contestant:
     @functools.cache  # noqa: B019
     def _forward(self, keep: Keep | None) -> Any:
         subject = self._with(keep)
-        model = prepare(subject.arch, subject.variables, subject.dtype)
+        model = inference_model(subject.arch, subject.variables, subject.dtype)
         return model.jit(before=lambda pixels: normalize(pixels, subject.data))
 
 

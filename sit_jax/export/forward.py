@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from sit_jax.convert.weights import Weights
-from sit_jax.inference import prepare
+from sit_jax.models.inference import inference_model
 
 Forward = Callable[[Shaped[Array, "batch height width channels"]], Float[Array, "batch classes"]]
 
@@ -20,7 +20,7 @@ def make_forward(weights: Weights, raw_input: bool) -> Forward:
         raw_input: It takes uint8 pixels and normalises them as `about` says; else normalised float32 images.
     """
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-    prepared = prepare(weights.arch, variables, platform="any")
+    prepared = inference_model(weights.arch, variables, attention="plain")
     preprocessing = weights.about["preprocessing"] if raw_input else None
 
     def forward(images: Shaped[Array, "batch height width channels"]) -> Float[Array, "batch classes"]:

@@ -21,9 +21,9 @@ from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import is_folder, load_folder, read_description
 from sit_jax.export.from_run import run_weights
 from sit_jax.export.preprocessing import about_run, data_config, settled
-from sit_jax.inference import prepare
 from sit_jax.metrics import EvalMetrics, eval_metrics, warn_of_missing
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.inference import inference_model
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.origins import trained_variables
 
@@ -192,7 +192,7 @@ def evaluate_predictor(
 
 
 def _jitted(arch: Architecture | RegNetArchitecture, variables: dict[str, Any], dtype: str, data: DataConfig) -> Logits:
-    run = prepare(arch, variables, dtype).jit(before=lambda pixels: normalize(pixels, data))
+    run = inference_model(arch, variables, dtype).jit(before=lambda pixels: normalize(pixels, data))
     return lambda pixels: np.asarray(run(pixels))
 
 

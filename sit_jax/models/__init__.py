@@ -10,6 +10,7 @@ from sit_jax.models.regnet import RegNetArchitecture, RegNetY
 from sit_jax.models.sit import SiT
 from sit_jax.models.slimming import ReverseSlimming
 from sit_jax.models.vit import Outputs, ViT
+from sit_jax.ops.attention import choose
 
 __all__ = ["HEADS", "Outputs", "build_model", "build_reverse"]
 
@@ -22,7 +23,7 @@ def build_model(
     drop_path: float = 0.0,
     dtype: str = "float32",
     remat: bool = False,
-    scan: bool = False,
+    attention: str = "auto",
 ) -> Any:
     """The module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
 
@@ -31,19 +32,20 @@ def build_model(
         drop_path: Stochastic depth of the last block (transformers only).
         dtype: Type of the products, `float32` or `bfloat16`.
         remat: Recompute blocks in the backward pass (transformers only).
-        scan: Compile runs of equal blocks once and loop over them (transformers only).
+        attention: Name of the softmax attention (transformers only); see `sit_jax.ops.attention`.
 
     Raises:
-        ConfigError: The number of classes was left open.
+        ConfigError: The number of classes was left open, or the attention does not run here.
     """
     if arch.num_classes == 0:
         raise ConfigError("num_classes: is 0, left to the data; say how many classes the model has")
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
+    attention = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
     module = SiT if arch.is_slimmed else ViT
-    return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, scan=scan)
+    return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
 
 
-def build_reverse(arch: Architecture, dtype: str = "float32", *, scan: bool = False) -> ReverseSlimming:
-    """The training-only reverse modules of a slimmed architecture; `dtype` and `scan` are those of `build_model`."""
-    return ReverseSlimming(arch, dtype=jnp.dtype(dtype), scan=scan)
+def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:
+    """The training-only reverse modules of a slimmed architecture; `dtype` is that of `build_model`."""
+    return ReverseSlimming(arch, dtype=jnp.dtype(dtype))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sit_jax.errors import ConfigError
-from sit_jax.models.layers import CONV_INIT, BatchNorm, dense
+from sit_jax.models.layers import CONV_INIT, BatchNorm, Dense
 from sit_jax.models.vit import Outputs
 
 
@@ -124,7 +124,7 @@ class RegNetY(nn.Module):
                 groups = width // arch.group_width
                 block = _Block(width, stride, groups, squeeze, self.dtype, name=f"stage{stage}_block{index}")
                 x = block(x, train)
-        head = dense(arch.num_classes, self.dtype, "head")
+        head = Dense(arch.num_classes, dtype=self.dtype, name="head")
         logits = head(x.mean(axis=(1, 2))).astype(jnp.float32)
         patch_logits = head(x.reshape(x.shape[0], -1, x.shape[-1])).astype(jnp.float32)
         return logits, Outputs((), (), None, patch_logits)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import TOKEN_INIT, Block, ConvStem, LayerNorm, PatchStem, dense
+from sit_jax.models.layers import TOKEN_INIT, Block, ConvStem, Dense, PatchStem, layer_norm
 
 
 class Outputs(NamedTuple):
@@ -39,15 +39,16 @@ class ViT(nn.Module):
         drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
         dtype: Type of the products: float32 or bfloat16. Softmax, norms and logits stay float32.
         remat: Recompute each block's activations in the backward pass instead of keeping them.
-        scan: Compile runs of equal blocks once and loop over them. Parameters and result are the same and the program
-            is smaller, but every pass copies the weights: for training deep models, not for serving.
+        attention: Name of the softmax attention; see `sit_jax.ops.attention`.
+        batch_norm: False where BatchNorm is folded into the stem's convolutions; see `fold_batch_norm`.
     """
 
     arch: Architecture
     drop_path: float = 0.0
     dtype: Any = jnp.float32
     remat: bool = False
-    scan: bool = False
+    attention: str = "xla"
+    batch_norm: bool = True
 
     @nn.compact
     def __call__(
@@ -55,6 +56,7 @@ class ViT(nn.Module):
         images: Float[Array, "batch height width channels"],
         train: bool = False,
         token_mix: Bool[Array, "batch patches"] | None = None,
+        logits_only: bool = False,
     ) -> tuple[Float[Array, "batch classes"], Outputs]:
         """Runs the model.
 
@@ -63,6 +65,7 @@ class ViT(nn.Module):
             train: Batch statistics and drop path (rng `drop_path`) where True.
             token_mix: True where a patch behind the stem is replaced by that of the image at the mirrored place of the
                 batch (LV-ViT's MixToken).
+            logits_only: The last block computes the prefix tokens only; the last of `Outputs.tokens` is empty.
 
         Returns:
             Logits (batch, classes) in float32 and `Outputs`. With a distillation token the logits are the class head's
@@ -73,15 +76,15 @@ class ViT(nn.Module):
         stream = jnp.concatenate([prefix, patches], axis=1)
         tokens: list[Array] = []
         assignments: list[Array] = []
-        for first, count in _runs_of_blocks(arch):
-            stream, run_tokens = self._run_blocks(first, count, stream, train)
-            stream, assignment = self.after_stage(first + count - 1, stream)
+        for block in range(arch.depth):
+            only_prefix = logits_only and block == arch.depth - 1 and not self._has_patch_logits
+            stream = self._block(block, stream, train, arch.num_prefix_tokens if only_prefix else None)
+            stream, assignment = self.after_stage(block, stream)
             if assignment is not None:
-                run_tokens[-1] = stream[:, arch.num_prefix_tokens :]
                 assignments.append(assignment)
-            tokens += run_tokens
+            tokens.append(stream[:, arch.num_prefix_tokens :])
         used = stream if self._has_patch_logits else stream[:, : arch.num_prefix_tokens]
-        normed = LayerNorm(arch.norm_eps, self.dtype, name="norm")(used)
+        normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
         logits, distillation_logits, patch_logits = self._heads(normed, train)
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
 
@@ -95,36 +98,14 @@ class ViT(nn.Module):
         """What happens to the tokens behind the last block of a stage: nothing here."""
         return stream, None
 
-    def _run_blocks(
-        self, first: int, count: int, stream: Float[Array, "batch tokens dim"], train: bool
-    ) -> tuple[Float[Array, "batch tokens dim"], list[Float[Array, "batch patches dim"]]]:
-        """Runs `count` equal blocks from `first` on; returns the stream and each block's patch tokens."""
-        arch, prefix = self.arch, self.arch.num_prefix_tokens
-        rates = np.linspace(0.0, self.drop_path, arch.depth, dtype=np.float32)[first : first + count]
-        keys: Array | None = None
-        if train and self.drop_path > 0:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(self.make_rng("drop_path"), np.arange(first, first + count))
-        if not (self.scan and count > 1) or self.is_initializing():
-            block_type = nn.remat(Block) if self.remat and train else Block
-            tokens = []
-            for index in range(count):
-                key = None if keys is None else keys[index]
-                stream = block_type(arch, self.dtype, name=f"blocks_{first + index}")(stream, float(rates[index]), key)
-                tokens.append(stream[:, prefix:])
-            return stream, tokens
-        block = Block(arch, self.dtype, parent=None)
-
-        def body(carry: Array, inputs: Any) -> tuple[Array, Array]:
-            params, rate, key = inputs
-            result: Any = block.apply({"params": params}, carry, rate, key)
-            return result, result[:, prefix:]
-
-        params: list[Any] = [self.get_variable("params", f"blocks_{index}") for index in range(first, first + count)]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        stream, stacked_tokens = jax.lax.scan(
-            jax.checkpoint(body) if self.remat else body, stream, (stacked, rates, keys)
-        )
-        return stream, list(stacked_tokens)
+    def _block(
+        self, index: int, stream: Float[Array, "batch tokens dim"], train: bool, used: int | None
+    ) -> Float[Array, "batch used dim"]:
+        """Runs a block, with drop path in training."""
+        rate = float(np.linspace(0.0, self.drop_path, self.arch.depth, dtype=np.float32)[index])
+        key = jax.random.fold_in(self.make_rng("drop_path"), index) if train and self.drop_path > 0 else None
+        block = nn.remat(Block, static_argnums=(2, 4)) if self.remat and train else Block
+        return block(self.arch, self.dtype, self.attention, name=f"blocks_{index}")(stream, rate, key, used)
 
     def _embed(
         self,
@@ -137,7 +118,10 @@ class ViT(nn.Module):
         expected = (arch.image_size, arch.image_size, arch.in_channels)
         if images.shape[1:] != expected:
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected}")
-        stem = (PatchStem if arch.stem == "patch" else ConvStem)(arch, self.dtype, name="stem")
+        if arch.stem == "patch":
+            stem: nn.Module = PatchStem(arch, self.dtype, name="stem")
+        else:
+            stem = ConvStem(arch, self.dtype, self.batch_norm, name="stem")
         patches = stem(images.astype(self.dtype), train).reshape(images.shape[0], arch.num_patches, arch.dim)
         if token_mix is not None:
             patches = jnp.where(token_mix[:, :, None], patches[::-1], patches)
@@ -160,21 +144,18 @@ class ViT(nn.Module):
     ]:
         """Logits, the distillation head's, and the auxiliary head's for every patch."""
         arch, patch_logits = self.arch, None
-        logits = dense(arch.num_classes, self.dtype, "head", head=True)(normed[:, 0]).astype(jnp.float32)
+        logits = self._head("head")(normed[:, 0]).astype(jnp.float32)
         if self._has_patch_logits:
-            aux_head = dense(arch.num_classes, self.dtype, "aux_head", head=True)
+            aux_head = self._head("aux_head")
             patch_logits = aux_head(normed[:, arch.num_prefix_tokens :]).astype(jnp.float32)
         elif arch.aux_head and self.is_initializing():
             # A slimmed model carries its teacher's for the checkpoints' sake.
-            dense(arch.num_classes, self.dtype, "aux_head", head=True)(normed[:, 0])
+            self._head("aux_head")(normed[:, 0])
         if not arch.distillation_token:
             return logits, None, patch_logits
-        head = dense(arch.num_classes, self.dtype, "distillation_head", head=True)
+        head = self._head("distillation_head")
         distillation_logits = head(normed[:, 1]).astype(jnp.float32)
         return (logits if train else (logits + distillation_logits) / 2), distillation_logits, patch_logits
 
-
-def _runs_of_blocks(arch: Architecture) -> list[tuple[int, int]]:
-    """(first block, number of blocks) of each stage."""
-    stages = arch.stage_blocks or (arch.depth,)
-    return [(sum(stages[:index]), count) for index, count in enumerate(stages)]
+    def _head(self, name: str) -> Dense:
+        return Dense(self.arch.num_classes, dtype=self.dtype, kernel_init=TOKEN_INIT, name=name)

@@ -29,9 +29,8 @@ def apply_watched(
         (batch, tokens), the prefix tokens first; mean over the heads, float32, rows summing to one.
     """
     seen: list[Array] = []
-    # Looped blocks are traced once, with values that must not get out.
     with nn.intercept_methods(_watch(seen)):
-        logits, outputs = model.clone(scan=False, remat=False).apply(variables, images)
+        logits, outputs = model.clone(remat=False).apply(variables, images)
     return logits, outputs, tuple(seen)
 
 

@@ -1,0 +1,111 @@
+"""Softmax attention by name."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sit_jax.errors import ConfigError
+
+Attend = Callable[[Array, Array, Array], Array]
+
+
+def plain_attention(
+    query: Float[Array, "batch heads tokens size"],
+    key: Float[Array, "batch heads others size"],
+    value: Float[Array, "batch heads others size"],
+) -> Float[Array, "batch heads tokens size"]:
+    """Attention with softmax in float32, by autodiff.
+
+    The sum of the exponentials divides the result, which is smaller than the weights.
+    """
+    return _forward(query, key, value)[0]
+
+
+def _forward(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
+    scaled = query * query.shape[-1] ** -0.5
+    scores = _einsum("bhqd,bhkd->bhqk", scaled, key)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    mixed = (_einsum("bhqk,bhkd->bhqd", weights, value) / total).astype(value.dtype)
+    return mixed, (scaled, key, value, weights, total, mixed)
+
+
+@jax.custom_vjp
+def attention(
+    query: Float[Array, "batch heads tokens size"],
+    key: Float[Array, "batch heads others size"],
+    value: Float[Array, "batch heads others size"],
+) -> Float[Array, "batch heads tokens size"]:
+    """`plain_attention` whose backward pass reads the array of scores half as often as autodiff's.
+
+    It takes the weighted mean of the weights' gradient from the result (Dao et al., FlashAttention, appendix B.2).
+    """
+    return _forward(query, key, value)[0]
+
+
+def _attention_backward(saved: tuple[Array, ...], grad: Array) -> tuple[Array, Array, Array]:
+    scaled, key, value, weights, total, mixed = saved
+    dtype = value.dtype
+    probabilities = weights / total
+    mean = (grad.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    to_scores = (probabilities * (_einsum("bhqd,bhkd->bhqk", grad, value) - mean)).astype(dtype)
+    to_query = _einsum("bhqk,bhkd->bhqd", to_scores, key) * scaled.shape[-1] ** -0.5
+    to_key = _einsum("bhqk,bhqd->bhkd", to_scores, scaled)
+    to_value = _einsum("bhqk,bhqd->bhkd", probabilities.astype(dtype), grad)
+    return to_query.astype(dtype), to_key.astype(dtype), to_value.astype(dtype)
+
+
+attention.defvjp(_forward, _attention_backward)
+
+
+def cudnn_attention(query: Array, key: Array, value: Array) -> Array:
+    """cuDNN's fused attention, for GPUs that have it, in bfloat16."""
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
+    mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    return mixed.transpose(0, 2, 1, 3)
+
+
+def choose(name: str, dtype: Any, num_heads: int, head_dim: int) -> str:
+    """The attention that a model runs with: a name of `ATTENTION`.
+
+    Args:
+        name: A name, or `auto` for cuDNN's attention where this process's default device has it, else XLA's.
+        dtype: Type of the products.
+        num_heads: Heads.
+        head_dim: Width of a head.
+
+    Raises:
+        ConfigError: cuDNN's attention is asked for where it does not run.
+    """
+    if name not in ("auto", "cudnn"):
+        return name
+    problem = _why_no_cudnn(jnp.dtype(dtype).name, num_heads, head_dim)
+    if problem and name == "cudnn":
+        raise ConfigError(f"attention: cudnn does not run here: {problem}; use auto or xla")
+    return "xla" if problem else "cudnn"
+
+
+@functools.cache
+def _why_no_cudnn(dtype: str, num_heads: int, head_dim: int) -> str:
+    if dtype != "bfloat16":
+        return f"it needs dtype bfloat16, not {dtype}"
+    if jax.default_backend() != "gpu":
+        return f"it needs an NVIDIA GPU, not a {jax.default_backend().upper()}"
+    example = jax.ShapeDtypeStruct((2, num_heads, 197, head_dim), jnp.bfloat16)
+    try:
+        jax.jit(cudnn_attention).lower(example, example, example).compile()
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # No cuDNN, an old one, or an old GPU.
+        return " ".join(str(error).split())[:200]
+    return ""
+
+
+ATTENTION: dict[str, Attend] = {"xla": attention, "plain": plain_attention, "cudnn": cudnn_attention}
+
+
+def _einsum(spec: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)

@@ -1,0 +1,75 @@
+"""The product of a linear layer in mixed precision, with weight gradients in float32."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from jaxtyping import Array
+
+
+def keep_kernels(*arrays: Any, dtype: Any, inexact: bool = True) -> list[Any]:
+    """Flax's `promote_dtype` for a linear layer with `dot_general`: casts the inputs, leaves kernel and bias float32.
+
+    Args:
+        *arrays: Inputs, kernel and bias, or None for no bias.
+        dtype: Type of the product's operands.
+        inexact: As for Flax's function.
+    """
+    inputs, *params = arrays
+    return [*promote_dtype(inputs, dtype=dtype, inexact=inexact), *params]
+
+
+def plain_dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
+    """`dot_general` by autodiff: in bfloat16 the kernel's gradient is rounded to bfloat16.
+
+    Takes the arguments of `mixed_dot_general`.
+    """
+    product: Array = jax.lax.dot_general(
+        x, kernel.astype(x.dtype), dimensions, precision, preferred_element_type=jnp.float32
+    )
+    return product
+
+
+def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
+    """The product of a layer's inputs with its kernel over the inputs' last axis, float32.
+
+    The operands have the type of the inputs in all three products, those of the backward pass included; sums are
+    float32, and the kernel's gradient is not rounded on its way to the float32 parameters. Autodiff rounds it to
+    bfloat16, or has float32 operands.
+
+    Args:
+        x: Inputs, (..., inputs).
+        kernel: (inputs, outputs), float32.
+        dimensions: Always those of a linear layer.
+        precision: Of float32 products.
+    """
+    if x.dtype == kernel.dtype:
+        return plain_dot_general(x, kernel, dimensions, precision)
+    return _product(x, kernel)
+
+
+@jax.custom_vjp
+def _product(x: Array, kernel: Array) -> Array:
+    return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,))
+
+
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel), (x, kernel)
+
+
+def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    grad = grad.astype(x.dtype)
+    lead = range(x.ndim - 1)
+    to_x = _contract(grad, kernel.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
+    return to_x, _contract(x, grad, lead, lead)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _contract(left: Array, right: Array, left_axes: Sequence[int], right_axes: Sequence[int]) -> Array:
+    dimensions = ((left_axes, right_axes), ((), ()))
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
