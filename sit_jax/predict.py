@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TextIO, get_args
 import numpy as np
 
 from sit_jax.data.folder import pictures_in
-from sit_jax.data.sources import Example, read_picture
+from sit_jax.data.sources import read_picture
 from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import NotFiniteError, PictureError, SkippedError, UserError
 from sit_jax.export.predictor import Predictor, open_predictor
@@ -126,15 +126,6 @@ def run_predict(
         )
 
 
-def read_file(name: str) -> Example:
-    """A picture's file, without a label.
-
-    Raises:
-        PictureError: It cannot be read.
-    """
-    return read_picture(name)
-
-
 def _read(predictor: Predictor, pictures: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | PictureError]]:
     """Pixels of each picture in order, at most `ahead` of them read and not yet asked for."""
     arch = predictor.arch
@@ -142,7 +133,7 @@ def _read(predictor: Predictor, pictures: Sequence[str], ahead: int) -> Iterator
 
     def load(name: str) -> tuple[str, np.ndarray | PictureError]:
         try:
-            return name, transform(read_file(name))["image"]
+            return name, transform(read_picture(name))["image"]
         except PictureError as error:
             return name, error
 

@@ -119,7 +119,7 @@ def test_the_option_decides(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtur
     weights = read_weights(tmp_path / "out")
     assert weights.arch.image_size == 40
     assert not weights.params["positions"][:, 0].any()
-    # The option comes before what stands beside the file.
+    # The option comes before the config.json.
     write(tmp_path, 25, sized(32, 48))
     assert cli.main([*command, "--model.image_size=40", "--force"]) == 2
     write(tmp_path, 25, {"architecture": "vit_x", "model_args": {"img_size": 48}})
@@ -155,7 +155,7 @@ def test_google_research(tmp_path: pathlib.Path) -> None:
 
 
 def test_other_layouts(tmp_path: pathlib.Path) -> None:
-    """Their class token always has a position, and what stands beside the file must agree with it."""
+    """Their class token always has a position, and the config.json must agree with it."""
     torch.save(torch_model(CONV7).state_dict(), tmp_path / "x.pth")
     fields = original_models.options(CONV7)
     for config, options, named in (

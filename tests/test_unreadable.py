@@ -20,9 +20,9 @@ from sit_jax.data.check import check_data
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
-from sit_jax.data.sources import Source, open_source
+from sit_jax.data.sources import Source, open_source, read_picture
 from sit_jax.errors import PictureError, UserError
-from sit_jax.predict import find_pictures, read_file
+from sit_jax.predict import find_pictures
 
 # How a picture's file comes to be unreadable. All happen after the folder was listed, as they may during a run.
 WAYS: dict[str, Callable[[pathlib.Path], object]] = {
@@ -112,7 +112,7 @@ def test_predict_finds_it_and_says_why(root: pathlib.Path, way: str) -> None:
     assert find_pictures([f"{root}/china/*.jpg"]) == [x for x in found if "china" in x]
     if way not in ("empty", "pipe", "truncated"):
         with pytest.raises(PictureError, match=rf"^{bad}: "):
-            read_file(bad)
+            read_picture(bad)
 
 
 def test_folder_with_a_pictures_name_belongs_to_its_class(root: pathlib.Path) -> None:

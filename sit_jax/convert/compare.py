@@ -7,7 +7,7 @@ from typing import Any
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 
-# What a model may have besides the weights that it starts from: heads of its own, and what is new by design.
+# What a model may have in addition to the weights that it starts from: heads of its own, and what is new by design.
 _NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens")
 
 

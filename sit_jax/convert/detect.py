@@ -30,7 +30,7 @@ class Told(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What is known about a table of positions besides its shape.
+    """What is known about a table of positions in addition to its shape.
 
     Attributes:
         image_size: Side of the images that it is for.

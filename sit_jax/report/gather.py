@@ -168,7 +168,7 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
         values=values,
         config=config,
         train=[_finite_line(line) for line in metrics.lines if line["kind"] == "train"],
-        scores=[_finite_line(line) for line in evaluations(metrics.lines)],
+        scores=[_finite_line(line) for line in whole],
         summary=summary,
         checkpoints=checkpoints,
         about=about,

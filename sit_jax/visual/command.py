@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from sit_jax.data.sources import Example, Source, open_source, writing
+from sit_jax.data.sources import Example, Source, open_source, read_picture, writing
 from sit_jax.errors import PictureError, SkippedError, UserError
 from sit_jax.export.predictor import evaluation_data
 from sit_jax.export.writing import replacing
-from sit_jax.predict import find_pictures, read_file
+from sit_jax.predict import find_pictures
 from sit_jax.progress import Progress
 from sit_jax.visual.arrays import arrays_of, write_arrays
 from sit_jax.visual.figure import draw_maps
@@ -126,7 +126,7 @@ def from_files(names: Sequence[str]) -> list[Picture]:
     stems = _different(pathlib.PurePath(name).stem for name in names)
 
     def one(name: str, stem: str) -> Picture:
-        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_file(name), ""))
+        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_picture(name), ""))
 
     return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
 
