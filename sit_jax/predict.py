@@ -26,6 +26,9 @@ STYLES = get_args(Style)
 STDIN = "-"
 _THREADS = 4
 
+# The name in earlier documentation.
+read_file = read_picture
+
 
 class Prediction(NamedTuple):
     """What a model says of one picture.
