@@ -63,7 +63,7 @@ class Jax:
         from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
         from sit_jax.export.folder import load_folder
         from sit_jax.state import TrainState
-        from sit_jax.train import make_task, make_train_step
+        from sit_jax.train import freeze_teachers, make_task, make_train_step
 
         before = turns.resident_mib()
         student, teacher = (load_folder(pathlib.Path(folder) / name) for name in ("student", "teacher"))
@@ -81,7 +81,8 @@ class Jax:
         fresh = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), None)
         self.state = jax.device_put(fresh, sharding.state_shardings(mesh, fresh))
         variables = {"params": teacher.params, "batch_stats": teacher.batch_stats}
-        self.teachers = {"teacher": jax.device_put(variables, sharding.state_shardings(mesh, variables))}
+        variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))
+        self.teachers = freeze_teachers(task, {"teacher": variables})
         arch = student.arch
         shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
         del params, stats, fresh, student, teacher, variables

@@ -30,7 +30,7 @@ from sit_jax.origins import check_origins, first_state, given_teacher
 from sit_jax.origins import trained_variables as trained_variables
 from sit_jax.progress import Progress
 from sit_jax.state import TrainState, has_finite_weights
-from sit_jax.train import Task, abstract_state, abstract_teachers, make_task, make_train_step
+from sit_jax.train import Task, abstract_state, abstract_teachers, freeze_teachers, make_task, make_train_step
 
 Evaluator = Callable[[TrainState], dict[str, float]]
 
@@ -79,8 +79,8 @@ def _run(config: Config, folder: pathlib.Path, resume: bool, label: str) -> dict
         evaluator = _make_evaluator(task, eval_source, mesh)
         if checkpoints.latest_step is None and distributed.is_first():
             _print_overview(label, state)
-        needed = {name: teachers[name] for name in ("teacher", "cnn_teacher") if getattr(task, name) is not None}
-        return train_loop(task, state, needed, data, mesh, checkpoints, evaluator, folder, label)
+        teachers = freeze_teachers(task, teachers)
+        return train_loop(task, state, teachers, data, mesh, checkpoints, evaluator, folder, label)
 
 
 def settle_classes(config: Config) -> Config:

@@ -91,15 +91,34 @@ def abstract_state(task: Task) -> TrainState:
     return jax.eval_shape(lambda: _fresh_state(task))
 
 
+def freeze_teachers(task: Task, teachers: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the teachers that a task's step takes, kernels in the type of their products.
+
+    Cast here once, they are not cast in every step, and take half the memory in bfloat16.
+
+    Args:
+        task: The run's functions.
+        teachers: Variables by the name of the teacher's section.
+    """
+    frozen = {}
+    for name, teacher in task.config.teachers.items():
+        if getattr(task, name) is not None:
+            frozen[name] = jax.jit(_cast_kernels, static_argnums=1)(teachers[name], teacher.model.dtype)
+    return frozen
+
+
+def _cast_kernels(tree: Any, dtype: str) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, tree)
+
+
 def abstract_teachers(task: Task) -> dict[str, Any]:
     """Shapes and types of the variables of the teachers that a task's step takes."""
     teachers = {}
     for name, teacher in task.config.teachers.items():
-        if getattr(task, name) is not None:
-            arch = teacher.model.architecture
-            images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
-            teachers[name] = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
-    return teachers
+        arch = teacher.model.architecture
+        images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
+        teachers[name] = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+    return jax.eval_shape(lambda tree: freeze_teachers(task, tree), teachers)
 
 
 def _fresh_state(task: Task) -> TrainState:

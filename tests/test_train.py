@@ -21,6 +21,7 @@ from sit_jax.train import (
     abstract_state,
     abstract_teachers,
     compute_loss,
+    freeze_teachers,
     init_state,
     make_task,
     make_train_step,
@@ -197,6 +198,21 @@ def test_bfloat16_is_for_products_alone() -> None:
         assert "float32" in seen[name], name
         assert "bfloat16" not in seen[name], name
     assert "bfloat16" in seen["dot_general"]
+
+
+def test_a_teacher_cast_beforehand_gives_the_same_step() -> None:
+    model = ModelConfig(architecture=tiny.STUDENT, dtype="bfloat16")
+    teacher = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, dtype="bfloat16"))
+    task = make_task(tiny.config(model=model, teacher=teacher), steps_per_epoch=10)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    given = {"teacher": teacher_variables(mesh)}
+    frozen = freeze_teachers(task, given)
+    kernel = frozen["teacher"]["params"]["blocks_0"]["mlp"]["fc1"]["kernel"]
+    scale = frozen["teacher"]["params"]["blocks_0"]["norm1"]["scale"]
+    assert (kernel.dtype, scale.dtype) == (jnp.bfloat16, jnp.float32)
+    step = make_train_step(task, mesh)
+    (_, expected), (_, metrics) = (step(init_state(task, mesh), tiny.batch(16), x) for x in (given, frozen))
+    assert {name: float(x) for name, x in metrics.items()} == {name: float(x) for name, x in expected.items()}
 
 
 def test_teacher_and_reverse_modules_leave_no_activations(capsys: pytest.CaptureFixture[str]) -> None:
