@@ -49,7 +49,7 @@ class Jax:
         import numpy as np
 
         from sit_jax.export.folder import load_folder
-        from sit_jax.models.inference import inference_model
+        from sit_jax.export.inference import inference_model
 
         weights = load_folder(pathlib.Path(folder))
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}

@@ -16,11 +16,11 @@ from sit_jax.convert.weights import Weights
 from sit_jax.errors import ConfigError
 from sit_jax.export.folder import save_folder
 from sit_jax.export.forward import normalize_with
+from sit_jax.export.inference import inference_model
 from sit_jax.export.predictor import open_weights
 from sit_jax.export.preprocessing import settled
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.inference import inference_model
 from sit_jax.models.variants import get_architecture
 
 

@@ -11,9 +11,10 @@ import random_weights
 import tiny
 
 import sit_jax
+from sit_jax.export.inference import inference_model
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.inference import fold_batch_norm, inference_model
+from sit_jax.models.stems import fold_batch_norm
 
 PATCH = Architecture(image_size=32, patch_size=8, in_channels=1, num_classes=5, dim=16, depth=3, num_heads=4)
 SLIMMED = dataclasses.replace(PATCH, stage_blocks=(1, 1, 1), keep_ratio=0.5)

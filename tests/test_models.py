@@ -13,8 +13,9 @@ from sit_jax.analysis.flops import count_cost
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import BatchNorm, drop_path
+from sit_jax.models.layers import Block
 from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.stems import BatchNorm
 from sit_jax.models.variants import VARIANTS, get_architecture
 
 # name, teacher parameters, student parameters, RTSM parameters, teacher GMAC, student GMAC: measured on the original.
@@ -165,11 +166,17 @@ def test_bfloat16_products_float32_logits() -> None:
 
 
 def test_drop_path_keeps_the_mean() -> None:
-    ones = jnp.ones((4000, 1, 2))
-    dropped = np.asarray(drop_path(ones, 0.25, jax.random.key(0)))
-    assert np.unique(dropped) == pytest.approx([0.0, 4 / 3])
-    assert np.array_equal(dropped[:, 0, 0], dropped[:, 0, 1])
-    assert dropped.mean() == pytest.approx(1.0, abs=0.03)
+    block: Any = Block(TINY, drop_path=0.25)
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 5, TINY.dim)), (4000, 5, TINY.dim))
+    params = block.init(jax.random.key(1), x[:1])["params"]
+    # One of the two residual branches alone.
+    params["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, params["mlp"]["fc2"])
+    branch = np.asarray(block.apply({"params": params}, x) - x)
+    dropped = np.asarray(block.apply({"params": params}, x, True, rngs={"drop_path": jax.random.key(2)}) - x)
+    factors = (dropped * branch).sum(axis=(1, 2)) / np.square(branch).sum(axis=(1, 2))
+    np.testing.assert_allclose(dropped, factors[:, None, None] * branch, atol=1e-5)
+    assert np.unique(factors.round(3)) == pytest.approx([0.0, 1.333])
+    assert factors.mean() == pytest.approx(1.0, abs=0.03)
 
 
 def test_batch_norm_keeps_the_unbiased_variance() -> None:

@@ -15,10 +15,10 @@ from sit_jax.analysis.flops import count_cost
 from sit_jax.errors import UserError
 from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import expected_shapes, read_description
+from sit_jax.export.inference import InferenceModel, inference_model
 from sit_jax.export.predictor import is_run, open_folder
 from sit_jax.metrics import evaluations, read_metrics
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.inference import InferenceModel, inference_model
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import VARIANTS
 

@@ -16,7 +16,7 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.data.sources import Example
 from sit_jax.demo.fewer_tokens import Keep, keeps, with_fewer_tokens
 from sit_jax.errors import UserError
-from sit_jax.models.inference import inference_model
+from sit_jax.export.inference import inference_model
 from sit_jax.visual.subject import Seen, Subject, open_subject
 from sit_jax.visual.token_maps import TokenMaps
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from sit_jax.convert.weights import Weights
-from sit_jax.models.inference import inference_model
+from sit_jax.export.inference import inference_model
 
 Forward = Callable[[Shaped[Array, "batch height width channels"]], Float[Array, "batch classes"]]
 

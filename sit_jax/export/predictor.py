@@ -20,10 +20,10 @@ from sit_jax.errors import NotFiniteError, UserError
 from sit_jax.export import onnx_file, stablehlo
 from sit_jax.export.folder import is_folder, load_folder, read_description
 from sit_jax.export.from_run import run_weights
+from sit_jax.export.inference import inference_model
 from sit_jax.export.preprocessing import about_run, data_config, settled
 from sit_jax.metrics import EvalMetrics, eval_metrics, warn_of_missing
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.inference import inference_model
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.origins import trained_variables
 

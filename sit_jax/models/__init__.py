@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture, RegNetY
-from sit_jax.models.sit import SiT
 from sit_jax.models.slimming import ReverseSlimming
 from sit_jax.models.vit import Outputs, ViT
 from sit_jax.ops.attention import choose
@@ -42,8 +41,7 @@ def build_model(
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
     attention = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
-    module = SiT if arch.is_slimmed else ViT
-    return module(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
+    return ViT(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
 
 
 def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sit_jax.errors import ConfigError
-from sit_jax.models.layers import CONV_INIT, BatchNorm, Dense
+from sit_jax.models.layers import Dense
+from sit_jax.models.stems import CONV_INIT, BatchNorm
 from sit_jax.models.vit import Outputs
 
 

@@ -1,15 +1,16 @@
-"""The vision transformer, and what every model here returns."""
+"""The vision transformer, slimmed or not, and what every model here returns."""
 
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import TOKEN_INIT, Block, ConvStem, Dense, PatchStem, layer_norm
+from sit_jax.models.layers import TOKEN_INIT, Block, Dense, layer_norm
+from sit_jax.models.slimming import TokenSlimming
+from sit_jax.models.stems import Stem
 
 
 class Outputs(NamedTuple):
@@ -30,9 +31,10 @@ class Outputs(NamedTuple):
 
 
 class ViT(nn.Module):
-    """A vision transformer with class token, learned positions and any of the stems.
+    """A vision transformer with class token, learned positions, any of the stems, and token slimming between stages.
 
-    Subclasses change the patch tokens between stages by overriding `after_stage`.
+    A slimmed model has the parameters of its un-slimmed teacher under the same names, and `slimming_{block}`. So a
+    teacher's parameters fit into its student unchanged. Class and distillation tokens skip the slimming modules.
 
     Attributes:
         arch: The model's shape.
@@ -71,19 +73,20 @@ class ViT(nn.Module):
             Logits (batch, classes) in float32 and `Outputs`. With a distillation token the logits are the class head's
             in training and the mean of both heads in evaluation.
         """
-        arch = self.arch
-        patches, prefix = self._embed(images, train, token_mix)
-        stream = jnp.concatenate([prefix, patches], axis=1)
+        arch, prefix_tokens = self.arch, self.arch.num_prefix_tokens
+        x = self._embed(images, train, token_mix)
         tokens: list[Array] = []
         assignments: list[Array] = []
         for block in range(arch.depth):
             only_prefix = logits_only and block == arch.depth - 1 and not self._has_patch_logits
-            stream = self._block(block, stream, train, arch.num_prefix_tokens if only_prefix else None)
-            stream, assignment = self.after_stage(block, stream)
-            if assignment is not None:
+            x = self._block(block, x, train, prefix_tokens if only_prefix else None)
+            if block in arch.slimming:
+                slim = TokenSlimming(arch.slimming[block], self.dtype, name=f"slimming_{block}")
+                kept, assignment = slim(x[:, prefix_tokens:])
+                x = jnp.concatenate([x[:, :prefix_tokens], kept], axis=1)
                 assignments.append(assignment)
-            tokens.append(stream[:, arch.num_prefix_tokens :])
-        used = stream if self._has_patch_logits else stream[:, : arch.num_prefix_tokens]
+            tokens.append(x[:, prefix_tokens:])
+        used = x if self._has_patch_logits else x[:, :prefix_tokens]
         normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
         logits, distillation_logits, patch_logits = self._heads(normed, train)
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
@@ -92,37 +95,26 @@ class ViT(nn.Module):
     def _has_patch_logits(self) -> bool:
         return self.arch.aux_head and not self.arch.is_slimmed
 
-    def after_stage(
-        self, block: int, stream: Float[Array, "batch tokens dim"]
-    ) -> tuple[Float[Array, "batch kept dim"], Float[Array, "batch patches slim"] | None]:
-        """What happens to the tokens behind the last block of a stage: nothing here."""
-        return stream, None
-
     def _block(
-        self, index: int, stream: Float[Array, "batch tokens dim"], train: bool, used: int | None
+        self, index: int, x: Float[Array, "batch tokens dim"], train: bool, used: int | None
     ) -> Float[Array, "batch used dim"]:
-        """Runs a block, with drop path in training."""
         rate = float(np.linspace(0.0, self.drop_path, self.arch.depth, dtype=np.float32)[index])
-        key = jax.random.fold_in(self.make_rng("drop_path"), index) if train and self.drop_path > 0 else None
-        block = nn.remat(Block, static_argnums=(2, 4)) if self.remat and train else Block
-        return block(self.arch, self.dtype, self.attention, name=f"blocks_{index}")(stream, rate, key, used)
+        block = nn.remat(Block, static_argnums=(2, 3)) if self.remat and train else Block
+        return block(self.arch, self.dtype, self.attention, rate, name=f"blocks_{index}")(x, train, used)
 
     def _embed(
         self,
         images: Float[Array, "batch height width channels"],
         train: bool,
         token_mix: Bool[Array, "batch patches"] | None,
-    ) -> tuple[Float[Array, "batch patches dim"], Float[Array, "batch prefix dim"]]:
-        """The patch tokens and the prefix tokens, positions added."""
-        arch = self.arch
+    ) -> Float[Array, "batch tokens dim"]:
+        """The prefix tokens and the patch tokens, positions added."""
+        arch, batch = self.arch, images.shape[0]
         expected = (arch.image_size, arch.image_size, arch.in_channels)
         if images.shape[1:] != expected:
             raise ValueError(f"images are {images.shape[1:]}, the model takes {expected}")
-        if arch.stem == "patch":
-            stem: nn.Module = PatchStem(arch, self.dtype, name="stem")
-        else:
-            stem = ConvStem(arch, self.dtype, self.batch_norm, name="stem")
-        patches = stem(images.astype(self.dtype), train).reshape(images.shape[0], arch.num_patches, arch.dim)
+        stem = Stem(arch, self.dtype, self.batch_norm, name="stem")
+        patches = stem(images.astype(self.dtype), train).reshape(batch, arch.num_patches, arch.dim)
         if token_mix is not None:
             patches = jnp.where(token_mix[:, :, None], patches[::-1], patches)
         class_token = self.param("class_token", TOKEN_INIT, (1, 1, arch.dim))
@@ -132,8 +124,8 @@ class ViT(nn.Module):
             token = self.param("distillation_token", TOKEN_INIT, (1, 1, arch.dim))
             position = self.param("distillation_position", TOKEN_INIT, (1, 1, arch.dim))
             prefix = jnp.concatenate([prefix, token + position], axis=1)
-        prefix = jnp.broadcast_to(prefix, (images.shape[0], *prefix.shape[1:])).astype(self.dtype)
-        return (patches + positions[:, 1:]).astype(self.dtype), prefix
+        prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[1:])).astype(self.dtype)
+        return jnp.concatenate([prefix, (patches + positions[:, 1:]).astype(self.dtype)], axis=1)
 
     def _heads(
         self, normed: Float[Array, "batch tokens dim"], train: bool

@@ -1,6 +1,5 @@
 """The product of a linear layer in mixed precision, with weight gradients in float32."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -45,14 +44,19 @@ def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None,
         dimensions: Always those of a linear layer.
         precision: Of float32 products.
     """
-    if x.dtype == kernel.dtype:
+    if x.dtype != kernel.dtype:
+        return _product(x, kernel)
+    if x.dtype != jnp.float32:
         return plain_dot_general(x, kernel, dimensions, precision)
-    return _product(x, kernel)
+    # One matrix of rows: for the kernel's gradient XLA for CPUs transposes inputs of several leading axes, and computes
+    # what they are made from once more while it does.
+    rows = plain_dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
-    return _contract(x, kernel.astype(x.dtype), (x.ndim - 1,), (0,))
+    return jnp.tensordot(x, kernel.astype(x.dtype), 1, preferred_element_type=jnp.float32)
 
 
 def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -62,14 +66,9 @@ def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
 def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = saved
     grad = grad.astype(x.dtype)
-    lead = range(x.ndim - 1)
-    to_x = _contract(grad, kernel.astype(x.dtype), (x.ndim - 1,), (1,)).astype(x.dtype)
-    return to_x, _contract(x, grad, lead, lead)
+    to_x = jnp.tensordot(grad, kernel.astype(x.dtype), (-1, 1), preferred_element_type=jnp.float32).astype(x.dtype)
+    lead = tuple(range(x.ndim - 1))
+    return to_x, jnp.tensordot(x, grad, (lead, lead), preferred_element_type=jnp.float32)
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-def _contract(left: Array, right: Array, left_axes: Sequence[int], right_axes: Sequence[int]) -> Array:
-    dimensions = ((left_axes, right_axes), ((), ()))
-    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)

@@ -9,8 +9,8 @@ from jaxtyping import Array
 
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import BatchNorm
 from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.stems import fold_batch_norm
 from sit_jax.ops.attention import choose
 from sit_jax.xla_options import cpu_options
 
@@ -100,24 +100,6 @@ def inference_model(
         return logits
 
     return InferenceModel(apply, params, arch.num_patches, dtype)
-
-
-def fold_batch_norm(params: dict[str, Any], batch_stats: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a model without BatchNorm that computes the same: each is folded into its convolution.
-
-    Args:
-        params: The model's.
-        batch_stats: Its running statistics.
-    """
-    if not batch_stats:
-        return params
-    stem = dict(params["stem"])
-    for name, running in batch_stats["stem"].items():
-        norm, conv = stem.pop(name), name.replace("bn", "conv")
-        factor = norm["scale"] / jnp.sqrt(running["var"] + BatchNorm.epsilon)
-        bias = norm["bias"] - running["mean"] * factor
-        stem[conv] = {"kernel": stem[conv]["kernel"] * factor[None, None, None], "bias": bias}
-    return {**params, "stem": stem}
 
 
 def _traced(tree: Any) -> bool:
