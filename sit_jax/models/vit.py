@@ -67,33 +67,31 @@ class ViT(nn.Module):
             train: Batch statistics and drop path (rng `drop_path`) where True.
             token_mix: True where a patch behind the stem is replaced by that of the image at the mirrored place of the
                 batch (LV-ViT's MixToken).
-            logits_only: The last block computes the prefix tokens only; the last of `Outputs.tokens` is empty.
+            logits_only: The last block computes the prefix tokens only: the last of `Outputs.tokens` is empty, and
+                there are no patch logits.
 
         Returns:
             Logits (batch, classes) in float32 and `Outputs`. With a distillation token the logits are the class head's
             in training and the mean of both heads in evaluation.
         """
         arch, prefix_tokens = self.arch, self.arch.num_prefix_tokens
+        labels_patches = arch.aux_head and not arch.is_slimmed and not logits_only
         x = self._embed(images, train, token_mix)
         tokens: list[Array] = []
         assignments: list[Array] = []
         for block in range(arch.depth):
-            only_prefix = logits_only and block == arch.depth - 1 and not self._has_patch_logits
-            x = self._block(block, x, train, prefix_tokens if only_prefix else None)
+            x = self._block(block, x, train, prefix_tokens if logits_only and block == arch.depth - 1 else None)
             if block in arch.slimming:
                 slim = TokenSlimming(arch.slimming[block], self.dtype, name=f"slimming_{block}")
                 kept, assignment = slim(x[:, prefix_tokens:])
                 x = jnp.concatenate([x[:, :prefix_tokens], kept], axis=1)
                 assignments.append(assignment)
             tokens.append(x[:, prefix_tokens:])
-        used = x if self._has_patch_logits else x[:, :prefix_tokens]
+        used = x if labels_patches else x[:, :prefix_tokens]
         normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
-        logits, distillation_logits, patch_logits = self._heads(normed, train)
+        logits, distillation_logits = self._heads(normed, train)
+        patch_logits = self._head("aux_head", normed[:, prefix_tokens:]) if labels_patches else None
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
-
-    @property
-    def _has_patch_logits(self) -> bool:
-        return self.arch.aux_head and not self.arch.is_slimmed
 
     def _block(
         self, index: int, x: Float[Array, "batch tokens dim"], train: bool, used: int | None
@@ -129,25 +127,18 @@ class ViT(nn.Module):
 
     def _heads(
         self, normed: Float[Array, "batch tokens dim"], train: bool
-    ) -> tuple[
-        Float[Array, "batch classes"],
-        Float[Array, "batch classes"] | None,
-        Float[Array, "batch patches classes"] | None,
-    ]:
-        """Logits, the distillation head's, and the auxiliary head's for every patch."""
-        arch, patch_logits = self.arch, None
-        logits = self._head("head")(normed[:, 0]).astype(jnp.float32)
-        if self._has_patch_logits:
-            aux_head = self._head("aux_head")
-            patch_logits = aux_head(normed[:, arch.num_prefix_tokens :]).astype(jnp.float32)
-        elif arch.aux_head and self.is_initializing():
+    ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"] | None]:
+        """Logits, and the distillation head's."""
+        arch = self.arch
+        logits = self._head("head", normed[:, 0])
+        if arch.aux_head and arch.is_slimmed and self.is_initializing():
             # A slimmed model carries its teacher's for the checkpoints' sake.
-            self._head("aux_head")(normed[:, 0])
+            self._head("aux_head", normed[:, 0])
         if not arch.distillation_token:
-            return logits, None, patch_logits
-        head = self._head("distillation_head")
-        distillation_logits = head(normed[:, 1]).astype(jnp.float32)
-        return (logits if train else (logits + distillation_logits) / 2), distillation_logits, patch_logits
+            return logits, None
+        distillation_logits = self._head("distillation_head", normed[:, 1])
+        return (logits if train else (logits + distillation_logits) / 2), distillation_logits
 
-    def _head(self, name: str) -> Dense:
-        return Dense(self.arch.num_classes, dtype=self.dtype, kernel_init=TOKEN_INIT, name=name)
+    def _head(self, name: str, normed: Float[Array, "*lead dim"]) -> Float[Array, "*lead classes"]:
+        head = Dense(self.arch.num_classes, dtype=self.dtype, kernel_init=TOKEN_INIT, name=name)
+        return head(normed).astype(jnp.float32)
