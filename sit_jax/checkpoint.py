@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sit_jax import distributed
 from sit_jax.config import CheckpointConfig
-from sit_jax.errors import NotFiniteError, RunError
+from sit_jax.errors import NotFiniteError, RunError, one_line
 from sit_jax.process import silent_threads
 from sit_jax.state import TrainState, has_finite_weights
 
@@ -139,7 +139,7 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             shapes = [[], []]
         if shapes[0] and shapes[0] != shapes[1]:  # None at all where the description itself is unreadable.
-            return f"{where} is of another model: {_first_line(error)}"
+            return f"{where} is of another model: {one_line(error)}"
         return f"{where} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
 
     def _way_out(self, step: int) -> str:
@@ -274,9 +274,7 @@ def load_variables(
         try:
             loaded = checkpointer.load_checkpointables(chosen, {part: wanted})
         except (ValueError, KeyError) as error:
-            raise RunError(
-                f"checkpoint {chosen} in {workdir} does not hold this {part}: {_first_line(error)}"
-            ) from None
+            raise RunError(f"checkpoint {chosen} in {workdir} does not hold this {part}: {one_line(error)}") from None
     _check_finite(loaded[part], f"checkpoint {chosen} in {workdir}")
     return dict(loaded[part])
 
@@ -308,7 +306,7 @@ def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) 
         try:
             loaded = checkpointer.load_checkpointables(step, {"training": {"params": {"reverse": wanted}}})
         except (ValueError, KeyError) as error:
-            raise RunError(f"{workdir}: its checkpoint holds no such reverse modules: {_first_line(error)}") from None
+            raise RunError(f"{workdir}: its checkpoint holds no such reverse modules: {one_line(error)}") from None
     reverse = loaded["training"]["params"]["reverse"]
     _check_finite(reverse, f"{workdir}: its reverse modules")
     return reverse
@@ -350,7 +348,3 @@ class _SaidElsewhere(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]

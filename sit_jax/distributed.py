@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sit_jax.errors import ConfigError, MissingProcessError, RunError, UserError
+from sit_jax.errors import ConfigError, MissingProcessError, RunError, UserError, one_line
 
 # Long enough for machines that come up one after another, short enough to notice that one does not.
 ARRIVAL_TIMEOUT_S = 50.0
@@ -98,7 +98,7 @@ def find_processes() -> Found | None:
         address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
         processes = Processes(address, count, cluster.get_process_id())
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: what the metadata server did not answer.
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
     return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
 
@@ -135,7 +135,7 @@ def initialize(processes: Processes) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise RunError(f"the processes cannot join one another ({found.launcher}): {reason}") from None
     local, everything = jax.local_device_count(), jax.device_count()
     kind = jax.local_devices()[0].device_kind

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: the command line prints them as one line, without a traceback."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; the message names the input and what to do."""
@@ -31,3 +33,13 @@ class StoppedError(RunError):
 
 class MissingProcessError(RunError):
     """Other processes of the run did not come; trying again may help."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error of a library says, in one line of bounded length; its type's name if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sit_jax import workdir
 from sit_jax.checkpoint import best_step, checkpoint_parts, open_checkpoints
-from sit_jax.errors import RunError
+from sit_jax.errors import RunError, one_line
 from sit_jax.process import silent_threads
 from sit_jax.train import abstract_state, make_task
 
@@ -143,7 +143,7 @@ def _contents(checkpointer: Any, step: int, metrics: dict[str, float], folder: p
             for name, leaf in _leaves(tree, part)
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # Whatever a damaged file leads to.
-        raise RunError(f"checkpoint {step} in {folder} is damaged: {_one_line(error)}") from None
+        raise RunError(f"checkpoint {step} in {folder} is damaged: {one_line(error)}") from None
     if not arrays:
         raise RunError(f"checkpoint {step} in {folder} is damaged: it describes no array")
     return Contents(step, dict(described.custom_metadata or {}), metrics, arrays)
@@ -225,7 +225,7 @@ def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[i
         loaded = checkpointer.load_checkpointables(step, {part: jax.tree.unflatten(structure, wanted)})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if len(group) == 1:
-            return {group[0]: f"cannot be read: {_one_line(error)}"}
+            return {group[0]: f"cannot be read: {one_line(error)}"}
         found: dict[int, str] = {}
         for index in group:  # Each by itself tells which; a few are enough.
             if len(found) < _FEW:
@@ -326,7 +326,3 @@ def _time(nanoseconds: int | None) -> str:
     if nanoseconds is None:
         return ""
     return datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC).isoformat(timespec="seconds")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

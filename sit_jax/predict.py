@@ -8,8 +8,8 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, TextIO, get_args
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 
@@ -22,7 +22,6 @@ from sit_jax.process import reader_gone
 from sit_jax.progress import Progress
 
 Style = Literal["table", "jsonl", "csv"]
-STYLES = get_args(Style)
 STDIN = "-"
 _THREADS = 4
 
@@ -110,14 +109,14 @@ def run_predict(
         SkippedError: Some could not be read.
     """
     skipped = 0
-    writer = _WRITERS[style](out, predictor.class_names)
+    write = _WRITERS[style](out, predictor.class_names)
     with Progress("predict", len(pictures), 0, 1) as progress:
         for done, answer in enumerate(predict(predictor, pictures, top, batch_size), start=1):
             if isinstance(answer, PictureError):
                 skipped += 1
                 progress.note(f"skipped {answer}")
             else:
-                writer.write(answer)
+                write(answer)
             if done % batch_size == 0 or done == len(pictures):
                 progress.update(done, {})
                 out.flush()
@@ -187,56 +186,47 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-class _Writer(Protocol):
-    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None: ...
-
-    def write(self, prediction: Prediction) -> None: ...
+def _rows(prediction: Prediction) -> Iterator[tuple[int, str, float]]:
+    return zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
 
 
-class _Table:
+def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], None]:
     """One line per picture: the file, then class and probability, likeliest first."""
+    name_width, file_width = min(24, max(map(len, class_names))), 0
 
-    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None:
-        self._out = out
-        self._name_width = min(24, max(map(len, class_names)))
-        self._file_width = 0
-
-    def write(self, prediction: Prediction) -> None:
+    def write(prediction: Prediction) -> None:
         # Lines go out as they come: the column grows with the longest name so far.
-        self._file_width = max(self._file_width, len(prediction.picture))
-        pairs = zip(prediction.names, prediction.probabilities, strict=True)
-        cells = [f"{name:<{self._name_width}} {probability:>6.1%}" for name, probability in pairs]
-        print("   ".join([f"{prediction.picture:<{self._file_width}}", *cells]).rstrip(), file=self._out)
+        nonlocal file_width
+        file_width = max(file_width, len(prediction.picture))
+        cells = [f"{name:<{name_width}} {probability:>6.1%}" for _, name, probability in _rows(prediction)]
+        print("   ".join([f"{prediction.picture:<{file_width}}", *cells]).rstrip(), file=out)
+
+    return write
 
 
-class _JsonLines:
+def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
     """One object per picture."""
 
-    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None:
-        del class_names
-        self._out = out
+    def write(prediction: Prediction) -> None:
+        rows = [{"class": index, "name": name, "probability": share} for index, name, share in _rows(prediction)]
+        print(json.dumps({"picture": prediction.picture, "predictions": rows}), file=out)
 
-    def write(self, prediction: Prediction) -> None:
-        columns = zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
-        predictions = [{"class": index, "name": name, "probability": share} for index, name, share in columns]
-        print(json.dumps({"picture": prediction.picture, "predictions": predictions}), file=self._out)
+    return write
 
 
-class _Csv:
+def _csv(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
     """One row per picture and class, with a heading."""
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(("picture", "rank", "class", "name", "probability"))
 
-    def __init__(self, out: TextIO, class_names: Sequence[str]) -> None:
-        del class_names
-        self._rows = csv.writer(out, lineterminator="\n")
-        self._rows.writerow(("picture", "rank", "class", "name", "probability"))
+    def write(prediction: Prediction) -> None:
+        for rank, (index, name, share) in enumerate(_rows(prediction), start=1):
+            table.writerow((prediction.picture, rank, index, name, f"{share:.6f}"))
 
-    def write(self, prediction: Prediction) -> None:
-        columns = zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
-        for rank, (index, name, share) in enumerate(columns, start=1):
-            self._rows.writerow((prediction.picture, rank, index, name, f"{share:.6f}"))
+    return write
 
 
-_WRITERS: dict[str, type[_Writer]] = {"table": _Table, "jsonl": _JsonLines, "csv": _Csv}
+_WRITERS = {"table": _table, "jsonl": _json_lines, "csv": _csv}
 
 
 def command(source: pathlib.Path, words: Sequence[str], ema: bool, step: int | None, **options: Any) -> None:

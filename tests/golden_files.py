@@ -3,14 +3,16 @@
 import functools
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
-from sit_jax.convert.original import Tree, from_original
+from sit_jax.convert.original import Tree, name_table
 from sit_jax.models.architecture import Architecture, Stem
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -48,6 +50,12 @@ def load(name: str) -> Golden:
     return Golden(
         data, meta, arch, from_original(teacher, arch.without_slimming()), from_original({**teacher, **own}, arch)
     )
+
+
+def from_original(weights: Mapping[str, np.ndarray], arch: Architecture) -> Tree:
+    """The original's weights in our layout; reverse modules where there are any."""
+    entries = name_table(arch, reverse=any(key.startswith("rtsm.") for key in weights))
+    return unflatten_dict({entry.path: entry.to_flax(np.asarray(weights[entry.key])) for entry in entries})
 
 
 def _tree(weights: dict[str, np.ndarray], arch: Architecture) -> Tree:

@@ -21,10 +21,11 @@ import numpy as np
 import original_models
 import pytest
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sit_jax.convert.fill import _target_shapes
+from sit_jax.convert.fill import expected_shapes
 from sit_jax.convert.original import name_table
 from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
@@ -77,8 +78,8 @@ def answers(path: pathlib.Path) -> bool:
 
 
 def _weights() -> dict[str, np.ndarray]:
-    shapes, rng = _target_shapes(ARCH, True), np.random.default_rng(0)
-    values = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    shapes, rng = flatten_dict(expected_shapes(ARCH, True)), np.random.default_rng(0)
+    values = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
     return {entry.key: entry.to_torch(values[entry.path]) for entry in name_table(ARCH)}
 
 

@@ -11,7 +11,7 @@ import pytest
 from golden_files import TRAINED
 
 from sit_jax import losses
-from sit_jax.convert.original import from_original, to_original
+from sit_jax.convert.original import to_original
 from sit_jax.models import build_model, build_reverse
 from sit_jax.optim import schedules
 from sit_jax.sharding import make_mesh
@@ -50,7 +50,7 @@ def test_student_forward(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_student_forward(name: str) -> None:
     golden = golden_files.load(name)
-    final = from_original(golden_files.part(golden.data, "final/"), golden.arch)
+    final = golden_files.from_original(golden_files.part(golden.data, "final/"), golden.arch)
     images = golden_files.nhwc(golden.data["images_nchw"])
     logits, _ = build_model(golden.arch).apply({key: final[key] for key in golden.student if key != "reverse"}, images)
     close(logits, golden.data["final_eval/student_logits"], 1e-4)
@@ -237,6 +237,6 @@ def test_weights_return_bit_for_bit(name: str) -> None:
     teacher = golden_files.part(golden.data, "teacher/")
     student = {**teacher, **golden_files.part(golden.data, "student_own/")}
     for weights, arch in ((teacher, golden.arch.without_slimming()), (student, golden.arch)):
-        back = to_original(from_original(weights, arch), arch)
+        back = to_original(golden_files.from_original(weights, arch), arch)
         assert set(back) == {key for key in weights if not key.endswith("num_batches_tracked")}
         assert all(np.array_equal(back[key], weights[key]) for key in back)

@@ -433,14 +433,14 @@ def test_interrupted_while_replacing(tmp_path: pathlib.Path, monkeypatch: pytest
     source, folder = save(tmp_path / "x.pth", weights()), tmp_path / "folder"
     assert cli.main(["convert", str(source), str(folder), *WORDS]) == 0
     old = (folder / "model.safetensors").read_bytes()
-    rename = pathlib.Path.rename
+    replace = pathlib.Path.replace
 
     def interrupted(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
         if path.name.startswith(".folder.part"):
             raise KeyboardInterrupt
-        return rename(path, target)
+        return replace(path, target)
 
-    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    monkeypatch.setattr(pathlib.Path, "replace", interrupted)
     assert cli.main(["convert", str(source), str(folder), *WORDS, "--force"]) == cli.INTERRUPTED
     assert (folder / "model.safetensors").read_bytes() == old
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "folder"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ import torch
 from test_models import module_params
 
 from sit_jax.analysis.flops import count_cost
-from sit_jax.convert.original import from_original
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
@@ -130,7 +130,7 @@ def test_forward_against_pytorch(arch: Architecture) -> None:
     images = np.random.default_rng(1).normal(size=(3, 32, 32, 3)).astype(np.float32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    variables = from_original({key: value.numpy() for key, value in theirs.state_dict().items()}, arch)
+    variables = golden_files.from_original({key: value.numpy() for key, value in theirs.state_dict().items()}, arch)
     logits, _ = build_model(arch).apply(variables, jnp.asarray(images))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 

@@ -236,10 +236,7 @@ def test_several_runs(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     records = gather_all([finished, other])
     # As many parts of the path as it takes.
     assert [record.name for record in records] == [f"{finished.parent.name}/digits", "elsewhere/digits"]
-    assert [(x.key, x.values) for x in differences(records)] == [
-        ("seed", ("0", "1")),
-        ("optim.lr", ("0.001", "0.002")),
-    ]
+    assert differences(records) == {"seed": ("0", "1"), "optim.lr": ("0.001", "0.002")}
     charts = {chart.title: chart for chart in comparing_charts(records, "all")}
     assert {"Evaluation: top1", "Training: loss", "Learning rate: reverse"} <= set(charts)
     assert [x["name"] for x in charts["Training: loss"].figure["data"]] == [record.name for record in records]
@@ -258,8 +255,8 @@ def test_runs_without_a_configuration_are_not_compared(tmp_path: pathlib.Path) -
         if values:
             (tmp_path / name / "config.json").write_text(json.dumps(values))
     one, two, lost = gather_all([tmp_path / name for name in configurations])
-    assert [(x.key, x.values) for x in differences([one, two, lost])] == [("seed", ("1", "2", ABSENT))]
-    assert differences([one, lost]) == []
+    assert differences([one, two, lost]) == {"seed": ("1", "2", ABSENT)}
+    assert differences([one, lost]) == {}
 
     def section(*records: RunRecord) -> str:
         views = [view_run(f"run-{number}", record, None) for number, record in enumerate(records)]

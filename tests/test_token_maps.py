@@ -10,7 +10,7 @@ import tiny
 
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.visual.pictures import as_rgb, colour_table, enlarge, heat, patch_index, regions
+from sit_jax.visual.pictures import as_rgb, colour_table, heat, patch_index, regions
 from sit_jax.visual.token_maps import (
     TokenMaps,
     cumulative_maps,
@@ -201,5 +201,3 @@ def test_pixels_and_patches() -> None:
     np.testing.assert_array_equal(index[0], [0, 0, 1, 1])
     grey = np.arange(4, dtype=np.uint8).reshape(2, 2, 1)
     assert as_rgb(grey).shape == (2, 2, 3)
-    assert enlarge(grey, 8).shape == (8, 8, 1)
-    assert enlarge(as_rgb(grey), 8).shape == (8, 8, 3)

@@ -8,16 +8,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.convert.layouts import Layout
 from sit_jax.convert.original import Entry, name_table
 from sit_jax.convert.tensors import Tensors
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, listed
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 
 Tree = dict[str, Any]
 Show = Callable[[Iterable[Entry]], Iterable[Entry]]
+
+_MOST_NAMED = 8
 
 
 def fill(
@@ -42,7 +45,8 @@ def fill(
         `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, NumPy float32, the latter two where there are any.
 
     Raises:
-        UserError: Tensors are missing, left over, of another shape or type, or not finite; all of them are named.
+        UserError: Tensors are missing, left over, of another shape or type, or not finite; the message names them, or
+            the first of many.
     """
     table = [entry for entry in name_table(arch, reverse) if entry.path[1] not in absent]
     sources = {entry.key: layout.source(entry.key) for entry in table}
@@ -56,9 +60,9 @@ def fill(
         "not floating-point": sorted(name for name in wanted & set(tensors) if not tensors[name].is_float),
         "not finite": [],
     }
-    tree: Tree = {}
+    values: dict[tuple[str, ...], np.ndarray] = {}
     if not any(problems.values()):
-        targets = _target_shapes(arch, reverse)
+        targets = {path: leaf.shape for path, leaf in flatten_dict(expected_shapes(arch, reverse)).items()}
         for entry in show(table):
             names, combine = sources[entry.key]
             value = _read(entry, [tensors[name].read for name in names], combine, targets[entry.path])
@@ -68,11 +72,11 @@ def fill(
             elif not np.isfinite(value).all():
                 problems["not finite"] += names
             else:
-                put(tree, entry.path, value)
+                values[entry.path] = value
     if any(problems.values()):
-        text = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+        text = "; ".join(f"{what}: {listed(names, _MOST_NAMED)}" for what, names in problems.items() if names)
         raise UserError(f"the weights do not fill the model: {text}")
-    return tree
+    return unflatten_dict(values)
 
 
 def _passed_over(name: str, reverse: bool) -> bool:
@@ -97,23 +101,12 @@ def _read(
 
 
 @functools.lru_cache(maxsize=8)
-def _target_shapes(arch: Architecture, reverse: bool) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of every parameter and statistic of a model, and of its reverse modules where `reverse`."""
+def expected_shapes(arch: Architecture, reverse: bool) -> Tree:
+    """The tree of a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
+    module, key = build_model(arch), jax.random.key(0)
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
-    model = build_model(arch)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    tree: Tree = {"batch_stats": {}, "reverse": {}, **jax.eval_shape(module.init, key, images)}
     if reverse:
-        _, outputs = jax.eval_shape(model.apply, variables, images)
-        tokens = build_reverse(arch).init
-        variables = {**variables, "reverse": jax.eval_shape(tokens, jax.random.key(0), outputs.tokens)["params"]}
-    return {
-        tuple(str(part.key) for part in path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-    }
-
-
-def put(tree: Tree, path: tuple[str, ...], value: Any) -> None:
-    """Puts an array, or a tree of them, into a tree of dictionaries."""
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
+        _, outputs = jax.eval_shape(module.apply, tree, images)
+        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, key, outputs.tokens)["params"]
+    return tree

@@ -54,6 +54,17 @@ class Layout(NamedTuple):
         return not self.prefixes or name.startswith(self.prefixes)
 
 
+def _identity(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _same(key: str) -> Source:
+    return Source((key,), _identity)
+
+
+ORIGINAL = Layout("SiT original layout", _same)
+
+
 def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
     """The layout of a file's tensors, or None for no model known here.
 
@@ -67,21 +78,13 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
     if not any(name.startswith("blocks.0.") for name in shapes):
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):
-        return Layout("SiT original layout", _same)
+        return ORIGINAL
     if len(shapes.get("patch_embed.conv1.weight", ())) == 4:
         seven = shapes["patch_embed.conv1.weight"][-1] == 7
-        return Layout("token-labelling layout (LV-ViT)" if seven else "SiT original layout", _same)
+        return Layout("token-labelling layout (LV-ViT)", _same) if seven else ORIGINAL
     if "aux_head.weight" in shapes or "dist_pos_embed" in shapes:
-        return Layout("SiT original layout", _same)
+        return ORIGINAL
     return Layout("timm layout (ViT, DeiT)", _timm(shapes, prefix), plain=True)
-
-
-def _identity(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _same(key: str) -> Source:
-    return Source((key,), _identity)
 
 
 def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:

@@ -4,12 +4,12 @@ One table serves both directions. Linear kernels are transposed, convolutions go
 scale loses its three unit axes; everything else is the same array.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
-from sit_jax.errors import UserError
 from sit_jax.models.architecture import Architecture
 
 Tree = dict[str, Any]
@@ -139,40 +139,13 @@ def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
     return entries
 
 
-def from_original(state_dict: Mapping[str, np.ndarray], arch: Architecture) -> Tree:
-    """Reads the original's weights.
+def to_original(tree: Tree, arch: Architecture) -> dict[str, np.ndarray]:
+    """Weights under the original's names, without BatchNorm's batch counters.
 
     Args:
-        state_dict: The original's keys and arrays. Reverse modules may be missing; BatchNorm's batch counters are
-            passed over.
+        tree: `params`, `batch_stats` and, where reverse modules are wanted, `reverse`.
         arch: The model that they belong to.
-
-    Returns:
-        `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, the latter two where the model has them.
-
-    Raises:
-        UserError: A key is missing, left over or has another shape; all such keys are named.
     """
-    entries = name_table(arch, reverse=any(key.startswith("rtsm.") for key in state_dict))
-    missing = sorted({entry.key for entry in entries} - set(state_dict))
-    extra = sorted(key for key in set(state_dict) - {e.key for e in entries} if not key.endswith("num_batches_tracked"))
-    if missing or extra:
-        raise UserError(f"weights of another model: missing {missing or 'nothing'}, left over {extra or 'nothing'}")
-    tree: Tree = {}
-    for entry in entries:
-        node = tree
-        for part in entry.path[:-1]:
-            node = node.setdefault(part, {})
-        node[entry.path[-1]] = entry.to_flax(np.asarray(state_dict[entry.key]))
-    return tree
-
-
-def to_original(tree: Tree, arch: Architecture) -> dict[str, np.ndarray]:
-    """Writes weights under the original's names: the inverse of `from_original`, without BatchNorm's batch counters."""
-    state_dict = {}
-    for entry in name_table(arch, reverse="reverse" in tree):
-        node: Any = tree
-        for part in entry.path:
-            node = node[part]
-        state_dict[entry.key] = entry.to_torch(np.asarray(node))
-    return state_dict
+    arrays = flatten_dict(tree)
+    table = name_table(arch, reverse=bool(tree.get("reverse")))
+    return {entry.key: entry.to_torch(np.asarray(arrays[entry.path])) for entry in table}

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors
 
 from sit_jax.convert.tensors import BFLOAT16, FileError, Tensor, Tensors, check_axes
+from sit_jax.errors import one_line
 
 _SAFETENSORS_TYPES = {
     "F64": np.dtype("<f8"),
@@ -43,7 +44,7 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         described = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise FileError(f"{path}: is no whole safetensors file: {_first_line(error)}") from None
+        raise FileError(f"{path}: is no whole safetensors file: {one_line(error, 200)}") from None
     unknown = sorted({kind for _, kind in described.values()} - set(_SAFETENSORS_TYPES))
     if unknown:
         raise FileError(f"{path}: holds tensors of type {', '.join(unknown)}, which no weights of a model are")
@@ -74,7 +75,7 @@ def read_npz(path: pathlib.Path) -> Tensors:
     except FileError:
         raise
     except (*_ZIP_ERRORS, *_HEADER_ERRORS) as error:
-        raise FileError(f"{path}: is damaged or cut off: {_first_line(error)}") from None
+        raise FileError(f"{path}: is damaged or cut off: {one_line(error, 200)}") from None
 
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
@@ -89,7 +90,7 @@ def _npz_tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.Zip
         warnings.simplefilter("ignore")
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(file)
+        shape, _, dtype = reader(file)
         header = file.tell()
     if dtype.hasobject:
         raise FileError(f"{path}: {name} holds Python objects, which would run code; only plain arrays are read")
@@ -103,23 +104,13 @@ def _npz_tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.Zip
         raise FileError(f"{path}: {name} claims shape {shape}, but its size is another one")
 
     def read() -> np.ndarray:
-        array = np.empty(shape[::-1] if fortran else shape, dtype)
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(entry) as file:
-                file.read(header)
-                flat = array.reshape(-1).view(np.uint8)
-                filled = 0
-                while filled < flat.size and (chunk := file.read(min(2**20, flat.size - filled))):
-                    flat[filled : filled + len(chunk)] = np.frombuffer(chunk, np.uint8)
-                    filled += len(chunk)
-                if filled < flat.size or file.read(1):
-                    raise EOFError("an array ends too soon")
-        except (*_ZIP_ERRORS, ValueError) as error:
-            raise FileError(f"{path}: {name} is damaged: {_first_line(error)}") from None
-        return np.ascontiguousarray(array.T) if fortran else array
+            with zipfile.ZipFile(path) as archive, archive.open(entry) as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return (
+                    np.ascontiguousarray(np.lib.format.read_array(file, allow_pickle=False)).reshape(shape).view(dtype)
+                )
+        except (*_ZIP_ERRORS, *_HEADER_ERRORS) as error:
+            raise FileError(f"{path}: {name} is damaged: {one_line(error, 200)}") from None
 
     return Tensor(tuple(shape), dtype, read)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

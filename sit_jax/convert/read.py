@@ -11,7 +11,7 @@ from sit_jax.convert.arguments import Options
 from sit_jax.convert.change import empty_head, replace_heads, resize
 from sit_jax.convert.config_json import Description, read_config_json
 from sit_jax.convert.detect import Positions, Told, detect
-from sit_jax.convert.fill import fill, put
+from sit_jax.convert.fill import fill
 from sit_jax.convert.original import Entry
 from sit_jax.convert.other_files import read_npz, read_safetensors
 from sit_jax.convert.run_weights import is_run, read_run
@@ -20,13 +20,11 @@ from sit_jax.convert.settle import describe, likely_fields, settle
 from sit_jax.convert.tensors import FileError, Tensors, check_total
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
-from sit_jax.export.folder import FORMAT as FORMAT
+from sit_jax.export.folder import CONFIG, WEIGHTS
 from sit_jax.export.preprocessing import check_about
 
 Say = Callable[[str], None]
 
-MODEL_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
@@ -74,15 +72,13 @@ def read_weights(
 
 
 def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
-    file = path / MODEL_FILE if path.is_dir() else path
+    file = path / WEIGHTS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        raise UserError(
-            f"{path}: is neither a run nor a model folder: there is no {CONFIG_FILE} with {MODEL_FILE} in it"
-        )
+        raise UserError(f"{path}: is neither a run nor a model folder: there is no {CONFIG} with {WEIGHTS} in it")
     tensors = strip_prefixes(_tensors(file, options.ema, say))
-    config = read_config_json(file.with_name(CONFIG_FILE))
+    config = read_config_json(file.with_name(CONFIG))
     if config.unused:
-        say(f"not used: {', '.join(config.unused)} in {file.with_name(CONFIG_FILE)}")
+        say(f"not used: {', '.join(config.unused)} in {file.with_name(CONFIG)}")
     try:
         told = detect({name: tensor.shape for name, tensor in tensors.items()}, _positions(config, options))
         absent = _absent_heads(told, options.num_classes)
@@ -100,14 +96,14 @@ def _read_file(path: pathlib.Path, options: Options, say: Say) -> Weights:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name in absent:
-        put(tree, ("params", name), empty_head(arch.dim, arch.num_classes))
+        tree["params"][name] = empty_head(arch.dim, arch.num_classes)
         say(f"changed: there is no {name}, so it is zeros")
     about = dict(config.about)
     if not config.is_own:
         about = {"provenance": {"converted_from": path.name, "layout": told.layout.name}, **about}
     if told.layout.preprocessing is not None:
         about = {"preprocessing": told.layout.preprocessing, **about}
-    check_about(about, arch.num_classes, file.with_name(CONFIG_FILE))
+    check_about(about, arch.num_classes, file.with_name(CONFIG))
     return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), about)
 
 
@@ -151,7 +147,7 @@ def _positions(config: Description, options: Options) -> Positions:
     # What is interpolated to the size of `like` may be of any other one.
     likely = options.like.image_size if options.like is not None and options.image_size is None else None
     size = config.fields.get("image_size")
-    return Positions(size, config.class_position, likely, f"model.image_size in {CONFIG_FILE}")
+    return Positions(size, config.class_position, likely, f"model.image_size in {CONFIG}")
 
 
 def _without_classes(config: Description) -> Description:

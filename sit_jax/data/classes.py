@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 
 from sit_jax.data.sources import Example, Source
-from sit_jax.errors import ConfigError
-
-_SHOWN = 5
+from sit_jax.errors import ConfigError, listed
 
 
 def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what: str, other: str) -> list[int] | None:
@@ -31,8 +29,8 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
     if set(index) == set(wanted) and len(index) == len(names) == len(wanted):
         return [index[name] for name in wanted]
     extra, missing = (sorted(set(a) - set(b)) for a, b in ((names, wanted), (wanted, names)))
-    differences = [f"only {what}: {_listed(extra)}"] if extra else []
-    differences += [f"only {other}: {_listed(missing)}"] if missing else []
+    differences = [f"only {what}: {listed(extra)}"] if extra else []
+    differences += [f"only {other}: {listed(missing)}"] if missing else []
     problem = "; ".join(differences) or "several classes have the same name"
     raise ConfigError(f"class names of {what} and {other} differ: {problem}")
 
@@ -100,8 +98,3 @@ class ReorderedSource:
 
 def _are_numbers(names: Sequence[str]) -> bool:
     return list(names) == [str(index) for index in range(len(names))]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

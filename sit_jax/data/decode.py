@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sit_jax.errors import PictureError
+from sit_jax.errors import PictureError, one_line
 
 # Pictures beyond `max_pixels` are refused here by name; Pillow's own warning would come on top.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -110,8 +110,10 @@ def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np
                 pixels = _upright(pixels, orientation)
     except PictureError:
         raise
+    except UnidentifiedImageError:
+        raise PictureError(f"{name}: cannot be read: no picture in a known format") from None
     except Exception as error:  # Decoders of damaged files raise anything, from SyntaxError to struct.error.
-        raise PictureError(f"{name}: cannot be read: {_reason(error)}") from None
+        raise PictureError(f"{name}: cannot be read: {one_line(error, 200)}") from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels, done
 
 
@@ -210,9 +212,3 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
         pixels = cv2.transpose(pixels)
     flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's codes: 0 swaps top and bottom, 1 left and right.
     return cv2.flip(pixels, flips[orientation]) if orientation in flips else pixels
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "no picture in a known format"
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -7,7 +7,6 @@ import io
 import json
 import pathlib
 import shutil
-import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,47 +17,31 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.sources import find_builder, open_source, quiet_tfds, writing
-from sit_jax.errors import PictureError, UserError
+from sit_jax.errors import PictureError, UserError, one_line
 
 
-class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """A folder of pictures as a tfds data set; subclasses say which."""
+class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """tfds's builder of data sets without a class of their own, which would ask TensorFlow what its examples are."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    root: pathlib.Path
-    sources: dict[str, FolderSource]
-    skip_broken = False
+    def _split_generators(self, dl_manager: Any) -> Any:
+        return self._split_datasets
 
-    def _info(self) -> Any:
-        names = next(iter(self.sources.values())).class_names
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=list(names)),
-            "file_name": tfds.features.Text(),
-        }
-        return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(features),
-            supervised_keys=("image", "label"),
-            description=f"Pictures from a folder named {self.root.name}.",
-        )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Any]]:
-        return {split: self._generate_examples(split) for split in self.sources}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        source = self.sources[split]
-        for index in tqdm(range(len(source)), desc=split, unit="pictures"):
-            path, label = source.files[index]
-            name = str(pathlib.Path(path).relative_to(self.root))
-            try:
-                image = source[index].image
-                decode(image, 3, name)
-            except PictureError as error:
-                if self.skip_broken:
-                    tqdm.write(f"left out: {error}")
-                    continue
+def _folder_examples(
+    root: pathlib.Path, split: str, source: FolderSource, skip_broken: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for index in tqdm(range(len(source)), desc=split, unit="pictures"):
+        path, label = source.files[index]
+        name = str(pathlib.Path(path).relative_to(root))
+        try:
+            image = source[index].image
+            decode(image, 3, name)
+        except PictureError as error:
+            if not skip_broken:
                 raise
-            yield name, {"image": io.BytesIO(image), "label": label, "file_name": name}
+            tqdm.write(f"left out: {error}")
+            continue
+        yield name, {"image": io.BytesIO(image), "label": label, "file_name": name}
 
 
 def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.Path:
@@ -78,19 +61,21 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
     if not name.isidentifier() or name != name.lower():
         raise UserError(f"--name: {name!r} must be lower-case letters, digits and underscores")
     sources = {split: FolderSource(root, split, data.held_out) for split in ("train", "val")}
-    members = {
-        "name": name,
-        "root": root,
-        "sources": sources,
-        "skip_broken": data.on_broken == "skip",
-        "__module__": __name__,
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=list(sources["train"].class_names)),
+        "file_name": tfds.features.Text(),
     }
-    # Not registered with tfds: reading back goes by what lies on the disk.
-    keywords = {"skip_registration": True}
-    builder_class: Any = types.new_class(
-        "FolderBuilder", (_FolderBuilder,), keywords, lambda space: space.update(members)
+    skip = data.on_broken == "skip"
+    builder = _Builder(
+        name=name,
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={split: _folder_examples(root, split, source, skip) for split, source in sources.items()},
+        description=f"Pictures from a folder named {root.name}.",
+        data_dir=data.data_dir or None,
+        file_format="array_record",
     )
-    builder = builder_class(data_dir=data.data_dir or None, file_format="array_record")
     if builder.is_prepared():
         raise UserError(f"{builder.data_path} is prepared already; choose another --name or remove it")
     with quiet_tfds():
@@ -169,7 +154,7 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
             partial.rename(target)
             shutil.rmtree(scratch)
     except ValueError as error:
-        raise UserError(f"{source} cannot be converted: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{source} cannot be converted: {one_line(error)}") from None
     except ImportError:
         raise UserError(_NEEDS_CONVERTER) from None
     return target
@@ -195,5 +180,5 @@ def _prepare(builder: Any, config: Any) -> pathlib.Path:
             raise
         raise UserError(_NEEDS_TENSORFLOW) from None
     except (AssertionError, tfds.download.DownloadError) as error:
-        raise UserError(f"{builder.name} cannot be prepared: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"{builder.name} cannot be prepared: {one_line(error, 400)}") from None
     return pathlib.Path(builder.data_path)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sit_jax.data.config import DataConfig
-from sit_jax.errors import ConfigError, PictureError, UserError
+from sit_jax.errors import ConfigError, PictureError, UserError, one_line
 
 # ImageNet ReaL gives a picture several right classes; tfds calls them so.
 _LABEL_KEYS = ("label", "real_label")
@@ -126,7 +126,7 @@ class TfdsSource:
         try:
             record = self._records[int(index)]
         except Exception as error:  # The reader of a damaged or missing shard raises what it likes.
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             # If the shard's index is readable and this record's checksum is wrong, the shard's other records are fine.
             # A shard that cannot be opened is never skipped: an evaluation of the rest would look like one of all.
             if reason.startswith(_DAMAGED_RECORD) and _SHARD_INDEX not in reason:
@@ -205,7 +205,7 @@ def find_builder(name: str, data_dir: str) -> Any:
             f"data.name: there is no data set {name!r} in {data_dir or 'the tfds folder'}; use {known}"
         ) from None
     except (ValueError, ImportError) as error:
-        raise UserError(f"data.name: {name!r} cannot be opened: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"data.name: {name!r} cannot be opened: {one_line(error)}") from None
 
 
 def _prepared_digits(data_dir: str) -> Any:
@@ -233,7 +233,7 @@ def writing(place: object, key: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:  # Not the file system: a download that failed.
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             raise UserError(f"{prefix}{place} cannot be prepared: {type(error).__name__}: {reason}") from None
         raise UserError(f"{prefix}{place} cannot be written: {error.strerror or error}") from None
     except RuntimeError as error:

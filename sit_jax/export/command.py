@@ -1,21 +1,20 @@
 """`sit export`: from a run or a model folder to where models are served."""
 
 import pathlib
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from sit_jax.convert.weights import Weights
+from sit_jax.convert.original import to_original
 from sit_jax.errors import UserError
-from sit_jax.export import onnx_file, safetensors_file, stablehlo
-from sit_jax.export.folder import describe, original_shapes, save_folder
+from sit_jax.export import onnx_file, stablehlo
+from sit_jax.export.folder import describe, save_folder
 from sit_jax.export.forward import make_forward
 from sit_jax.export.predictor import open_weights
 from sit_jax.export.timm import to_timm
-from sit_jax.export.writing import whole, write_torch
+from sit_jax.export.writing import require_torch, whole, write_safetensors, write_torch
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
-FORMATS = get_args(Format)
 _STATE_DICT_SUFFIXES = (".safetensors", ".pth")
 
 
@@ -65,7 +64,9 @@ def export_model(
         shape = (arch.image_size, arch.image_size, arch.in_channels)
         stablehlo.save(dest, make_forward(weights, raw_input), shape, description)
     elif kind == "original":
-        _save_state_dict(dest, _original_state_dict(weights, with_reverse))
+        reverse = weights.reverse if with_reverse else {}
+        tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": reverse}
+        _save_state_dict(dest, to_original(tree, weights.arch))
     else:
         _save_state_dict(dest, to_timm(weights))
 
@@ -88,27 +89,13 @@ def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: 
         raise UserError(f"--raw_input: {kind} holds weights, not a function; it is for onnx and stablehlo")
 
 
-def _original_state_dict(weights: Weights, with_reverse: bool) -> dict[str, np.ndarray]:
-    from sit_jax.convert.original import to_original
-
-    tree: dict[str, Any] = {"params": weights.params, "batch_stats": weights.batch_stats}
-    if with_reverse:
-        tree["reverse"] = weights.reverse
-    order = original_shapes(weights.arch, with_reverse)
-    state_dict = to_original(tree, weights.arch)
-    return {name: np.ascontiguousarray(state_dict[name]) for name in order}
-
-
 def _save_state_dict(dest: pathlib.Path, state_dict: dict[str, np.ndarray]) -> None:
     """Writes a state dict as safetensors, or as PyTorch's own kind of file where the suffix asks for it."""
-    if dest.suffix == ".safetensors":
-        with whole(dest) as part:
-            tensors = (safetensors_file.Tensor(name, array) for name, array in state_dict.items())
-            safetensors_file.write(part, {name: array.shape for name, array in state_dict.items()}, tensors)
-        return
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{dest}: .pth files need torch, which is not installed; use .safetensors") from None
+    as_torch = dest.suffix != ".safetensors"
+    if as_torch:
+        require_torch(dest)
     with whole(dest) as part:
-        write_torch(part, {name: torch.from_numpy(array.copy()) for name, array in state_dict.items()})
+        if as_torch:
+            write_torch(part, state_dict)
+        else:
+            write_safetensors(part, {name: array.shape for name, array in state_dict.items()}, state_dict.values())

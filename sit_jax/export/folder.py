@@ -5,22 +5,21 @@ import functools
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from pydantic import TypeAdapter, ValidationError
 
-from sit_jax.convert.original import Entry, name_table
+from sit_jax.convert.fill import expected_shapes as expected_shapes
+from sit_jax.convert.fill import fill
+from sit_jax.convert.layouts import ORIGINAL
+from sit_jax.convert.original import name_table
+from sit_jax.convert.other_files import read_safetensors
 from sit_jax.convert.weights import Weights
-from sit_jax.errors import UserError
-from sit_jax.export import safetensors_file
+from sit_jax.errors import UserError, one_line
 from sit_jax.export.preprocessing import check_about
-from sit_jax.export.safetensors_file import Tensor
-from sit_jax.export.writing import whole
-from sit_jax.models import build_model, build_reverse
+from sit_jax.export.writing import whole, write_safetensors
 from sit_jax.models.architecture import Architecture
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -63,16 +62,12 @@ def load_folder(path: pathlib.Path) -> Weights:
     config = read_json(path / CONFIG)
     arch, about = read_description(config, path / CONFIG)
     file = path / WEIGHTS
-    reverse = any(key.startswith("rtsm.") for key in safetensors_file.keys(file))
-    entries = {entry.key: entry for entry in name_table(arch, reverse)}
-    tree: dict[str, Any] = {"params": {}, "batch_stats": {}, "reverse": {}}
-    for name, array in safetensors_file.read(file, original_shapes(arch, reverse)):
-        *parents, last = entries[name].path
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = entries[name].to_flax(array)
-    return Weights(arch, tree["params"], tree["batch_stats"], tree["reverse"], about)
+    tensors = read_safetensors(file)
+    try:
+        tree = fill(arch, tensors, ORIGINAL, reverse=any(name.startswith("rtsm.") for name in tensors))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), about)
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -88,38 +83,21 @@ def is_folder(path: pathlib.Path) -> bool:
 
 def write_weights(path: pathlib.Path, weights: Weights, with_reverse: bool) -> None:
     """Writes the weights' file in the original's layout; see `save_folder`."""
-    entries = name_table(weights.arch, with_reverse)
-    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse}
-
-    def tensors() -> Iterator[Tensor]:
-        for entry in entries:
-            yield Tensor(entry.key, entry.to_torch(np.asarray(_at(tree, entry), np.float32)))
-
-    safetensors_file.write(path, original_shapes(weights.arch, with_reverse), tensors())
+    arrays = flatten_dict({"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse})
+    table = name_table(weights.arch, with_reverse)
+    tensors = (entry.to_torch(np.asarray(arrays[entry.path], np.float32)) for entry in table)
+    write_safetensors(path, original_shapes(weights.arch, with_reverse), tensors)
 
 
 @functools.cache
 def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every tensor in the original's layout, in the order of `name_table`."""
-    tree = expected_shapes(arch, reverse)
-
-    def shape(entry: Entry) -> tuple[int, ...]:
-        # The layout's function applied to an array of one value that only looks large.
-        ours = np.broadcast_to(np.float32(0), _at(tree, entry).shape)
-        return tuple(entry.to_torch(ours).shape)
-
-    return {entry.key: shape(entry) for entry in name_table(arch, reverse)}
-
-
-def expected_shapes(arch: Architecture, reverse: bool) -> dict[str, Any]:
-    """The tree of a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
-    module, key = build_model(arch), jax.random.key(0)
-    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
-    tree: dict[str, Any] = {"batch_stats": {}, "reverse": {}, **jax.eval_shape(module.init, key, images)}
-    if reverse:
-        _, outputs = jax.eval_shape(module.apply, tree, images)
-        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, key, outputs.tokens)["params"]
-    return tree
+    # The layout's function applied to arrays of one value that only look large.
+    ours = {
+        path: np.broadcast_to(np.float32(0), x.shape)
+        for path, x in flatten_dict(expected_shapes(arch, reverse)).items()
+    }
+    return {entry.key: entry.to_torch(ours[entry.path]).shape for entry in name_table(arch, reverse)}
 
 
 def describe(arch: Architecture, about: dict[str, Any]) -> dict[str, Any]:
@@ -168,14 +146,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{path}: is not valid JSON: {one_line(error, 200)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds no JSON object")
     return values
-
-
-def _at(tree: dict[str, Any], entry: Entry) -> Any:
-    node: Any = tree
-    for part in entry.path:
-        node = node[part]
-    return node

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from sit_jax.checkpoint import latest_step, load_reverse
+from sit_jax.convert.fill import expected_shapes
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
-from sit_jax.export.folder import expected_shapes
 from sit_jax.export.preprocessing import about_run
 from sit_jax.models.architecture import Architecture
 from sit_jax.origins import trained_variables

@@ -4,16 +4,16 @@ import contextlib
 import json
 import logging
 import pathlib
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
 
+from sit_jax.convert.original import to_original
 from sit_jax.convert.weights import Weights
-from sit_jax.errors import UserError
-from sit_jax.export.folder import WEIGHTS, describe, write_weights
+from sit_jax.errors import UserError, one_line
+from sit_jax.export.folder import describe
 from sit_jax.export.writing import whole
 
 SUFFIX = ".onnx"
@@ -103,12 +103,9 @@ def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
     """The PyTorch module as it is deployed."""
     from sit_jax.export import torch_model
 
-    with tempfile.TemporaryDirectory() as scratch:
-        file = pathlib.Path(scratch) / WEIGHTS
-        write_weights(file, weights, with_reverse=False)
-        state = torch_model.read_safetensors(file)
+    state = to_original({"params": weights.params, "batch_stats": weights.batch_stats}, weights.arch)
     model = torch_model.SiT(describe(weights.arch, weights.about))
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({key: torch.from_numpy(np.array(x, np.float32)) for key, x in state.items()}, strict=True)
     model = torch_model.fold_batch_norm(model.eval()).to(getattr(torch, dtype))
 
     class Served(torch.nn.Module):
@@ -184,4 +181,4 @@ def _told_in_one_line(path: pathlib.Path, problem: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise UserError(f"{path}: {problem}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{path}: {problem}: {one_line(error)}") from None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, one_line
 from sit_jax.export.writing import whole
 
 SUFFIX = ".stablehlo"
@@ -82,7 +82,7 @@ def load(path: str | pathlib.Path) -> Loaded:
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{description_path(path)}: is not valid JSON: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{description_path(path)}: is not valid JSON: {one_line(error, 200)}") from None
     # XLA's parser ends the process at some damaged artifacts, so none gets that far.
     checksum = description.pop(CHECKSUM, None) if isinstance(description, dict) else None
     if hashlib.sha256(artifact).hexdigest() != checksum:
@@ -90,7 +90,7 @@ def load(path: str | pathlib.Path) -> Loaded:
     try:
         exported = export.deserialize(bytearray(artifact))
     except Exception as error:  # A later JAX may refuse what an old one wrote, with whatever it raises.
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         raise UserError(f"{path}: cannot be read by this version of JAX: {reason}") from None
     platform = jax.default_backend().replace("gpu", "cuda")
     if platform not in exported.platforms:

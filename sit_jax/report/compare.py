@@ -3,46 +3,31 @@
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+from flax.traverse_util import empty_node, flatten_dict
 
 from sit_jax.report.gather import RunRecord
 
 ABSENT = "\N{EN DASH}"
 
 
-class Difference(NamedTuple):
-    """A key of the configuration in which runs differ.
-
-    Attributes:
-        key: Such as `optim.lr`.
-        values: One per run, as text.
-    """
-
-    key: str
-    values: tuple[str, ...]
-
-
-def differences(records: Sequence[RunRecord]) -> list[Difference]:
-    """The keys in which the runs' configurations differ, in the order of the first run's.
+def differences(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
+    """The keys in which the runs' configurations differ, in the order of the first run's -> one value per run, as text.
 
     Runs whose configuration cannot be read are not compared.
     """
     flat = [flatten(record.values) for record in records]
     keys = dict.fromkeys(key for values in flat for key in values)
-    rows = [Difference(key, tuple(values.get(key, ABSENT) for values in flat)) for key in keys]
+    rows = {key: tuple(values.get(key, ABSENT) for values in flat) for key in keys}
     known = [bool(values) for values in flat]
-    return [row for row in rows if len(set(itertools.compress(row.values, known))) > 1]
+    return {key: row for key, row in rows.items() if len(set(itertools.compress(row, known))) > 1}
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(values: Mapping[str, Any]) -> dict[str, str]:
     """A nested configuration as `section.key` -> value as text."""
-    result: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            result |= flatten(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = show(value)
-    return result
+    flat = flatten_dict(dict(values), keep_empty_nodes=True, sep=".")
+    return {key: ABSENT if value is empty_node else show(value) for key, value in flat.items()}
 
 
 def show(value: Any) -> str:

@@ -13,7 +13,7 @@ from sit_jax.analysis.flops import count_cost
 from sit_jax.checkpoint import FOLDER
 from sit_jax.config import Config
 from sit_jax.config_dict import from_config_dict
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, one_line
 from sit_jax.inspection import Entry, list_checkpoints, read_contents
 from sit_jax.metrics import MetricLines, evaluations, scan_metrics
 from sit_jax.models.architecture import Architecture
@@ -243,7 +243,7 @@ def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) 
     except UserError as error:
         missing.append(f"{str(error)[:1].upper()}{str(error)[1:]}.")
     except Exception as error:  # A page that says so is worth more than a traceback, whatever a damaged file leads to.
-        missing.append(f"{what} cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:200]}.")
+        missing.append(f"{what} cannot be read: {type(error).__name__}: {one_line(error, 200)}.")
     return otherwise
 
 

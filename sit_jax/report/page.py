@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from sit_jax import __version__
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
-from sit_jax.report.compare import ABSENT, Difference, differences, flatten, show
+from sit_jax.report.compare import ABSENT, differences, flatten, show
 from sit_jax.report.findings import Findings
 from sit_jax.report.gather import RunRecord, finite
 from sit_jax.report.pictures import Example, Shown, show_examples, show_picture, stage_titles
@@ -101,7 +101,6 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
     records = [view.record for view in views]
     several = len(views) > 1
     comparing = comparing_charts(records, "compared") if several else []
-    unlike: list[Difference] = differences(records) if several else []
     charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
     plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
     return (
@@ -112,7 +111,7 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
             views=views,
             several=several,
             comparing=comparing,
-            differences=unlike,
+            differences=differences(records) if several else {},
             unread=[record.name for record in records if not record.values],
             figures={chart.key: chart.figure for chart in charts},
             style=Markup(_source("style.css")),

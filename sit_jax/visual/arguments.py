@@ -39,6 +39,9 @@ def add_visualize(parser: argparse.ArgumentParser) -> None:
 def run_visualize(arguments: argparse.Namespace, _: list[str]) -> None:
     """The verb's body."""
     quiet_libraries()
-    from sit_jax.visual.command import command, options
+    from sit_jax.visual.command import FIGURES, Ways, command
 
-    command(**options(arguments))
+    default = FIGURES if arguments.arrays is None else None
+    ways = Ways(arguments.output or default, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
+    data = {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir}
+    command(arguments.source, arguments.pictures, ways, data, arguments.limit, arguments.ema, arguments.step)

@@ -5,7 +5,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy import ndarray
@@ -235,19 +235,3 @@ def _different(stems: Iterable[str]) -> list[str]:
         numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         taken[next(name for name in numbered if name not in taken)] = None
     return list(taken)
-
-
-def options(arguments: Any) -> dict[str, Any]:
-    """The arguments of `command` from the parsed command line."""
-    figures = arguments.output
-    if figures is None and arguments.arrays is None:
-        figures = FIGURES
-    return {
-        "source": arguments.source,
-        "words": arguments.pictures,
-        "ways": Ways(figures, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size),
-        "data": {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir},
-        "limit": arguments.limit,
-        "ema": arguments.ema,
-        "step": arguments.step,
-    }

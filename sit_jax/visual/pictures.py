@@ -5,7 +5,6 @@ import functools
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
-from PIL import Image
 
 # Perceptually uniform, rising in lightness throughout, and told apart with any kind of colour blindness.
 COLOURS = "inferno"
@@ -81,13 +80,6 @@ def regions(
 def as_rgb(image: UInt8[ndarray, "height width channels"]) -> UInt8[ndarray, "height width 3"]:
     """Grey or RGB pixels as RGB."""
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-
-
-def enlarge(image: UInt8[ndarray, "height width channels"], side: int) -> UInt8[ndarray, "side side channels"]:
-    """Square pixels as a picture of `side` pixels, smoothly."""
-    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-    values = np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC))
-    return values[:, :, None] if values.ndim == 2 else values
 
 
 def patch_index(shape: tuple[int, ...], grid: int) -> Int[ndarray, "height width"]:
