@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import cv2
 import numpy as np
 
 from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
 from sit_jax.models import HEADS
+
+# The cubic kernel's parameter, as PyTorch's bicubic interpolation has it (Pillow and the antialiased one have -0.5).
+_CUBIC = -0.75
 
 
 def resize(weights: Weights, image_size: int, say: Callable[[str], None]) -> Weights:
@@ -51,11 +53,27 @@ def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
     As `torch.nn.functional.interpolate(mode='bicubic', align_corners=False)`, which DeiT, LV-ViT and the original use:
     pixel centres are aligned, edges repeat, and nothing is smoothed when the grid shrinks.
     """
-    # The weights of each old position in each new one. OpenCV's cubic kernel is PyTorch's, of parameter -0.75; that of
-    # Pillow, JAX and the antialiased one of PyTorch has -0.5.
-    matrix = cv2.resize(np.eye(grid.shape[0]), (grid.shape[0], size), interpolation=cv2.INTER_CUBIC)
+    matrix = _cubic_matrix(grid.shape[0], size)
     wide = np.einsum("ij,kl,jlc->ikc", matrix, matrix, grid.astype(np.float64), optimize=True)
     return np.ascontiguousarray(wide, np.float32)
+
+
+def _cubic_matrix(old: int, new: int) -> np.ndarray:
+    """The weights of each old position in each new one, (new, old)."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centres).astype(int)
+    matrix = np.zeros((new, old))
+    for tap in range(-1, 3):
+        index = np.clip(first + tap, 0, old - 1)
+        np.add.at(matrix, (np.arange(new), index), _cubic(np.abs(centres - first - tap)))
+    return matrix
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    a, d = _CUBIC, distance
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
 def replace_heads(weights: Weights, num_classes: int, say: Callable[[str], None]) -> Weights:
