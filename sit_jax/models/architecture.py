@@ -1,7 +1,6 @@
 """What a model is, as plain numbers: read by the modules, the cost counter, the converters and the configs alike."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
@@ -99,30 +98,26 @@ class Architecture:
         _require(self.dim % self.num_heads == 0, "dim", f"{self.dim} does not divide by num_heads {self.num_heads}")
 
     def _check_stages(self) -> None:
-        if not self.stage_blocks:
-            _require(self.keep_ratio is None, "keep_ratio", "is given, but stage_blocks is empty")
-            _require(not self.kept_tokens, "kept_tokens", "is given, but stage_blocks is empty")
+        blocks, counts, ratio = self.stage_blocks, self.kept_tokens, self.keep_ratio
+        if not blocks:
+            _require(ratio is None, "keep_ratio", "is given, but stage_blocks is empty")
+            _require(not counts, "kept_tokens", "is given, but stage_blocks is empty")
             return
-        blocks = self.stage_blocks
+        total, patches = sum(blocks), self.num_patches
         _require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
-        problem = f"{blocks} adds up to {sum(blocks)}, but depth is {self.depth}"
-        _require(sum(blocks) == self.depth, "stage_blocks", problem)
-        if self.kept_tokens:
-            counts = self.kept_tokens
-            problem = f"has {len(counts)} entries for {len(blocks)} stages"
-            _require(len(counts) == len(blocks), "kept_tokens", problem)
-            problem = f"must begin with the grid's {self.num_patches} tokens, begins with {counts[0]}"
-            _require(counts[0] == self.num_patches, "kept_tokens", problem)
-            falling = all(later <= earlier for earlier, later in itertools.pairwise(counts))
-            _require(falling and min(counts) >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
+        _require(total == self.depth, "stage_blocks", f"{blocks} adds up to {total}, but depth is {self.depth}")
+        if not counts:
+            problem = f"must be above 0 and at most 1 where stage_blocks is given, is {ratio}"
+            _require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
+            counts = self.token_counts
+            problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {patches}"
+            _require(min(counts) >= 1, "keep_ratio", problem)
             return
-        ratio = self.keep_ratio
-        problem = f"must be above 0 and at most 1 where stage_blocks is given, is {ratio}"
-        _require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
-        # Not before: what is no share of anything has no whole numbers of tokens.
-        counts = self.token_counts
-        problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {self.num_patches}"
-        _require(min(counts) >= 1, "keep_ratio", problem)
+        _require(len(counts) == len(blocks), "kept_tokens", f"has {len(counts)} entries for {len(blocks)} stages")
+        problem = f"must begin with the grid's {patches} tokens, begins with {counts[0]}"
+        _require(counts[0] == patches, "kept_tokens", problem)
+        falling = list(counts) == sorted(counts, reverse=True)
+        _require(falling and counts[-1] >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
 
     @property
     def grid_size(self) -> int:
@@ -205,11 +200,9 @@ def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Archit
     Raises:
         ConfigError: An unknown field or an impossible value; the message begins with the field's name.
     """
-    known = {field.name for field in dataclasses.fields(Architecture)}
+    known = sorted(field.name for field in dataclasses.fields(Architecture))
     for name in values:
-        _require(
-            name in known, f"{where}{name}", f"is no field of an architecture; there are {', '.join(sorted(known))}"
-        )
+        _require(name in known, f"{where}{name}", f"is no field of an architecture; there are {', '.join(known)}")
     try:
         return Architecture(**values)
     except ConfigError as error:

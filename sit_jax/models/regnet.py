@@ -1,6 +1,7 @@
 """RegNetY, the convolutional teacher of the distillation token (Radosavovic et al. 2020; DeiT uses RegNetY-16GF)."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -63,17 +64,9 @@ class _ConvNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch h w dim"]:
-        x = nn.Conv(
-            self.features,
-            (self.kernel, self.kernel),
-            self.stride,
-            self.kernel // 2,
-            feature_group_count=self.groups,
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=CONV_INIT,
-            name="conv",
-        )(x)
+        size, padding = (self.kernel, self.kernel), self.kernel // 2
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=CONV_INIT, name="conv")
+        x = conv(self.features, size, self.stride, padding, feature_group_count=self.groups)(x)
         return BatchNorm(dtype=self.dtype, name="bn")(x, train)
 
 

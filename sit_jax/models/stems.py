@@ -85,10 +85,8 @@ class Stem(nn.Module):
             x = conv(features, size, stride, padding, use_bias=not self.batch_norm, name=f"conv{index}")(x)
             if self.batch_norm:
                 x = BatchNorm(dtype=self.dtype, name=f"bn{index}")(x, train)
-            if side:
-                x = nn.relu(x)
-            elif index < len(layers):
-                x = gelu(x)
+            if side or index < len(layers):
+                x = nn.relu(x) if side else gelu(x)
         return conv(self.arch.dim, (side, side), side, "VALID", name="proj")(x) if side else x
 
 

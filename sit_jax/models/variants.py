@@ -25,18 +25,16 @@ _DEIT_KEEP_RATIOS = (0.9, 0.7, 0.5, 0.25)
 
 
 def _all_variants() -> dict[str, Architecture]:
-    variants: dict[str, Architecture] = {}
-    for size, (shape, stages) in _PAPER.items():
-        variants[f"sit_{size}"] = Architecture(**shape, stage_blocks=stages, keep_ratio=0.5)
-    for size, (shape, _) in _PAPER.items():
-        variants[f"lvvit_{size}"] = Architecture(**shape)
+    named = {
+        f"sit_{size}": Architecture(**shape, stage_blocks=x, keep_ratio=0.5) for size, (shape, x) in _PAPER.items()
+    }
+    named |= {f"lvvit_{size}": Architecture(**shape) for size, (shape, _) in _PAPER.items()}
     for size, (dim, heads) in _DEIT.items():
-        deit = Architecture(dim=dim, depth=12, num_heads=heads)
-        variants[f"deit_{size}"] = deit
+        named[f"deit_{size}"] = deit = Architecture(dim=dim, depth=12, num_heads=heads)
         for ratio in _DEIT_KEEP_RATIOS:
             student = dataclasses.replace(deit, stage_blocks=(3, 3, 3, 3), keep_ratio=ratio)
-            variants[f"deit_{size}_sit_{ratio}"] = student
-    return variants
+            named[f"deit_{size}_sit_{ratio}"] = student
+    return named
 
 
 VARIANTS: Mapping[str, Architecture] = _all_variants()

@@ -79,8 +79,10 @@ class ViT(nn.Module):
         x = self._embed(images, train, token_mix)
         tokens: list[Array] = []
         assignments: list[Array] = []
-        for block in range(arch.depth):
-            x = self._block(block, x, train, prefix_tokens if logits_only and block == arch.depth - 1 else None)
+        block_class = nn.remat(Block, static_argnums=(2, 3)) if self.remat and train else Block
+        for block, rate in enumerate(np.linspace(0.0, self.drop_path, arch.depth, dtype=np.float32)):
+            module = block_class(arch, self.dtype, self.attention, float(rate), name=f"blocks_{block}")
+            x = module(x, train, prefix_tokens if logits_only and block == arch.depth - 1 else None)
             if block in arch.slimming:
                 slim = TokenSlimming(arch.slimming[block], self.dtype, name=f"slimming_{block}")
                 kept, assignment = slim(x[:, prefix_tokens:])
@@ -89,16 +91,15 @@ class ViT(nn.Module):
             tokens.append(x[:, prefix_tokens:])
         used = x if labels_patches else x[:, :prefix_tokens]
         normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
-        logits, distillation_logits = self._heads(normed, train)
+        logits, distillation_logits = self._head("head", normed[:, 0]), None
+        if arch.distillation_token:
+            distillation_logits = self._head("distillation_head", normed[:, 1])
+            logits = logits if train else (logits + distillation_logits) / 2
         patch_logits = self._head("aux_head", normed[:, prefix_tokens:]) if labels_patches else None
+        if arch.aux_head and arch.is_slimmed and self.is_initializing():
+            # A slimmed model carries its teacher's for the checkpoints' sake.
+            self._head("aux_head", normed[:, 0])
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
-
-    def _block(
-        self, index: int, x: Float[Array, "batch tokens dim"], train: bool, used: int | None
-    ) -> Float[Array, "batch used dim"]:
-        rate = float(np.linspace(0.0, self.drop_path, self.arch.depth, dtype=np.float32)[index])
-        block = nn.remat(Block, static_argnums=(2, 3)) if self.remat and train else Block
-        return block(self.arch, self.dtype, self.attention, rate, name=f"blocks_{index}")(x, train, used)
 
     def _embed(
         self,
@@ -124,20 +125,6 @@ class ViT(nn.Module):
             prefix = jnp.concatenate([prefix, token + position], axis=1)
         prefix = jnp.broadcast_to(prefix, (batch, *prefix.shape[1:])).astype(self.dtype)
         return jnp.concatenate([prefix, (patches + positions[:, 1:]).astype(self.dtype)], axis=1)
-
-    def _heads(
-        self, normed: Float[Array, "batch tokens dim"], train: bool
-    ) -> tuple[Float[Array, "batch classes"], Float[Array, "batch classes"] | None]:
-        """Logits, and the distillation head's."""
-        arch = self.arch
-        logits = self._head("head", normed[:, 0])
-        if arch.aux_head and arch.is_slimmed and self.is_initializing():
-            # A slimmed model carries its teacher's for the checkpoints' sake.
-            self._head("aux_head", normed[:, 0])
-        if not arch.distillation_token:
-            return logits, None
-        distillation_logits = self._head("distillation_head", normed[:, 1])
-        return (logits if train else (logits + distillation_logits) / 2), distillation_logits
 
     def _head(self, name: str, normed: Float[Array, "*lead dim"]) -> Float[Array, "*lead classes"]:
         head = Dense(self.arch.num_classes, dtype=self.dtype, kernel_init=TOKEN_INIT, name=name)

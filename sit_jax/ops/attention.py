@@ -12,6 +12,8 @@ from sit_jax.errors import ConfigError
 
 Attend = Callable[[Array, Array, Array], Array]
 
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
 
 def plain_attention(
     query: Float[Array, "batch heads tokens size"],
@@ -105,7 +107,3 @@ def _why_no_cudnn(dtype: str, num_heads: int, head_dim: int) -> str:
 
 
 ATTENTION: dict[str, Attend] = {"xla": attention, "plain": plain_attention, "cudnn": cudnn_attention}
-
-
-def _einsum(spec: str, left: Array, right: Array) -> Array:
-    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)

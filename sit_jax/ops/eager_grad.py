@@ -23,12 +23,8 @@ def with_eager_grad(function: Scalar) -> Scalar:
 
     def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
         value, grads = jax.value_and_grad(function, argnums=tuple(range(len(primals))))(*primals)
-        products = jax.tree.map(_inner_product, grads, tangents)
+        products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), grads, tangents)
         return value, jnp.stack(jax.tree.leaves(products)).sum()
 
     wrapped.defjvp(rule)
     return wrapped
-
-
-def _inner_product(left: Array, right: Array) -> Array:
-    return jnp.sum(left.astype(jnp.float32) * right.astype(jnp.float32))
