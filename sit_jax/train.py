@@ -16,6 +16,7 @@ from sit_jax.config import Config, LossConfig, ModelConfig
 from sit_jax.data.device import prepare_batch
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
+from sit_jax.ops.linear import cast_kernels
 from sit_jax.optim import Schedule, make_optimizer, schedules
 from sit_jax.state import TrainState, stream_key, update_ema
 from sit_jax.xla_options import cpu_options
@@ -100,22 +101,21 @@ def freeze_teachers(task: Task, teachers: dict[str, Any]) -> dict[str, Any]:
         task: The run's functions.
         teachers: Variables by the name of the teacher's section.
     """
-    frozen = {}
-    for name, teacher in task.config.teachers.items():
-        if getattr(task, name) is not None:
-            frozen[name] = jax.jit(_cast_kernels, static_argnums=1)(teachers[name], teacher.model.dtype)
-    return frozen
+    cast = jax.jit(cast_kernels, static_argnums=1)
+    return {name: cast(teachers[name], model.dtype) for name, model in _teacher_models(task).items()}
 
 
-def _cast_kernels(tree: Any, dtype: str) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, tree)
+def _teacher_models(task: Task) -> dict[str, ModelConfig]:
+    """The models of the teachers that a task's step takes, by the name of their section."""
+    teachers = task.config.teachers
+    return {name: teacher.model for name, teacher in teachers.items() if getattr(task, name) is not None}
 
 
 def abstract_teachers(task: Task) -> dict[str, Any]:
     """Shapes and types of the variables of the teachers that a task's step takes."""
     teachers = {}
-    for name, teacher in task.config.teachers.items():
-        arch = teacher.model.architecture
+    for name, model in _teacher_models(task).items():
+        arch = model.architecture
         images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
         teachers[name] = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
     return jax.eval_shape(lambda tree: freeze_teachers(task, tree), teachers)

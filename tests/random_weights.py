@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import tiny
 
+from sit_jax.convert.fill import expected_shapes
 from sit_jax.convert.weights import Weights
-from sit_jax.export.folder import expected_shapes
 from sit_jax.models.architecture import Architecture
 
 PREPROCESSING = {"interpolation": "bicubic", "crop_fraction": 0.875, "resize": "crop"}

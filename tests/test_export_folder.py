@@ -130,7 +130,7 @@ LIES: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "a picture": (content(lambda raw: b"\x89PNG\r\n\x1a\n" + bytes(100)), WEIGHTS),
     "gone": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "one missing": (tensors(lambda x: x.pop("norm.weight")), "missing: norm.weight"),
-    "one extra": (tensors(lambda x: x.update(stray=np.zeros(3, np.float32))), "left over: stray"),
+    "one extra": (tensors(lambda x: x.update(unknown=np.zeros(3, np.float32))), "left over: unknown"),
     "another shape": (
         tensors(lambda x: x.update({"head.bias": np.zeros(11, np.float32)})),
         r"wrong shape: head.bias \(11,\), here it is \(10,\)",

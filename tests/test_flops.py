@@ -15,7 +15,7 @@ import tiny
 from sit_jax import cli
 from sit_jax.analysis.chips import CHIPS, published_flops
 from sit_jax.analysis.flops import count_cost
-from sit_jax.export.folder import expected_shapes
+from sit_jax.convert.fill import expected_shapes
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS

@@ -12,9 +12,10 @@ import numpy as np
 
 from sit_jax.analysis.benchmark import Timed
 from sit_jax.analysis.flops import count_cost
+from sit_jax.convert.fill import expected_shapes
 from sit_jax.errors import UserError
 from sit_jax.export import onnx_file, stablehlo
-from sit_jax.export.folder import expected_shapes, read_description
+from sit_jax.export.folder import read_description
 from sit_jax.export.inference import InferenceModel, inference_model
 from sit_jax.export.predictor import is_run, open_folder
 from sit_jax.metrics import evaluations, read_metrics

@@ -22,7 +22,7 @@ from sit_jax.analysis.chips import Chip, Topology
 from sit_jax.analysis.flops import count_step_macs
 from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
 from sit_jax.config import Config
-from sit_jax.errors import ConfigError, UserError
+from sit_jax.errors import ConfigError, UserError, one_line
 from sit_jax.models.architecture import Architecture
 from sit_jax.train import abstract_state, abstract_teachers, make_task, make_train_step
 
@@ -208,7 +208,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
         return list(slice_.devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise UserError(f"--topology: there is no slice {topology.name}: {reason}") from None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, NamedTuple
 
 from sit_jax.convert.pickle_names import DICTS, DTYPES, INERT, PARAMETERS, TENSORS
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, one_line
 
 # Opcodes in a checkpoint: some fifty per tensor, the optimizer's included, of one to three reads each.
 _MOST_READS = 20_000_000
@@ -97,8 +97,7 @@ def read_pickle(stream: BinaryIO) -> Any:
     except PickleError:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, EOFError, pickle.PickleError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise PickleError(f"the pickle inside is damaged: {reason}") from None
+        raise PickleError(f"the pickle inside is damaged: {one_line(error, 200)}") from None
 
 
 class _Counted:

@@ -11,8 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from pydantic import TypeAdapter, ValidationError
 
-from sit_jax.convert.fill import expected_shapes as expected_shapes
-from sit_jax.convert.fill import fill
+from sit_jax.convert.fill import expected_shapes, fill
 from sit_jax.convert.layouts import ORIGINAL
 from sit_jax.convert.original import name_table
 from sit_jax.convert.other_files import read_safetensors

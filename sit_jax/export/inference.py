@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
 from sit_jax.models import build_model
@@ -12,6 +11,7 @@ from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.stems import fold_batch_norm
 from sit_jax.ops.attention import choose
+from sit_jax.ops.linear import cast_kernels
 from sit_jax.xla_options import cpu_options
 
 # From so many rows on, XLA's own products in float32 are faster than its library's on a CPU.
@@ -91,9 +91,7 @@ def inference_model(
         attention = "plain" if fastest == "xla" else fastest
     module = build_model(arch, dtype=dtype, attention=attention).clone(batch_norm=False)
     params = fold_batch_norm(variables["params"], variables.get("batch_stats", {}))
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.asarray(x, dtype) if path[-1].key == "kernel" else x, params
-    )
+    params = cast_kernels(params, dtype)
 
     def apply(weights: Any, images: Array) -> Array:
         logits: Array = module.apply({"params": weights}, images, logits_only=True)[0]

@@ -74,7 +74,7 @@ class ViT(nn.Module):
             Logits (batch, classes) in float32 and `Outputs`. With a distillation token the logits are the class head's
             in training and the mean of both heads in evaluation.
         """
-        arch, prefix_tokens = self.arch, self.arch.num_prefix_tokens
+        arch, prefix_tokens, slimming = self.arch, self.arch.num_prefix_tokens, self.arch.slimming
         labels_patches = arch.aux_head and not arch.is_slimmed and not logits_only
         x = self._embed(images, train, token_mix)
         tokens: list[Array] = []
@@ -83,8 +83,8 @@ class ViT(nn.Module):
         for block, rate in enumerate(np.linspace(0.0, self.drop_path, arch.depth, dtype=np.float32)):
             module = block_class(arch, self.dtype, self.attention, float(rate), name=f"blocks_{block}")
             x = module(x, train, prefix_tokens if logits_only and block == arch.depth - 1 else None)
-            if block in arch.slimming:
-                slim = TokenSlimming(arch.slimming[block], self.dtype, name=f"slimming_{block}")
+            if block in slimming:
+                slim = TokenSlimming(slimming[block], self.dtype, name=f"slimming_{block}")
                 kept, assignment = slim(x[:, prefix_tokens:])
                 x = jnp.concatenate([x[:, :prefix_tokens], kept], axis=1)
                 assignments.append(assignment)

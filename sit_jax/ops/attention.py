@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sit_jax.errors import ConfigError
+from sit_jax.errors import ConfigError, one_line
 
 Attend = Callable[[Array, Array, Array], Array]
 
@@ -102,7 +102,7 @@ def _why_no_cudnn(dtype: str, num_heads: int, head_dim: int) -> str:
     try:
         jax.jit(cudnn_attention).lower(example, example, example).compile()
     except (RuntimeError, ValueError, NotImplementedError) as error:  # No cuDNN, an old one, or an old GPU.
-        return " ".join(str(error).split())[:200]
+        return one_line(error, 200)
     return ""
 
 

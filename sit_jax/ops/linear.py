@@ -20,15 +20,16 @@ def keep_kernels(*arrays: Any, dtype: Any, inexact: bool = True) -> list[Any]:
     return [*promote_dtype(inputs, dtype=dtype, inexact=inexact), *params]
 
 
-def plain_dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
-    """`dot_general` by autodiff: in bfloat16 the kernel's gradient is rounded to bfloat16.
-
-    Takes the arguments of `mixed_dot_general`.
-    """
-    product: Array = jax.lax.dot_general(
-        x, kernel.astype(x.dtype), dimensions, precision, preferred_element_type=jnp.float32
+def cast_kernels(tree: Any, dtype: str) -> Any:
+    """Variables with their kernels in the type of the products; the rest of them keeps its type."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(x, dtype) if path[-1].key == "kernel" else x, tree
     )
-    return product
+
+
+def plain_dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
+    """`dot_general` by autodiff: in bfloat16 the kernel's gradient is rounded to bfloat16."""
+    return jnp.tensordot(x, kernel.astype(x.dtype), 1, precision=precision, preferred_element_type=jnp.float32)
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
@@ -50,13 +51,13 @@ def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None,
         return plain_dot_general(x, kernel, dimensions, precision)
     # One matrix of rows: for the kernel's gradient XLA for CPUs transposes inputs of several leading axes, and computes
     # what they are made from once more while it does.
-    rows = plain_dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), precision)
+    rows = plain_dot_general(x.reshape(-1, x.shape[-1]), kernel, dimensions, precision)
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
-    return jnp.tensordot(x, kernel.astype(x.dtype), 1, preferred_element_type=jnp.float32)
+    return plain_dot_general(x, kernel, dimensions=None)
 
 
 def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
