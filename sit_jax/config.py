@@ -65,6 +65,8 @@ class OptimConfig:
         b2: Decay of the second moment.
         eps: Added to the root of the second moment.
         clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
+        grad_dtype: Type of the kernels' gradients between devices. `bfloat16` halves what devices send each
+            other and needs `model.dtype` bfloat16; micro-batches are added up in float32 all the same.
         accumulate_steps: Micro-batches that a batch is worked off in; their gradients are averaged.
         ema_decay: Decay of the exponential moving average of the weights, kept and evaluated beside them; 0 for none.
         faithful: Decay what the original decays: also the slimming scale and the reverse modules' norms and biases.
@@ -82,6 +84,7 @@ class OptimConfig:
     b2: Fraction = 0.999
     eps: Annotated[float, Gt(0)] = 1e-8
     clip_norm: NonNegative = 0.0
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
     accumulate_steps: Count = 1
     ema_decay: Fraction = 0.0
     faithful: bool = False
@@ -140,7 +143,7 @@ class TeacherConfig:
     match_classes: Literal["names", "index"] = "names"
 
     def __post_init__(self) -> None:
-        _check_training(self.epochs, self.batch_size, self.optim)
+        _check_training(self.epochs, self.batch_size, self.optim, self.model)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -239,7 +242,7 @@ class Config:
 
     def __post_init__(self) -> None:
         arch = self.model.architecture
-        _check_training(self.epochs, self.batch_size, self.optim)
+        _check_training(self.epochs, self.batch_size, self.optim, self.model)
         if self.loss.needs_teacher:
             _require(self.teacher is not None, "teacher", "is missing, but loss.token or loss.logits is above 0")
         if self.loss.hard > 0:
@@ -319,8 +322,10 @@ class Config:
         )
 
 
-def _check_training(epochs: int, batch_size: int, optim: OptimConfig) -> None:
+def _check_training(epochs: int, batch_size: int, optim: OptimConfig, model: ModelConfig) -> None:
     problem = f"{batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
     _require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
+    fits = optim.grad_dtype in ("float32", model.dtype)
+    _require(fits, "optim.grad_dtype", f"{optim.grad_dtype} needs model.dtype {optim.grad_dtype}, got {model.dtype}")
     problem = f"{optim.warmup_epochs} must be below epochs, {epochs}"
     _require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)

@@ -198,11 +198,14 @@ def _accumulated_gradients(
     task: Task, state: TrainState, batch: Batch, teachers: dict[str, Any], key: jax.Array
 ) -> tuple[Any, Any, Metrics]:
     """Gradients, BatchNorm statistics and metrics of a batch, worked off in micro-batches."""
-    parts = task.config.optim.accumulate_steps
+    optim = task.config.optim
+    parts = optim.accumulate_steps
+    # A gradient has the type of what it is taken of.
+    params = cast_kernels(state.params, optim.grad_dtype)
     gradient = jax.value_and_grad(compute_loss, argnums=1, has_aux=True)
     if parts == 1:
-        (_, (stats, metrics)), grads = gradient(task, state.params, state.batch_stats, batch, teachers, key)
-        return grads, stats, metrics
+        (_, (stats, metrics)), grads = gradient(task, params, state.batch_stats, batch, teachers, key)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), grads), stats, metrics
     # Every part takes each parts-th example: so each device works off its own examples, none travels.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -210,7 +213,7 @@ def _accumulated_gradients(
         summed, stats = carry
         micro, index = part
         micro_key = jax.random.fold_in(key, index)
-        (_, (stats, metrics)), grads = gradient(task, state.params, stats, micro, teachers, micro_key)
+        (_, (stats, metrics)), grads = gradient(task, params, stats, micro, teachers, micro_key)
         return (jax.tree.map(jnp.add, summed, grads), stats), metrics
 
     zeros = jax.tree.map(jnp.zeros_like, state.params)

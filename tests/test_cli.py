@@ -27,7 +27,12 @@ def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "key"), [("model.stem=conv5", "model.stem"), ("teacher.model.dtype=int8", "teacher.model.dtype")]
+    ("word", "key"),
+    [
+        ("model.stem=conv5", "model.stem"),
+        ("teacher.model.dtype=int8", "teacher.model.dtype"),
+        ("optim.grad_dtype=bfloat16", "optim.grad_dtype"),  # Products are float32.
+    ],
 )
 def test_choices_that_do_not_exist(word: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: "):

@@ -14,7 +14,7 @@ import tiny
 
 from sit_jax import cli
 from sit_jax.analysis.chips import CHIPS, published_flops
-from sit_jax.analysis.flops import count_cost
+from sit_jax.analysis.flops import Tiles, count_cost, fuller_token_counts
 from sit_jax.convert.fill import expected_shapes
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
@@ -111,3 +111,26 @@ def test_published_peaks() -> None:
     assert published_flops("TPU v5 lite") == CHIPS["v5e"].flops
     assert published_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert published_flops("cpu") is None
+
+
+def test_padding_of_tiles() -> None:
+    arch = Architecture(
+        num_classes=0, dim=64, depth=2, num_heads=4, stage_blocks=(1, 1), keep_ratio=0.25, image_size=64
+    )
+    # 16 patches and the class token take 24 rows and 128 lanes, the 4 kept ones and theirs 8 and 128.
+    whole, padded = count_cost(arch), count_cost(arch, Tiles(8, 128))
+    assert whole.macs["attention"] == (17 + 5) * 4 * 64**2 + 2 * (17**2 + 5**2) * 64
+    assert padded.macs["attention"] == (24 + 8) * 4 * 64**2 + 2 * (24 + 8) * 128 * 64
+    assert padded.macs["mlp"] == (24 + 8) * 8 * 64**2
+    assert padded.macs["slimming"] == 16 * (64 * 32 + 32 * 128) + 16 * 128 * 64
+    # The reverse module behind each block: over tokens 4 -> 64 -> 16, all lanes, then 16 rows of 64 channels.
+    assert padded.reverse_macs == 2 * (64 * (128 * 128 + 128 * 128) + 16 * 8 * 64**2)
+    assert (whole.params, whole.macs["stem"]) == (padded.params, padded.macs["stem"])
+
+
+def test_token_counts_that_fill_their_tiles() -> None:
+    assert fuller_token_counts(VARIANTS["sit_tiny"]) == {98: (95, 103), 49: (47, 55), 24: (23, 31)}
+    full = Architecture(stage_blocks=(6, 6), kept_tokens=(196, 95))
+    assert fuller_token_counts(full) == {}
+    assert fuller_token_counts(dataclasses.replace(full, kept_tokens=(196, 3))) == {3: (7,)}
+    assert fuller_token_counts(full.without_slimming()) == {}

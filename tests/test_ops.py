@@ -37,6 +37,26 @@ def test_attention_equals_its_plain_twin(others: int) -> None:
     np.testing.assert_allclose(expected, wanted, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ops.ATTENTION)
+def test_every_attention_agrees_with_jax(name: str) -> None:
+    if name == "cudnn" and ops.choose("auto", "bfloat16", 3, 64) != "cudnn":
+        pytest.skip("cuDNN's attention does not run here")
+    shapes = ((2, 3, 16, 64), (2, 3, 24, 64), (2, 3, 24, 64))
+    arguments = [normal(i, *shape).astype(jnp.bfloat16) for i, shape in enumerate(shapes)]
+    result, back = jax.vjp(ops.ATTENTION[name], *arguments)
+
+    def reference(*arguments: jax.Array) -> jax.Array:
+        heads_last = (x.astype(jnp.float32).swapaxes(1, 2) for x in arguments)
+        return jax.nn.dot_product_attention(*heads_last).swapaxes(1, 2)
+
+    expected, reference_back = jax.vjp(reference, *arguments)
+    grad = normal(7, *expected.shape)
+    mine, theirs = (result, *back(grad.astype(jnp.bfloat16))), (expected, *reference_back(grad))
+    for ours, exact in zip(mine, theirs, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), exact.astype(jnp.float32), atol=0.03)
+
+
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = (normal(i, 1, 1, 6, 4) for i in range(3))
     result, back = jax.vjp(ops.attention, 1e4 * query, key, value)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from jax.ad_checkpoint import print_saved_residuals
@@ -198,6 +199,28 @@ def test_bfloat16_is_for_products_alone() -> None:
         assert "float32" in seen[name], name
         assert "bfloat16" not in seen[name], name
     assert "bfloat16" in seen["dot_general"]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
+    model = ModelConfig(architecture=tiny.STUDENT, dtype="bfloat16")
+    teacher = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, dtype="bfloat16"))
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    moments = {}
+    for grad_dtype in ("float32", "bfloat16"):
+        optim = OptimConfig(b1=0.5, eps=1e-3, grad_dtype=grad_dtype, accumulate_steps=parts)
+        task = make_task(tiny.config(model=model, teacher=teacher, optim=optim), steps_per_epoch=10)
+        given = {"teacher": teacher_variables(mesh)}
+        state, _ = make_train_step(task, mesh)(init_state(task, mesh), tiny.batch(16), given)
+        assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+        # The first moment after one step is half of the gradient.
+        moments[grad_dtype] = optax.tree.get(state.opt_state, "mu")["reverse"]["blocks_1"]["channel_mlp"]["fc1"]
+    wide, narrow = moments["float32"], moments["bfloat16"]
+    rounding = 2**-8 * parts * np.abs(wide["kernel"]).max()
+    np.testing.assert_allclose(narrow["kernel"], wide["kernel"], rtol=0, atol=rounding)
+    rounded = narrow["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.array_equal(rounded, narrow["kernel"]) == (parts == 1), "micro-batches are added up in float32"
+    assert not np.array_equal(narrow["bias"].astype(jnp.bfloat16), narrow["bias"]), "biases stay in float32"
 
 
 def test_a_teacher_cast_beforehand_gives_the_same_step() -> None:

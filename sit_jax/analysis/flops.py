@@ -5,6 +5,7 @@ and additions are not, as in the paper and in the usual counters. One image, bat
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 from sit_jax.config import Config
 from sit_jax.errors import ConfigError
@@ -33,19 +34,44 @@ class Cost:
         return sum(self.macs.values()) / 1e9
 
 
-def count_cost(arch: Architecture) -> Cost:
-    """Counts a model's cost."""
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Sizes that token axes are padded to. The default is none.
+
+    Attributes:
+        rows: Of an array's last axis but one.
+        lanes: Of its last axis.
+    """
+
+    rows: int = 1
+    lanes: int = 1
+
+    def padded_rows(self, tokens: int) -> int:
+        """Tokens on the last axis but one, as they are stored."""
+        return -(-tokens // self.rows) * self.rows
+
+    def padded_lanes(self, tokens: int) -> int:
+        """Tokens on the last axis, as they are stored."""
+        return -(-tokens // self.lanes) * self.lanes
+
+
+# A float32 or bfloat16 array on a TPU is stored in tiles of 8 rows by 128 lanes.
+TPU_TILES = Tiles(8, 128)
+
+
+def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
+    """Counts a model's cost; products over token axes as large as the tiles make them."""
     stem_macs, stem_params = _stem(arch)
     dim, hidden, prefix = arch.dim, int(arch.dim * arch.mlp_ratio), arch.num_prefix_tokens
     attention = mlp = 0
     for patches in arch.block_input_tokens:
-        tokens = patches + prefix
-        attention += tokens * 4 * dim**2 + 2 * tokens**2 * dim
-        mlp += tokens * 2 * dim * hidden
+        rows, lanes = tiles.padded_rows(patches + prefix), tiles.padded_lanes(patches + prefix)
+        attention += rows * 4 * dim**2 + 2 * rows * lanes * dim
+        mlp += rows * 2 * dim * hidden
     slimming_macs = slimming_params = 0
     for block, kept in arch.slimming.items():
-        patches = arch.block_input_tokens[block]
-        slimming_macs += patches * (dim * (dim // 2) + (dim // 2) * kept) + patches * kept * dim
+        rows, lanes = tiles.padded_rows(arch.block_input_tokens[block]), tiles.padded_lanes(kept)
+        slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes) + rows * lanes * dim
         slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)
     block_params += _linear(dim, hidden) + _linear(hidden, dim) + 2 * dim * arch.layer_scale
@@ -64,10 +90,10 @@ def count_cost(arch: Architecture) -> Cost:
         "slimming": slimming_macs,
         "head": used_heads * dim * arch.num_classes,
     }
-    return Cost(macs, params, *_reverse(arch))
+    return Cost(macs, params, *_reverse(arch, tiles))
 
 
-def count_step_macs(config: Config) -> int:
+def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     """Multiply-accumulates of a train step per image: the student's forward pass and twice that backward, once more
     what is recomputed (`remat`), the reverse modules (never recomputed) likewise, and the teachers' forward passes.
 
@@ -76,7 +102,7 @@ def count_step_macs(config: Config) -> int:
     arch = config.model.architecture
     if not isinstance(arch, Architecture):
         raise ConfigError("model: only vision transformers can be counted")
-    cost = count_cost(arch)
+    cost = count_cost(arch, tiles)
     total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The pictures need no gradient.
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
@@ -85,8 +111,30 @@ def count_step_macs(config: Config) -> int:
     if config.teacher is not None and config.loss.needs_teacher:
         teacher = config.teacher.model.architecture
         assert isinstance(teacher, Architecture)
-        total += sum(count_cost(teacher).macs.values())
+        total += sum(count_cost(teacher, tiles).macs.values())
     return total
+
+
+def padding(config: Config, tiles: Tiles = TPU_TILES) -> float:
+    """Fraction of a train step's products that is padding of token axes, where each image's tokens are padded."""
+    return 1 - count_step_macs(config) / count_step_macs(config, tiles)
+
+
+def fuller_token_counts(arch: Architecture, tiles: Tiles = TPU_TILES) -> dict[int, tuple[int, ...]]:
+    """Kept tokens that do not fill their tiles -> the nearest smaller and larger counts that do.
+
+    A count fills its tiles where it makes full rows together with the class token and other prefix tokens. Left out are
+    the whole grid, which the image size sets, and what would leave the range between the stages beside it.
+    """
+    counts, prefix, rows = arch.token_counts, arch.num_prefix_tokens, tiles.rows
+
+    def candidates(stage: int) -> Iterator[int]:
+        low = (counts[stage] + prefix) // rows * rows - prefix
+        least = counts[stage + 1] if stage + 1 < len(counts) else 1
+        yield from (count for count in (low, low + rows) if least <= count <= counts[stage - 1])
+
+    stages = range(1, len(counts))
+    return {counts[stage]: tuple(candidates(stage)) for stage in stages if (counts[stage] + prefix) % rows}
 
 
 def _first_layer(arch: Architecture) -> int:
@@ -112,14 +160,15 @@ def _stem(arch: Architecture) -> tuple[int, int]:
     return macs, params
 
 
-def _reverse(arch: Architecture) -> tuple[int, int]:
+def _reverse(arch: Architecture, tiles: Tiles) -> tuple[int, int]:
     """Parameters and MAC of the reverse modules: an MLP over tokens for every channel, one over channels per token."""
     patches, dim = arch.num_patches, arch.dim
     params = macs = 0
+    wide, out = tiles.padded_lanes(4 * patches), tiles.padded_lanes(patches)
     for kept in arch.block_output_tokens[arch.first_reversed_block :]:
         params += 4 * dim + _linear(kept, 4 * patches) + _linear(4 * patches, patches)
         params += _linear(dim, 4 * dim) + _linear(4 * dim, dim)
-        macs += dim * (kept * 4 * patches + 4 * patches * patches) + patches * 8 * dim**2
+        macs += dim * (tiles.padded_lanes(kept) * wide + wide * out) + tiles.padded_rows(patches) * 8 * dim**2
     return params, macs
 
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from sit_jax import sharding
 from sit_jax.analysis.chips import Chip, Topology
-from sit_jax.analysis.flops import count_step_macs
+from sit_jax.analysis.flops import count_step_macs, fuller_token_counts, padding
 from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
 from sit_jax.config import Config
 from sit_jax.errors import ConfigError, UserError, one_line
@@ -103,6 +103,8 @@ class Plan:
         memory: None where it does not fit.
         needed_bytes: What the compiler asked for where it does not fit.
         flops: Of a step on each device, counted from the architectures: two per multiply-accumulate.
+        padding: Fraction of the TPU's products that is padding, where token counts do not fill tiles of 8 by 128.
+        fuller_token_counts: Kept tokens that leave rows of their tiles empty -> the nearest counts that fill them.
         memory_bytes: Moved between each device and its memory in a step.
         collectives: Of a step.
         bound: None for virtual devices and where it does not fit.
@@ -119,6 +121,8 @@ class Plan:
     memory: Memory | None
     needed_bytes: int | None
     flops: float
+    padding: float | None
+    fuller_token_counts: dict[int, tuple[int, ...]]
     memory_bytes: int | None
     collectives: tuple[Collective, ...]
     bound: Bound | None
@@ -146,6 +150,8 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
         ConfigError: The mesh does not fit the devices, or batches or heads do not fit the mesh.
         UserError: The compiler for TPUs is not installed.
     """
+    arch = config.model.architecture
+    assert isinstance(arch, Architecture)
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_mesh(mesh, config)
@@ -160,6 +166,8 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
         "mesh": dict(mesh.shape),
         "batch_size": config.batch_size,
         "steps": steps,
+        "padding": padding(config) if topology.chip else None,
+        "fuller_token_counts": fuller_token_counts(arch) if topology.chip else {},
         "flops": (2.0 * count_step_macs(config) + _cnn_teacher_flops(config)) * config.batch_size / topology.devices,
     }
     begun = time.monotonic()

@@ -83,6 +83,12 @@ def _rows(result: Plan) -> list[tuple[str, str, str]]:
         ("  outputs and program", f"{(memory.outputs + memory.program) / _GIB:.2f}", ""),
         ("per device and step", "", ""),
         ("  TFLOP", f"{result.flops / 1e12:.2f}", "" if bound is None else f"at least {1e3 * bound.compute_s:.1f} ms"),
+    ]
+    if result.padding is not None:
+        counts = [f"{n}: {' or '.join(map(str, better))}" for n, better in result.fuller_token_counts.items() if better]
+        note = f"token counts that fill tiles: {'; '.join(counts)}" if counts else ""
+        rows.append(("  tile padding in products, %", f"{100 * result.padding:.0f}", note))
+    rows += [
         (
             "  memory traffic, GB",
             f"{result.memory_bytes / 1e9:.1f}",

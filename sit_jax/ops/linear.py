@@ -35,20 +35,18 @@ def plain_dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any =
 def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
     """The product of a layer's inputs with its kernel over the inputs' last axis, float32.
 
-    The operands have the type of the inputs in all three products, those of the backward pass included; sums are
-    float32, and the kernel's gradient is not rounded on its way to the float32 parameters. Autodiff rounds it to
-    bfloat16, or has float32 operands.
+    The operands have the type of the inputs in all three products, those of the backward pass included. Sums are
+    float32, and the kernel's gradient is rounded to the kernel's type alone: not at all for float32 parameters.
+    Autodiff rounds it to the inputs' type, or has float32 operands.
 
     Args:
         x: Inputs, (..., inputs).
-        kernel: (inputs, outputs), float32.
+        kernel: (inputs, outputs), float32 or the type of the inputs.
         dimensions: Always those of a linear layer.
         precision: Of float32 products.
     """
-    if x.dtype != kernel.dtype:
-        return _product(x, kernel)
     if x.dtype != jnp.float32:
-        return plain_dot_general(x, kernel, dimensions, precision)
+        return _product(x, kernel)
     # One matrix of rows: for the kernel's gradient XLA for CPUs transposes inputs of several leading axes, and computes
     # what they are made from once more while it does.
     rows = plain_dot_general(x.reshape(-1, x.shape[-1]), kernel, dimensions, precision)
@@ -69,7 +67,7 @@ def _product_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, A
     grad = grad.astype(x.dtype)
     to_x = jnp.tensordot(grad, kernel.astype(x.dtype), (-1, 1), preferred_element_type=jnp.float32).astype(x.dtype)
     lead = tuple(range(x.ndim - 1))
-    return to_x, jnp.tensordot(x, grad, (lead, lead), preferred_element_type=jnp.float32)
+    return to_x, jnp.tensordot(x, grad, (lead, lead), preferred_element_type=kernel.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
