@@ -4,7 +4,7 @@
     python benchmarks/inference.py --models sit_xsmall --batch_sizes 1 --dtypes float32 --contenders jax eager
 
 Each framework lives in a process of its own (see turns.py) on the same cores with as many threads. JAX's is what
-`sit benchmark` and the commands run; PyTorch's is the module of `sit_jax/export/torch_model.py` in evaluation mode,
+`sit benchmark` and the commands run; PyTorch's is the module of `sit_jax/io/export/torch_model.py` in evaluation mode,
 eager and through `torch.compile`, in bfloat16 under autocast. The weights go from one to the other by a model folder,
 and the logits of the first batch must agree. Each call takes another of four input buffers that lie on the device. On
 a CPU every call is waited for, on an accelerator the last one of a turn. Contenders take turns, A B A B; the medians
@@ -48,8 +48,8 @@ class Jax:
         import jax
         import numpy as np
 
-        from sit_jax.export.folder import load_folder
-        from sit_jax.export.inference import inference_model
+        from sit_jax.io.inference import inference_model
+        from sit_jax.io.model_folder import load_folder
 
         weights = load_folder(pathlib.Path(folder))
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}
@@ -95,7 +95,7 @@ class Torch:
 
         import torch
 
-        from sit_jax.export.torch_model import load
+        from sit_jax.io.export.torch_model import load
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = load(folder).to(device)
@@ -156,7 +156,7 @@ def compare(
         row[f"{name}_compile_s"] = ready["compile_s"]
         arguments.versions.setdefault(child.name, ready["version"])
         contenders[name] = child, name
-    found = turns.take_turns(contenders, arguments.rounds, arguments.seconds)
+    found = turns.time_interleaved(contenders, arguments.rounds, arguments.seconds)
     for name, seconds in found.items():
         row[name] = case["batch"] / statistics.median(seconds)
     for name in ("eager", "compile"):
@@ -201,11 +201,11 @@ def main() -> None:
     columns = {"model": "model", "batch": "batch", "dtype": "type"}
     columns |= {"jax": "JAX, images/s", "eager": "PyTorch eager", "compile": "torch.compile"}
     columns |= {"over_eager": "JAX over eager", "over_compile": "JAX over compile"}
-    about = f"{'; '.join(arguments.versions.values())}; {turns.machine(arguments.threads)}"
-    print(f"{about}; {arguments.rounds} rounds of {arguments.seconds:g} s\n\n{turns.table(rows, columns)}")
+    metadata = f"{'; '.join(arguments.versions.values())}; {turns.machine(arguments.threads)}"
+    print(f"{metadata}; {arguments.rounds} rounds of {arguments.seconds:g} s\n\n{turns.table(rows, columns)}")
     print("\nProcessor seconds used while waiting: " + ", ".join(f"{name} {used:.2f}" for name, used in idle.items()))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"about": about, "idle_cpu_s": idle, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"about": metadata, "idle_cpu_s": idle, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

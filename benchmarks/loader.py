@@ -72,7 +72,7 @@ def ours(
         augment = dataclasses.replace(augment, rand_augment=RAND_AUGMENT)
     model = ModelConfig(architecture=get_architecture("deit_tiny", num_classes=classes, image_size=SIZE))
     config = Config(model=model, data=data, augment=augment, batch_size=BATCH)
-    for batch in TrainData(config, Hosts()).batches():
+    for batch in TrainData(config.inputs, Hosts()).batches():
         yield batch["image"]
 
 

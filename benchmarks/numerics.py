@@ -21,11 +21,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests"))
 
 import golden_files
 
-from sit_jax.convert.original import to_original
+from sit_jax.io.convert.sit_names import to_original
 from sit_jax.ops.linear import cast_kernels
-from sit_jax.sharding import make_mesh
-from sit_jax.state import TrainState
-from sit_jax.train import compute_loss, make_task, make_train_step
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.train.state import TrainState
+from sit_jax.train.step import compute_loss, make_train_spec, make_train_step
 
 Dtype = Literal["float32", "bfloat16"]
 # Type of the products, and of the kernels' gradients.
@@ -44,7 +44,7 @@ def errors(name: str, dtype: Dtype, grad_dtype: Dtype) -> tuple[float, float, fl
         teacher=dataclasses.replace(config.teacher, model=dataclasses.replace(teacher, dtype=dtype)),
         optim=dataclasses.replace(optim, grad_dtype=grad_dtype),
     )
-    task = make_task(config, steps_per_epoch=1)
+    task = make_train_spec(config, steps_per_epoch=1)
     params = {"model": golden.student["params"], "reverse": golden.student["reverse"]}
     params = jax.tree.map(jnp.array, params)
     stats = jax.tree.map(jnp.array, golden.student.get("batch_stats", {}))

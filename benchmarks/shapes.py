@@ -21,9 +21,9 @@ def write_folder(folder: pathlib.Path, name: str, tiny: bool, reverse: bool, see
     import jax
     import numpy as np
 
-    from sit_jax.convert.fill import expected_shapes
-    from sit_jax.convert.weights import Weights
-    from sit_jax.export.folder import save_folder
+    from sit_jax.io.convert.load_params import expected_shapes
+    from sit_jax.io.model_folder import save_folder
+    from sit_jax.io.weights import Weights
 
     rng = np.random.default_rng(seed)
     arch = architecture(name, tiny)

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from sit_jax.data.sources import open_source
+from sit_jax.data.registry import open_source
 from sit_jax.errors import UserError
-from sit_jax.visual.subject import open_subject
+from sit_jax.visual.inspected_model import open_inspected_model
 
 STROKE = 0.5
 
@@ -32,12 +32,12 @@ def measure(folder: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]
     Raises:
         UserError: There is no run, or its model slims nothing.
     """
-    subject = open_subject(folder)
+    subject = open_inspected_model(folder)
     if not subject.arch.is_slimmed:
         raise UserError(f"{folder}: this model has no slimming modules; give a student's run")
     data = subject.data if data_dir is None else dataclasses.replace(subject.data, data_dir=data_dir)
     source = open_source(data, data.eval_split)
-    pixels = np.stack([subject.see(source[index]).pixels for index in range(len(source))])
+    pixels = np.stack([subject.preprocess(source[index]).pixels for index in range(len(source))])
     maps = subject.maps(pixels)
     side = pixels.shape[1] // maps.grid
     levels = pixels.reshape(len(pixels), maps.grid, side, maps.grid, side).mean(axis=(2, 4)).reshape(len(pixels), -1)

@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --dtypes float32 --contenders jax eager
 
 A step is the teacher's forward pass, the student with its reverse modules forward and backward, and AdamW, in JAX as
-the trainer runs it, in PyTorch as `sit_jax/export/torch_model.py` says, in bfloat16 under autocast, with the fused
+the trainer runs it, in PyTorch as `sit_jax/io/export/torch_model.py` says, in bfloat16 under autocast, with the fused
 AdamW. Every contender has a process of its own (see turns.py) on the same cores with as many threads. Weights go from
 one to the other by model folders, and the losses of the first steps must agree. Each step takes another of four
 batches that lie on the device. On a CPU every step is waited for, on an accelerator the last one of a turn.
@@ -59,11 +59,11 @@ class Jax:
         import jax
         import jax.numpy as jnp
 
-        from sit_jax import sharding
         from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
-        from sit_jax.export.folder import load_folder
-        from sit_jax.state import TrainState
-        from sit_jax.train import freeze_teachers, make_task, make_train_step
+        from sit_jax.io.model_folder import load_folder
+        from sit_jax.parallel import sharding
+        from sit_jax.train.state import TrainState
+        from sit_jax.train.step import freeze_teachers, make_train_spec, make_train_step
 
         before = turns.resident_mib()
         student, teacher = (load_folder(pathlib.Path(folder) / name) for name in ("student", "teacher"))
@@ -75,7 +75,7 @@ class Jax:
             loss=LossConfig(token=2.0, logits=2.0),
             optim=OptimConfig(lr=RATE, min_lr=RATE, rtsm_lr_scale=1.0),
         )
-        task, mesh = make_task(config, steps_per_epoch=1000), sharding.make_mesh(devices=jax.devices()[:1])
+        task, mesh = make_train_spec(config, steps_per_epoch=1000), sharding.make_mesh(devices=jax.devices()[:1])
         params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
         stats = jax.tree.map(jnp.array, student.batch_stats)
         fresh = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), None)
@@ -132,7 +132,7 @@ class Torch:
 
         import torch
 
-        from sit_jax.export.torch_model import distillation_loss, load, parameter_groups
+        from sit_jax.io.export.torch_model import distillation_loss, load, parameter_groups
 
         before = turns.resident_mib()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,7 +202,7 @@ def compare(folder: pathlib.Path, dtype: str, arguments: argparse.Namespace) -> 
             if not apart < AGREE[dtype]:
                 raise RuntimeError(f"{name} has other losses than {names[0]}: {row['losses']}, {reference}")
             rows.append({"name": name, "dtype": dtype, **row})
-        found = turns.take_turns(
+        found = turns.time_interleaved(
             {name: (child, "") for name, child in contenders.items()}, arguments.rounds, arguments.seconds
         )
         for row in rows:
@@ -247,11 +247,11 @@ def main() -> None:
     columns |= {"idle_cpu_s": "CPU s while waiting"}
     for row in rows:
         row["contender"] = told[row["name"]]
-    about = "; ".join(dict.fromkeys(row["version"] for row in rows))
-    about = f"{arguments.model}, batch {arguments.batch_size}; {about}; {turns.machine(arguments.threads)}"
-    print(f"{about}; {arguments.rounds} rounds of {arguments.seconds:g} s\n\n{turns.table(rows, columns)}")
+    metadata = "; ".join(dict.fromkeys(row["version"] for row in rows))
+    metadata = f"{arguments.model}, batch {arguments.batch_size}; {metadata}; {turns.machine(arguments.threads)}"
+    print(f"{metadata}; {arguments.rounds} rounds of {arguments.seconds:g} s\n\n{turns.table(rows, columns)}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"about": metadata, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

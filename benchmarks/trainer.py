@@ -113,13 +113,13 @@ def wait_until_idle(pause: float = 0.1, most: float = 60) -> None:
 
 def measure(arguments: argparse.Namespace, scratch: pathlib.Path) -> Stopwatch:
     """Trains for as many steps as the stretches need."""
-    from sit_jax import run
+    from sit_jax.cli.runtime import set_log_levels
     from sit_jax.config import CheckpointConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig
     from sit_jax.data.pipeline import TrainData
-    from sit_jax.process import quiet_libraries
-    from sit_jax.train import make_train_step
+    from sit_jax.train import loop as run
+    from sit_jax.train.step import make_train_step
 
-    quiet_libraries()
+    set_log_levels()
     student = shapes.architecture(arguments.model, arguments.tiny)
     teacher = arguments.model.replace("sit_", "lvvit_")
     shapes.write_folder(scratch / "given", teacher, arguments.tiny, reverse=False)
@@ -165,11 +165,11 @@ def main() -> None:
     # Each stretch of the loop is compared with the bare one behind it.
     added = turns.ratio(watch.loop, watch.bare) - 1
     rows = [{"what": "bare step", "seconds": bare}, {"what": "trainer", "seconds": loop, "added": f"{added:+.1%}"}]
-    about = f"{arguments.model}, batch {arguments.batch_size}, {arguments.dtype}; "
-    about += f"{turns.machine(len(os.sched_getaffinity(0)))}; {arguments.rounds} rounds of {arguments.stretch} steps"
-    print(f"{about}\n\n{turns.table(rows, {'what': '', 'seconds': 's per step', 'added': 'added'})}")
+    metadata = f"{arguments.model}, batch {arguments.batch_size}, {arguments.dtype}; "
+    metadata += f"{turns.machine(len(os.sched_getaffinity(0)))}; {arguments.rounds} rounds of {arguments.stretch} steps"
+    print(f"{metadata}\n\n{turns.table(rows, {'what': '', 'seconds': 's per step', 'added': 'added'})}")
     if arguments.json:
-        figures = {"about": about, "bare_s": watch.bare, "loop_s": watch.loop, "added": added}
+        figures = {"about": metadata, "bare_s": watch.bare, "loop_s": watch.loop, "added": added}
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -104,7 +104,7 @@ def add_keep_memory(parser: argparse.ArgumentParser) -> None:
 def keep_memory(framework: str) -> None:
     """In a child: sets the allocator as the option says."""
     if os.environ["BENCHMARK_KEEP_MEMORY"] in (framework, "both"):
-        from sit_jax.process import keep_memory as keep
+        from sit_jax.cli.runtime import keep_memory as keep
 
         keep()
 
@@ -147,7 +147,9 @@ def time_calls(call: Callable[[int], Any], wait: Callable[[Any], None], calls: i
     return {"seconds": (time.perf_counter() - begun) / calls}
 
 
-def take_turns(contenders: Mapping[str, tuple[Child, str]], rounds: int, seconds: float) -> dict[str, list[float]]:
+def time_interleaved(
+    contenders: Mapping[str, tuple[Child, str]], rounds: int, seconds: float
+) -> dict[str, list[float]]:
     """Seconds per call of every contender in every round: A B A B ...
 
     Args:

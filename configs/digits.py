@@ -9,7 +9,7 @@ from sit_jax.config import (
     LossConfig,
     OptimConfig,
 )
-from sit_jax.config_dict import defaults, model_section
+from sit_jax.config.config_dict import defaults, model_section
 from sit_jax.models.architecture import Architecture
 
 TEACHER = Architecture(

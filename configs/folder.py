@@ -19,7 +19,7 @@ from sit_jax.config import (
     MixConfig,
     OptimConfig,
 )
-from sit_jax.config_dict import defaults, model_section
+from sit_jax.config.config_dict import defaults, model_section
 from sit_jax.models.architecture import Architecture
 
 

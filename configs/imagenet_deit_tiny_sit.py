@@ -10,7 +10,7 @@ reproduced here: not yet. Meant for 16 TPU v5e chips or 8 GPUs of 40 GB; not mea
 
 from ml_collections import ConfigDict
 
-from sit_jax.recipe import distillation
+from sit_jax.config.recipe import distillation
 
 
 def get_config(keep_ratio: str = "0.5") -> ConfigDict:

@@ -11,7 +11,7 @@ this project's own. Meant for 16 TPU v5e chips or 8 GPUs of 40 GB; not measured.
 
 from ml_collections import ConfigDict
 
-from sit_jax.recipe import teacher, token_labelling
+from sit_jax.config.recipe import teacher, token_labelling
 
 
 def get_config(mode: str = "finetune") -> ConfigDict:

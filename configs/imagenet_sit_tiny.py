@@ -8,7 +8,7 @@ measured. The teacher is a run of configs/imagenet_lvvit_tiny.py in `teacher.run
 
 from ml_collections import ConfigDict
 
-from sit_jax.recipe import distillation
+from sit_jax.config.recipe import distillation
 
 
 def get_config() -> ConfigDict:

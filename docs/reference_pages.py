@@ -18,7 +18,7 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, ModelConfig
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
@@ -35,7 +35,7 @@ A configuration is a Python file whose `get_config()` returns an `ml_collections
 per experiment. Every key below can be set there, or on the command line as `--config.KEY=VALUE`
 (`--config.optim.lr=1e-3`). What neither mentions has its default. A wrong key or value is one line that names it.
 
-This page is made from `sit_jax.config` and `sit_jax.data.config`, which check the values.
+This page is made from `sit_jax.config.schema` and `sit_jax.data.config`, which check the values.
 """
 _COMMANDS_INTRO = """# Commands
 
@@ -190,7 +190,7 @@ def _cell(text: str) -> str:
 def commands_page() -> str:
     """The command reference, in Markdown."""
     parts = [_COMMANDS_INTRO]
-    for parser in command_parsers(cli._parser()):
+    for parser in command_parsers(cli.make_parser()):
         parts += [f"## {parser.prog}\n", f"{parser.description}\n", f"```text\n{_usage(parser)}\n```\n"]
         parts += [words_table(parser), *([f"{parser.epilog}\n"] if parser.epilog else [])]
     return "\n".join(parts)
@@ -214,7 +214,7 @@ def words_table(parser: argparse.ArgumentParser) -> str:
     """
     lines = ["| word | default | meaning |", "|---|---|---|"]
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
+        if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue
         if not action.help:
             raise ValueError(f"{parser.prog}: {action.dest} has no help")

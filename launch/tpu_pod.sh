@@ -209,7 +209,7 @@ install_and_start() {
   local unpack='mkdir -p sit_jax && tar -xzf sit_jax.tar.gz -C sit_jax' words
   run mkdir -p build &&
     run tar --exclude=__pycache__ -czf "build/$name.tar.gz" \
-      sit_jax configs launch pyproject.toml requirements.txt README.md LICENSE &&
+      sit_jax configs launch pyproject.toml setup.py requirements.txt README.md LICENSE &&
     run "${tpu[@]}" scp "build/$name.tar.gz" "$name:sit_jax.tar.gz" "${reach[@]}" --worker=all &&
     run "${tpu[@]}" ssh "$name" "${reach[@]}" --worker=all "--command=$unpack" &&
     remote all install ${buckets[@]+"${buckets[@]}"} &&

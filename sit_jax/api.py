@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from sit_jax.convert.weights import Weights
 from sit_jax.errors import ConfigError
-from sit_jax.export.folder import save_folder
-from sit_jax.export.forward import normalize_with
-from sit_jax.export.inference import inference_model
-from sit_jax.export.predictor import open_weights
-from sit_jax.export.preprocessing import settled
+from sit_jax.io.export.forward import normalize_with
+from sit_jax.io.inference import inference_model
+from sit_jax.io.model_folder import save_folder
+from sit_jax.io.predictor import open_weights
+from sit_jax.io.preprocessing import settled
+from sit_jax.io.weights import Weights
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import get_architecture
@@ -36,7 +36,7 @@ class Model:
 
     arch: Architecture
     variables: dict[str, Any]
-    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @cached_property
     def module(self) -> Any:
@@ -63,11 +63,11 @@ class Model:
             UserError: The folder is there already, or cannot be written.
         """
         stats = self.variables.get("batch_stats", {})
-        save_folder(pathlib.Path(folder), Weights(self.arch, self.variables["params"], stats, {}, self.about))
+        save_folder(pathlib.Path(folder), Weights(self.arch, self.variables["params"], stats, {}, self.metadata))
 
     @cached_property
     def _forward(self) -> Any:
-        preprocessing = settled(self.about, self.arch.in_channels)["preprocessing"]
+        preprocessing = settled(self.metadata, self.arch.in_channels)["preprocessing"]
 
         def normalized(images: Array) -> Array:
             return normalize_with(images, preprocessing) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
@@ -103,7 +103,7 @@ def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None) -
     """
     weights = open_weights(pathlib.Path(path), ema, step)
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-    return Model(weights.arch, jax.tree.map(jnp.asarray, _without_empty(variables)), weights.about)
+    return Model(weights.arch, jax.tree.map(jnp.asarray, _without_empty(variables)), weights.metadata)
 
 
 def slim(teacher: Model, keep_ratio: float = 0.5, after: Sequence[int] = (3, 6, 9), seed: int = 0) -> Model:
@@ -123,16 +123,16 @@ def slim(teacher: Model, keep_ratio: float = 0.5, after: Sequence[int] = (3, 6, 
     """
     arch, ends = teacher.arch, [0, *after, teacher.arch.depth]
     if arch.is_slimmed:
-        raise ConfigError("teacher: is slimmed already")
+        raise ConfigError("teacher", "is slimmed already")
     if len(after) == 0 or any(later <= earlier for earlier, later in itertools.pairwise(ends)):
-        raise ConfigError(f"after: {tuple(after)} must be rising block numbers from 1 to {arch.depth - 1}")
+        raise ConfigError("after", f"{tuple(after)} must be rising block numbers from 1 to {arch.depth - 1}")
     stages = tuple(later - earlier for earlier, later in itertools.pairwise(ends))
     student = dataclasses.replace(arch, stage_blocks=stages, keep_ratio=keep_ratio)
     params = teacher.variables["params"]
     return Model(
         student,
         {**teacher.variables, "params": {**params, **_draw(student, seed, given=params)["params"]}},
-        teacher.about,
+        teacher.metadata,
     )
 
 

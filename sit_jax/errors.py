@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: the command line prints them as one line, without a traceback."""
+"""User errors: the command line prints them as one line, without a traceback."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,19 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration is wrong; the message begins with the offending field."""
+    """A value of a configuration, or an option, is wrong; the message is `KEY: PROBLEM`.
+
+    Attributes:
+        key: The field, such as `optim.lr`, or the option, such as `--config`.
+        problem: What is wrong, and what to do.
+    """
+
+    def __init__(self, key: str, problem: str) -> None:
+        super().__init__(f"{key}: {problem}")
+        self.key, self.problem = key, problem
+
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[str, str]]:
+        return ConfigError, (self.key, self.problem)
 
 
 class RunError(UserError, RuntimeError):
@@ -19,15 +31,15 @@ class NotFiniteError(RunError):
     """Weights, outputs or an evaluation of a model are not finite."""
 
 
-class PictureError(UserError):
+class ImageDecodeError(UserError):
     """A picture cannot be read; the message names it and says why."""
 
 
-class SkippedError(UserError):
+class PartialFailureError(UserError):
     """Some of the inputs could not be read and were skipped; the others were done."""
 
 
-class StoppedError(RunError):
+class PreemptedError(RunError):
     """A run was told to end (SIGTERM, or a notice that its machine will go), has saved its state and can be resumed."""
 
 

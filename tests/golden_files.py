@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
-from sit_jax.convert.original import Tree, name_table
+from sit_jax.io.convert.sit_names import Tree, name_table
 from sit_jax.models.architecture import Architecture, Stem
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
@@ -105,7 +105,7 @@ def config(golden: Golden) -> Config:
             schedule_per="epoch",
             weight_decay=optim["weight_decay"],
             eps=optim["eps"],
-            faithful=True,
+            decay_like_original=True,
         ),
     )
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import tiny
 
-from sit_jax.convert.fill import expected_shapes
-from sit_jax.convert.weights import Weights
+from sit_jax.io.convert.load_params import expected_shapes
+from sit_jax.io.weights import Weights
 from sit_jax.models.architecture import Architecture
 
 PREPROCESSING = {"interpolation": "bicubic", "crop_fraction": 0.875, "resize": "crop"}
@@ -29,12 +29,12 @@ def draw(arch: Architecture = tiny.STUDENT, reverse: bool = False, seed: int = 0
 
     tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, reverse))
     means = {"mean": [0.4] * arch.in_channels, "std": [0.2] * arch.in_channels}
-    about = {
+    metadata = {
         "class_names": [f"class {index}" for index in range(arch.num_classes)],
         "preprocessing": {**PREPROCESSING, **means},
         "licence": "Apache-2.0",
     }
-    return Weights(arch, tree["params"], tree["batch_stats"], tree["reverse"], about)
+    return Weights(arch, tree["params"], tree["batch_stats"], tree["reverse"], metadata)
 
 
 def variables(weights: Weights) -> dict[str, Any]:

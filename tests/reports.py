@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sit_jax.report.findings import ClassScore, Findings, Picture, Verdict
-from sit_jax.report.gather import gather
+from sit_jax.report.evaluation import ClassScore, EvalReport, Picture, Verdict
+from sit_jax.report.load_run import gather
 from sit_jax.report.page import render, view_run
 
 HOSTILE = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>&amp;\"'"
@@ -99,11 +99,11 @@ def hostile_page(run: pathlib.Path) -> str:
     record = gather(run, HOSTILE)
     values = {**record.values, HOSTILE: HOSTILE, "data": {HOSTILE: [HOSTILE]}}
     summary = {**record.summary, "images_per_s_measured": HOSTILE}
-    about = {"versions": {HOSTILE: HOSTILE}, "devices": HOSTILE}
-    record = dataclasses.replace(record, values=values, summary=summary, about=about, missing=[HOSTILE])
+    metadata = {"versions": {HOSTILE: HOSTILE}, "devices": HOSTILE}
+    record = dataclasses.replace(record, values=values, summary=summary, metadata=metadata, missing=[HOSTILE])
     verdicts = {"student": Verdict(HOSTILE, 0.5, False), "teacher": Verdict("7", 0.75, True)}
     picture = Picture(0, HOSTILE, HOSTILE, verdicts, np.zeros((32, 32, 1), np.uint8))
     classes = [ClassScore(HOSTILE, 3, 1 / 3, 2 / 3), ClassScore("7", 3, 1.0, 1.0)]
     outcomes = {(True, True): 4, (True, False): 0, (False, True): 1, (False, False): 1}
-    findings = Findings(classes, outcomes, [picture], [picture], None)
+    findings = EvalReport(classes, outcomes, [picture], [picture], None)
     return render([view_run("run-1", record, findings)], datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))

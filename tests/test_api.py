@@ -75,11 +75,11 @@ def test_the_papers_student_is_its_teacher_slimmed() -> None:
 
 def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
     weights = random_weights.draw()
-    model = sit_jax.Model(weights.arch, random_weights.variables(weights), weights.about)
+    model = sit_jax.Model(weights.arch, random_weights.variables(weights), weights.metadata)
     model.save(tmp_path / "model")
     loaded = sit_jax.load(tmp_path / "model")
     assert loaded.arch == model.arch
-    assert loaded.about == model.about
+    assert loaded.metadata == model.metadata
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
     pixels = random_weights.pixels(weights.arch, 2)
     images = ((pixels / 255 - 0.4) / 0.2).astype(np.float32)

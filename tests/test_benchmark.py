@@ -12,12 +12,12 @@ import pytest
 import random_weights
 import tiny
 
-from sit_jax import cli
 from sit_jax.analysis import benchmark
-from sit_jax.analysis.benchmark import Timed, Times, take_turns
+from sit_jax.analysis.benchmark import Timed, Times, time_interleaved
 from sit_jax.analysis.flops import count_cost
-from sit_jax.export.folder import save_folder
-from sit_jax.export.stablehlo import SUFFIX
+from sit_jax.cli import main as cli
+from sit_jax.io.export.stablehlo import SUFFIX
+from sit_jax.io.model_folder import save_folder
 
 
 def test_contenders_alternate_and_their_buffers_rotate() -> None:
@@ -31,7 +31,9 @@ def test_contenders_alternate_and_their_buffers_rotate() -> None:
 
         return Timed(run, [0, 1, 2])
 
-    times = take_turns({"slow": contender("slow", 0.02), "fast": contender("fast", 0.005)}, rounds=3, seconds=0.08)
+    times = time_interleaved(
+        {"slow": contender("slow", 0.02), "fast": contender("fast", 0.005)}, rounds=3, seconds=0.08
+    )
     # Three calls to warm up and to see how long they take, then 2 + 2 of the slow one, 8 + 8 of the fast one.
     measured = calls[6:]
     turns = [name for index, (name, _) in enumerate(measured) if index == 0 or measured[index - 1][0] != name]
@@ -60,7 +62,7 @@ def test_the_machines_products_are_the_models(monkeypatch: pytest.MonkeyPatch) -
         results.append(timed.run(timed.buffers[0]))
         return {"products": Times([], [2.0])}
 
-    monkeypatch.setattr(benchmark, "take_turns", once)
+    monkeypatch.setattr(benchmark, "time_interleaved", once)
     assert benchmark.product_rate("bfloat16") == 1024**3
     # Where the result is bfloat16, XLA for CPUs multiplies in float32, and models would have more than the peak.
     assert results[0].dtype == np.float32
@@ -129,7 +131,7 @@ def test_help_and_the_package_import_nothing_heavy() -> None:
     program = """
 import sys
 import sit_jax
-from sit_jax import cli
+from sit_jax.cli import main as cli
 for words in (["--help"], ["benchmark", "--help"], ["train", "--help"]):
     try:
         cli.main(words)

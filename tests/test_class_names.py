@@ -13,16 +13,17 @@ import pytest
 import tiny
 
 import sit_jax
-from sit_jax import cli, workdir
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.data.classes import match_classes
-from sit_jax.data.sources import open_source
+from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, RunError
-from sit_jax.origins import first_state, given_teacher
-from sit_jax.run import run
-from sit_jax.sharding import make_mesh
-from sit_jax.train import make_task
+from sit_jax.io import runs as workdir
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.init import given_teacher, initial_state
+from sit_jax.train.loop import run
+from sit_jax.train.step import make_train_spec
 
 NAMES = ("ant", "cat", "dog")
 
@@ -44,7 +45,7 @@ def save_model(folder: pathlib.Path, names: Sequence[str] | None, columns: Seque
     head = model.variables["params"]["head"]
     head["kernel"] = head["kernel"][:, np.array(columns)]
     if names is not None:
-        model.about["class_names"] = list(names)
+        model.metadata["class_names"] = list(names)
     model.save(folder)
     return folder
 
@@ -62,11 +63,11 @@ def evaluate(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, float
 
 def test_evaluation_matches_classes_by_name(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--name", "folder", "--split", "val", "--data_dir", write_images(tmp_path / "images", NAMES)]
-    same = evaluate(capsys, save_model(tmp_path / "same", NAMES), *data, "--held_out", "0.5")
+    same = evaluate(capsys, save_model(tmp_path / "same", NAMES), *data, "--val_fraction", "0.5")
     assert isinstance(same, dict)
     assert same["examples"] == 15
     turned = save_model(tmp_path / "turned", ("dog", "ant", "cat"), (2, 0, 1))
-    assert evaluate(capsys, turned, *data, "--held_out", "0.5") == pytest.approx(same)
+    assert evaluate(capsys, turned, *data, "--val_fraction", "0.5") == pytest.approx(same)
     # By index the classes are others, and so is the loss.
     by_index = evaluate(capsys, turned, *data, "--held_out", "0.5", "--match_classes", "index")
     assert isinstance(by_index, dict)
@@ -118,7 +119,7 @@ def test_several_right_classes_are_renumbered(tmp_path: pathlib.Path) -> None:
 
 def config(folder: pathlib.Path, **changes: Any) -> Config:
     """A model that is trained for an epoch on a flat folder, of which it holds out 40%."""
-    data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", held_out=0.4, on_broken="skip")
+    data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", val_fraction=0.4, on_decode_error="skip")
     model = ModelConfig(architecture=tiny.plain(num_classes=3))
     fields: dict[str, Any] = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3)}
     fields |= {"model": model, "loss": LossConfig(), "teacher": None, "data": data}
@@ -188,9 +189,9 @@ def test_teachers_and_first_weights_are_put_into_the_datas_order(
     assert not (tmp_path / "run").exists()
     # Weights to start from need not be of the same classes: their heads are new then.
     for init, drawn in ((turned, False), (other, True)):
-        task = make_task(config(images, model=model, init=str(init)), 1)
+        task = make_train_spec(config(images, model=model, init=str(init)), 1)
         with Checkpoints(tmp_path / "empty") as checkpoints:
-            state = first_state(task, checkpoints, make_mesh(devices=jax.devices()[:1]), {}, NAMES)
+            state = initial_state(task, checkpoints, make_mesh(devices=jax.devices()[:1]), {}, NAMES)
         assert np.array_equal(state.params["model"]["head"]["kernel"], expected) != drawn
         assert ("eel" in capsys.readouterr().err) == drawn
 

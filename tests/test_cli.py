@@ -9,11 +9,13 @@ import sys
 import pytest
 
 import sit_jax
-from sit_jax import cli
-from sit_jax.config_dict import from_config_dict, to_dict
+from sit_jax.cli import main as cli
+from sit_jax.cli.config_file import load_config
+from sit_jax.cli.runtime import enable_compilation_cache
+from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.errors import ConfigError, UserError
+from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
-from sit_jax.process import keep_compiled
 
 
 def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +38,7 @@ def test_models_json(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_choices_that_do_not_exist(word: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{key}: "):
-        cli.load_config("configs/digits.py", [f"--config.{word}"])
+        load_config("configs/digits.py", [f"--config.{word}"])
 
 
 @pytest.mark.parametrize(
@@ -49,17 +51,18 @@ def test_choices_that_do_not_exist(word: str, key: str) -> None:
 )
 def test_a_value_that_may_be_none_can_be_set(words: str, stages: tuple[int, ...], ratio: float | None) -> None:
     page, *overrides = words.split()
-    arch = cli.load_config(page, [f"--config.{word}" for word in overrides]).model.architecture
+    arch = load_config(page, [f"--config.{word}" for word in overrides]).model.architecture
+    assert isinstance(arch, Architecture)
     assert (arch.stage_blocks, arch.keep_ratio) == (stages, ratio)
 
 
 def test_a_section_can_be_removed_but_its_keys_not_be_set_then() -> None:
     plain = [f"--config.{word}" for word in ("teacher=None", "init=random", "loss.token=0", "loss.logits=0")]
-    assert cli.load_config("configs/digits.py", plain).teacher is None
+    assert load_config("configs/digits.py", plain).teacher is None
     with pytest.raises(ConfigError, match=r"^teacher\.run: "):
-        cli.load_config("configs/digits.py", [*plain, "--config.teacher.run=runs/teacher"])
+        load_config("configs/digits.py", [*plain, "--config.teacher.run=runs/teacher"])
     with pytest.raises(ConfigError, match=r"config\.optim\.lr"):
-        cli.load_config("configs/digits.py", ["--config.optim.lr=None"])
+        load_config("configs/digits.py", ["--config.optim.lr=None"])
 
 
 def test_models_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +134,9 @@ def test_python_m_is_the_command() -> None:
 
 @pytest.mark.parametrize("path", sorted(pathlib.Path("configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_passes_the_door_and_returns(path: pathlib.Path) -> None:
-    config = cli.load_config(str(path))
+    config = load_config(str(path))
     assert from_config_dict(json.loads(json.dumps(to_dict(config)))) == config
-    changed = cli.load_config(str(path), ["--config.optim.lr=0.5", "--config.seed=3"])
+    changed = load_config(str(path), ["--config.optim.lr=0.5", "--config.seed=3"])
     assert (changed.optim.lr, changed.seed) == (0.5, 3)
 
 
@@ -156,11 +159,28 @@ def test_arguments_that_a_page_does_not_take(page: str, message: str, capsys: py
     assert "Traceback" not in error
 
 
+def test_configs_are_found_by_name_from_anywhere(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_path = [load_config(f"configs/{name}") for name in ("digits.py", "folder.py:64")]
+    monkeypatch.chdir(tmp_path)
+    assert [load_config(name) for name in ("digits", "folder:64")] == by_path
+    with pytest.raises(ConfigError, match=r"^--config: .*did you mean digits\?$"):
+        load_config("digit")
+
+
+def test_a_config_file_may_use_the_former_names(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = pathlib.Path("configs/digits.py").read_text()
+    assert "sit_jax.config.config_dict" in text
+    mine = tmp_path / "mine.py"
+    mine.write_text(text.replace("sit_jax.config.config_dict", "sit_jax.config_dict"))
+    assert load_config(str(mine)) == load_config("digits")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
     program = """
 import sys, jax
-from sit_jax.process import keep_compiled
-keep_compiled(sys.argv[1])
+from sit_jax.cli.runtime import enable_compilation_cache
+enable_compilation_cache(sys.argv[1])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.jit(lambda x: x * 2 + 1)(1.0)
 """
@@ -179,13 +199,35 @@ jax.jit(lambda x: x * 2 + 1)(1.0)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--compilation_cache: .*file is no folder"):
-        keep_compiled(str(tmp_path / "file"))
+        enable_compilation_cache(str(tmp_path / "file"))
+
+
+def test_keys_that_had_another_name_work_and_say_the_new_one(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data.on_broken=skip", "data.held_out=0.2", "optim.faithful=True", "teacher.optim.faithful=True"]
+    config = load_config("digits", [f"--config.{word}" for word in words])
+    assert (config.data.on_decode_error, config.data.val_fraction) == ("skip", 0.2)
+    assert config.teacher is not None
+    assert (config.optim.decay_like_original, config.teacher.optim.decay_like_original) == (True, True)
+    keys = [word.partition("=")[0] for word in words]
+    assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == keys
+    mine = tmp_path / "mine.py"
+    text = pathlib.Path("configs/digits.py").read_text()
+    mine.write_text(text.replace("    return config\n", "    config.data.on_broken = 'skip'\n    return config\n"))
+    assert load_config(str(mine)).data.on_decode_error == "skip"
+    # As a run of an earlier version holds them.
+    values = to_dict(load_config("digits"))
+    values["data"]["held_out"] = values["data"].pop("val_fraction") + 0.1
+    capsys.readouterr()
+    assert from_config_dict(values, quiet=True).data.val_fraction == values["data"]["held_out"]
+    assert capsys.readouterr().err == ""
 
 
 def test_a_removed_key_has_no_effect_but_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    expected = cli.load_config("configs/digits.py")
+    expected = load_config("configs/digits.py")
     words = ["--config.model.scan=True", "--config.teacher.model.scan=False"]
-    assert cli.load_config("configs/digits.py", words) == expected
+    assert load_config("configs/digits.py", words) == expected
     assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == [
         "model.scan",
         "teacher.model.scan",

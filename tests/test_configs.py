@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sit_jax.cli import load_config
+from sit_jax.cli.config_file import load_config
 from sit_jax.config import Config
 from sit_jax.models.architecture import Architecture
-from sit_jax.train import abstract_state, make_task, train_step
+from sit_jax.train.step import abstract_state, make_train_spec, train_step
 
 PAGES = sorted(pathlib.Path("configs").glob("*.py"))
 IMAGENET_TRAIN = 1_281_167
@@ -40,7 +40,7 @@ def abstract_batch(config: Config) -> dict[str, Any]:
 
 def trace_step(config: Config) -> dict[str, Any]:
     """Metrics of one traced train step; nothing is computed."""
-    task = make_task(config, steps_per_epoch=100)
+    task = make_train_spec(config, steps_per_epoch=100)
     state = abstract_state(task)
     teachers = {}
     if task.teacher is not None and config.teacher is not None:
@@ -95,7 +95,7 @@ def test_docstring_tells_accuracy_hardware_and_command(page: pathlib.Path) -> No
 def test_learning_rates_of_the_papers_recipe(size: str) -> None:
     config = load_config(f"configs/imagenet_sit_{size}.py")
     epoch = IMAGENET_TRAIN // config.batch_size
-    rates = make_task(config, epoch).rates
+    rates = make_train_spec(config, epoch).rates
     expected = {0: (4.0e-4, 2.0e-3), 62: (2.08e-4, 1.02e-3), 100: (4.7e-5, 2.0e-4), 125: (1e-5, 1e-5)}
     for number, (model, reverse) in expected.items():
         for step in (number * epoch, number * epoch + epoch - 1):  # Set per epoch.

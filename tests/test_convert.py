@@ -19,18 +19,18 @@ from flax.traverse_util import flatten_dict
 from golden_files import TRAINED
 from test_other_stems import CONV7, SCALED, TorchViT, torch_model
 
-from sit_jax import cli
-from sit_jax.convert.arguments import Options
-from sit_jax.convert.change import interpolate
-from sit_jax.convert.command import convert
-from sit_jax.convert.detect import detect
-from sit_jax.convert.fill import expected_shapes
-from sit_jax.convert.original import Tree, name_table, to_original
-from sit_jax.convert.read import read_weights
-from sit_jax.convert.settle import settle
-from sit_jax.convert.weights import Weights
+from sit_jax.cli import main as cli
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.export.folder import load_folder, save_folder
+from sit_jax.io.convert.adapt import interpolate
+from sit_jax.io.convert.convert import convert
+from sit_jax.io.convert.infer_config import infer
+from sit_jax.io.convert.load_params import expected_shapes
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import read_weights
+from sit_jax.io.convert.resolve_config import resolve
+from sit_jax.io.convert.sit_names import Tree, name_table, to_original
+from sit_jax.io.model_folder import load_folder, save_folder
+from sit_jax.io.weights import Weights
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
@@ -92,7 +92,7 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     source = original_models.save_torch(tmp_path / "x.pth", original_models.checkpoint(theirs), legacy)
     lines: list[str] = []
     options = Options(original_models.options(golden.arch))
-    weights = read_weights(source, options=options, say=lines.append)
+    weights = read_weights(source, options=options, log=lines.append)
     assert lines[0] == "read: the weights under 'state_dict' (there is also 'state_dict_ema')"
     assert lines[1].startswith(
         "found: SiT original layout, student conv4 stem, width 16, depth 5 with RTSMs, 11 classes"
@@ -101,7 +101,7 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     assert_same(to_original(tree, weights.arch), theirs)
     averaged = read_weights(source, options=options._replace(ema=True))
     np.testing.assert_array_equal(averaged.params["norm"]["bias"], theirs["norm.bias"] + 1)
-    without = read_weights(source, options=options._replace(reverse=False), say=lines.append)
+    without = read_weights(source, options=options._replace(reverse=False), log=lines.append)
     assert without.reverse == {}
     assert lines[-1] == "changed: RTSMs left out"
 
@@ -140,10 +140,10 @@ def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:
     torch.save(theirs.state_dict(), tmp_path / "x.pth.tar")
     lines: list[str] = []
     options = Options(original_models.options(CONV7))
-    weights = read_weights(tmp_path / "x.pth.tar", options=options, say=lines.append)
+    weights = read_weights(tmp_path / "x.pth.tar", options=options, log=lines.append)
     assert lines[0].startswith("found: token-labelling layout (LV-ViT), teacher conv7 stem, width 12, depth 2")
     assert weights.arch == CONV7
-    convert(tmp_path / "x.pth.tar", tmp_path / "back.pth", options, force=False, say=lines.append)
+    convert(tmp_path / "x.pth.tar", tmp_path / "back.pth", options, force=False, log=lines.append)
     again = TorchViT(CONV7)
     again.load_state_dict(torch.load(tmp_path / "back.pth", weights_only=True), strict=True)
     assert_same(
@@ -203,7 +203,7 @@ def test_google_research(patch_size: int, tmp_path: pathlib.Path) -> None:
     # Pixels from -1 to 1, as that repository's input pipeline has them.
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     stretched = {"interpolation": "bilinear", "crop_fraction": 1.0, "resize": "stretch"}
-    assert weights.about["preprocessing"] == {**half, **stretched}
+    assert weights.metadata["preprocessing"] == {**half, **stretched}
     images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
     np.testing.assert_allclose(run_model(weights, images), google_forward(theirs, arch, images), rtol=1e-4, atol=1e-4)
 
@@ -252,16 +252,16 @@ def named_shapes(name: str) -> dict[str, Any]:
 )
 def test_named_models_are_recognised(name: str) -> None:
     shapes = named_shapes(name)
-    assert settle(detect(shapes), {}, {}) == (VARIANTS[name], name)
+    assert resolve(infer(shapes), {}, {}) == (VARIANTS[name], name)
     without = {key: shape for key, shape in shapes.items() if not key.startswith("rtsm.")}
     if name not in ("sit_xsmall", "sit_small"):
-        assert settle(detect(without), {}, {}).arch == VARIANTS[name]
+        assert resolve(infer(without), {}, {}).arch == VARIANTS[name]
         return
     # These two differ in nothing but where the slimming modules stand.
     with pytest.raises(UserError, match=r"give --model.stage_blocks 1,1,1,13 \(sit_xsmall\) or 9,3,2,2 \(sit_small\)"):
-        settle(detect(without), {}, {})
-    assert settle(detect(without), {}, {"name": name}).arch == VARIANTS[name]
-    assert settle(detect(without), {}, {"stage_blocks": VARIANTS[name].stage_blocks}).arch == VARIANTS[name]
+        resolve(infer(without), {}, {})
+    assert resolve(infer(without), {}, {"name": name}).arch == VARIANTS[name]
+    assert resolve(infer(without), {}, {"stage_blocks": VARIANTS[name].stage_blocks}).arch == VARIANTS[name]
 
 
 def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,12 +288,12 @@ def test_model_folders_come_back_whole(tmp_path: pathlib.Path) -> None:
     golden = golden_files.load("lvvit_4c")
     source = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
     weights = read_weights(source, original_models.options(golden.arch))
-    about = {"class_names": ["a"] * 11, "licence": "MIT", "preprocessing": {"mean": [0.5]}, "provenance": {"x": 1}}
+    metadata = {"class_names": ["a"] * 11, "licence": "MIT", "preprocessing": {"mean": [0.5]}, "provenance": {"x": 1}}
     arch = dataclasses.replace(golden.arch, aux_head=True)
-    save_folder(tmp_path / "folder", weights._replace(about=about, arch=arch), with_reverse=True)
+    save_folder(tmp_path / "folder", weights._replace(metadata=metadata, arch=arch), with_reverse=True)
     again = read_weights(tmp_path / "folder")
     assert again.arch == arch
-    assert again.about == about
+    assert again.metadata == metadata
 
 
 def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,9 +349,9 @@ def test_timm_folder_tells_its_preprocessing(tmp_path: pathlib.Path) -> None:
         "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 0.9, "license": "apache-2.0"},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    about = read_weights(tmp_path, {"num_heads": 2}).about
-    assert about["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_fraction": 0.9, "resize": "crop"}
-    assert about["licence"] == "apache-2.0"
+    metadata = read_weights(tmp_path, {"num_heads": 2}).metadata
+    assert metadata["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_fraction": 0.9, "resize": "crop"}
+    assert metadata["licence"] == "apache-2.0"
 
 
 def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
@@ -376,11 +376,11 @@ def test_the_name_of_another_model(tmp_path: pathlib.Path, capsys: pytest.Captur
     assert "model.name: the tensors are no sit_large: they have stem conv4 and not conv6, dim 16 and not 768" in line
     assert not (tmp_path / "out").exists()
     shapes = named_shapes("deit_base")
-    assert settle(detect(shapes), {}, {"name": "deit_base"}) == (VARIANTS["deit_base"], "deit_base")
+    assert resolve(infer(shapes), {}, {"name": "deit_base"}) == (VARIANTS["deit_base"], "deit_base")
     with pytest.raises(ConfigError, match=r"are no deit_small: they have dim 768 and not 384$"):
-        settle(detect(shapes), {}, {"name": "deit_small"})
+        resolve(infer(shapes), {}, {"name": "deit_small"})
 
 
 def test_unknown_fields() -> None:
     with pytest.raises(ConfigError, match="no option here"):
-        settle(detect(named_shapes("deit_base")), {}, {"depht": 3})
+        resolve(infer(named_shapes("deit_base")), {}, {"depht": 3})

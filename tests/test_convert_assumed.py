@@ -10,8 +10,8 @@ import safetensors.numpy
 from test_convert import PLAIN
 from test_other_stems import torch_model
 
-from sit_jax.convert.arguments import Options
-from sit_jax.convert.command import convert
+from sit_jax.io.convert.convert import convert
+from sit_jax.io.convert.options import Options
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,6 @@ def test_google_research_stretches_pictures(tmp_path: pathlib.Path) -> None:
 def notices(source: pathlib.Path, dest: pathlib.Path) -> list[str]:
     """What `sit convert` says that it assumed."""
     lines: list[str] = []
-    convert(source, dest, Options({"num_heads": 2}), force=False, say=lines.append)
+    convert(source, dest, Options({"num_heads": 2}), force=False, log=lines.append)
     start = "assumed of pictures, as for ImageNet, since the file does not say: "
     return [line.removeprefix(start) for line in lines if line.startswith("assumed")]

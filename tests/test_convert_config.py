@@ -9,10 +9,10 @@ import safetensors.numpy
 from test_convert import PLAIN
 from test_other_stems import SCALED, torch_model
 
-from sit_jax.convert.arguments import Options
-from sit_jax.convert.read import read_weights
-from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import read_weights
+from sit_jax.io.weights import Weights
 
 PICTURES = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 0.9}
 OURS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_fraction": 0.9, "resize": "crop"}
@@ -30,7 +30,7 @@ def read(
     safetensors.numpy.save_file(values, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     options = Options(fields or {}, num_classes=state.get("num_classes"))
-    return read_weights(folder / "model.safetensors", options=options, say=lines.append), lines
+    return read_weights(folder / "model.safetensors", options=options, log=lines.append), lines
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_what_agrees_is_taken(tmp_path: pathlib.Path) -> None:
     }
     weights, lines = read(tmp_path, config, arch=SCALED)
     assert weights.arch == SCALED
-    assert weights.about["preprocessing"] == OURS
+    assert weights.metadata["preprocessing"] == OURS
     assert not any("guess" in line or "not used" in line for line in lines)
 
 
@@ -137,7 +137,7 @@ def test_what_agrees_is_taken(tmp_path: pathlib.Path) -> None:
     ],
 )  # fmt: skip
 def test_pictures(config: dict[str, Any], preprocessing: Any, tmp_path: pathlib.Path) -> None:
-    assert read(tmp_path, config, {"num_heads": 2})[0].about.get("preprocessing") == preprocessing
+    assert read(tmp_path, config, {"num_heads": 2})[0].metadata.get("preprocessing") == preprocessing
 
 
 @pytest.mark.parametrize(
@@ -149,16 +149,16 @@ def test_pictures(config: dict[str, Any], preprocessing: Any, tmp_path: pathlib.
     ],
 )
 def test_class_names(config: dict[str, Any], names: list[str], tmp_path: pathlib.Path) -> None:
-    assert read(tmp_path, {**VIT, **config}, {"num_heads": 2})[0].about["class_names"] == names
+    assert read(tmp_path, {**VIT, **config}, {"num_heads": 2})[0].metadata["class_names"] == names
     hub = {"model_type": "vit", "id2label": dict(zip("01234", names, strict=True)), "num_attention_heads": 2}
-    assert read(tmp_path, hub)[0].about["class_names"] == names
+    assert read(tmp_path, hub)[0].metadata["class_names"] == names
 
 
 def test_a_head_that_is_not_there(tmp_path: pathlib.Path) -> None:
     config = {**VIT, "num_classes": 0, "label_names": list("abcde"), "num_heads": 2}
     weights, _ = read(tmp_path, config, headless=True, num_classes=3)
     assert weights.arch.num_classes == 3
-    assert "class_names" not in weights.about
+    assert "class_names" not in weights.metadata
 
 
 def test_what_is_not_used_is_told(tmp_path: pathlib.Path) -> None:

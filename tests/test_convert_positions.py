@@ -12,13 +12,13 @@ import torch
 from test_convert import PLAIN
 from test_other_stems import CONV7, SCALED, torch_model
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
 from sit_jax.config import ModelConfig, TeacherConfig
-from sit_jax.convert.initial import initial_weights
-from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
+from sit_jax.io.convert.initial import initial_weights
+from sit_jax.io.convert.read import read_weights
 from sit_jax.models.architecture import Architecture
-from sit_jax.origins import given_teacher
+from sit_jax.train.init import given_teacher
 
 HEADS = {"num_heads": 2}
 

@@ -11,26 +11,27 @@ import tiny
 import torch
 from test_other_stems import torch_model
 
-from sit_jax import cli, workdir
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, ModelConfig, OptimConfig
 from sit_jax.config import LossConfig as Loss
-from sit_jax.convert.arguments import Options
-from sit_jax.convert.initial import initial_weights
-from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
+from sit_jax.io import runs as workdir
+from sit_jax.io.convert.initial import initial_weights
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import read_weights
 from sit_jax.models.architecture import Architecture
-from sit_jax.sharding import make_mesh
-from sit_jax.state import TrainState
-from sit_jax.train import init_state, make_task
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.state import TrainState
+from sit_jax.train.step import init_state, make_train_spec
 
 Run = tuple[pathlib.Path, TrainState]
 
 
 def write_run(folder: pathlib.Path, config: Config) -> TrainState:
     """The folder of a run that saved its state twice."""
-    workdir.claim(folder, config, resume=False)
-    task = make_task(config, steps_per_epoch=1)
+    workdir.create_or_verify(folder, config, resume=False)
+    task = make_train_spec(config, steps_per_epoch=1)
     state = init_state(task, make_mesh(devices=jax.devices()[:1]))
     with Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save(dataclasses.replace(state, step=state.step + 1), {})
@@ -58,7 +59,7 @@ def test_a_run_and_its_checkpoints(student: Run, tmp_path: pathlib.Path, capsys:
     assert_equal(weights.params, state.params["model"])
     assert_equal(weights.reverse, state.params["reverse"])
     assert_equal(weights.batch_stats, state.batch_stats)
-    assert weights.about["preprocessing"]["interpolation"] == "bicubic"
+    assert weights.metadata["preprocessing"]["interpolation"] == "bicubic"
     newest = read_weights(folder)
     assert_equal(newest.params, jax.tree.map(lambda x: x + 1, state.params["model"]))
     assert_equal(newest.reverse, jax.tree.map(lambda x: x + 1, state.params["reverse"]))
@@ -70,7 +71,7 @@ def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path)
     write_run(tmp_path / "alone", tiny.config(Loss(), teacher=None))
     assert read_weights(tmp_path / "alone").reverse == {}
     cnn = tiny.config(Loss(), teacher=None, model=ModelConfig(architecture=tiny.CNN))
-    workdir.claim(tmp_path / "cnn", cnn, resume=False)
+    workdir.create_or_verify(tmp_path / "cnn", cnn, resume=False)
     (tmp_path / "cnn" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="its model is a regnet; only vision transformers can be converted"):
         read_weights(tmp_path / "cnn")
@@ -110,7 +111,7 @@ def test_starting_from_a_file_of_others(tmp_path: pathlib.Path) -> None:
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     assert [line.split(":")[0] for line in lines] == ["read", "found", "changed", "changed"]
     config = tiny.config(Loss(), arch, teacher=None)
-    state = init_state(make_task(config, steps_per_epoch=1), make_mesh(devices=jax.devices()[:1]), variables)
+    state = init_state(make_train_spec(config, steps_per_epoch=1), make_mesh(devices=jax.devices()[:1]), variables)
     mine = state.params["model"]
     assert_equal(variables["params"], {name: mine[name] for name in variables["params"]})
     assert set(mine) - set(variables["params"]) == {"slimming_0"}

@@ -14,7 +14,8 @@ from sklearn.datasets import load_digits
 from sit_jax.config import AugmentConfig, DataConfig, LossConfig, ModelConfig
 from sit_jax.data import transforms
 from sit_jax.data.pipeline import TrainData, eval_batches
-from sit_jax.data.sources import Source, open_source
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, UserError
 
 
@@ -37,9 +38,9 @@ def test_digits_are_scikit_learns(digits_dir: str) -> None:
 
 def test_no_tensorflow_at_run_time(digits_dir: str) -> None:
     code = (
-        "import sys; import sit_jax.data.loading; assert 'flax' not in sys.modules;"  # A loader process starts fast.
-        "from sit_jax.data.sources import open_source; from sit_jax.data.config import DataConfig;"
-        f"open_source(DataConfig(data_dir={digits_dir!r}), 'train')[0]; import sit_jax.run;"
+        "import sys; import sit_jax.data.map_fns; assert 'flax' not in sys.modules;"  # A loader process starts fast.
+        "from sit_jax.data.registry import open_source; from sit_jax.data.config import DataConfig;"
+        f"open_source(DataConfig(data_dir={digits_dir!r}), 'train')[0]; import sit_jax.train.loop;"
         "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -47,7 +48,7 @@ def test_no_tensorflow_at_run_time(digits_dir: str) -> None:
 
 def test_every_example_once_per_epoch_in_another_order(digits_dir: str) -> None:
     config = tiny.config(batch_size=1438, data=DataConfig(data_dir=digits_dir))
-    data = TrainData(config)
+    data = TrainData(config.inputs)
     assert data.steps_per_epoch == 1
     stream = data.batches()
     first, second = next(stream), next(stream)
@@ -60,21 +61,21 @@ def test_every_example_once_per_epoch_in_another_order(digits_dir: str) -> None:
 def test_batches_are_a_function_of_seed_and_step(digits_dir: str) -> None:
     varied = AugmentConfig(max_rotation=10.0, max_shift=0.1, max_zoom=0.1)
     config = tiny.config(batch_size=100, data=DataConfig(data_dir=digits_dir), augment=varied)
-    stream = TrainData(config).batches()
+    stream = TrainData(config.inputs).batches()
     batches = [next(stream) for _ in range(20)]
-    resumed = TrainData(config).batches(start_step=16)
+    resumed = TrainData(config.inputs).batches(start_step=16)
     for expected in batches[16:]:
         batch = next(resumed)
         assert np.array_equal(batch["image"], expected["image"])
         assert np.array_equal(batch["label"], expected["label"])
-    other = next(TrainData(dataclasses.replace(config, seed=1)).batches())
+    other = next(TrainData(dataclasses.replace(config, seed=1).inputs).batches())
     assert not np.array_equal(other["image"], batches[0]["image"])
 
 
 def test_evaluation_covers_every_example_once(digits_dir: str) -> None:
     config = tiny.config(eval_batch_size=100, data=DataConfig(data_dir=digits_dir))
     source = open_source(DataConfig(data_dir=digits_dir), "test")
-    batches = list(eval_batches(config, source))
+    batches = list(eval_batches(config.inputs, source))
     assert [int(batch["mask"].sum()) for batch in batches] == [100, 100, 100, 59]
     assert {batch["image"].shape for batch in batches} == {(100, 32, 32, 1)}
     labels = np.concatenate([batch["label"][batch["mask"] > 0] for batch in batches])
@@ -87,10 +88,10 @@ def test_splits_and_sizes_that_do_not_exist(digits_dir: str) -> None:
         open_source(DataConfig(data_dir=digits_dir), "valid")
     data = DataConfig(data_dir=digits_dir)
     with pytest.raises(ConfigError, match=r"^batch_size: 2000 is more than the 1438"):
-        TrainData(tiny.config(batch_size=2000, data=data))
+        TrainData(tiny.config(batch_size=2000, data=data).inputs)
     plain = ModelConfig(architecture=dataclasses.replace(tiny.TEACHER, num_classes=7))
     with pytest.raises(ConfigError, match=r"^model.num_classes: is 7, but the data set has 10"):
-        TrainData(tiny.config(model=plain, loss=LossConfig(), teacher=None, data=data))
+        TrainData(tiny.config(model=plain, loss=LossConfig(), teacher=None, data=data).inputs)
 
 
 def test_affine_moves_turns_and_scales() -> None:

@@ -13,7 +13,7 @@ from malformed import BROKEN, ODD, PHOTO, saved
 from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from sit_jax.data.decode import decode, findings
-from sit_jax.errors import PictureError
+from sit_jax.errors import ImageDecodeError
 
 MAX = 1_000_000
 EXPECTED = np.asarray(PHOTO)
@@ -26,7 +26,7 @@ def test_there_are_enough_of_them() -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_pictures_are_named_in_one_line(name: str) -> None:
     for read in (lambda: decode(BROKEN[name], 3, name, MAX), lambda: findings(BROKEN[name], name, MAX)):
-        with pytest.raises(PictureError) as caught:
+        with pytest.raises(ImageDecodeError) as caught:
             read()
         assert str(caught.value).startswith(f"{name}: ")
         assert len(str(caught.value).splitlines()) == 1
@@ -182,7 +182,7 @@ def test_pixels_without_a_range_are_refused(kind: str, largest: int) -> None:
     # What is black and what is white is not in the file: 255 may be either, and a guess may differ between pictures.
     values = (GREY / 255.0 * min(largest, 32767 if kind == "int16" else largest)).astype(kind)
     for read in (lambda: decode(_tiff(values), 3, "x.tif", MAX), lambda: findings(_tiff(values), "x.tif", MAX)):
-        with pytest.raises(PictureError, match=r"^x.tif: .*range"):
+        with pytest.raises(ImageDecodeError, match=r"^x.tif: .*range"):
             read()
 
 
@@ -202,12 +202,12 @@ def test_transparent_colours_are_laid_on_white() -> None:
 
 def test_size_limit() -> None:
     assert decode(malformed.JPEG, 3, max_pixels=60 * 90).shape == (60, 90, 3)
-    with pytest.raises(PictureError, match=r"big.jpg: has 90 x 60 pixels, more than data.max_pixels, 5,399"):
+    with pytest.raises(ImageDecodeError, match=r"big.jpg: has 90 x 60 pixels, more than data.max_pixels, 5,399"):
         decode(malformed.JPEG, 3, "big.jpg", 60 * 90 - 1)
 
 
 def test_random_damage_never_escapes() -> None:
-    # Every byte may be anything: either pixels of the size in the header come out, or a PictureError.
+    # Every byte may be anything: either pixels of the size in the header come out, or a ImageDecodeError.
     rng = np.random.default_rng(0)
     originals = [malformed.JPEG, malformed.PNG, malformed.GIF, malformed.TIFF, malformed.WEBP, malformed.BMP]
     outcomes = {"read": 0, "refused": 0}
@@ -221,7 +221,7 @@ def test_random_damage_never_escapes() -> None:
             assert pixels.ndim == 3
             findings(damaged, "damaged", MAX)
             outcomes["read"] += 1
-        except PictureError:
+        except ImageDecodeError:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 50
 

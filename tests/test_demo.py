@@ -24,10 +24,10 @@ import random_weights
 import tiny
 from PIL import Image
 
-from sit_jax import cli
-from sit_jax.demo.contestants import milliseconds, open_contest
+from sit_jax.cli import main as cli
 from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
-from sit_jax.export.folder import save_folder
+from sit_jax.demo.models import milliseconds, open_demo_models
+from sit_jax.io.model_folder import save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.slimming import TokenSlimming
@@ -93,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
     shapes = {"student": STUDENT, "single": SINGLE, "teacher": STUDENT.without_slimming()}
     for name, shape in shapes.items():
         weights = random_weights.draw(shape)
-        save_folder(place / name, weights._replace(about={**weights.about, "class_names": NAMES}))
+        save_folder(place / name, weights._replace(metadata={**weights.metadata, "class_names": NAMES}))
     return {name: place / name for name in shapes}
 
 
@@ -139,8 +139,8 @@ def test_mistakes(
 def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     weights = random_weights.draw(STUDENT)
     names = ["crane", *NAMES[1:9], "crane"]
-    save_folder(tmp_path / "cranes", weights._replace(about={**weights.about, "class_names": names}))
-    student = open_contest([tmp_path / "cranes"], [folders["teacher"]]).students[str(tmp_path / "cranes")]
+    save_folder(tmp_path / "cranes", weights._replace(metadata={**weights.metadata, "class_names": names}))
+    student = open_demo_models([tmp_path / "cranes"], [folders["teacher"]]).students[str(tmp_path / "cranes")]
     maps: Any = SimpleNamespace(probabilities=np.array([[0.6, *[0.0] * 8, 0.4]]))
     assert list(student.likeliest(maps).items())[:3] == [("crane (0)", 0.6), ("crane (9)", 0.4), ("one", 0.0)]
 
@@ -148,19 +148,19 @@ def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], t
 def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     run.symlink_to(folders["student"])
-    contest = open_contest([run], [folders["teacher"]])
+    contest = open_demo_models([run], [folders["teacher"]])
     assert list(contest.students) == [str(run)]
     copy = tmp_path / "copy"
     weights = random_weights.draw(STUDENT)
     save_folder(copy, weights)
     save_folder(copy / "teacher", random_weights.draw(STUDENT.without_slimming()))
-    assert list(open_contest([copy], []).teachers) == [str(copy / "teacher")]
+    assert list(open_demo_models([copy], []).teachers) == [str(copy / "teacher")]
 
 
 def test_a_session_keeps_one_picture(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     page = pytest.importorskip("sit_jax.demo.page")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "red.png")
-    contest = open_contest([folders["student"]], [folders["teacher"]])
+    contest = open_demo_models([folders["student"]], [folders["teacher"]])
     (teacher,), (student,) = contest.teachers.values(), contest.students.values()
     _, _, _, kept, _, text, drawn, tokens = page._answer(str(tmp_path / "red.png"), teacher, student, None)
     assert "4 tokens behind block 2" in text

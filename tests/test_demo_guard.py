@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from sit_jax.demo.guard import Guard
+from sit_jax.demo.middleware import Guard
 
 
 def guarded(

@@ -17,13 +17,14 @@ import pytest
 import quick_compile
 import random_weights
 
-from sit_jax import cli, distributed
-from sit_jax.distributed import Processes, call_the_roll
+from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
+from sit_jax.cli import main as cli
 from sit_jax.errors import ConfigError, RunError
-from sit_jax.export.folder import save_folder
-from sit_jax.inspection import list_checkpoints, read_contents, verify
-from sit_jax.metrics import read_metrics
-from sit_jax.run import trained_variables
+from sit_jax.io.model_folder import save_folder
+from sit_jax.io.runs import trained_variables
+from sit_jax.parallel import distributed
+from sit_jax.parallel.distributed import Processes, wait_for_processes
+from sit_jax.train.metrics import read_metrics
 
 SMALL = {
     "model.dim": 16,
@@ -54,7 +55,7 @@ def roll_call(count: int, present: list[int]) -> dict[int, str]:
 
     def arrive(index: int) -> None:
         try:
-            call_the_roll(Processes(f"localhost:{port}", count, index))
+            wait_for_processes(Processes(f"localhost:{port}", count, index))
             heard[index] = ""
         except RunError as error:
             heard[index] = str(error)
@@ -70,7 +71,7 @@ def roll_call(count: int, present: list[int]) -> dict[int, str]:
 
 def test_all_arrive() -> None:
     assert roll_call(4, [2, 0, 3, 1]) == {0: "", 1: "", 2: "", 3: ""}
-    call_the_roll(Processes("localhost:1", 1, 0))  # Nobody to wait for.
+    wait_for_processes(Processes("localhost:1", 1, 0))  # Nobody to wait for.
 
 
 def test_everyone_hears_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +88,7 @@ def test_strangers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     port, heard = free_port(), []
 
     def first() -> None:
-        call_the_roll(Processes(f"localhost:{port}", 2, 0))
+        wait_for_processes(Processes(f"localhost:{port}", 2, 0))
         heard.append("all")
 
     thread = threading.Thread(target=first)
@@ -101,7 +102,7 @@ def test_strangers_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
             except OSError:
                 threading.Event().wait(0.05)
     assert heard == []
-    call_the_roll(Processes(f"localhost:{port}", 2, 1))
+    wait_for_processes(Processes(f"localhost:{port}", 2, 1))
     thread.join(timeout=10)
     assert heard == ["all"]
 
@@ -274,7 +275,7 @@ def test_notice_to_one_of_two_stops_both_and_one_process_goes_on(
     (newest,) = [entry for entry in list_checkpoints(run) if entry.newest]
     assert 0 < newest.step < 11
     contents = read_contents(run)
-    assert (contents.about["mesh"], contents.about["processes"]) == ({"data": 2, "fsdp": 4, "tensor": 1}, 2)
+    assert (contents.metadata["mesh"], contents.metadata["processes"]) == ({"data": 2, "fsdp": 4, "tensor": 1}, 2)
     assert verify(run).problems == ()
     # Written by two processes on 2 x 4 x 1, continued by one on 8 x 1 x 1.
     process = start(8, *overrides(digits_dir), "--workdir", str(run), "--resume")

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import pytest
 import reference_pages
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
+from sit_jax.cli.config_file import load_config
 from sit_jax.config import Config
 from sit_jax.data.config import DataConfig
 from sit_jax.models.architecture import Architecture
@@ -48,9 +49,9 @@ def test_commands(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for words in shell_lines(page):
         match words:
             case ["sit", *rest]:
-                arguments, overrides = cli._parser().parse_known_args(rest)
+                arguments, overrides = cli.make_parser().parse_known_args(rest)
                 if "config" in arguments:
-                    cli.load_config(str(pages.get(arguments.config, arguments.config)), overrides)
+                    load_config(str(pages.get(arguments.config, arguments.config)), overrides)
                 else:
                     assert overrides == [], words
             case ["make", *targets]:
@@ -67,7 +68,7 @@ def test_commands(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 def test_every_verb_is_shown() -> None:
     verbs = {words[1] for page in PAGES for words in shell_lines(page) if words[0] == "sit"}
-    assert verbs == {parser.prog.split()[1] for parser in reference_pages.command_parsers(cli._parser())}
+    assert verbs == {parser.prog.split()[1] for parser in reference_pages.command_parsers(cli.make_parser())}
 
 
 def test_snippets_are_run_somewhere() -> None:
@@ -82,7 +83,7 @@ def test_overrides() -> None:
     for page in PAGES:
         config = "configs/folder.py:64" if page.name == "own_pictures.md" else "configs/digits.py"
         for code in re.findall(r"`(--config\.[a-z][\w.]*=[^`]+)`", page.read_text()):
-            cli.load_config(config, shlex.split(code))
+            load_config(config, shlex.split(code))
             found += 1
     assert found >= 20
 
@@ -99,7 +100,7 @@ def test_every_key_is_described() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert {field.name for field in dataclasses.fields(Architecture)} <= set(rows)
     assert "| `crop_fraction` | number, above 0, at most 1 | `0.875` |" in page
-    assert "| `on_broken` | `error` or `skip` | `'error'` |" in page
+    assert "| `on_decode_error` | `error` or `skip` | `'error'` |" in page
     assert "| `eps` | number, above 0 | `1e-08` |" in page
     assert "| `std` | 3 values, each a number, above 0 | `(0.229, 0.224, 0.225)` |" in page
 
@@ -123,12 +124,12 @@ def test_an_undescribed_key_stops_the_build() -> None:
 
 def test_every_command_and_word_is_told() -> None:
     page = reference_pages.commands_page()
-    parsers = list(reference_pages.command_parsers(cli._parser()))
+    parsers = list(reference_pages.command_parsers(cli.make_parser()))
     assert {"sit train", "sit data label", "sit checkpoint verify"} <= {parser.prog for parser in parsers}
     for parser in parsers:
         section = page.partition(f"## {parser.prog}\n")[2].partition("\n## ")[0]
         for action in parser._actions:
-            if not isinstance(action, argparse._HelpAction):
+            if not isinstance(action, argparse._HelpAction) and action.help != argparse.SUPPRESS:
                 assert action.help
                 assert action.help.replace("|", "\\|") in section, (parser.prog, action.dest)
 
@@ -147,6 +148,8 @@ def template(node: ast.AST) -> str:
             return text
         case ast.JoinedStr(values=values):
             return "".join("…" if isinstance(value, ast.FormattedValue) else template(value) for value in values)
+        case ast.Call(func=ast.Name(id="ConfigError"), args=[key, problem]):
+            return f"{template(key) or '…'}: {template(problem) or '…'}"
         case ast.BinOp(left=left, right=right):
             return (template(left) or "…") + (template(right) or "…")
     return ""

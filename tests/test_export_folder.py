@@ -16,12 +16,12 @@ import safetensors.numpy
 import tiny
 from PIL import Image
 
-from sit_jax import cli
-from sit_jax.convert.original import name_table, to_original
-from sit_jax.convert.weights import Weights
+from sit_jax.cli import main as cli
 from sit_jax.errors import UserError
-from sit_jax.export.folder import CONFIG, WEIGHTS, load_folder, save_folder
-from sit_jax.export.predictor import open_predictor
+from sit_jax.io.convert.sit_names import name_table, to_original
+from sit_jax.io.model_folder import CONFIG, WEIGHTS, load_folder, save_folder
+from sit_jax.io.predictor import open_predictor
+from sit_jax.io.weights import Weights
 
 SHAPES = {
     "student": tiny.STUDENT,
@@ -34,7 +34,7 @@ SHAPES = {
 
 def equal(mine: Weights, theirs: Weights) -> None:
     assert mine.arch == theirs.arch
-    assert mine.about == theirs.about
+    assert mine.metadata == theirs.metadata
     for one, other in zip(mine[1:4], theirs[1:4], strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 

@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, DataConfig, LogConfig, OptimConfig
-from sit_jax.convert.original import to_original
 from sit_jax.errors import UserError
-from sit_jax.export import onnx_file, stablehlo, torch_model
-from sit_jax.export.folder import load_folder, save_folder
-from sit_jax.export.forward import make_forward
-from sit_jax.export.predictor import open_predictor
+from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.export import onnx_file, stablehlo, torch_model
+from sit_jax.io.export.forward import make_forward
+from sit_jax.io.model_folder import load_folder, save_folder
+from sit_jax.io.predictor import open_predictor
 from sit_jax.models import build_model
-from sit_jax.run import evaluate_run, run
+from sit_jax.train.loop import evaluate_run, run
 
 WEIGHTS = random_weights.draw(reverse=True)
 IMAGES = random_weights.images(tiny.STUDENT, 5)
@@ -89,8 +89,8 @@ def test_onnx(
         np.testing.assert_allclose(logits, wanted[:count], atol=1e-4)
     predictor = open_predictor(file)
     np.testing.assert_allclose(predictor.logits(PIXELS), expected_of_pixels, atol=1e-4)
-    assert predictor.class_names == WEIGHTS.about["class_names"]
-    assert predictor.about["licence"] == "Apache-2.0"
+    assert predictor.class_names == WEIGHTS.metadata["class_names"]
+    assert predictor.metadata["licence"] == "Apache-2.0"
 
 
 def test_damaged_onnx_files(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,21 +136,21 @@ def test_stablehlo(
     words = ["--raw_input"] if raw else []
     assert cli.main(["export", str(folder), str(file), "--format", "stablehlo", *words]) == 0
     description = json.loads((tmp_path / "model.stablehlo.json").read_text())
-    assert description["class_names"] == WEIGHTS.about["class_names"]
-    assert description["preprocessing"] == WEIGHTS.about["preprocessing"]
+    assert description["class_names"] == WEIGHTS.metadata["class_names"]
+    assert description["preprocessing"] == WEIGHTS.metadata["preprocessing"]
     assert b".py" not in file.read_bytes()
     np.save(tmp_path / "given.npy", PIXELS if raw else IMAGES)
     program = f"""
 import sys
 import numpy as np
-from sit_jax.export.stablehlo import load
+from sit_jax.io.export.stablehlo import load
 model = load({str(file)!r})
 given = np.load({str(tmp_path / "given.npy")!r})
 logits = [np.asarray(model.run(given[:count])) for count in (1, 2, 5)]
 np.savez({str(tmp_path / "logits.npz")!r}, *logits)
 loaded = [name for name in sys.modules if name.startswith(("sit_jax", "flax"))]
-assert sorted(loaded) == ["sit_jax", "sit_jax.errors", "sit_jax.export", "sit_jax.export.stablehlo",
-                          "sit_jax.export.writing"], loaded
+assert sorted(loaded) == ["sit_jax", "sit_jax.errors", "sit_jax.io", "sit_jax.io.atomic_write", "sit_jax.io.export",
+                          "sit_jax.io.export.stablehlo"], loaded
 """
     subprocess.run([sys.executable, "-c", program], check=True)
     wanted = expected_of_pixels if raw else expected
@@ -242,15 +242,15 @@ def test_the_digits_student_scores_the_same_in_every_format(
         assert (scores["examples"], scores["top1"], scores["top5"]) == (359, result["top1"], result["top5"]), kind
         assert scores["loss"] == pytest.approx(result["loss"], abs=1e-4)
     weights = load_folder(tmp_path / "model")
-    assert weights.about["class_names"] == [str(digit) for digit in range(10)]
-    assert weights.about["provenance"]["step"] == 1438 // 32
+    assert weights.metadata["class_names"] == [str(digit) for digit in range(10)]
+    assert weights.metadata["provenance"]["step"] == 1438 // 32
     assert set(weights.reverse) == {f"blocks_{block}" for block in range(4)}
     assert torch_accuracy(tmp_path / "model") == pytest.approx(result["top1"], abs=1e-6)
     assert cli.main(["evaluate", str(digits_run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert cli.main(["export", str(digits_run), str(tmp_path / "ema"), "--format", "folder", "--ema"]) == 0
     averaged = load_folder(tmp_path / "ema")
-    assert averaged.about["provenance"]["ema"] is True
+    assert averaged.metadata["provenance"]["ema"] is True
     assert not np.allclose(averaged.params["head"]["kernel"], weights.params["head"]["kernel"])
 
 
@@ -326,7 +326,7 @@ def test_timm_has_one_epsilon(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
 
 def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     silent = random_weights.draw(tiny.plain(stem="patch"))
-    del silent.about["licence"]
+    del silent.metadata["licence"]
     save_folder(tmp_path / "silent", silent)
 
     def run_command(verb: str, source: str, dest: str, *words: str) -> int:
@@ -338,12 +338,12 @@ def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert run_command("export", "b", "d", "--format", "folder") == 0
     assert run_command("export", "silent", "e", "--format", "folder", "--licence", "MIT") == 0
     for name in "abcde":
-        assert load_folder(tmp_path / name).about["licence"] == "MIT", name
+        assert load_folder(tmp_path / name).metadata["licence"] == "MIT", name
     assert run_command("export", "a", "f", "--format", "folder", "--licence", "CC BY 4.0") == 0
-    assert load_folder(tmp_path / "f").about["licence"] == "CC BY 4.0"
+    assert load_folder(tmp_path / "f").metadata["licence"] == "CC BY 4.0"
     for words, place in ((("--format", "stablehlo"), "x.stablehlo"), (("--format", "onnx"), "x.onnx")):
         assert run_command("export", "silent", place, *words, "--licence", "MIT") == 0
-        assert open_predictor(tmp_path / place).about["licence"] == "MIT"
+        assert open_predictor(tmp_path / place).metadata["licence"] == "MIT"
     capsys.readouterr()
     for command in ("convert", "export --format original", "export --format timm"):
         verb, *more = command.split()

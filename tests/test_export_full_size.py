@@ -10,9 +10,9 @@ import pytest
 import random_weights
 import torch
 
-from sit_jax import cli
-from sit_jax.export import torch_model
-from sit_jax.export.folder import save_folder
+from sit_jax.cli import main as cli
+from sit_jax.io.export import torch_model
+from sit_jax.io.model_folder import save_folder
 from sit_jax.models.variants import VARIANTS
 
 PAPER = tuple(name for name in VARIANTS if name.startswith("sit_"))
@@ -21,7 +21,7 @@ PROGRAM = """
 import pathlib, sys
 import numpy as np
 import sit_jax
-from sit_jax.export.stablehlo import load
+from sit_jax.io.export.stablehlo import load
 folder = pathlib.Path(sys.argv[1])
 run = sit_jax.load(folder / "model") if sys.argv[2] == "jax" else load(folder / "model.stablehlo").run
 np.save(folder / f"{sys.argv[2]}.npy", np.asarray(run(np.load(folder / "images.npy"))))

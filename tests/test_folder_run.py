@@ -12,19 +12,21 @@ import pictures
 import pytest
 from PIL import Image
 
-from sit_jax import cli, workdir
-from sit_jax.annotate import write_label_maps
+from sit_jax.cli import main as cli
+from sit_jax.cli.config_file import load_config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.label_maps import LabelMaps
 from sit_jax.data.preprocess import normalize
-from sit_jax.data.sources import open_source
+from sit_jax.data.registry import open_source
 from sit_jax.data.transforms import resize_box
-from sit_jax.errors import ConfigError, SkippedError
-from sit_jax.metrics import read_metrics
+from sit_jax.errors import ConfigError, PartialFailureError
+from sit_jax.io import runs as workdir
+from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
-from sit_jax.run import trained_variables
+from sit_jax.train.dense_labels import write_label_maps
+from sit_jax.train.metrics import read_metrics
 
 SMALL = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
 
@@ -149,7 +151,7 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     pictures.make_folder(hurt, 2, "train", size=(72, 64))
     (hurt / "train" / "chelsea" / "0000.jpg").unlink()
     (hurt / "train" / "chelsea" / "0000.jpg").symlink_to("nowhere.jpg")
-    with pytest.raises(SkippedError, match=r"^1 of 16 "):
+    with pytest.raises(PartialFailureError, match=r"^1 of 16 "):
         write_label_maps(pathlib.Path(first), tmp_path / "some", 3, DataConfig(name="folder", data_dir=str(hurt)))
     stored = LabelMaps(tmp_path / "some")
     labelled = [bool(stored[index][1].any()) for index in range(16)]
@@ -193,7 +195,7 @@ def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_pa
     assert cli.main([*check, *options, "--all"]) == 2
     printed = capsys.readouterr()
     assert f"{len(malformed.BROKEN)} pictures cannot be read" in printed.err
-    assert f"{len(malformed.BROKEN)} broken (training stops at them; data.on_broken=error)" in printed.out
+    assert f"{len(malformed.BROKEN)} broken (training stops at them; data.on_decode_error=error)" in printed.out
     assert all(name in printed.out for name in malformed.BROKEN)
     for word in (
         "CMYK: turned to RGB",
@@ -233,4 +235,4 @@ def test_settings_that_contradict_each_other(folder: pathlib.Path) -> None:
         ("loss.token_label", "0.5", r"^loss.token_label: needs model.aux_head"),
     ):
         with pytest.raises(ConfigError, match=message):
-            cli.load_config("configs/folder.py:64", [f"--config.{key}={value}"])
+            load_config("configs/folder.py:64", [f"--config.{key}={value}"])

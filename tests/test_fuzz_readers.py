@@ -25,10 +25,10 @@ from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sit_jax.convert.fill import expected_shapes
-from sit_jax.convert.original import name_table
-from sit_jax.convert.read import read_weights
 from sit_jax.errors import UserError
+from sit_jax.io.convert.load_params import expected_shapes
+from sit_jax.io.convert.read import read_weights
+from sit_jax.io.convert.sit_names import name_table
 from sit_jax.models.architecture import Architecture
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")

@@ -11,12 +11,12 @@ import pytest
 from golden_files import TRAINED
 
 from sit_jax import losses
-from sit_jax.convert.original import to_original
+from sit_jax.io.convert.sit_names import to_original
 from sit_jax.models import build_model, build_reverse
-from sit_jax.optim import schedules
-from sit_jax.sharding import make_mesh
-from sit_jax.state import TrainState
-from sit_jax.train import compute_loss, make_task, make_train_step
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.train.optim import schedules
+from sit_jax.train.state import TrainState
+from sit_jax.train.step import compute_loss, make_train_spec, make_train_step
 
 
 def close(mine: Any, theirs: np.ndarray, relative: float) -> None:
@@ -89,7 +89,7 @@ class Trajectory(NamedTuple):
 def trajectory(name: str) -> Trajectory:
     """Runs the golden steps; the weights after each one in the original's layout."""
     golden = golden_files.load(name)
-    task = make_task(golden_files.config(golden), steps_per_epoch=1)
+    task = make_train_spec(golden_files.config(golden), steps_per_epoch=1)
     mesh = make_mesh(devices=jax.devices()[:1])
     step = make_train_step(task, mesh)
     state = initial_state(name, task)
@@ -133,7 +133,7 @@ def test_losses_and_learning_rates_of_every_step(name: str) -> None:
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradients(name: str) -> None:
     golden = golden_files.load(name)
-    task = make_task(golden_files.config(golden), steps_per_epoch=1)
+    task = make_train_spec(golden_files.config(golden), steps_per_epoch=1)
     state = initial_state(name, task)
     images = golden_files.nhwc(golden.data["steps/images_nchw"][0])
     batch = {"image": images, "label": jnp.asarray(golden.data["steps/soft_labels"][0])}

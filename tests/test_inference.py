@@ -11,7 +11,7 @@ import random_weights
 import tiny
 
 import sit_jax
-from sit_jax.export.inference import inference_model
+from sit_jax.io.inference import inference_model
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.stems import fold_batch_norm

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import tiny
 
-from sit_jax import cli, sharding, workdir
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, LossConfig, MeshConfig, OptimConfig
-from sit_jax.config_dict import to_dict
+from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import RunError
-from sit_jax.inspection import list_checkpoints, read_contents, verify
-from sit_jax.train import abstract_state, init_state, make_task
+from sit_jax.io import runs as workdir
+from sit_jax.parallel import sharding
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.step import abstract_state, init_state, make_train_spec
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,11 @@ def config() -> Config:
 @pytest.fixture(scope="module")
 def state(config: Config) -> Any:
     """A state on a mesh of eight devices."""
-    return init_state(make_task(config, 10), sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    return init_state(make_train_spec(config, 10), sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
 
 def write(folder: pathlib.Path, config: Config, states: dict[int, tuple[Any, dict[str, float]]]) -> None:
-    workdir.claim(folder, config, resume=False)
+    workdir.create_or_verify(folder, config, resume=False)
     for step, (state, metrics) in states.items():
         with Checkpoints(folder, keep=2) as checkpoints:
             checkpoints.save(state.replace(step=jnp.asarray(step, jnp.int32)), metrics, {"data": {"next_example": 7}})
@@ -62,7 +64,7 @@ def test_list(run: pathlib.Path, capsys: Any) -> None:
 
 def test_show(run: pathlib.Path, state: Any, capsys: Any) -> None:
     contents = read_contents(run)
-    assert (contents.step, contents.about) == (8, {"data": {"next_example": 7}})
+    assert (contents.step, contents.metadata) == (8, {"data": {"next_example": 7}})
     shapes = {array.name: array.shape for array in contents.arrays}
     assert shapes["model/params/blocks_0/attn/qkv/kernel"] == (16, 48)
     assert shapes["ema/batch_stats/stem/bn1/mean"] == (2,)
@@ -125,7 +127,7 @@ def test_verify_names_what_the_configuration_has_otherwise(
 def restore(folder: pathlib.Path, config: Config) -> Any:
     mesh = sharding.make_mesh()
     with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(make_task(config, 10))))
+        return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(make_train_spec(config, 10))))
 
 
 def test_restore_of_another_models(run: pathlib.Path, config: Config) -> None:

@@ -15,11 +15,12 @@ import pytest
 import quick_compile
 from test_distributed import SMALL
 
-from sit_jax.checkpoint import FOLDER, Checkpoints
-from sit_jax.cli import STOPPED
-from sit_jax.inspection import verify
-from sit_jax.metrics import read_metrics
-from sit_jax.run import trained_variables
+from sit_jax.analysis.checkpoints import verify
+from sit_jax.cli.main import STOPPED
+from sit_jax.io.checkpoint import FOLDER
+from sit_jax.io.runs import trained_variables
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.metrics import read_metrics
 
 KILLS = int(os.environ.get("SIT_JAX_KILLS", "4"))
 # Long enough that every kill comes before the end.

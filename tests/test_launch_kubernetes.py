@@ -13,7 +13,7 @@ import yaml
 from launch_machine import Machine
 from test_distributed import free_port
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
 
 MANIFEST = pathlib.Path("launch/kubernetes.yaml")
 AWKWARD = '/data/my "run" \\ $(HOME) it\'s & more # --name'
@@ -71,7 +71,7 @@ def check(text: str, name: str, workers: int, processes: bool) -> None:
     assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in rules
     # Kubernetes puts a number in place of the variable before sit sees it.
     given = [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
-    arguments, rest = cli._parser().parse_known_args(given)
+    arguments, rest = cli.make_parser().parse_known_args(given)
     assert arguments.resume
     assert all(word.startswith("--config.") for word in rest)
     if processes:

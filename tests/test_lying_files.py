@@ -21,10 +21,10 @@ import torch
 from test_convert import PLAIN
 from test_other_stems import torch_model
 
-from sit_jax import cli
-from sit_jax.convert.read import read_weights
-from sit_jax.convert.select import select_torch
+from sit_jax.cli import main as cli
 from sit_jax.errors import UserError
+from sit_jax.io.convert.read import read_weights
+from sit_jax.io.convert.state_dict import select_torch
 
 ARCH = golden_files.architecture(golden_files.load("dist_token").meta["model"])
 OPTIONS = original_models.options(ARCH)
@@ -288,7 +288,7 @@ def test_huge_strides_along_axes_of_one(tmp_path: pathlib.Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
         archive.writestr("archive/data.pkl", _tensor_pickle((1, 2, 1), (10**30, 2, 10**40), 4))
         archive.writestr("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
-    (tensor,) = select_torch(tmp_path / "x.pth", ema=False, say=print).values()
+    (tensor,) = select_torch(tmp_path / "x.pth", ema=False, log=print).values()
     np.testing.assert_array_equal(tensor.read(), np.array([[[0], [2]]], np.float32))
 
 
@@ -458,7 +458,7 @@ def test_a_write_that_fails_leaves_the_old_one(
         (path / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sit_jax.convert.command.save_folder", full)
+    monkeypatch.setattr("sit_jax.io.convert.convert.save_folder", full)
     assert cli.main(["convert", str(source), str(folder), *WORDS, "--force"]) == 2
     assert "folder: cannot be written: No space left on device" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == old

@@ -13,7 +13,7 @@ import tiny
 
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import AugmentConfig, DataConfig, MixConfig
-from sit_jax.data.device import prepare_batch
+from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.mixing import Mix, draw_mix, mix_images, mix_labels, soft_labels
 from sit_jax.data.preprocess import normalize, random_erasing
 from sit_jax.data.token_labels import patch_labels
@@ -208,13 +208,13 @@ def test_prepared_batches_depend_on_seed_and_step_only() -> None:
         "image": jnp.asarray(rng.integers(0, 256, (8, 32, 32, 1), np.uint8)),
         "label": jnp.asarray(rng.integers(0, 10, 8), jnp.int32),
     }
-    first, again, later = (prepare_batch(config, batch, jnp.asarray(step)) for step in (3, 3, 4))
+    first, again, later = (prepare_batch(config.inputs, batch, jnp.asarray(step)) for step in (3, 3, 4))
     np.testing.assert_array_equal(first["image"], again["image"])
     assert not np.array_equal(first["image"], later["image"])
     np.testing.assert_allclose(first["label"].sum(axis=1), np.ones(8), rtol=1e-5)
-    other = prepare_batch(dataclasses.replace(config, seed=1), batch, jnp.asarray(3))
+    other = prepare_batch(dataclasses.replace(config, seed=1).inputs, batch, jnp.asarray(3))
     assert not np.array_equal(first["image"], other["image"])
-    plain = prepare_batch(tiny.config(), batch, jnp.asarray(0))
+    plain = prepare_batch(tiny.config().inputs, batch, jnp.asarray(0))
     np.testing.assert_allclose(plain["image"], normalize(batch["image"], DataConfig()), rtol=1e-6)
 
 
@@ -239,7 +239,7 @@ def test_mix_token_moves_patches_and_their_labels_together() -> None:
     }
     moved = 0
     for step in range(8):
-        made = prepare_batch(config, batch, jnp.asarray(step))
+        made = prepare_batch(config.inputs, batch, jnp.asarray(step))
         mask, dense = np.asarray(made["token_mix"]), np.asarray(made["patch_label"])
         owner = np.where(mask, 5 - np.arange(size)[:, None], np.arange(size)[:, None])
         np.testing.assert_array_equal(dense.argmax(axis=-1), owner)

@@ -13,18 +13,20 @@ import pytest
 import tiny
 
 import sit_jax
-from sit_jax import cli, sharding, workdir
+from sit_jax.analysis.checkpoints import list_checkpoints, verify
 from sit_jax.analysis.summary import print_summary, summarize
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.cli import main as cli
 from sit_jax.config import CheckpointConfig, Config, DataConfig, LossConfig, ModelConfig, OptimConfig
-from sit_jax.config_dict import to_dict
+from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import NotFiniteError, RunError
-from sit_jax.inspection import list_checkpoints, verify
-from sit_jax.metrics import EvalMetrics, eval_metrics
-from sit_jax.origins import first_state
-from sit_jax.report.gather import gather
-from sit_jax.run import evaluate_run, run
-from sit_jax.train import make_task
+from sit_jax.io import runs as workdir
+from sit_jax.parallel import sharding
+from sit_jax.report.load_run import gather
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.init import initial_state
+from sit_jax.train.loop import evaluate_run, run
+from sit_jax.train.metrics import EvalMetrics, eval_metrics
+from sit_jax.train.step import make_train_spec
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -107,14 +109,14 @@ def sick(digits_run: pathlib.Path, digits_config: Config, tmp_path_factory: pyte
     """A run as older versions left it: its newest checkpoint is not finite, and its evaluation claims 100%."""
     folder = tmp_path_factory.mktemp("sick") / "run"
     shutil.copytree(digits_run, folder)
-    task = make_task(digits_config, 11)
+    task = make_train_spec(digits_config, 11)
     with Checkpoints(folder, keep=5) as checkpoints:
-        state: Any = first_state(task, checkpoints, sharding.make_mesh(), {})
-        about = checkpoints.about()
+        state: Any = initial_state(task, checkpoints, sharding.make_mesh(), {})
+        metadata = checkpoints.metadata()
         params = jax.tree.map(lambda x: x, state.params)
         params["model"]["norm"]["bias"] = params["model"]["norm"]["bias"].at[3].set(jnp.nan)
         metrics = {"top1": 1.0, "top5": 1.0, "loss": float("nan")}
-        checkpoints.save(state.replace(step=jnp.asarray(33, jnp.int32), params=params), metrics, about)
+        checkpoints.save(state.replace(step=jnp.asarray(33, jnp.int32), params=params), metrics, metadata)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 33, "kind": "eval", "time": 0.0, **metrics}) + "\n")
     return folder
@@ -126,8 +128,8 @@ def test_a_checkpoint_that_is_not_finite_is_never_the_best(sick: pathlib.Path) -
     assert not entries[33].best
     with Checkpoints(sick) as checkpoints:
         assert checkpoints.best_step in (11, 22)
-        assert checkpoints.beaten_by({"top1": 1.0, "loss": 0.1})
-        assert not checkpoints.beaten_by({"top1": 1.0, "loss": float("nan")})
+        assert checkpoints.is_best({"top1": 1.0, "loss": 0.1})
+        assert not checkpoints.is_best({"top1": 1.0, "loss": float("nan")})
     problems = verify(sick).problems
     assert any(problem.startswith("model/params/norm/bias: ") for problem in problems)
     assert any(problem.startswith("metrics: loss ") for problem in problems)

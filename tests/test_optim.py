@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sit_jax.config import OptimConfig
-from sit_jax.optim import cosine_schedule, decay_mask, make_optimizer, parameter_groups, schedules
+from sit_jax.train.optim import cosine_schedule, decay_mask, make_optimizer, parameter_groups, schedules
 
 PARAMS: dict[str, Any] = {
     "model": {
@@ -29,12 +29,12 @@ def test_decay_mask() -> None:
     decayed = {name for name, value in names.items() if value}
     plain = {"model/head/kernel", "model/aux_head/kernel", "model/slimming_0/fc1/kernel"}
     assert decayed == plain | {"reverse/blocks_0/token_mlp/fc1/kernel"}
-    faithful = {
+    decay_like_original = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, value in flat(decay_mask(PARAMS, True))
         if value
     }
-    assert faithful - decayed == {"model/slimming_0/scale", "reverse/blocks_0/norm1/scale"}
+    assert decay_like_original - decayed == {"model/slimming_0/scale", "reverse/blocks_0/norm1/scale"}
 
 
 def flat(tree: Any) -> list[tuple[Any, Any]]:

@@ -13,16 +13,17 @@ import safetensors.numpy
 import tiny
 from test_other_stems import torch_model
 
-from sit_jax import sharding, workdir
-from sit_jax.checkpoint import Checkpoints
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
-from sit_jax.convert.weights import Weights
 from sit_jax.errors import UserError
-from sit_jax.export.folder import save_folder
+from sit_jax.io import runs as workdir
+from sit_jax.io.model_folder import save_folder
+from sit_jax.io.weights import Weights
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.origins import check_origins, first_state, given_teacher
-from sit_jax.train import init_state, make_task
+from sit_jax.parallel import sharding
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.init import check_origins, given_teacher, initial_state
+from sit_jax.train.step import init_state, make_train_spec
 
 
 def variables(arch: Architecture, seed: int) -> dict[str, Any]:
@@ -41,15 +42,15 @@ def kernel(state: Any) -> np.ndarray:
 
 
 def state_of(config: Config, folder: pathlib.Path, teachers: Any = None) -> Any:
-    task, mesh = make_task(config, 10), sharding.make_mesh(devices=jax.devices()[:1])
+    task, mesh = make_train_spec(config, 10), sharding.make_mesh(devices=jax.devices()[:1])
     with Checkpoints(folder) as checkpoints:
-        return first_state(task, checkpoints, mesh, teachers or {})
+        return initial_state(task, checkpoints, mesh, teachers or {})
 
 
 def test_order(tmp_path: pathlib.Path) -> None:
     given = folder_of(tmp_path / "given", tiny.TEACHER, seed=1)
     teachers = {"teacher": variables(tiny.TEACHER, seed=2)}
-    config, task = tiny.config(), make_task(tiny.config(), 10)
+    config, task = tiny.config(), make_train_spec(tiny.config(), 10)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     fresh = kernel(init_state(task, mesh))
     expected = {
@@ -111,9 +112,9 @@ def starting(arch: Any, init: str) -> Config:
 def run_of(folder: pathlib.Path, arch: Any) -> pathlib.Path:
     """The folder of a run with one checkpoint."""
     config = starting(arch, "random")
-    workdir.claim(folder, config, resume=False)
+    workdir.create_or_verify(folder, config, resume=False)
     with Checkpoints(folder) as checkpoints:
-        checkpoints.save(init_state(make_task(config, 10), sharding.make_mesh(devices=jax.devices()[:1])), {})
+        checkpoints.save(init_state(make_train_spec(config, 10), sharding.make_mesh(devices=jax.devices()[:1])), {})
     return folder
 
 
@@ -141,7 +142,7 @@ def test_weights_of_another_model(theirs: Architecture, message: str, tmp_path: 
         with pytest.raises(UserError, match=f"^init: .*given.*{message}"):
             check_origins(tiny.config(init=str(init), teacher=None, loss=LossConfig()), tmp_path / "run")
     # The same of a run, before any of its weights is read.
-    workdir.claim(tmp_path / "other", tiny.config(LossConfig(), theirs, teacher=None), resume=False)
+    workdir.create_or_verify(tmp_path / "other", tiny.config(LossConfig(), theirs, teacher=None), resume=False)
     (tmp_path / "other" / "checkpoints").mkdir()
     config = tiny.config(init=str(tmp_path / "other"), teacher=None, loss=LossConfig())
     with pytest.raises(UserError, match=f"^init: .*other.*{message}"):

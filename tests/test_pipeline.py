@@ -20,10 +20,10 @@ import tiny
 
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import AugmentConfig, DataConfig
-from sit_jax.data.order import TrainOrder
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
-from sit_jax.data.sources import open_source
-from sit_jax.errors import ConfigError, PictureError, RunError
+from sit_jax.data.registry import open_source
+from sit_jax.data.sampler import TrainOrder
+from sit_jax.errors import ConfigError, ImageDecodeError, RunError
 
 VARIED = AugmentConfig(flip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
 
@@ -83,9 +83,9 @@ def test_order_leaves_nothing_out(repeats: int) -> None:
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_any_number_of_hosts_sees_the_same_global_batches(folder: pathlib.Path, repeats: int) -> None:
     section = config(folder, dataclasses.replace(VARIED, repeats=repeats))
-    whole = take(TrainData(section, Hosts()), 5)
+    whole = take(TrainData(section.inputs, Hosts()), 5)
     for count in (2, 4):
-        shares = [take(TrainData(section, Hosts(index, count)), 5) for index in range(count)]
+        shares = [take(TrainData(section.inputs, Hosts(index, count)), 5) for index in range(count)]
         joined = [
             {name: np.concatenate([share[step][name] for share in shares]) for name in whole[0]} for step in range(5)
         ]
@@ -94,24 +94,24 @@ def test_any_number_of_hosts_sees_the_same_global_batches(folder: pathlib.Path, 
 
 def test_restart_reads_what_would_have_been_read_also_on_other_hosts(folder: pathlib.Path) -> None:
     section = config(folder)
-    whole = take(TrainData(section, Hosts()), 9)
-    assert_equal(take(TrainData(section, Hosts()), 3, start=6), whole[6:])
-    halves = [take(TrainData(section, Hosts(index, 2)), 3, start=6) for index in range(2)]
+    whole = take(TrainData(section.inputs, Hosts()), 9)
+    assert_equal(take(TrainData(section.inputs, Hosts()), 3, start=6), whole[6:])
+    halves = [take(TrainData(section.inputs, Hosts(index, 2)), 3, start=6) for index in range(2)]
     joined = [{name: np.concatenate([half[i][name] for half in halves]) for name in whole[0]} for i in range(3)]
     assert_equal(joined, whole[6:])
 
 
 def test_workers_and_threads_change_nothing(folder: pathlib.Path) -> None:
-    alone = take(TrainData(config(folder, threads=1), Hosts()), 6)
-    assert_equal(take(TrainData(config(folder, threads=4), Hosts()), 6), alone)
-    assert_equal(take(TrainData(config(folder, workers=2, threads=1), Hosts()), 6), alone)
-    assert_equal(take(TrainData(config(folder, workers=3, threads=1), Hosts()), 2, start=4), alone[4:])
+    alone = take(TrainData(config(folder, threads=1).inputs, Hosts()), 6)
+    assert_equal(take(TrainData(config(folder, threads=4).inputs, Hosts()), 6), alone)
+    assert_equal(take(TrainData(config(folder, workers=2, threads=1).inputs, Hosts()), 6), alone)
+    assert_equal(take(TrainData(config(folder, workers=3, threads=1).inputs, Hosts()), 2, start=4), alone[4:])
 
 
 def test_tfds_sources_travel_to_workers(digits_dir: str) -> None:
     def batches(workers: int) -> list[dict[str, np.ndarray]]:
         section = DataConfig(data_dir=digits_dir, workers=workers, threads=1)
-        return take(TrainData(tiny.config(batch_size=64, data=section), Hosts()), 3)
+        return take(TrainData(tiny.config(batch_size=64, data=section).inputs, Hosts()), 3)
 
     assert_equal(batches(1), batches(0))
 
@@ -120,7 +120,7 @@ def test_tfds_sources_travel_to_workers(digits_dir: str) -> None:
 def test_evaluation_covers_every_example_once_on_any_hosts(folder: pathlib.Path, count: int) -> None:
     section = config(folder)
     source = open_source(section.data, "val")
-    shares = [list(eval_batches(section, source, Hosts(index, count))) for index in range(count)]
+    shares = [list(eval_batches(section.inputs, source, Hosts(index, count))) for index in range(count)]
     assert {len(share) for share in shares} == {4}  # 40 pictures in batches of 12, filled up.
     kept = [
         image.tobytes()
@@ -129,14 +129,14 @@ def test_evaluation_covers_every_example_once_on_any_hosts(folder: pathlib.Path,
         for image, mask in zip(batch["image"], batch["mask"], strict=True)
         if mask
     ]
-    alone = [batch["image"][batch["mask"] > 0] for batch in eval_batches(section, source, Hosts())]
+    alone = [batch["image"][batch["mask"] > 0] for batch in eval_batches(section.inputs, source, Hosts())]
     assert len(kept) == 40
     assert sorted(kept) == sorted(image.tobytes() for image in np.concatenate(alone))
 
 
 def test_batches_must_divide_over_hosts(folder: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"^batch_size: 16 examples do not divide over 3 processes"):
-        TrainData(config(folder), Hosts(0, 3))
+        TrainData(config(folder).inputs, Hosts(0, 3))
 
 
 @pytest.fixture
@@ -152,21 +152,21 @@ def damaged(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_picture_stops_training_and_is_named(damaged: pathlib.Path, workers: int) -> None:
     section = config(damaged, workers=workers, threads=1)
-    with pytest.raises(PictureError) as caught:
-        take(TrainData(section, Hosts()), 7)
+    with pytest.raises(ImageDecodeError) as caught:
+        take(TrainData(section.inputs, Hosts()), 7)
     message = str(caught.value)
     assert message.startswith(f"{damaged}/train/coffee/0002.jpg: cannot be read")
-    assert "data.on_broken=skip" in message
+    assert "data.on_decode_error=skip" in message
     assert len(message.splitlines()) == 1
-    with pytest.raises(PictureError, match=r"val/coffee/0002.jpg"):
-        list(eval_batches(section, open_source(section.data, "val"), Hosts()))
+    with pytest.raises(ImageDecodeError, match=r"val/coffee/0002.jpg"):
+        list(eval_batches(section.inputs, open_source(section.data, "val"), Hosts()))
 
 
 def test_broken_pictures_are_skipped_and_counted(damaged: pathlib.Path, folder: pathlib.Path) -> None:
-    section = config(damaged, on_broken="skip")
-    batches = take(TrainData(section, Hosts()), 13)  # Two passes over 104 pictures.
+    section = config(damaged, on_decode_error="skip")
+    batches = take(TrainData(section.inputs, Hosts()), 13)  # Two passes over 104 pictures.
     assert sum(int((batch["skipped"] > 0).sum()) for batch in batches) == 2
-    whole = take(TrainData(config(folder), Hosts()), 13)
+    whole = take(TrainData(config(folder).inputs, Hosts()), 13)
     changed = [
         (step, place)
         for step, (one, other) in enumerate(zip(batches, whole, strict=True))
@@ -174,7 +174,7 @@ def test_broken_pictures_are_skipped_and_counted(damaged: pathlib.Path, folder: 
         if not np.array_equal(one["image"][place], other["image"][place])
     ]
     assert len(changed) == 2  # Nothing but the broken picture's places.
-    counted = list(eval_batches(section, open_source(section.data, "val"), Hosts()))
+    counted = list(eval_batches(section.inputs, open_source(section.data, "val"), Hosts()))
     assert sum(batch["mask"].sum() for batch in counted) == 39
 
 
@@ -184,11 +184,11 @@ def test_nothing_but_broken_pictures(tmp_path: pathlib.Path) -> None:
         for index in range(20):
             (tmp_path / name / f"{index}.jpg").write_bytes(b"nothing")
     with pytest.raises(Exception, match="100 pictures in a row cannot be read"):
-        take(TrainData(config(tmp_path, on_broken="skip"), Hosts()), 1)
+        take(TrainData(config(tmp_path, on_decode_error="skip").inputs, Hosts()), 1)
 
 
 def test_killed_worker_is_an_error_and_no_hang(folder: pathlib.Path) -> None:
-    stream = TrainData(config(folder, workers=1, threads=1), Hosts()).batches()
+    stream = TrainData(config(folder, workers=1, threads=1).inputs, Hosts()).batches()
     next(stream)
     # Whatever is queued may still come; then the death must show.
     (worker,) = [x for x in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(x.cmdline())]

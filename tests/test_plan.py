@@ -12,16 +12,17 @@ import jax
 import pytest
 import tiny
 
-from sit_jax import cli, sharding
 from sit_jax.analysis import plan as planning
 from sit_jax.analysis.chips import CHIPS, parse_topology
 from sit_jax.analysis.flops import count_cost, count_step_macs
 from sit_jax.analysis.hlo import Collective, read_traffic
 from sit_jax.analysis.plan import Bound, abstract_arguments, plan
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
-from sit_jax.train import make_task, make_train_step
+from sit_jax.parallel import sharding
+from sit_jax.train.step import make_train_spec, make_train_step
 
 # A loop that runs five times around a kernel that reads one slice of a stack, an all-reduce over pairs, and a gather.
 PROGRAM = """HloModule jit_step
@@ -172,15 +173,15 @@ def test_abstract_arguments_are_those_of_a_real_run() -> None:
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     small = config()
     state, batch, teachers = abstract_arguments(small, mesh)
-    from sit_jax.train import init_state
+    from sit_jax.train.step import init_state
 
-    real = init_state(make_task(small, 1000), mesh)
+    real = init_state(make_train_spec(small, 1000), mesh)
     for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
         assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
         assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
     assert batch["image"].shape == (16, 64, 64, 3)
     assert set(teachers) == {"teacher"}
-    assert jax.eval_shape(make_train_step(make_task(small, 1000), mesh), state, batch, teachers)
+    assert jax.eval_shape(make_train_step(make_train_spec(small, 1000), mesh), state, batch, teachers)
 
 
 @pytest.mark.slow

@@ -17,12 +17,14 @@ import random_weights
 import tiny
 from PIL import Image
 
-from sit_jax import cli
+from sit_jax.analysis.predict import Prediction, predict
+from sit_jax.cli import main as cli
 from sit_jax.data.config import DataConfig
-from sit_jax.errors import PictureError, UserError
-from sit_jax.export.folder import save_folder
-from sit_jax.export.predictor import Predictor, open_predictor
-from sit_jax.predict import Prediction, find_pictures, predict, softmax
+from sit_jax.data.folder import find_pictures
+from sit_jax.errors import ImageDecodeError, UserError
+from sit_jax.io.inference import softmax
+from sit_jax.io.model_folder import save_folder
+from sit_jax.io.predictor import Predictor, open_predictor
 
 BROKEN = list(malformed.BROKEN.values())
 
@@ -126,7 +128,7 @@ def test_files_are_read_only_a_little_ahead(pictures: pathlib.Path, monkeypatch:
         read.append(example.name)
         return {"image": np.zeros((32, 32, 1), np.uint8)}
 
-    monkeypatch.setattr("sit_jax.predict.EvalTransform.__call__", transform)
+    monkeypatch.setattr("sit_jax.analysis.predict.EvalTransform.__call__", transform)
     answers = predict(counting(8), names(pictures), 1, 8)
     next(answers)
     assert 8 <= len(read) <= 8 + 2 * 8 + 1
@@ -141,7 +143,7 @@ def test_all_broken(tmp_path: pathlib.Path) -> None:
         files.append(str(tmp_path / name))
     files += [str(tmp_path / "gone.png"), str(tmp_path), "nul\0l"]
     answers = list(predict(counting(4), files, 1, 4))
-    assert all(isinstance(answer, PictureError) for answer in answers)
+    assert all(isinstance(answer, ImageDecodeError) for answer in answers)
     assert [str(answer).split(": ")[0] for answer in answers] == files
 
 

@@ -10,9 +10,6 @@ import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,16 +17,16 @@ import numpy as np
 import pytest
 import reports
 
-from sit_jax import cli
 from sit_jax.analysis.summary import summarize
-from sit_jax.data.sources import open_source
+from sit_jax.cli import main as cli
+from sit_jax.data.registry import open_source
 from sit_jax.data.transforms import EvalTransform
+from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
-from sit_jax.origins import trained_variables
 from sit_jax.report.charts import comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences
-from sit_jax.report.findings import ClassScore, Findings, Picture, Verdict, find
-from sit_jax.report.gather import RunRecord, gather, gather_all
+from sit_jax.report.evaluation import ClassScore, EvalReport, Picture, Verdict, find
+from sit_jax.report.load_run import RunInfo, gather, gather_all
 from sit_jax.report.page import render, view_run
 
 
@@ -87,8 +84,8 @@ def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
         assert record.entry(name) == summary[name]
     assert [line["step"] for line in record.train] == [5, 10, 15, 20, 22]
     assert record.teachers["teacher"].step == 11
-    assert set(record.about["versions"]) >= {"sit_jax", "jax", "flax", "python", "numpy"}
-    assert record.about["devices"] == "8 x cpu"
+    assert set(record.metadata["versions"]) >= {"sit_jax", "jax", "flax", "python", "numpy"}
+    assert record.metadata["devices"] == "8 x cpu"
     titles = [chart.title for chart in run_charts(record, "run")]
     assert titles == ["Loss, and its terms before weighting", "Accuracy", "Learning rates", "Gradient norm"]
     loss = run_charts(record, "run")[0]
@@ -258,7 +255,7 @@ def test_runs_without_a_configuration_are_not_compared(tmp_path: pathlib.Path) -
     assert differences([one, two, lost]) == {"seed": ("1", "2", ABSENT)}
     assert differences([one, lost]) == {}
 
-    def section(*records: RunRecord) -> str:
+    def section(*records: RunInfo) -> str:
         views = [view_run(f"run-{number}", record, None) for number, record in enumerate(records)]
         text = render(views, datetime.datetime.now(datetime.UTC))
         return text[text.index("Where the configurations differ") : text.index("<h3>Curves")]
@@ -281,7 +278,7 @@ def test_two_classes_of_one_name(finished: pathlib.Path) -> None:
     verdicts = {"student": Verdict("crane", 0.5, False), "teacher": Verdict("crane", 0.75, True)}
     picture = Picture(0, "bird.jpg", "crane", verdicts, np.zeros((32, 32, 1), np.uint8))
     outcomes = {(mine, theirs): 0 for mine in (True, False) for theirs in (True, False)}
-    findings = Findings([ClassScore("crane", 1, 0.0, 1.0)], outcomes, [], [picture], None)
+    findings = EvalReport([ClassScore("crane", 1, 0.0, 1.0)], outcomes, [], [picture], None)
     text = render([view_run("run-1", gather(finished), findings)], datetime.datetime.now(datetime.UTC))
     assert '<span class="wrong">student: crane, 50.00%' in text
     assert '<span class="right">teacher: crane, 75.00%' in text
@@ -308,7 +305,7 @@ def test_long_runs_are_thinned_and_odd_values_left_out(tmp_path: pathlib.Path) -
 def test_rate_of_training(finished: pathlib.Path) -> None:
     record = gather(finished)
     lines = [{"step": 10.0 * i, "time": 5.0 * i + (100 if i > 2 else 0)} for i in range(6)]
-    changed = RunRecord(**{**record.__dict__, "train": lines})
+    changed = RunInfo(**{**record.__dict__, "train": lines})
     assert changed.training_rate == pytest.approx(10 * 128 / 5)  # The long evaluation does not count.
 
 
@@ -331,17 +328,3 @@ def test_page_without_any_run_to_speak_of(tmp_path: pathlib.Path) -> None:
     text = render([view_run("run-1", record, None)], datetime.datetime.now(datetime.UTC))
     assert "No metrics have been written yet." in text
     assert len(text) < 100_000  # No charts, no library.
-
-
-@pytest.mark.slow
-def test_wheel_holds_the_templates(tmp_path: pathlib.Path) -> None:
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(name, tmp_path / name)
-    shutil.copytree("sit_jax", tmp_path / "sit_jax", ignore=shutil.ignore_patterns("__pycache__"))
-    words = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path / "dist"), "."]
-    subprocess.run([sys.executable, "-m", "pip", *words], check=True, cwd=tmp_path, capture_output=True)
-    (wheel,) = (tmp_path / "dist").glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("sit_jax/report/templates/")}
-    there = {f"sit_jax/report/templates/{path.name}" for path in pathlib.Path("sit_jax/report/templates").iterdir()}
-    assert held == there
-    assert len(there) == 4

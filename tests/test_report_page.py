@@ -11,8 +11,8 @@ import pytest
 import reports
 
 from sit_jax.analysis.summary import summarize
-from sit_jax.report.findings import find
-from sit_jax.report.gather import gather
+from sit_jax.report.evaluation import find
+from sit_jax.report.load_run import gather
 from sit_jax.report.page import render, view_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from sit_jax import cli, workdir
 from sit_jax.analysis.summary import summarize
-from sit_jax.checkpoint import Checkpoints
+from sit_jax.cli import main as cli
 from sit_jax.config import (
     Config,
     ModelConfig,
@@ -23,16 +22,19 @@ from sit_jax.config import (
     TeacherConfig,
 )
 from sit_jax.config import LossConfig as Loss
-from sit_jax.config_dict import to_dict
-from sit_jax.distributed import StopSignal
-from sit_jax.errors import ConfigError, RunError, StoppedError
-from sit_jax.evaluate import evaluate, make_eval_step
-from sit_jax.metrics import read_metrics
+from sit_jax.config.config_dict import to_dict
+from sit_jax.errors import ConfigError, PreemptedError, RunError
+from sit_jax.io import runs as workdir
+from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
-from sit_jax.origins import first_state
-from sit_jax.run import evaluate_run, run, trained_variables
-from sit_jax.sharding import make_mesh
-from sit_jax.train import make_task
+from sit_jax.parallel.distributed import PreemptionMonitor
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.evaluate import evaluate, make_eval_step
+from sit_jax.train.init import initial_state
+from sit_jax.train.loop import evaluate_run, run
+from sit_jax.train.metrics import read_metrics
+from sit_jax.train.step import make_train_spec
 
 EPOCH = 1438 // 128
 
@@ -48,16 +50,16 @@ def finished(digits_run: pathlib.Path) -> pathlib.Path:
 
 
 def test_keys_that_came_later_do_not_make_it_another_run(config: Config, tmp_path: pathlib.Path) -> None:
-    workdir.claim(tmp_path, config, resume=False)
+    workdir.create_or_verify(tmp_path, config, resume=False)
     values = json.loads((tmp_path / "config.json").read_text())
     for model in (values["model"], values["teacher"]["model"]):
         del model["layer_scale"], model["stem_width"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    workdir.claim(tmp_path, config, resume=True)
+    workdir.create_or_verify(tmp_path, config, resume=True)
     values["model"]["layer_scale"] = True
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match="layer_scale is True there"):
-        workdir.claim(tmp_path, config, resume=True)
+        workdir.create_or_verify(tmp_path, config, resume=True)
 
 
 def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
@@ -117,7 +119,7 @@ def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
 def whole_state(config: Config, folder: pathlib.Path) -> Any:
     """Everything that a run's newest checkpoint holds."""
     with Checkpoints(folder) as checkpoints:
-        return first_state(make_task(config, EPOCH), checkpoints, make_mesh(config.mesh), {})
+        return initial_state(make_train_spec(config, EPOCH), checkpoints, make_mesh(config.mesh), {})
 
 
 def test_resumed_run_equals_an_undisturbed_one(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:
@@ -179,13 +181,13 @@ def test_notice_before_the_first_step_counts(finished: pathlib.Path, config: Con
     # As between a teacher's last step and its student's first.
     assert config.teacher is not None
     given = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, run=str(finished / "teacher")))
-    with StopSignal():
+    with PreemptionMonitor():
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(StoppedError, match=r"^told to end before step 1 of 22; go on with --resume"):
+        with pytest.raises(PreemptedError, match=r"^told to end before step 1 of 22; go on with --resume"):
             run(given, tmp_path)
     # It is forgotten with the command that it was for.
-    with StopSignal() as stop:
-        assert not stop.told
+    with PreemptionMonitor() as stop:
+        assert not stop.requested
 
 
 def overrides(digits_dir: str) -> list[str]:

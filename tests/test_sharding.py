@@ -14,12 +14,13 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from sit_jax import cli, sharding
+from sit_jax.cli import main as cli
 from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.train import abstract_state, init_state, make_task, make_train_step
+from sit_jax.parallel import sharding
+from sit_jax.train.step import abstract_state, init_state, make_train_spec, make_train_step
 
 # Wide enough that every kind of layer is split.
 WIDE = Architecture(
@@ -40,7 +41,7 @@ def config(**changes: Any) -> Config:
 def run_steps(shape: tuple[int, int, int], count: int) -> tuple[list[float], Any]:
     """Losses of some steps on a mesh, and the state after them, on the host."""
     mesh = sharding.make_mesh(_mesh_config(shape), jax.devices()[: math.prod(shape)])
-    task = make_task(config(), steps_per_epoch=10)
+    task = make_train_spec(config(), steps_per_epoch=10)
     images = jnp.zeros((1, 32, 32, 1))
     teacher = build_model(WIDE).init(jax.random.key(7), images)
     teacher = jax.device_put(teacher, sharding.state_shardings(mesh, teacher))
@@ -76,7 +77,7 @@ def test_fsdp_holds_an_eighth_of_everything() -> None:
     teacher = TeacherConfig(model=ModelConfig(architecture=arch))
     big = tiny.config(arch=slim, teacher=teacher, optim=OptimConfig(ema_decay=0.9))
     mesh = sharding.make_mesh(_mesh_config((1, 8, 1)))
-    state = init_state(make_task(big, 10), mesh)
+    state = init_state(make_train_spec(big, 10), mesh)
     for tree in (state.params, state.opt_state, state.ema):
         leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "addressable_shards")]
         whole = sum(leaf.nbytes for leaf in leaves)
@@ -152,7 +153,7 @@ def test_devices_that_share_examples_are_one_hosts() -> None:
 
 def test_placements_add_up() -> None:
     mesh = sharding.make_mesh(_mesh_config((1, 4, 2)))
-    state = abstract_state(make_task(config(), 10))
+    state = abstract_state(make_train_spec(config(), 10))
     placed = list(sharding.placements(mesh, state))
     assert len(placed) == len(jax.tree.leaves(state))
     for entry in placed:

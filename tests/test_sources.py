@@ -17,12 +17,12 @@ import tensorflow_datasets as tfds
 import tiny
 from PIL import Image
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
-from sit_jax.data.sources import open_source
+from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, UserError
 
 
@@ -39,12 +39,12 @@ def names(source: Any) -> set[str]:
 
 
 def test_flat_folder_holds_out_a_share_of_every_class(flat: pathlib.Path) -> None:
-    train, held_out = FolderSource(flat, "train", 0.1), FolderSource(flat, "val", 0.1)
-    assert (len(train), len(held_out)) == (8 * 18, 8 * 2)
-    assert not names(train) & names(held_out)
-    assert len(names(train) | names(held_out)) == 160
-    assert train.class_names == held_out.class_names == tuple(sorted(train.class_names))
-    labels = [held_out[index].label for index in range(len(held_out))]
+    train, val_fraction = FolderSource(flat, "train", 0.1), FolderSource(flat, "val", 0.1)
+    assert (len(train), len(val_fraction)) == (8 * 18, 8 * 2)
+    assert not names(train) & names(val_fraction)
+    assert len(names(train) | names(val_fraction)) == 160
+    assert train.class_names == val_fraction.class_names == tuple(sorted(train.class_names))
+    labels = [val_fraction[index].label for index in range(len(val_fraction))]
     assert labels == sorted(list(range(8)) * 2)
     example = train[0]
     assert pathlib.Path(example.name).read_bytes() == example.image
@@ -89,7 +89,7 @@ def test_folders_that_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
         FolderSource(tmp_path, "train")
     (tmp_path / "few" / "cat").mkdir(parents=True)
     (tmp_path / "few" / "cat" / "1.png").write_bytes(malformed.PNG)
-    with pytest.raises(UserError, match=r"holds no pictures \(data.held_out 0.1 of each class is less than one\)"):
+    with pytest.raises(UserError, match=r"holds no pictures \(data.val_fraction 0.1 of each class is less than one\)"):
         FolderSource(tmp_path / "few", "val")
     shutil.rmtree(tmp_path / "few")
     with pytest.raises(ConfigError, match=r"^data.data_dir: must name the folder"):
@@ -144,7 +144,7 @@ def test_full_disk_leaves_nothing_behind(flat: pathlib.Path, tmp_path: pathlib.P
     name = "full" if what == "folder" else "digits"
     words = ["data", "prepare", *source, "--name", name, "--data_dir", str(tmp_path)]
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
-    code = f"{limit}; from sit_jax import cli; sys.exit(cli.main({words!r}))"
+    code = f"{limit}; from sit_jax.cli.main import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -179,9 +179,9 @@ def test_prepare_refusals(tmp_path: pathlib.Path, flat: pathlib.Path, capsys: An
         assert message in error
         assert len(error.splitlines()) == 1
     with pytest.raises(SystemExit) as stop:
-        cli.main(["data", "prepare", "--name", "x", "--held_out", "2", "--from_folder", str(flat)])
+        cli.main(["data", "prepare", "--name", "x", "--val_fraction", "2", "--from_folder", str(flat)])
     assert stop.value.code == 2
-    assert "--held_out" in capsys.readouterr().err
+    assert "--val_fraction" in capsys.readouterr().err
 
 
 class ManyLabels(tfds.core.GeneratorBasedBuilder):
@@ -208,8 +208,8 @@ def test_several_right_classes(tmp_path: pathlib.Path) -> None:
     source = open_source(data, "validation")
     config = folder_config(data, batch_size=2, eval_batch_size=8)
     with pytest.raises(ConfigError, match="several right classes"):
-        TrainData(config, Hosts())
-    (batch,) = eval_batches(config, source, Hosts())
+        TrainData(config.inputs, Hosts())
+    (batch,) = eval_batches(config.inputs, source, Hosts())
     assert batch["mask"].sum() == 3
     sets = sorted(
         tuple(int(x) for x in row if x >= 0) for row, m in zip(batch["label"], batch["mask"], strict=True) if m
@@ -223,7 +223,7 @@ def test_unreadable_shard_is_named(flat: pathlib.Path, tmp_path: pathlib.Path) -
     (shard,) = tmp_path.rglob("*train.array_record*")
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(UserError, match=r"hurt"):
-        list(eval_batches(folder_config(data), open_source(data, "train"), Hosts()))
+        list(eval_batches(folder_config(data).inputs, open_source(data, "train"), Hosts()))
 
 
 def test_not_prepared(tmp_path: pathlib.Path) -> None:
@@ -236,7 +236,7 @@ def test_not_prepared(tmp_path: pathlib.Path) -> None:
 def test_images_of_a_source_reach_the_batch(flat: pathlib.Path) -> None:
     data = DataConfig(name="folder", data_dir=str(flat), resampler="pillow")
     source = open_source(data, "train")
-    batches = list(eval_batches(folder_config(data), source, Hosts()))
+    batches = list(eval_batches(folder_config(data).inputs, source, Hosts()))
     images = np.concatenate([batch["image"] for batch in batches])[: len(source)]
     for index in (0, 37, len(source) - 1):
         with Image.open(source[index].name) as image:

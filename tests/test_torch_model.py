@@ -19,9 +19,8 @@ import torch
 from golden_files import TRAINED, Golden
 
 from sit_jax.config import Config, OptimConfig
-from sit_jax.convert.original import to_original
-from sit_jax.export.folder import describe, save_folder
-from sit_jax.export.torch_model import (
+from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.export.torch_model import (
     SiT,
     distillation_loss,
     fold_batch_norm,
@@ -29,11 +28,12 @@ from sit_jax.export.torch_model import (
     parameter_groups,
     read_safetensors,
 )
+from sit_jax.io.model_folder import describe, save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.sharding import make_mesh
-from sit_jax.state import TrainState
-from sit_jax.train import make_task, make_train_step
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.train.state import TrainState
+from sit_jax.train.step import make_train_spec, make_train_step
 
 NORM = ("running_mean", "running_var", "weight", "bias")
 
@@ -200,7 +200,7 @@ def tree(x: Any) -> dict[str, Any]:
 
 
 def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> list[list[float]]:
-    task = make_task(config, steps_per_epoch=1)
+    task = make_train_spec(config, steps_per_epoch=1)
     step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
     params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
     stats = jax.tree.map(jnp.array, student.batch_stats)

@@ -12,19 +12,19 @@ import pytest
 import tiny
 from jax.ad_checkpoint import print_saved_residuals
 
-from sit_jax import sharding
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
-from sit_jax.state import TrainState
-from sit_jax.train import (
-    Task,
+from sit_jax.parallel import sharding
+from sit_jax.train.state import TrainState
+from sit_jax.train.step import (
+    TrainSpec,
     abstract_state,
     abstract_teachers,
     compute_loss,
     freeze_teachers,
     init_state,
-    make_task,
+    make_train_spec,
     make_train_step,
     train_step,
 )
@@ -36,10 +36,10 @@ def teacher_variables(mesh: Any) -> dict[str, Any]:
     return jax.device_put(variables, sharding.replicated(mesh))
 
 
-def steps(config: Config, devices: int, count: int) -> tuple[list[dict[str, float]], TrainState, Any, Task]:
+def steps(config: Config, devices: int, count: int) -> tuple[list[dict[str, float]], TrainState, Any, TrainSpec]:
     """Runs some steps from the teacher's weights; also returns the jitted step."""
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    task = make_task(config, steps_per_epoch=10)
+    task = make_train_spec(config, steps_per_epoch=10)
     teacher = teacher_variables(mesh)
     state = init_state(task, mesh, teacher)
     step = make_train_step(task, mesh)
@@ -52,7 +52,7 @@ def steps(config: Config, devices: int, count: int) -> tuple[list[dict[str, floa
 
 
 @pytest.fixture(scope="module")
-def one_device() -> tuple[list[dict[str, float]], TrainState, Any, Task]:
+def one_device() -> tuple[list[dict[str, float]], TrainState, Any, TrainSpec]:
     return steps(tiny.config(), devices=1, count=5)
 
 
@@ -79,7 +79,7 @@ def test_no_recompilation_and_falling_loss(one_device: Any) -> None:
 
 def test_teacher_stays_bit_for_bit() -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    task = make_task(tiny.config(), steps_per_epoch=10)
+    task = make_train_spec(tiny.config(), steps_per_epoch=10)
     teacher = teacher_variables(mesh)
     before = jax.tree.map(np.array, teacher)
     state = init_state(task, mesh, teacher)
@@ -107,7 +107,7 @@ def test_accumulation_equals_the_large_batch() -> None:
             optim=OptimConfig(lr=1e-3, accumulate_steps=parts, eps=1e-3),
         )
         mesh = sharding.make_mesh(devices=jax.devices()[:2])
-        task = make_task(config, steps_per_epoch=10)
+        task = make_train_spec(config, steps_per_epoch=10)
         variables = build_model(teacher).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))
         variables = jax.device_put(variables, sharding.replicated(mesh))
         state = init_state(task, mesh, variables)
@@ -119,7 +119,7 @@ def test_accumulation_equals_the_large_batch() -> None:
 
 
 def test_terms_that_are_off_leave_no_trace() -> None:
-    task = make_task(tiny.config(loss=LossConfig()), steps_per_epoch=10)
+    task = make_train_spec(tiny.config(loss=LossConfig()), steps_per_epoch=10)
     assert (task.teacher, task.reverse) == (None, None)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     state, metrics = make_train_step(task, mesh)(init_state(task, mesh), tiny.batch(16), {})
@@ -132,7 +132,7 @@ def test_cnn_teacher_trains_the_distillation_token() -> None:
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN))
     config = tiny.config(dataclasses.replace(tiny.FRD, hard=1.0), arch, cnn_teacher=cnn)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    task = make_task(config, steps_per_epoch=10)
+    task = make_train_spec(config, steps_per_epoch=10)
     images = jnp.zeros((1, 32, 32, 1))
     teachers = {
         "teacher": teacher_variables(mesh),
@@ -158,7 +158,7 @@ def test_batch_that_does_not_divide() -> None:
 def test_moving_average() -> None:
     config = tiny.config(loss=LossConfig(), optim=OptimConfig(lr=1e-2, ema_decay=0.25))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    task = make_task(config, steps_per_epoch=10)
+    task = make_train_spec(config, steps_per_epoch=10)
     state, step = init_state(task, mesh), make_train_step(task, mesh)
     average = np.array(state.params["model"]["head"]["kernel"])
     for done in range(3):
@@ -185,7 +185,7 @@ def test_bfloat16_is_for_products_alone() -> None:
         teacher=teacher,
         optim=OptimConfig(ema_decay=0.9),
     )
-    task = make_task(config, steps_per_epoch=10)
+    task = make_train_spec(config, steps_per_epoch=10)
     arguments = abstract_state(task), tiny.batch(16), abstract_teachers(task)
     state, metrics = jax.eval_shape(lambda *xs: train_step(task, *xs), *arguments)
     floats = [x.dtype for x in jax.tree.leaves((state, metrics)) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -209,7 +209,7 @@ def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
     moments = {}
     for grad_dtype in ("float32", "bfloat16"):
         optim = OptimConfig(b1=0.5, eps=1e-3, grad_dtype=grad_dtype, accumulate_steps=parts)
-        task = make_task(tiny.config(model=model, teacher=teacher, optim=optim), steps_per_epoch=10)
+        task = make_train_spec(tiny.config(model=model, teacher=teacher, optim=optim), steps_per_epoch=10)
         given = {"teacher": teacher_variables(mesh)}
         state, _ = make_train_step(task, mesh)(init_state(task, mesh), tiny.batch(16), given)
         assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -226,7 +226,7 @@ def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
 def test_a_teacher_cast_beforehand_gives_the_same_step() -> None:
     model = ModelConfig(architecture=tiny.STUDENT, dtype="bfloat16")
     teacher = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, dtype="bfloat16"))
-    task = make_task(tiny.config(model=model, teacher=teacher), steps_per_epoch=10)
+    task = make_train_spec(tiny.config(model=model, teacher=teacher), steps_per_epoch=10)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     given = {"teacher": teacher_variables(mesh)}
     frozen = freeze_teachers(task, given)
@@ -243,7 +243,7 @@ def test_teacher_and_reverse_modules_leave_no_activations(capsys: pytest.Capture
     arch = dataclasses.replace(tiny.STUDENT, mlp_ratio=3.0)
     wide = dataclasses.replace(tiny.TEACHER, mlp_ratio=7.0)
     config = tiny.config(arch=arch, teacher=TeacherConfig(model=ModelConfig(architecture=wide)))
-    task = make_task(config, steps_per_epoch=10)
+    task = make_train_spec(config, steps_per_epoch=10)
     teachers = abstract_teachers(task)
     state, batch = abstract_state(task), {"image": jnp.zeros((16, 32, 32, 1)), "label": jnp.zeros((16, 10))}
 
@@ -270,7 +270,7 @@ def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> Non
         model=ModelConfig(architecture=arch, attention="plain"),
         teacher=TeacherConfig(model=ModelConfig(architecture=teacher)),
     )
-    task = make_task(config, steps_per_epoch=10)
+    task = make_train_spec(config, steps_per_epoch=10)
     teachers = {"teacher": build_model(teacher).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))}
     params = init_state(task, sharding.make_mesh(devices=jax.devices()[:1])).params
     batch = {**tiny.batch(4), "label": jax.nn.one_hot(tiny.batch(4)["label"], 10)}

@@ -14,15 +14,15 @@ import pictures
 import pytest
 import tiny
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
 from sit_jax.config import LossConfig, ModelConfig
-from sit_jax.data.check import check_data
 from sit_jax.data.config import DataConfig
-from sit_jax.data.folder import FolderSource
+from sit_jax.data.folder import FolderSource, find_pictures
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
-from sit_jax.data.sources import Source, open_source, read_picture
-from sit_jax.errors import PictureError, UserError
-from sit_jax.predict import find_pictures
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Source, read_picture
+from sit_jax.data.validate import check_data
+from sit_jax.errors import ImageDecodeError, UserError
 
 # How a picture's file comes to be unreadable. All happen after the folder was listed, as they may during a run.
 WAYS: dict[str, Callable[[pathlib.Path], object]] = {
@@ -59,23 +59,23 @@ def root(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "some"
 
 
-def folder_data(root: pathlib.Path, on_broken: Any = "error") -> DataConfig:
-    return DataConfig(name="folder", data_dir=str(root), held_out=0.34, on_broken=on_broken)
+def folder_data(root: pathlib.Path, on_decode_error: Any = "error") -> DataConfig:
+    return DataConfig(name="folder", data_dir=str(root), val_fraction=0.34, on_decode_error=on_decode_error)
 
 
 def masks(data: DataConfig, source: Source) -> list[float]:
     config = a_config(data)
-    return [x for batch in eval_batches(config, source, Hosts()) for x in batch["mask"].tolist()][: len(source)]
+    return [x for batch in eval_batches(config.inputs, source, Hosts()) for x in batch["mask"].tolist()][: len(source)]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_evaluation_and_training_skip_it_or_name_it(root: pathlib.Path, way: str) -> None:
     skip, stop = folder_data(root, "skip"), folder_data(root)
-    source, train = open_source(skip, "train"), TrainData(a_config(skip), Hosts())
+    source, train = open_source(skip, "train"), TrainData(a_config(skip).inputs, Hosts())
     bad = spoil(root, way)
     index = [path for path, _ in source.files].index(str(bad))  # type: ignore[attr-defined]
     assert masks(skip, source) == [float(place != index) for place in range(len(source))]
-    with pytest.raises(PictureError, match=rf"^{bad}: .*data.on_broken=skip"):
+    with pytest.raises(ImageDecodeError, match=rf"^{bad}: .*data.on_decode_error=skip"):
         masks(stop, source)
     with contextlib.closing(train.batches()) as stream:
         epoch = [next(stream) for _ in range(2)]
@@ -85,15 +85,15 @@ def test_evaluation_and_training_skip_it_or_name_it(root: pathlib.Path, way: str
 @pytest.mark.parametrize("way", LISTED)
 def test_check_lists_it(root: pathlib.Path, way: str) -> None:
     bad = spoil(root, way)
-    train, held_out = check_data(folder_data(root), threads=2)
-    assert [line.split(": ")[0] for line in [*train.broken, *held_out.broken]] == [str(bad)]
+    train, val_fraction = check_data(folder_data(root), threads=2)
+    assert [line.split(": ")[0] for line in [*train.broken, *val_fraction.broken]] == [str(bad)]
 
 
 @pytest.mark.parametrize("way", LISTED)
 def test_prepare_leaves_it_out(root: pathlib.Path, tmp_path: pathlib.Path, way: str, capsys: Any) -> None:
     spoil(root, way)
     words = ["data", "prepare", "--from_folder", str(root), "--name", "some", "--data_dir", str(tmp_path / "data")]
-    words += ["--held_out", "0.34"]
+    words += ["--val_fraction", "0.34"]
     assert cli.main(words) == 2
     assert "china/0001.jpg: " in capsys.readouterr().err
     assert cli.main([*words, "--skip_broken"]) == 0
@@ -111,7 +111,7 @@ def test_predict_finds_it_and_says_why(root: pathlib.Path, way: str) -> None:
     assert find_pictures([bad]) == [bad]
     assert find_pictures([f"{root}/china/*.jpg"]) == [x for x in found if "china" in x]
     if way not in ("empty", "pipe", "truncated"):
-        with pytest.raises(PictureError, match=rf"^{bad}: "):
+        with pytest.raises(ImageDecodeError, match=rf"^{bad}: "):
             read_picture(bad)
 
 
@@ -144,14 +144,14 @@ def test_folder_that_cannot_be_listed_is_not_empty(root: pathlib.Path, monkeypat
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("prepared")
     pictures.make_folder(folder / "some", 3, size=(24, 20))
-    words = ["data", "prepare", "--from_folder", str(folder / "some"), "--name", "some", "--held_out", "0.34"]
+    words = ["data", "prepare", "--from_folder", str(folder / "some"), "--name", "some", "--val_fraction", "0.34"]
     assert cli.main([*words, "--data_dir", str(folder)]) == 0
     return folder
 
 
 def test_damaged_record_is_one_picture(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
-    skip = DataConfig(name="some", data_dir=str(tmp_path), on_broken="skip")
+    skip = DataConfig(name="some", data_dir=str(tmp_path), on_decode_error="skip")
     (shard,) = tmp_path.rglob("*train.array_record*")
     content = bytearray(shard.read_bytes())
     content[int(np.median(np.flatnonzero(content)))] ^= 255
@@ -159,7 +159,7 @@ def test_damaged_record_is_one_picture(prepared: pathlib.Path, tmp_path: pathlib
     source = open_source(skip, "train")
     found = masks(skip, source)
     assert sorted(found) == [0.0] + 15 * [1.0]
-    with pytest.raises(PictureError, match=rf"example {found.index(0)}: .*data.on_broken=skip"):
+    with pytest.raises(ImageDecodeError, match=rf"example {found.index(0)}: .*data.on_decode_error=skip"):
         masks(DataConfig(name="some", data_dir=str(tmp_path)), source)
     train, _ = check_data(DataConfig(name="some", data_dir=str(tmp_path), eval_split="val"), threads=2)
     assert len(train.broken) == 1
@@ -176,15 +176,15 @@ def test_unreadable_shard_is_not_one_picture(prepared: pathlib.Path, tmp_path: p
         shard.mkdir()
     elif how != "missing":
         shard.write_bytes(bytes(len(content)) if how == "zeros" else content[: len(content) // 2])
-    skip = DataConfig(name="some", data_dir=str(tmp_path), on_broken="skip")
+    skip = DataConfig(name="some", data_dir=str(tmp_path), on_decode_error="skip")
     with pytest.raises(UserError, match=r"some train, example 0") as caught:
         masks(skip, open_source(skip, "train"))
-    assert not isinstance(caught.value, PictureError)
+    assert not isinstance(caught.value, ImageDecodeError)
 
 
 def test_check_command_ends_with_2(root: pathlib.Path, capsys: Any) -> None:
     spoil(root, "dead_link")
-    words = ["--config", "configs/folder.py:64", f"--config.data.data_dir={root}", "--config.data.held_out=0.34"]
+    words = ["--config", "configs/folder.py:64", f"--config.data.data_dir={root}", "--config.data.val_fraction=0.34"]
     assert cli.main(["data", "check", *words, "--json"]) == 2
     reports = json.loads(capsys.readouterr().out)
     assert np.sum([len(report["broken"]) for report in reports]) == 1

@@ -14,16 +14,19 @@ import tiny
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sit_jax import cli
+from sit_jax.cli import main as cli
+from sit_jax.cli.config_file import load_config
 from sit_jax.data.config import DataConfig
-from sit_jax.data.sources import Example, TfdsSource, open_source
-from sit_jax.export.folder import save_folder
-from sit_jax.export.predictor import open_predictor
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Example
+from sit_jax.data.tfds_source import TfdsSource
+from sit_jax.io.model_folder import save_folder
+from sit_jax.io.predictor import open_predictor
 from sit_jax.models import build_model
 from sit_jax.visual import token_maps as core
 from sit_jax.visual.arrays import arrays_of
-from sit_jax.visual.command import from_files
-from sit_jax.visual.subject import open_subject
+from sit_jax.visual.inspected_model import open_inspected_model
+from sit_jax.visual.visualize import from_files
 
 COLOUR = tiny.plain(
     image_size=64, in_channels=3, stem="patch", patch_size=8, stage_blocks=(1, 1, 2), kept_tokens=(64, 12, 5)
@@ -115,9 +118,9 @@ def check_arrays(model: pathlib.Path, path: pathlib.Path, source: pathlib.Path) 
 
 
 def test_what_is_shown_is_what_the_model_sees(model: pathlib.Path, photographs: pathlib.Path) -> None:
-    subject = open_subject(model)
+    subject = open_inspected_model(model)
     for name in ("china.jpg", "deep/china.jpg"):
-        seen = subject.see(Example((photographs / name).read_bytes(), -1, name))
+        seen = subject.preprocess(Example((photographs / name).read_bytes(), -1, name))
         np.testing.assert_array_equal(seen.pixels, by_hand(photographs / name))
         assert seen.shown.shape == (384, 384, 3)
         small = np.asarray(Image.fromarray(seen.shown).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
@@ -144,7 +147,7 @@ def test_the_digits_split(
         return read(source, index)
 
     monkeypatch.setattr(TfdsSource, "__getitem__", counted)
-    monkeypatch.setattr("sit_jax.visual.command.draw_maps", draw)
+    monkeypatch.setattr("sit_jax.visual.visualize.draw_maps", draw)
     save_folder(tmp_path / "model", random_weights.draw())
     words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
     out, file = str(tmp_path / "figures"), tmp_path / "all.npz"
@@ -261,7 +264,7 @@ def test_a_figure_that_fails_leaves_the_old_one(
         path.write_bytes(b"ha")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sit_jax.visual.command.draw_maps", full_disk)
+    monkeypatch.setattr("sit_jax.visual.visualize.draw_maps", full_disk)
     words = ["visualize", str(model), str(photographs / "china.jpg"), "--output", str(tmp_path)]
     assert cli.main(words) == 2
     assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("china.maps.png", b"old")]
@@ -275,9 +278,9 @@ def test_the_page_about_it(
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("sit ")]
     assert [words[1] for words in commands].count("visualize") == 5
     for words in commands:
-        arguments, rest = cli._parser().parse_known_args(words[1:])
+        arguments, rest = cli.make_parser().parse_known_args(words[1:])
         if "config" in arguments:
-            cli.load_config(arguments.config, rest)
+            load_config(arguments.config, rest)
         else:
             assert rest == []
     for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
@@ -303,5 +306,5 @@ def test_the_page_about_it(
 
 def drawn_maps(model: pathlib.Path) -> tuple[Any, dict[str, Any], np.ndarray]:
     """What `token_maps` takes, of one picture of noise."""
-    subject = open_subject(model)
+    subject = open_inspected_model(model)
     return build_model(subject.arch), subject.variables, random_weights.images(subject.arch, 1)

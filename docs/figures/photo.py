@@ -10,7 +10,7 @@ Trained on what make_crops.py makes of two photographs, on 14 x 14 patches like 
 from ml_collections import ConfigDict
 
 from sit_jax.config import AugmentConfig, CheckpointConfig, DataConfig, LossConfig, OptimConfig
-from sit_jax.config_dict import defaults, model_section
+from sit_jax.config.config_dict import defaults, model_section
 from sit_jax.models.architecture import Architecture
 
 TEACHER = Architecture(image_size=112, patch_size=8, num_classes=3, dim=48, depth=5, num_heads=3, mlp_ratio=2.0)

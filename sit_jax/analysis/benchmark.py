@@ -55,7 +55,7 @@ class Times:
         return statistics.median(b / a for a, b in zip(self.turns, other.turns, strict=True))
 
 
-def take_turns(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
+def time_interleaved(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
     """Times contenders in turns, A B A B ..., after three calls of each to warm up.
 
     Args:
@@ -79,7 +79,7 @@ def take_turns(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float 
 def measure_throughput(
     forwards: Mapping[str, Forward], images: np.ndarray, rounds: int = 15, min_seconds: float = 0.05
 ) -> dict[str, float]:
-    """Images per second of each model on the same batch; see `take_turns`.
+    """Images per second of each model on the same batch; see `time_interleaved`.
 
     Args:
         forwards: Name -> function from a batch of images to anything; jitted here.
@@ -92,7 +92,7 @@ def measure_throughput(
     compiled = {
         name: Timed(jax.jit(forward).lower(buffers[0]).compile(), buffers) for name, forward in forwards.items()
     }
-    times = take_turns(compiled, rounds, 2 * min_seconds)
+    times = time_interleaved(compiled, rounds, 2 * min_seconds)
     return {name: len(images) / found.seconds for name, found in times.items()}
 
 
@@ -106,7 +106,7 @@ def product_rate(dtype: str, seconds: float = 0.5) -> float:
     result = jax.numpy.float32 if on_cpu else None
     multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=result)).lower(*factors).compile()
     timed = Timed(lambda pair: multiply(*pair), [factors, factors[::-1]])
-    found = take_turns({"products": timed}, rounds=5, seconds=seconds / 5)["products"]
+    found = time_interleaved({"products": timed}, rounds=5, seconds=seconds / 5)["products"]
     return 2 * side**3 / min(found.turns)
 
 

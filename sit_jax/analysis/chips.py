@@ -83,18 +83,18 @@ def parse_topology(name: str) -> Topology:
     kind, _, sizes = name.partition(":")
     numbers = sizes.split("x")
     if not all(number.isdigit() and int(number) > 0 for number in numbers):
-        raise ConfigError(f"--topology: {name!r} is not of the form v5e:4x4, v4:2x2x4 or cpu:8")
+        raise ConfigError("--topology", f"{name!r} is not of the form v5e:4x4, v4:2x2x4 or cpu:8")
     devices = 1
     for number in numbers:
         devices *= int(number)
     if kind == "cpu":
         if len(numbers) > 1 or devices > 4096:
-            raise ConfigError(f"--topology: {name!r}: virtual devices are one number, such as cpu:8, up to 4096")
+            raise ConfigError("--topology", f"{name!r}: virtual devices are one number, such as cpu:8, up to 4096")
         return Topology(name, None, devices)
     if kind not in CHIPS:
-        raise ConfigError(f"--topology: there is no chip {kind!r}; there are {', '.join(CHIPS)}, and cpu")
+        raise ConfigError("--topology", f"there is no chip {kind!r}; there are {', '.join(CHIPS)}, and cpu")
     dimensions = 2 if kind in ("v5e", "v6e") else 3
     if len(numbers) != dimensions:
         example = "2x4" if dimensions == 2 else "2x2x4"
-        raise ConfigError(f"--topology: slices of {kind} have {dimensions} dimensions, such as {kind}:{example}")
+        raise ConfigError("--topology", f"slices of {kind} have {dimensions} dimensions, such as {kind}:{example}")
     return Topology(name, CHIPS[kind], devices)

@@ -101,7 +101,7 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     """
     arch = config.model.architecture
     if not isinstance(arch, Architecture):
-        raise ConfigError("model: only vision transformers can be counted")
+        raise ConfigError("model", "only vision transformers can be counted")
     cost = count_cost(arch, tiles)
     total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The pictures need no gradient.
     if config.model.remat:

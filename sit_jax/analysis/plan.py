@@ -17,14 +17,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sit_jax import sharding
 from sit_jax.analysis.chips import Chip, Topology
 from sit_jax.analysis.flops import count_step_macs, fuller_token_counts, padding
 from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
 from sit_jax.config import Config
 from sit_jax.errors import ConfigError, UserError, one_line
 from sit_jax.models.architecture import Architecture
-from sit_jax.train import abstract_state, abstract_teachers, make_task, make_train_step
+from sit_jax.parallel import sharding
+from sit_jax.train.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
 SECONDS_PER_DAY = 86400.0
 # Compilations spent on the largest batch that fits; each takes minutes.
@@ -155,8 +155,8 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
     sharding.check_mesh(mesh, config)
-    say = progress or (lambda _: None)
-    say(f"compiling the step for {topology.name}, batch {config.batch_size}; this takes minutes for large models")
+    log = progress or (lambda _: None)
+    log(f"compiling the step for {topology.name}, batch {config.batch_size}; this takes minutes for large models")
     steps = None
     if examples:
         steps = (config.epochs + config.optim.cooldown_epochs) * max(1, examples // config.batch_size)
@@ -174,7 +174,7 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
     try:
         compiled = _compile(config, mesh)
     except _TooLargeError as error:
-        largest = _largest_batch(config, mesh, topology.chip, error.needed, say)
+        largest = _largest_batch(config, mesh, topology.chip, error.needed, log)
         return Plan(
             **shared, fits=False, largest_batch=largest, memory=None, needed_bytes=error.needed, memory_bytes=None,
             collectives=(), bound=None, compile_s=time.monotonic() - begun,
@@ -198,7 +198,7 @@ def topology_devices(topology: Topology) -> list[Any]:
     if topology.chip is None:
         devices = jax.devices("cpu")
         if len(devices) < topology.devices:
-            raise ConfigError(f"--topology: {topology.name}, but JAX was started with {len(devices)} CPU devices")
+            raise ConfigError("--topology", f"{topology.name}, but JAX was started with {len(devices)} CPU devices")
         return list(devices[: topology.devices])
     # Compiling needs no chip, so several processes of a machine may do it at a time, and nothing need be looked for.
     for name, value in _NO_CHIP.items():
@@ -227,9 +227,9 @@ def libtpu_requirement() -> str:
 
 
 def _compile(config: Config, mesh: Mesh) -> Any:
-    task = make_task(config, steps_per_epoch=1000)
+    spec = make_train_spec(config, steps_per_epoch=1000)
     state, batch, teachers = abstract_arguments(config, mesh)
-    lowered = make_train_step(task, mesh).lower(state, batch, teachers)  # type: ignore[attr-defined]
+    lowered = make_train_step(spec, mesh).lower(state, batch, teachers)  # type: ignore[attr-defined]
     try:
         with _without_cache():
             return lowered.compile()
@@ -256,12 +256,12 @@ def _without_cache() -> Iterator[None]:
 
 def _cnn_teacher_flops(config: Config) -> float:
     """FLOPs of the convolutional teacher's forward pass on one picture; it has no loops, so the compiler can count."""
-    task = make_task(config, steps_per_epoch=1000)
-    if task.cnn_teacher is None:
+    spec = make_train_spec(config, steps_per_epoch=1000)
+    if spec.cnn_teacher is None:
         return 0.0
     arch = config.teachers["cnn_teacher"].model.architecture
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), np.float32)
-    analysis = jax.jit(task.cnn_teacher.apply).lower(abstract_teachers(task)["cnn_teacher"], images).cost_analysis()
+    analysis = jax.jit(spec.cnn_teacher.apply).lower(abstract_teachers(spec)["cnn_teacher"], images).cost_analysis()
     assert analysis is not None
     return float(analysis["flops"])
 
@@ -274,14 +274,14 @@ def _fixed(state: Any, teachers: Any) -> int:
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """State, batch and teachers of a run's train step as shapes with shardings."""
-    task = make_task(config, steps_per_epoch=1000)
-    teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(task).items()}
+    spec = make_train_spec(config, steps_per_epoch=1000)
+    teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(spec).items()}
     arch, count = config.model.architecture, config.batch_size
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((count, arch.image_size, arch.image_size, arch.in_channels), np.uint8),
         "label": ((count,), np.int32),
     }
-    if config.data.on_broken == "skip":
+    if config.data.on_decode_error == "skip":
         fields["skipped"] = ((count,), np.int32)
     if config.loss.token_label > 0:
         assert isinstance(arch, Architecture)
@@ -290,7 +290,7 @@ def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any],
         fields |= {"crop": ((count, 4), np.float32), "flipped": ((count,), np.bool_)}
     split = sharding.batch_sharding(mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, (shape, dtype) in fields.items()}
-    return sharding.place_abstract(mesh, abstract_state(task)), batch, teachers
+    return sharding.place_abstract(mesh, abstract_state(spec)), batch, teachers
 
 
 def _memory(compiled: Any, chip: Chip | None) -> Memory:
@@ -338,7 +338,7 @@ def _needed(message: str, fixed: int) -> int | None:
     return size if match else size + fixed
 
 
-def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, say: Any) -> int | None:
+def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, log: Any) -> int | None:
     """A batch whose step compiles, and nearly the largest: guessed from what the compiler asked for, and tried."""
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
     per_unit = config.batch_size // unit
@@ -352,7 +352,7 @@ def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | 
         if fails - fits <= max(1, fails // 20):
             break
         guess = min(max(guess, fits + 1), fails - 1)
-        say(f"does not fit; trying batch {guess * unit}")
+        log(f"does not fit; trying batch {guess * unit}")
         try:
             _compile(dataclasses.replace(config, batch_size=guess * unit), mesh)
             fits, guess = guess, max(guess + 1, int(guess * 1.05))

@@ -8,7 +8,7 @@ from rich.table import Table
 from sit_jax.analysis.chips import Topology
 from sit_jax.analysis.plan import Plan, plan
 from sit_jax.config import Config
-from sit_jax.data.sources import open_source
+from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
 
@@ -30,10 +30,10 @@ def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
         UserError: The configuration cannot be planned there.
     """
     if not isinstance(config.model.architecture, Architecture):
-        raise ConfigError("model: only vision transformers can be planned")
+        raise ConfigError("model", "only vision transformers can be planned")
     for teacher in config.teachers.values():
         if not teacher.run:
-            _say("the teacher's own training is left out: plan it with a page of its own")
+            _log("the teacher's own training is left out: plan it with a page of its own")
     classes = _CLASSES.get(config.data.name)
     models = [config.model, *(teacher.model for teacher in config.teachers.values())]
     if examples is None or (classes is None and not all(m.architecture.num_classes for m in models)):
@@ -43,12 +43,12 @@ def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
         except UserError as error:
             examples = examples or _EXAMPLES.get(config.data.name)
             if examples is None:
-                _say(f"no days and hours without the number of examples, see --examples ({error})")
+                _log(f"no days and hours without the number of examples, see --examples ({error})")
     config = config.with_classes(classes or 1000)
-    return plan(config, topology, examples, _say)
+    return plan(config, topology, examples, _log)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"sit plan: {text}", file=sys.stderr, flush=True)
 
 

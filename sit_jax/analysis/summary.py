@@ -10,18 +10,20 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sit_jax import distributed, run, workdir
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
 from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
-from sit_jax.data.sources import open_source
-from sit_jax.export.preprocessing import run_class_names
-from sit_jax.metrics import evaluations, read_metrics
+from sit_jax.data.registry import open_source
+from sit_jax.io import runs as workdir
+from sit_jax.io.preprocessing import run_class_names
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.origins import given_teacher, is_own_run
+from sit_jax.parallel import distributed
+from sit_jax.train import loop as run
+from sit_jax.train.init import given_teacher, is_own_run
+from sit_jax.train.metrics import evaluations, read_metrics
 from sit_jax.visual.slimming_png import draw_slimming
 from sit_jax.visual.token_maps import token_maps
 
@@ -42,7 +44,7 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     models, folders = trained_models(folder)
     config, variables = models["student"]
     source = open_source(config.data, config.data.eval_split)
-    pixels = next(iter(eval_batches(config, source)))["image"]
+    pixels = next(iter(eval_batches(config.inputs, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
     forwards = {name: _forward(model, weights) for name, (model, weights) in models.items()}
     speed = measure_throughput(forwards, images)
@@ -61,7 +63,7 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         summary["gmac_ratio"] = _ratio(teacher.get("gmac"), student.get("gmac"))
         summary["speedup"] = _ratio(student["images_per_s"], teacher["images_per_s"])
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
-    if not distributed.is_first():
+    if not distributed.is_process_0():
         return summary
     with workdir.writing(folder):
         workdir.write_json(folder / workdir.SUMMARY, summary)

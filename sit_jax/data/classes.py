@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from sit_jax.data.sources import Example, Source
-from sit_jax.errors import ConfigError, listed
+from sit_jax.errors import UserError, listed
 
 
 def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what: str, other: str) -> list[int] | None:
@@ -21,7 +21,7 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
         other: What has the `wanted` ones, for messages.
 
     Raises:
-        ConfigError: They are other classes; the message lists the differences.
+        UserError: They are other classes; the message lists the differences.
     """
     if names is None or wanted is None or _are_numbers(names) or _are_numbers(wanted) or list(names) == list(wanted):
         return None
@@ -32,7 +32,7 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
     differences = [f"only {what}: {listed(extra)}"] if extra else []
     differences += [f"only {other}: {listed(missing)}"] if missing else []
     problem = "; ".join(differences) or "several classes have the same name"
-    raise ConfigError(f"class names of {what} and {other} differ: {problem}")
+    raise UserError(f"class names of {what} and {other} differ: {problem}")
 
 
 def reorder_heads(variables: dict[str, Any], order: Sequence[int] | None, heads: Collection[str]) -> dict[str, Any]:

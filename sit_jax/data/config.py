@@ -1,8 +1,9 @@
-"""The parts of a configuration that describe data; `sit_jax.config` puts them into a whole.
+"""The parts of a configuration that describe data; `sit_jax.config.schema` puts them into a whole.
 
 They stand apart since loader processes read them, and those must not wait for the models to be imported.
 """
 
+import dataclasses
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -35,7 +36,7 @@ class DataConfig:
             default (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
         train_split: Split to train on, in tfds's syntax (`train`, `train[:99%]`).
         eval_split: Split to evaluate on.
-        held_out: Share of each class that a folder without `train` and `val` in it gives to `val`.
+        val_fraction: Fraction of each class that a folder without `train` and `val` in it gives to `val`.
         resize: How a training or evaluation picture becomes a square: `stretch` it (crop nothing), or `crop`:
             random resized crop in training, resize and centre crop in evaluation.
         crop_fraction: Share of the shorter side that the centre crop leaves.
@@ -44,7 +45,7 @@ class DataConfig:
             sixth of the time; `pillow` widens the filter, as timm's transforms do. Evaluation is always Pillow's.
         mean: Mean of the channels, of values from 0 to 1, that is taken off; averaged over channels for grey pictures.
         std: Standard deviation that they are divided by.
-        on_broken: What a picture that cannot be read does: stop with an `error` that names it, or `skip` it and count.
+        on_decode_error: What an unreadable image does: `error` stops and names it, `skip` counts it and goes on.
         max_pixels: Pictures of more pixels are not decoded.
         workers: Processes that read and vary pictures; 0 for threads of this one.
         threads: Threads in each of them.
@@ -55,14 +56,14 @@ class DataConfig:
     data_dir: str = ""
     train_split: str = "train"
     eval_split: str = "test"
-    held_out: Annotated[float, Gt(0), Lt(1)] = 0.1
+    val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     resize: Literal["stretch", "crop"] = "stretch"
     crop_fraction: Annotated[float, Gt(0), Le(1)] = 0.875
     interpolation: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
     resampler: Literal["opencv", "pillow"] = "opencv"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
-    on_broken: Literal["error", "skip"] = "error"
+    on_decode_error: Literal["error", "skip"] = "error"
     max_pixels: Count = 80_000_000
     workers: Annotated[int, Ge(0)] = 0
     threads: Count = 2
@@ -105,14 +106,11 @@ class AugmentConfig:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if low > high:
-                raise ConfigError(f"{name}: {low} is above {high}")
+                raise ConfigError(name, f"{low} is above {high}")
         if self.crop_scale[1] > 1:
-            raise ConfigError(f"crop_scale: a crop is at most the whole picture, 1, is {self.crop_scale[1]}")
+            raise ConfigError("crop_scale", f"a crop is at most the whole picture, 1, is {self.crop_scale[1]}")
         if self.rand_augment:
-            try:
-                parse_rand_augment(self.rand_augment)
-            except ConfigError as error:
-                raise ConfigError(f"rand_augment: {error}") from None
+            parse_rand_augment(self.rand_augment)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -138,4 +136,37 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         if self.mix_token > 0 and (self.mixup > 0 or self.cutmix > 0):
-            raise ConfigError("mix_token: takes the place of mixup and cutmix; set those to 0")
+            raise ConfigError("mix_token", "takes the place of mixup and cutmix; set those to 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """What the input pipeline takes of a run's configuration (`Config.inputs`).
+
+    Attributes:
+        data: The data set and how images are read.
+        image_size: Height and width of the model's input in pixels.
+        channels: Of the model's input.
+        num_classes: Classes of the model.
+        augment: How training images are varied.
+        mix: Mixup, CutMix and MixToken.
+        grid_size: Patches along one side, for labels per patch; 1 for models without patches.
+        batch_size: Examples in a global training batch.
+        eval_batch_size: Examples in a global evaluation batch.
+        seed: Decides order and augmentation.
+        label_smoothing: Fraction of a label spread over all classes.
+        patch_labels: Whether the loss takes a label for each patch.
+    """
+
+    data: DataConfig
+    image_size: int
+    channels: int
+    num_classes: int
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    mix: MixConfig = dataclasses.field(default_factory=MixConfig)
+    grid_size: int = 1
+    batch_size: int = 64
+    eval_batch_size: int = 64
+    seed: int = 0
+    label_smoothing: float = 0.0
+    patch_labels: bool = False

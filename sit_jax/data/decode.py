@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sit_jax.errors import PictureError, one_line
+from sit_jax.errors import ImageDecodeError, one_line
 
 # Pictures beyond `max_pixels` are refused here by name; Pillow's own warning would come on top.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -51,7 +51,7 @@ def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int
         Pixels, uint8 (height, width, channels).
 
     Raises:
-        PictureError: The bytes are no picture, a broken or cut-off one, or one of too many pixels or of unknown range.
+        ImageDecodeError: The bytes are not an image, or a damaged one, or one of too many pixels or of unknown range.
     """
     return _read(encoded, channels, name, max_pixels)[0]
 
@@ -65,7 +65,7 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
         max_pixels: As for `decode`.
 
     Raises:
-        PictureError: `decode` would raise it.
+        ImageDecodeError: `decode` would raise it.
     """
     pixels, found = _read(encoded, 3, name, max_pixels)
     height, width, _ = pixels.shape
@@ -85,13 +85,13 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
 def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np.ndarray, list[str]]:
     """The pixels, and what was unusual about them with what was done: written down where it is done."""
     if not encoded:
-        raise PictureError(f"{name}: is empty")
+        raise ImageDecodeError(f"{name}: is empty")
     done: list[str] = []
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
-                raise PictureError(f"{name}: has {size} pixels, more than data.max_pixels, {max_pixels:,}")
+                raise ImageDecodeError(f"{name}: has {size} pixels, more than data.max_pixels, {max_pixels:,}")
             turned_by_pillow = 1
             if _is_plain_jpeg(image, encoded):
                 orientation = _orientation(image)
@@ -108,12 +108,12 @@ def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np
             if max(orientation, turned_by_pillow) > 1:
                 done.append("turned by EXIF or XMP: set upright")
                 pixels = _upright(pixels, orientation)
-    except PictureError:
+    except ImageDecodeError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"{name}: cannot be read: no picture in a known format") from None
+        raise ImageDecodeError(f"{name}: cannot be read: no picture in a known format") from None
     except Exception as error:  # Decoders of damaged files raise anything, from SyntaxError to struct.error.
-        raise PictureError(f"{name}: cannot be read: {one_line(error, 200)}") from None
+        raise ImageDecodeError(f"{name}: cannot be read: {one_line(error, 200)}") from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels, done
 
 

@@ -31,7 +31,10 @@ class SitDigits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {"train": self._generate_examples(held_out=False), "test": self._generate_examples(held_out=True)}
+        return {
+            "train": self._generate_examples(held_out=False),
+            "test": self._generate_examples(held_out=True),
+        }
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits  # Only needed to prepare: it takes a second to import.

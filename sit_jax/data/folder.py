@@ -1,13 +1,16 @@
 """Pictures in folders named after their classes."""
 
 import contextlib
+import glob
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sit_jax.data.sources import Example, read_picture
 from sit_jax.errors import UserError
+
+_STDIN = "-"
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 TRAIN, HELD_OUT = "train", "val"
@@ -41,13 +44,13 @@ class FolderSource:
     multi_label = False
 
     @_listing()
-    def __init__(self, root: pathlib.Path, split: str, held_out: float = 0.1) -> None:
+    def __init__(self, root: pathlib.Path, split: str, val_fraction: float = 0.1) -> None:
         """Lists the pictures.
 
         Args:
             root: The folder.
             split: `train`, `val`, or a part of one, such as `train[:90%]`.
-            held_out: Share of each class that goes to `val` where the folder has no splits.
+            val_fraction: Fraction of each class that goes to `val` where the folder has no splits.
 
         Raises:
             UserError: No such folder or split, no pictures in it, or a folder that cannot be listed.
@@ -71,7 +74,7 @@ class FolderSource:
         if has_splits:
             _check_classes(root / name, self.class_names)
         else:
-            by_class = [_part(paths, held_out, name != TRAIN) for paths in by_class]
+            by_class = [_part(paths, val_fraction, name != TRAIN) for paths in by_class]
         everything = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
         # Sorted by class, a slice would hold a few classes only: take the pictures of all classes in turn.
         everything = _interleave(by_class) if match[2] or match[3] else everything
@@ -79,7 +82,11 @@ class FolderSource:
         self.files: Sequence[tuple[str, int]] = everything[start:stop]
         if not self.files:
             few = not has_splits and name != TRAIN and any(pictures_in(self.base / x) for x in self.class_names)
-            why = f"data.held_out {held_out} of each class is less than one" if few else ", ".join(sorted(SUFFIXES))
+            why = (
+                f"data.val_fraction {val_fraction} of each class is less than one"
+                if few
+                else ", ".join(sorted(SUFFIXES))
+            )
             raise UserError(f"split {split!r} of {root}: holds no pictures ({why})")
 
     def __len__(self) -> int:
@@ -103,9 +110,9 @@ def _classes(base: pathlib.Path) -> tuple[str, ...]:
 
 
 def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
-    strays = sorted(set(_classes(folder)) - set(names))
-    if strays:
-        raise UserError(f"data.data_dir: {folder} has classes that train has not: {', '.join(strays[:5])}")
+    unknown = sorted(set(_classes(folder)) - set(names))
+    if unknown:
+        raise UserError(f"data.data_dir: {folder} has classes that train has not: {', '.join(unknown[:5])}")
 
 
 @_listing()
@@ -131,9 +138,9 @@ def _is_picture(name: str) -> bool:
     return pathlib.PurePath(name).suffix.lower() in SUFFIXES and not name.startswith(".")
 
 
-def _part(paths: list[pathlib.Path], held_out: float, wants_held_out: bool) -> list[pathlib.Path]:
+def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) -> list[pathlib.Path]:
     """Every class is cut by itself, so that small ones are in both parts; adding pictures moves few others."""
-    crossed = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(paths))]
+    crossed = [int((i + 1) * val_fraction) > int(i * val_fraction) for i in range(len(paths))]
     return [path for path, out in zip(paths, crossed, strict=True) if out == wants_held_out]
 
 
@@ -150,3 +157,33 @@ def _bound(text: str | None, length: int) -> int | None:
     if text is None:
         return None
     return int(length * int(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
+    """The pictures that words on the command line mean, in their order.
+
+    Args:
+        words: Files, folders (all pictures within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
+        lines: One file per line.
+
+    Raises:
+        UserError: A word means nothing that is there.
+    """
+    found: list[str] = []
+    for word in words:
+        if word == _STDIN:
+            found += [line for line in (x.rstrip("\r\n") for x in lines) if line]
+        elif os.path.isdir(word):
+            inside = [str(path) for path in pictures_in(pathlib.Path(word))]
+            if not inside:
+                raise UserError(f"{word}: holds no pictures")
+            found += inside
+        elif os.path.lexists(word):  # A dead link, too: reading it fails, as it does for one in a folder.
+            found.append(word)
+        else:
+            # A pattern that the shell left alone; a file may well have brackets in its name, so this comes last.
+            matches = sorted(x for x in glob.glob(word, recursive=True) if not os.path.isdir(x))
+            if not matches:
+                raise UserError(f"{word}: there is no such file, folder or match")
+            found += matches
+    return found

@@ -58,10 +58,10 @@ class LabelMaps:
     def check(self, examples: int, num_classes: int) -> None:
         """Raises a ConfigError where they were made for another data set."""
         if len(self) != examples:
-            raise ConfigError(f"data.label_maps: has {len(self)} maps, but data.train_split has {examples} examples")
+            raise ConfigError("data.label_maps", f"has {len(self)} maps, but data.train_split has {examples} examples")
         theirs = self._about.get("num_classes")
         if theirs != num_classes:
-            raise ConfigError(f"data.label_maps: is for {theirs} classes, but the data set has {num_classes}")
+            raise ConfigError("data.label_maps", f"is for {theirs} classes, but the data set has {num_classes}")
 
 
 class LabelMapWriter:

@@ -9,11 +9,12 @@ import grain
 import jax
 import numpy as np
 
-from sit_jax.config import Config
+from sit_jax.data.config import InputSpec
 from sit_jax.data.label_maps import LabelMaps
-from sit_jax.data.loading import EvalExamples, TrainExamples, start_worker
-from sit_jax.data.order import TrainOrder
-from sit_jax.data.sources import Source, open_source
+from sit_jax.data.map_fns import EvalExamples, TrainExamples, start_worker
+from sit_jax.data.registry import open_source
+from sit_jax.data.sampler import TrainOrder
+from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ConfigError, RunError, UserError
 
@@ -49,7 +50,7 @@ class Hosts:
             ConfigError: They do not divide.
         """
         if batch_size % self.count:
-            raise ConfigError(f"{name}: {batch_size} examples do not divide over {self.count} processes")
+            raise ConfigError(name, f"{batch_size} examples do not divide over {self.count} processes")
         return batch_size // self.count
 
 
@@ -61,38 +62,37 @@ class TrainData:
         steps_per_epoch: Full batches in an epoch. What is left over comes in the next one: no example is lost.
     """
 
-    def __init__(self, config: Config, hosts: Hosts | None = None) -> None:
+    def __init__(self, spec: InputSpec, hosts: Hosts | None = None) -> None:
         """Opens the training split.
 
         Args:
-            config: The run's configuration.
+            spec: What is read and how; `Config.inputs` of a run.
             hosts: The share to read; this process's if not given.
 
         Raises:
             UserError: The data cannot be prepared or read.
             ConfigError: The batch is larger than the data set, or the model has another number of classes.
         """
-        self.source = open_source(config.data, config.data.train_split)
-        check_classes(config, self.source)
+        self.source = open_source(spec.data, spec.data.train_split)
+        check_classes(spec, self.source)
         if self.source.multi_label:
-            raise ConfigError(f"data.name: {config.data.name} has several right classes per picture: evaluate only")
-        self.steps_per_epoch = len(self.source) // config.batch_size
+            raise ConfigError("data.name", f"{spec.data.name} has several right classes per picture: evaluate only")
+        self.steps_per_epoch = len(self.source) // spec.batch_size
         if self.steps_per_epoch == 0:
-            raise ConfigError(f"batch_size: {config.batch_size} is more than the {len(self.source)} training examples")
-        self._workers, self._threads = config.data.workers, config.data.threads
+            raise ConfigError("batch_size", f"{spec.batch_size} is more than the {len(self.source)} training examples")
+        self._workers, self._threads = spec.data.workers, spec.data.threads
         self._hosts = hosts or Hosts.here()
-        self._share = self._hosts.share("batch_size", config.batch_size)
-        arch = config.model.architecture
-        maps = LabelMaps(pathlib.Path(config.data.label_maps)) if config.data.label_maps else None
+        self._share = self._hosts.share("batch_size", spec.batch_size)
+        maps = LabelMaps(pathlib.Path(spec.data.label_maps)) if spec.data.label_maps else None
         if maps is not None:
-            maps.check(len(self.source), arch.num_classes)
-        order = TrainOrder(len(self.source), config.batch_size, config.augment.repeats, config.seed)
-        transform = TrainTransform(config.data, config.augment, arch.image_size, arch.in_channels)
-        skip = config.data.on_broken == "skip"
+            maps.check(len(self.source), spec.num_classes)
+        order = TrainOrder(len(self.source), spec.batch_size, spec.augment.repeats, spec.seed)
+        transform = TrainTransform(spec.data, spec.augment, spec.image_size, spec.channels)
+        skip = spec.data.on_decode_error == "skip"
         # The order and the choices depend on the seed and the position in the global stream, nothing else.
         self._examples = (
             grain.MapDataset.range(_ENDLESS)
-            .seed(config.seed)
+            .seed(spec.seed)
             .random_map(TrainExamples(self.source, order, transform, maps, skip))
         )
 
@@ -112,11 +112,11 @@ class TrainData:
         return read_ahead(mine, self._workers, self._threads)
 
 
-def eval_batches(config: Config, source: Source, hosts: Hosts | None = None) -> Stream:
+def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) -> Stream:
     """This process's share of the whole evaluation split, once and in order.
 
     Every process yields as many batches. `mask` is 0 on examples that fill up the last ones, and on broken pictures
-    where `data.on_broken` is `skip`. `label` is (share,), or (share, labels) filled up with -1 for a source with
+    where `data.on_decode_error` is `skip`. `label` is (share,), or (share, labels) filled up with -1 for a source with
     several right classes.
 
     Raises:
@@ -124,14 +124,13 @@ def eval_batches(config: Config, source: Source, hosts: Hosts | None = None) -> 
         RunError: While iterating: a loader process died.
     """
     hosts = hosts or Hosts.here()
-    share = hosts.share("eval_batch_size", config.eval_batch_size)
-    arch = config.model.architecture
-    transform = EvalTransform(config.data, arch.image_size, arch.in_channels)
+    share = hosts.share("eval_batch_size", spec.eval_batch_size)
+    transform = EvalTransform(spec.data, spec.image_size, spec.channels)
     # Filled up to whole global batches, so that no process is a step ahead of another.
-    total = -(-len(source) // config.eval_batch_size) * config.eval_batch_size
-    examples = EvalExamples(source, transform, config.data.on_broken == "skip")
+    total = -(-len(source) // spec.eval_batch_size) * spec.eval_batch_size
+    examples = EvalExamples(source, transform, spec.data.on_decode_error == "skip")
     batches = grain.MapDataset.range(total).map(examples).batch(share, drop_remainder=True)
-    return read_ahead(batches[hosts.index :: hosts.count], config.data.workers, config.data.threads)
+    return read_ahead(batches[hosts.index :: hosts.count], spec.data.workers, spec.data.threads)
 
 
 def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
@@ -178,8 +177,8 @@ def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
             iterator.close()
 
 
-def check_classes(config: Config, source: Source) -> None:
+def check_classes(spec: InputSpec, source: Source) -> None:
     """Raises a ConfigError where the model's head does not fit the data set."""
-    mine, theirs = config.model.architecture.num_classes, len(source.class_names)
+    mine, theirs = spec.num_classes, len(source.class_names)
     if mine != theirs:
-        raise ConfigError(f"model.num_classes: is {mine}, but the data set has {theirs} classes")
+        raise ConfigError("model.num_classes", f"is {mine}, but the data set has {theirs} classes")

@@ -16,8 +16,10 @@ from tqdm import tqdm
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
-from sit_jax.data.sources import find_builder, open_source, quiet_tfds, writing
-from sit_jax.errors import PictureError, UserError, one_line
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import writing
+from sit_jax.data.tfds_source import find_builder, quiet_tfds
+from sit_jax.errors import ImageDecodeError, UserError, one_line
 
 
 class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -36,7 +38,7 @@ def _folder_examples(
         try:
             image = source[index].image
             decode(image, 3, name)
-        except PictureError as error:
+        except ImageDecodeError as error:
             if not skip_broken:
                 raise
             tqdm.write(f"left out: {error}")
@@ -60,13 +62,13 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
     """
     if not name.isidentifier() or name != name.lower():
         raise UserError(f"--name: {name!r} must be lower-case letters, digits and underscores")
-    sources = {split: FolderSource(root, split, data.held_out) for split in ("train", "val")}
+    sources = {split: FolderSource(root, split, data.val_fraction) for split in ("train", "val")}
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "label": tfds.features.ClassLabel(names=list(sources["train"].class_names)),
         "file_name": tfds.features.Text(),
     }
-    skip = data.on_broken == "skip"
+    skip = data.on_decode_error == "skip"
     builder = _Builder(
         name=name,
         version="1.0.0",
@@ -173,7 +175,7 @@ def _prepare(builder: Any, config: Any) -> pathlib.Path:
     try:
         with writing(builder.data_path):
             builder.download_and_prepare(download_config=config)
-    except PictureError as error:
+    except ImageDecodeError as error:
         raise UserError(f"{error}; mend or remove it, or pass --skip_broken. Nothing was written") from None
     except ImportError as error:
         if "tensorflow" not in str(error).lower():

@@ -63,7 +63,7 @@ def parse_rand_augment(text: str) -> RandAugmentSpec:
     """
     head, *parts = text.split("-")
     if head != "rand":
-        raise ConfigError(f"{text!r} must begin with rand, as rand-m9-mstd0.5-inc1 does")
+        raise ConfigError("rand_augment", f"{text!r} must begin with rand, as rand-m9-mstd0.5-inc1 does")
     values: dict[str, Any] = {}
     for part in parts:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?|inf)", part)
@@ -85,11 +85,13 @@ def parse_rand_augment(text: str) -> RandAugmentSpec:
             case "w" if value == 0:
                 values["weighted"] = True
             case _:
-                raise ConfigError(f"{part!r} in {text!r} is none of m (0 to 10), n, mstd, mmax, inc (0, 1), p, w0")
+                known = "m (0 to 10), n, mstd, mmax, inc (0, 1), p, w0"
+                raise ConfigError("rand_augment", f"{part!r} in {text!r} is none of {known}")
     spec = RandAugmentSpec(**values)
     available = sum(weight > 0 for weight in _WEIGHTS.values())
     if spec.weighted and spec.num_layers > available:
-        raise ConfigError(f"'n{spec.num_layers}' in {text!r} is more than the {available} operations with a weight")
+        problem = f"'n{spec.num_layers}' in {text!r} is more than the {available} operations with a weight"
+        raise ConfigError("rand_augment", problem)
     return spec
 
 

@@ -9,11 +9,11 @@ import gradio as gr
 import numpy as np
 
 from sit_jax.data.sources import read_picture
-from sit_jax.demo.contestants import MAX_PIXELS, Contest, Contestant, milliseconds
 from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
+from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
+from sit_jax.visual.inspected_model import ModelInput
 from sit_jax.visual.pictures import as_rgb, heat, regions
-from sit_jax.visual.subject import Seen
 from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
 _MOST_TOKENS_SHOWN = 24
@@ -40,7 +40,7 @@ class Looked(NamedTuple):
         maps: What the student made of it.
     """
 
-    seen: Seen
+    seen: ModelInput
     maps: TokenMaps
 
 
@@ -56,7 +56,7 @@ def theme() -> gr.themes.Base:
     return gr.themes.Default(font=[_Words(x) for x in _SERIF_FREE], font_mono=[_Words(x) for x in _MONOSPACE])
 
 
-def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
+def build_page(contest: DemoModels, max_mb: int) -> gr.Blocks:
     """The page, not served yet.
 
     Args:
@@ -112,15 +112,15 @@ def build_page(contest: Contest, max_mb: int) -> gr.Blocks:
     return page
 
 
-def _answer(path: str, teacher: Contestant, student: Contestant, chosen: str | None) -> Sequence[Any]:
+def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | None) -> Sequence[Any]:
     """What all components show of one picture; the keep control by its label."""
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is no picture; give one of {', '.join(_SUFFIXES)}")
     example = read_picture(path, name=file.name)  # Messages on the page do not name the server's folders.
     keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
-    ways: list[tuple[Contestant, Keep | None]] = [(teacher, None), (student, keep)]
-    seen = [model.see(example) for model, _ in ways]
+    ways: list[tuple[DemoModel, Keep | None]] = [(teacher, None), (student, keep)]
+    seen = [model.preprocess(example) for model, _ in ways]
     maps = [model.maps(view, way) for (model, way), view in zip(ways, seen, strict=True)]
     times = milliseconds([model.forward(view, way) for (model, way), view in zip(ways, seen, strict=True)])
     says = [model.likeliest(own) for (model, _), own in zip(ways, maps, strict=True)]
@@ -148,15 +148,15 @@ def _at(looked: Looked | None, index: float) -> Sequence[Any]:
     return text, drawn, [_token(seen, maps, stage, token) for token in order]
 
 
-def _token(seen: Seen, maps: TokenMaps, stage: StageMaps, token: int) -> tuple[np.ndarray, str]:
+def _token(seen: ModelInput, maps: TokenMaps, stage: StageMaps, token: int) -> tuple[np.ndarray, str]:
     patches = stage.effective_patches[0, token]
     return heat(seen.shown, stage.cumulative[0, token], maps.grid), f"{patches:.1f} patches"
 
 
-def _keep_control(student: Contestant) -> dict[str, Any]:
+def _keep_control(student: DemoModel) -> dict[str, Any]:
     labels = [keep.label for keep in student.keeps]
     return {"choices": labels, "value": labels[0], "visible": len(labels) > 1}
 
 
-def _keep_reason(student: Contestant) -> str:
+def _keep_reason(student: DemoModel) -> str:
     return _WHY_FEWER if len(student.keeps) > 1 else _WHY_NOT

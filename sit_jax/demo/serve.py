@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from sit_jax.demo.contestants import Contest, open_contest
-from sit_jax.demo.guard import Guard
+from sit_jax.demo.middleware import Guard
+from sit_jax.demo.models import DemoModels, open_demo_models
 from sit_jax.errors import UserError
 
 _PACKAGE = "gradio"
@@ -33,7 +33,7 @@ def serve(
         UserError: A model cannot be opened, Gradio is not installed, the port is taken, or the page does not start.
     """
     _check_address(host, port)
-    contest = open_contest(students, teachers)
+    contest = open_demo_models(students, teachers)
     # Left alone, SIGTERM ends the process at once, and the uploads stay.
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -49,7 +49,7 @@ def serve(
         signal.signal(signal.SIGTERM, former)
 
 
-def start(contest: Contest, folder: pathlib.Path, host: str, port: int, max_mb: int) -> Any:
+def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_mb: int) -> Any:
     """Starts serving the page; returns Gradio's `Blocks`, whose `close` ends it.
 
     Args:

@@ -37,7 +37,7 @@ def build_model(
         ConfigError: The number of classes was left open, or the attention does not run here.
     """
     if arch.num_classes == 0:
-        raise ConfigError("num_classes: is 0, left to the data; say how many classes the model has")
+        raise ConfigError("num_classes", "is 0, left to the data; say how many classes the model has")
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
     attention = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)

@@ -206,9 +206,9 @@ def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Archit
     try:
         return Architecture(**values)
     except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from None
+        raise ConfigError(f"{where}{error.key}", error.problem) from None
 
 
 def _require(condition: bool, field: str, problem: str) -> None:
     if not condition:
-        raise ConfigError(f"{field}: {problem}")
+        raise ConfigError(field, problem)

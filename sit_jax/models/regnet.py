@@ -47,12 +47,12 @@ class RegNetArchitecture:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "depths", tuple(self.depths))
         if len(self.widths) != len(self.depths) or not self.depths:
-            raise ConfigError(f"depths: {self.depths} and widths {self.widths} must name the same stages")
+            raise ConfigError("depths", f"{self.depths} and widths {self.widths} must name the same stages")
         if any(width % self.group_width for width in self.widths):
-            raise ConfigError(f"widths: {self.widths} do not divide by group_width {self.group_width}")
+            raise ConfigError("widths", f"{self.widths} do not divide by group_width {self.group_width}")
         stride = 2 ** (len(self.widths) + 1)
         if self.image_size % stride:
-            raise ConfigError(f"image_size: {self.image_size} does not divide by the stages' stride {stride}")
+            raise ConfigError("image_size", f"{self.image_size} does not divide by the stages' stride {stride}")
 
 
 class _ConvNorm(nn.Module):

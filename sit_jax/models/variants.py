@@ -54,5 +54,5 @@ def get_architecture(name: str, **overrides: Any) -> Architecture:
     if name not in VARIANTS:
         close = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; `sit models` lists them"
-        raise ConfigError(f"name: there is no model {name!r}{hint}")
+        raise ConfigError("name", f"there is no model {name!r}{hint}")
     return architecture_from_dict({**dataclasses.asdict(VARIANTS[name]), **overrides})

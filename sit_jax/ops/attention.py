@@ -88,7 +88,7 @@ def choose(name: str, dtype: Any, num_heads: int, head_dim: int) -> str:
         return name
     problem = _why_no_cudnn(jnp.dtype(dtype).name, num_heads, head_dim)
     if problem and name == "cudnn":
-        raise ConfigError(f"attention: cudnn does not run here: {problem}; use auto or xla")
+        raise ConfigError("attention", f"cudnn does not run here: {problem}; use auto or xla")
     return "xla" if problem else "cudnn"
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-from sit_jax.report.findings import Findings
-from sit_jax.report.gather import Line, RunRecord
+from sit_jax.report.evaluation import EvalReport
+from sit_jax.report.load_run import Line, RunInfo
 
 Scale = Literal["linear", "log", "percent"]
 
@@ -61,7 +61,7 @@ class Chart:
     note: str
 
 
-def run_charts(record: RunRecord, key: str) -> list[Chart]:
+def run_charts(record: RunInfo, key: str) -> list[Chart]:
     """Loss terms, accuracy, learning rates and gradient norm of one run."""
     losses = [*_all_of(record.train, LOSS_TERMS), *_all_of(record.scores, ("loss",), "{} (evaluation)")]
     accuracies = [*_all_of(record.scores, ACCURACIES), *_all_of(record.train, ("accuracy",), "training {}")]
@@ -76,7 +76,7 @@ def run_charts(record: RunRecord, key: str) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def comparing_charts(records: Sequence[RunRecord], key: str) -> list[Chart]:
+def comparing_charts(records: Sequence[RunInfo], key: str) -> list[Chart]:
     """One chart for each quantity that any of the runs has, the runs' curves over one another."""
     charts: list[Chart | None] = []
     for name in ACCURACIES:
@@ -94,7 +94,7 @@ def comparing_charts(records: Sequence[RunRecord], key: str) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def class_chart(findings: Findings, key: str) -> Chart | None:
+def class_chart(findings: EvalReport, key: str) -> Chart | None:
     """Accuracy of each class: bars, or points in a plane where there are many classes; None without a picture."""
     scores = findings.classes
     if not scores:

@@ -7,12 +7,12 @@ from typing import Any
 
 from flax.traverse_util import empty_node, flatten_dict
 
-from sit_jax.report.gather import RunRecord
+from sit_jax.report.load_run import RunInfo
 
 ABSENT = "\N{EN DASH}"
 
 
-def differences(records: Sequence[RunRecord]) -> dict[str, tuple[str, ...]]:
+def differences(records: Sequence[RunInfo]) -> dict[str, tuple[str, ...]]:
     """The keys in which the runs' configurations differ, in the order of the first run's -> one value per run, as text.
 
     Runs whose configuration cannot be read are not compared.

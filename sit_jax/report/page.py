@@ -16,8 +16,8 @@ from markupsafe import Markup
 from sit_jax import __version__
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences, flatten, show
-from sit_jax.report.findings import Findings
-from sit_jax.report.gather import RunRecord, finite
+from sit_jax.report.evaluation import EvalReport
+from sit_jax.report.load_run import RunInfo, finite
 from sit_jax.report.pictures import Example, Shown, show_examples, show_picture, stage_titles
 
 # Rows of the table of classes; beyond these only the largest losses and gains are told.
@@ -44,8 +44,8 @@ class RunView:
     """
 
     key: str
-    record: RunRecord
-    findings: Findings | None
+    record: RunInfo
+    findings: EvalReport | None
     charts: list[Chart]
     teacher_charts: dict[str, list[Chart]]
     classes: Chart | None
@@ -70,7 +70,7 @@ class RunView:
         return [*self.charts, *others, *([self.classes] if self.classes else [])]
 
 
-def view_run(key: str, record: RunRecord, findings: Findings | None) -> RunView:
+def view_run(key: str, record: RunInfo, findings: EvalReport | None) -> RunView:
     """Draws and words all that the template shows of a run."""
     maps = findings.maps if findings else None
     return RunView(
@@ -167,13 +167,13 @@ def day(seconds: float | None) -> str:
     return ABSENT if seconds is None else when.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
+def _data_rows(record: RunInfo) -> list[tuple[str, str]]:
     config = record.config
     if config is None:
         return []
     arch, data = config.model.architecture, config.data
     examples = record.scores[-1].get("examples") if record.scores else None
-    noted = record.about.get("data")
+    noted = record.metadata.get("data")
     position = finite(noted.get("epoch")) if isinstance(noted, dict) else None
     colours = "grey" if arch.in_channels == 1 else f"{arch.in_channels} channels"
     rows = [
@@ -197,10 +197,12 @@ def _data_rows(record: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
-def _environment_rows(record: RunRecord) -> list[tuple[str, str]]:
-    about = record.about
-    rows: list[tuple[str, str]] = [(name, show(about[name])) for name in ("devices", "processes") if name in about]
-    mesh, versions = about.get("mesh"), about.get("versions")
+def _environment_rows(record: RunInfo) -> list[tuple[str, str]]:
+    metadata = record.metadata
+    rows: list[tuple[str, str]] = [
+        (name, show(metadata[name])) for name in ("devices", "processes") if name in metadata
+    ]
+    mesh, versions = metadata.get("mesh"), metadata.get("versions")
     if isinstance(mesh, dict):
         rows.append(("mesh", ", ".join(f"{axis} {show(size)}" for axis, size in mesh.items())))
     if isinstance(versions, dict):

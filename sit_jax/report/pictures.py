@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 
-from sit_jax.report.findings import Findings, Picture
+from sit_jax.report.evaluation import EvalReport, Picture
 from sit_jax.visual.pictures import as_rgb, heat, regions
 from sit_jax.visual.token_maps import TokenMaps
 
@@ -74,7 +74,7 @@ def stage_titles(maps: TokenMaps) -> list[str]:
     ]
 
 
-def show_examples(findings: Findings) -> list[Example]:
+def show_examples(findings: EvalReport) -> list[Example]:
     """The examples with their token maps, drawn."""
     return [
         Example(picture, show_picture(picture), _stages(findings.maps, index, picture) if findings.maps else [])

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
 
-from sit_jax.predict import softmax
+from sit_jax.io.inference import softmax
 from sit_jax.visual.attention import apply_watched
 
 

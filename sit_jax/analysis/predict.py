@@ -1,0 +1,190 @@
+"""`sit predict`: the likeliest classes of pictures, in order, however many there are."""
+
+import collections
+import concurrent.futures
+import csv
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TextIO
+
+import numpy as np
+
+from sit_jax.data.sources import read_picture
+from sit_jax.data.transforms import EvalTransform
+from sit_jax.errors import ImageDecodeError, PartialFailureError
+from sit_jax.io.inference import softmax
+from sit_jax.io.predictor import Predictor
+from sit_jax.train.progress import Progress
+
+Style = Literal["table", "jsonl", "csv"]
+_THREADS = 4
+
+# The name in earlier documentation.
+read_file = read_picture
+
+
+class Prediction(NamedTuple):
+    """What a model says of one picture.
+
+    Attributes:
+        picture: The file.
+        classes: Indices of the likeliest classes, likeliest first.
+        names: Their names.
+        probabilities: Their probabilities.
+    """
+
+    picture: str
+    classes: list[int]
+    names: list[str]
+    probabilities: list[float]
+
+
+def predict(
+    predictor: Predictor, pictures: Sequence[str], top: int = 5, batch_size: int = 32
+) -> Iterator[Prediction | ImageDecodeError]:
+    """Predictions in the order of the pictures; an error in the place of one that cannot be read.
+
+    Files are read a batch ahead, and no more than that is held at a time.
+
+    Args:
+        predictor: The model.
+        pictures: Files.
+        top: Likeliest classes to tell, all where there are fewer.
+        batch_size: Pictures that go through the model at a time.
+    """
+    waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
+    readable = 0
+    for name, pixels in _read(predictor, pictures, ahead=2 * batch_size):
+        waiting.append((name, pixels))
+        readable += not isinstance(pixels, ImageDecodeError)
+        # So that a folder of broken files is told of as it is read.
+        if readable == batch_size or len(waiting) == 4 * batch_size:
+            yield from _answer(predictor, waiting, top, batch_size)
+            waiting, readable = [], 0
+    yield from _answer(predictor, waiting, top, batch_size)
+
+
+def run_predict(
+    predictor: Predictor,
+    pictures: Sequence[str],
+    top: int,
+    style: Style,
+    batch_size: int,
+    out: TextIO,
+    reader_gone: Callable[[TextIO], bool] = lambda _: False,
+) -> None:
+    """Writes predictions as they come, and names the pictures that cannot be read on standard error.
+
+    Ends early where `reader_gone(out)` says that nobody reads on, as after `| head`.
+
+    Raises:
+        PartialFailureError: Some could not be read.
+    """
+    skipped = 0
+    write = _WRITERS[style](out, predictor.class_names)
+    with Progress("predict", len(pictures), 0, 1) as progress:
+        for done, answer in enumerate(predict(predictor, pictures, top, batch_size), start=1):
+            if isinstance(answer, ImageDecodeError):
+                skipped += 1
+                progress.note(f"skipped {answer}")
+            else:
+                write(answer)
+            if done % batch_size == 0 or done == len(pictures):
+                progress.update(done, {})
+                out.flush()
+                if reader_gone(out):
+                    return
+    if skipped:
+        raise PartialFailureError(
+            f"{skipped} of {len(pictures)} pictures could not be read and were skipped; the others were done"
+        )
+
+
+def _read(
+    predictor: Predictor, pictures: Sequence[str], ahead: int
+) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
+    """Pixels of each picture in order, at most `ahead` of them read and not yet asked for."""
+    arch = predictor.arch
+    transform = EvalTransform(predictor.data, arch.image_size, arch.in_channels)
+
+    def load(name: str) -> tuple[str, np.ndarray | ImageDecodeError]:
+        try:
+            return name, transform(read_picture(name))["image"]
+        except ImageDecodeError as error:
+            return name, error
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        running: collections.deque[Any] = collections.deque()
+        try:
+            for name in pictures:
+                running.append(pool.submit(load, name))
+                if len(running) > ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer(
+    predictor: Predictor, pictures: list[tuple[str, np.ndarray | ImageDecodeError]], top: int, batch_size: int
+) -> Iterator[Prediction | ImageDecodeError]:
+    pixels = [x for _, x in pictures if not isinstance(x, ImageDecodeError)]
+    rows: Iterator[np.ndarray] = iter(())
+    if pixels:
+        # The last batch is filled up, so that nothing is compiled for it.
+        batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
+        batch[: len(pixels)] = pixels
+        rows = iter(softmax(predictor.logits(batch))[: len(pixels)])
+    names = predictor.class_names
+    for name, read in pictures:
+        if isinstance(read, ImageDecodeError):
+            yield read
+            continue
+        probabilities = next(rows)
+        order = np.argsort(-probabilities, kind="stable")[:top]
+        chosen = [int(index) for index in order]
+        yield Prediction(name, chosen, [names[i] for i in chosen], [float(probabilities[i]) for i in chosen])
+
+
+def _rows(prediction: Prediction) -> Iterator[tuple[int, str, float]]:
+    return zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
+
+
+def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], None]:
+    """One line per picture: the file, then class and probability, likeliest first."""
+    name_width, file_width = min(24, max(map(len, class_names))), 0
+
+    def write(prediction: Prediction) -> None:
+        # Lines go out as they come: the column grows with the longest name so far.
+        nonlocal file_width
+        file_width = max(file_width, len(prediction.picture))
+        cells = [f"{name:<{name_width}} {probability:>6.1%}" for _, name, probability in _rows(prediction)]
+        print("   ".join([f"{prediction.picture:<{file_width}}", *cells]).rstrip(), file=out)
+
+    return write
+
+
+def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
+    """One object per picture."""
+
+    def write(prediction: Prediction) -> None:
+        rows = [{"class": index, "name": name, "probability": share} for index, name, share in _rows(prediction)]
+        print(json.dumps({"picture": prediction.picture, "predictions": rows}), file=out)
+
+    return write
+
+
+def _csv(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
+    """One row per picture and class, with a heading."""
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(("picture", "rank", "class", "name", "probability"))
+
+    def write(prediction: Prediction) -> None:
+        for rank, (index, name, share) in enumerate(_rows(prediction), start=1):
+            table.writerow((prediction.picture, rank, index, name, f"{share:.6f}"))
+
+    return write
+
+
+_WRITERS = {"table": _table, "jsonl": _json_lines, "csv": _csv}

@@ -1,0 +1,61 @@
+"""`sit evaluate`."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from sit_jax.cli.argument_types import fraction
+from sit_jax.cli.processes import add_processes, join
+from sit_jax.cli.runtime import keep_memory, set_log_levels
+from sit_jax.cli.verb import ANY_MODEL, add_checkpoint, add_option, add_verb
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parser = add_verb(verbs, "evaluate", run, "evaluate a run or an exported model over an evaluation split")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
+    which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
+    add_checkpoint(parser)
+    parser.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
+    parser.add_argument("--split", dest="eval_split", metavar="SPLIT", help="another split")
+    parser.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
+    text = "fraction of each class in val, for a folder without splits"
+    add_option(parser, "--val_fraction", "--held_out", type=fraction, help=text)
+    text = "what an unreadable image does"
+    add_option(parser, "--on_decode_error", "--on_broken", choices=("error", "skip"), help=text)
+    text = "match the classes of model and data by name where both have names, or by index (default: names)"
+    parser.add_argument("--match_classes", choices=("names", "index"), default="names", help=text)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_processes(parser)
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> None:
+    """Evaluates, and prints the metrics."""
+    set_log_levels()
+    first = join(arguments)
+    keep_memory()
+    from sit_jax.io.predictor import evaluation_data, is_run, open_predictor
+    from sit_jax.io.runs import read_config
+    from sit_jax.train.evaluate import evaluate_predictor
+    from sit_jax.train.loop import evaluate_run
+
+    keys = ("name", "eval_split", "data_dir", "val_fraction", "on_decode_error")
+    changes = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
+    match_names = arguments.match_classes == "names"
+    model = arguments.workdir or arguments.source
+    if arguments.workdir or is_run(model):
+        data = dataclasses.replace(read_config(model).data, **changes)
+        result = evaluate_run(model, arguments.ema, arguments.step, data, match_names)
+    else:
+        predictor = open_predictor(model, arguments.ema, arguments.step)
+        result = evaluate_predictor(predictor, evaluation_data(predictor, changes), match_names=match_names)
+    if not first:
+        return
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    shares = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
+    print(f"{shares} over {result['examples']:.0f} examples")

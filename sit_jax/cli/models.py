@@ -1,0 +1,25 @@
+"""`sit models`."""
+
+import argparse
+import json
+from typing import Any
+
+from sit_jax.cli.verb import add_verb
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parser = add_verb(verbs, "models", run, "list the named models and what they cost")
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument("--verbose", action="store_true", help="also what each kind of module costs")
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> None:
+    """Prints the named models."""
+    from sit_jax.analysis.models_table import list_costs, print_costs
+
+    rows = list_costs()
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_costs(rows, arguments.verbose)

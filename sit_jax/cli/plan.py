@@ -1,0 +1,37 @@
+"""`sit plan`."""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from sit_jax.cli.argument_types import positive
+from sit_jax.cli.config_file import add_config, load_config
+from sit_jax.cli.runtime import force_cpu
+from sit_jax.cli.verb import add_verb
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    text = "compile a run's train step for devices that are not here, and say what it needs"
+    parser = add_verb(verbs, "plan", run, text)
+    add_config(parser)
+    parser.add_argument("--topology", required=True, help="TPU slice such as v5e:16x16 or v4:2x2x4, or cpu:8")
+    parser.add_argument("--examples", type=positive, help="training examples, where the data set is not at hand")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Compiles, and prints what the step needs."""
+    from sit_jax.analysis.chips import parse_topology
+
+    topology = parse_topology(arguments.topology)
+    config = load_config(arguments.config, overrides)
+    force_cpu(topology.devices if topology.chip is None else 1)
+    from sit_jax.analysis.plan_table import make_plan, print_plan
+
+    result = make_plan(config, topology, arguments.examples)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+    else:
+        print_plan(result)

@@ -1,0 +1,49 @@
+"""`sit visualize`."""
+
+import argparse
+import pathlib
+from typing import Any
+
+from sit_jax.cli.argument_types import between, positive
+from sit_jax.cli.runtime import set_log_levels
+from sit_jax.cli.verb import add_checkpoint, add_verb
+
+# More have no room side by side.
+_MOST_TOKENS = 32
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds the verb."""
+    parser = add_verb(verbs, "visualize", run, "draw where tokens look and what the class token attends to")
+    parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help="a run's folder or a model folder")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="*", help="files, folders, patterns; - reads a list")
+    add_checkpoint(parser)
+    parser.add_argument("--split", help="instead of PICTURE: the first pictures of a data set's split, such as test")
+    parser.add_argument("--name", help="with --split: which data set, if not the model's own")
+    parser.add_argument("--data_dir", help="with --split: where it lies, if not where it lay in training")
+    parser.add_argument("--limit", type=positive, help="pictures at most; if not given all, or 16 of a split")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for a figure per picture; maps if not given")
+    arrays = "all arrays in one .npz file, or a folder for one file per picture; alone, no figures are drawn"
+    parser.add_argument("--arrays", metavar="PLACE", type=pathlib.Path, help=arrays)
+    parser.add_argument(
+        "--tokens",
+        type=between(1, _MOST_TOKENS, "--arrays holds all tokens"),
+        default=8,
+        help="tokens shown per module: the most attended ones",
+    )
+    parser.add_argument(
+        "--dpi", type=between(20, 1200), default=150, help="dots per inch of the figures; 300 for print"
+    )
+    parser.add_argument("--batch_size", type=positive, default=8, help="pictures at a time")
+    parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
+
+
+def run(arguments: argparse.Namespace, _: list[str]) -> None:
+    """Draws figures, or writes arrays."""
+    set_log_levels()
+    from sit_jax.visual.visualize import FIGURES, Ways, command
+
+    default = FIGURES if arguments.arrays is None else None
+    ways = Ways(arguments.output or default, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
+    data = {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir}
+    command(arguments.source, arguments.pictures, ways, data, arguments.limit, arguments.ema, arguments.step)

@@ -1,0 +1,107 @@
+"""The paper's training recipe on ImageNet, as ConfigDicts that the pages in `configs/` start from.
+
+Source: section 4.1 of 'Self-slimmed Vision Transformer' and the training scripts of the original.
+"""
+
+from ml_collections import ConfigDict
+
+from sit_jax.config import (
+    AugmentConfig,
+    DataConfig,
+    LossConfig,
+    MixConfig,
+    OptimConfig,
+)
+from sit_jax.config.config_dict import defaults, named_model
+
+
+def imagenet(batch_size: int = 1024) -> ConfigDict:
+    """Data, augmentation and mixing on ImageNet, for teachers and students alike; no model and no optimizer yet."""
+    config = ConfigDict()
+    config.seed = 0
+    config.data = defaults(DataConfig)
+    config.data.name = "imagenet2012"
+    config.data.eval_split = "validation"
+    config.data.resize = "crop"
+    config.data.workers = 16
+    config.augment = defaults(AugmentConfig)
+    config.augment.flip = 0.5
+    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.augment.erase = 0.25
+    config.augment.repeats = 3
+    config.mix = defaults(MixConfig)
+    config.mix.mixup = 0.8
+    config.mix.cutmix = 1.0
+    config.batch_size = batch_size
+    config.eval_batch_size = batch_size
+    config.eval_every_epochs = 1
+    config.loss = defaults(LossConfig)
+    config.loss.label_smoothing = 0.1
+    return config
+
+
+def distillation(student: str, teacher: str, teacher_run: str, drop_path: float) -> ConfigDict:
+    """Feature recalibration distillation of a named student from a named teacher on ImageNet.
+
+    Args:
+        student: Name of the slimmed variant.
+        teacher: Name of its un-slimmed teacher.
+        teacher_run: Folder of the teacher's run.
+        drop_path: The student's stochastic depth.
+    """
+    config = imagenet()
+    config.model = named_model(student, drop_path=drop_path, dtype="bfloat16")
+    config.teacher = ConfigDict()
+    config.teacher.model = named_model(teacher, dtype="bfloat16")
+    config.teacher.run = teacher_run
+    config.init = "teacher"
+    config.epochs = 125
+    config.optim = defaults(OptimConfig)
+    config.optim.lr = 2e-4
+    config.optim.lr_batch_size = 512
+    config.optim.min_lr = 1e-5
+    config.optim.rtsm_lr_scale = 5.0
+    config.optim.cooldown_epochs = 10
+    config.optim.schedule_per = "epoch"
+    config.loss.token = 2.0
+    config.loss.logits = 2.0
+    return config
+
+
+def teacher(name: str, drop_path: float, mode: str) -> ConfigDict:
+    """Training of a named teacher on ImageNet.
+
+    Args:
+        name: The teacher's name.
+        drop_path: Its stochastic depth.
+        mode: `finetune` takes 30 epochs from the run that `init` names; `scratch` takes LV-ViT's 300.
+    """
+    config = imagenet()
+    config.model = named_model(name, drop_path=drop_path, dtype="bfloat16")
+    config.optim = defaults(OptimConfig)
+    config.optim.lr_batch_size = 1024
+    config.init = "random"
+    if mode == "scratch":
+        config.epochs = 300
+        config.optim.lr = 1.6e-3
+        config.optim.warmup_epochs = 5.0
+        config.optim.cooldown_epochs = 10
+    elif mode == "finetune":
+        config.init = f"runs/{name}_pretrained"
+        config.epochs = 30
+        config.optim.lr = 2e-5
+        config.optim.min_lr = 1e-6
+        config.optim.weight_decay = 1e-8
+    else:
+        raise ValueError(f"{mode!r} is neither finetune nor scratch")
+    return config
+
+
+def token_labelling(config: ConfigDict, label_maps: str) -> ConfigDict:
+    """Adds LV-ViT's token labelling to a teacher's training: MixToken instead of mixup and cutmix, and dense labels."""
+    config.data.label_maps = label_maps
+    config.loss.token_label = 0.5
+    config.mix.mixup = 0.0
+    config.mix.cutmix = 0.0
+    config.mix.mix_token = 1.0
+    return config

@@ -1,0 +1,348 @@
+"""The configuration of a run, as frozen dataclasses.
+
+Configs are written as `ml_collections.ConfigDict`s (one page each, in `configs/`) and become a `Config` once, at the
+door, by `from_config_dict`. Everything behind the door can trust its values.
+"""
+
+import dataclasses
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from sit_jax.data.config import (
+    STRICT,
+    AugmentConfig,
+    Count,
+    DataConfig,
+    Fraction,
+    InputSpec,
+    MixConfig,
+    NonNegative,
+)
+from sit_jax.errors import ConfigError
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+
+
+def _require(condition: bool, field: str, problem: str) -> None:
+    if not condition:
+        raise ConfigError(field, problem)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """A model and how it is computed.
+
+    Attributes:
+        architecture: The model's shape. In a ConfigDict its fields stand directly in the `model` section.
+        name: The variant that the fields came from, if any; a label.
+        drop_path: Stochastic depth of the last block, growing linearly from 0 at the first.
+        dtype: Type of the products. Softmax, norms, losses and the stored weights are float32 whatever this says.
+        remat: Recompute each block in the backward pass instead of keeping its activations.
+        attention: How softmax attention is computed: `xla`, `cudnn` (fused, on NVIDIA GPUs, in bfloat16), `plain` (by
+            autodiff, also in forward mode), or `auto`: `cudnn` where the GPU has it, else `xla`.
+    """
+
+    architecture: Annotated[Architecture | RegNetArchitecture, Field(discriminator="family")]
+    name: str = ""
+    drop_path: Fraction = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+    attention: Literal["auto", "xla", "cudnn", "plain"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimConfig:
+    """AdamW, its schedule, and what stands around it.
+
+    Attributes:
+        lr: Peak learning rate of the model.
+        lr_batch_size: The batch size that `lr` is meant for: it is scaled in proportion to the run's; 0 for no scaling.
+        min_lr: Where the cosine ends, for every parameter group.
+        rtsm_lr_scale: Peak learning rate of the reverse modules over that of the model.
+        warmup_epochs: Linear warm-up from 0, before the cosine.
+        cooldown_epochs: Epochs at `min_lr` after the cosine, in addition to the run's `epochs`.
+        schedule_per: Whether the rate changes every step, or every epoch as in the original.
+        weight_decay: Decoupled weight decay, times the learning rate.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
+        grad_dtype: Type of the kernels' gradients between devices. `bfloat16` halves what devices send each
+            other and needs `model.dtype` bfloat16; micro-batches are added up in float32 all the same.
+        accumulate_steps: Micro-batches that a batch is worked off in; their gradients are averaged.
+        ema_decay: Decay of the exponential moving average of the weights, kept and evaluated beside them; 0 for none.
+        decay_like_original: Decay what the original decays: also the TSM scale and the norms and biases of the RTSMs.
+    """
+
+    lr: Annotated[float, Gt(0)] = 4e-4
+    lr_batch_size: Annotated[int, Ge(0)] = 0
+    min_lr: NonNegative = 1e-5
+    rtsm_lr_scale: Annotated[float, Gt(0)] = 5.0
+    warmup_epochs: NonNegative = 0.0
+    cooldown_epochs: Annotated[int, Ge(0)] = 0
+    schedule_per: Literal["step", "epoch"] = "step"
+    weight_decay: NonNegative = 0.05
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: Annotated[float, Gt(0)] = 1e-8
+    clip_norm: NonNegative = 0.0
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    accumulate_steps: Count = 1
+    ema_decay: Fraction = 0.0
+    decay_like_original: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LossConfig:
+    """Weights of the loss terms; a term with weight 0 is not computed.
+
+    Attributes:
+        token: Weight of the token distillation (needs a teacher).
+        logits: Weight of the logits distillation (needs a teacher).
+        hard: Weight of the CNN teacher's hard labels (needs `cnn_teacher` and a distillation token).
+        token_label: Weight of token labelling, LV-ViT's dense labels per patch (needs `data.label_maps` and
+            `model.aux_head`).
+        temperature: Temperature of the logits distillation.
+        label_smoothing: Share of a label spread over all classes.
+    """
+
+    token: NonNegative = 0.0
+    logits: NonNegative = 0.0
+    hard: NonNegative = 0.0
+    token_label: NonNegative = 0.0
+    temperature: Annotated[float, Gt(0)] = 1.0
+    label_smoothing: Fraction = 0.0
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term looks at the un-slimmed teacher."""
+        return self.token > 0 or self.logits > 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TeacherConfig:
+    """Where a teacher comes from: a finished run, or a training of its own before the student's.
+
+    Attributes:
+        model: The teacher.
+        run: Folder of the run whose last checkpoint is the teacher; empty to train one with the fields below.
+        init: Where that training's first weights come from: `random`, or the folder of a run.
+        epochs: Epochs of the cosine.
+        batch_size: Examples per step.
+        optim: Optimizer and schedule.
+        label_smoothing: Share of a label spread over all classes.
+        match_classes: How the classes of a given teacher are matched with those of the data: by their `names`, where
+            both have names, or by `index`, for the same classes under other names.
+    """
+
+    model: ModelConfig
+    run: str = ""
+    init: str = "random"
+    epochs: Count = 1
+    batch_size: Count = 64
+    optim: OptimConfig = OptimConfig()
+    label_smoothing: Fraction = 0.0
+    match_classes: Literal["names", "index"] = "names"
+
+    def __post_init__(self) -> None:
+        _check_training(self.epochs, self.batch_size, self.optim, self.model)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MeshConfig:
+    """How the devices are arranged; one of the sizes may be -1, the rest.
+
+    Attributes:
+        data: Groups of devices that hold copies of the weights and split the batch.
+        fsdp: Devices that split the batch and every large array of the state and the teachers.
+        tensor: Devices that split attention heads and the MLPs' hidden units.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, name, f"must be at least 1, or -1 for the rest, is {size}")
+        _require(list(sizes.values()).count(-1) <= 1, "data", "only one of data, fsdp and tensor can be -1, the rest")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """When checkpoints are written, and how many stay. The last step's is always written.
+
+    Attributes:
+        every_epochs: Epochs between two checkpoints; 0 for none at the ends of epochs.
+        every_steps: Steps between two checkpoints; 0 for none.
+        every_minutes: Minutes after which another one is due; 0 for none.
+        keep: The newest ones that stay; the best by accuracy stays besides.
+    """
+
+    every_epochs: Annotated[int, Ge(0)] = 1
+    every_steps: Annotated[int, Ge(0)] = 0
+    every_minutes: NonNegative = 0.0
+    keep: Count = 2
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogConfig:
+    """What is written down while a run goes on.
+
+    Attributes:
+        every_steps: Steps between two lines of training metrics.
+        tensorboard: Whether TensorBoard events are written beside the JSON lines.
+    """
+
+    every_steps: Count = 20
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Config:
+    """One run: a model trained on a data set, with or without teachers.
+
+    Attributes:
+        model: The model that is trained.
+        data: The data set and how it is read.
+        augment: How training pictures are varied.
+        mix: How the pictures of a batch are mixed with one another.
+        seed: Everything random follows from it.
+        epochs: Epochs of the cosine; `optim.cooldown_epochs` come on top.
+        batch_size: Examples per step, over all devices.
+        eval_batch_size: Examples per evaluation step, over all devices.
+        eval_every_epochs: Epochs between two evaluations; there is always one at the end.
+        init: Where the first weights come from: `teacher` (random where there is none), `random`, or the folder of
+            a run.
+        optim: Optimizer and schedule.
+        loss: Weights of the loss terms.
+        teacher: The un-slimmed teacher, if any.
+        cnn_teacher: The convolutional teacher of the distillation token, if any.
+        mesh: How the devices are arranged.
+        checkpoint: When checkpoints are written.
+        log: What is written down.
+    """
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mix: MixConfig = MixConfig()
+    seed: Annotated[int, Ge(0), Lt(2**31)] = 0
+    epochs: Count = 1
+    batch_size: Count = 64
+    eval_batch_size: Count = 64
+    eval_every_epochs: Count = 1
+    init: str = "teacher"
+    optim: OptimConfig = OptimConfig()
+    loss: LossConfig = LossConfig()
+    teacher: TeacherConfig | None = None
+    cnn_teacher: TeacherConfig | None = None
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        arch = self.model.architecture
+        _check_training(self.epochs, self.batch_size, self.optim, self.model)
+        if self.loss.needs_teacher:
+            _require(self.teacher is not None, "teacher", "is missing, but loss.token or loss.logits is above 0")
+        if self.loss.hard > 0:
+            has_token = isinstance(arch, Architecture) and arch.distillation_token
+            _require(self.cnn_teacher is not None, "cnn_teacher", "is missing, but loss.hard is above 0")
+            _require(has_token, "model.distillation_token", "must be True where loss.hard is above 0")
+        if self.loss.token_label > 0:
+            labels = isinstance(arch, Architecture) and arch.aux_head and not arch.is_slimmed
+            _require(labels, "loss.token_label", "needs model.aux_head=True and a model without slimming")
+            _require(bool(self.data.label_maps), "data.label_maps", "is empty, but loss.token_label is above 0")
+        if self.mix.mix_token > 0:
+            mixes = isinstance(arch, Architecture) and self.loss.hard == 0
+            _require(mixes, "mix.mix_token", "needs a vision transformer, and no convolutional teacher")
+        if self.teacher is not None:
+            self._check_teacher(arch, self.teacher.model.architecture)
+
+    def _check_teacher(self, arch: Architecture | RegNetArchitecture, teacher: object) -> None:
+        is_vit = isinstance(arch, Architecture) and isinstance(teacher, Architecture) and not teacher.is_slimmed
+        _require(is_vit, "teacher.model", "must be an un-slimmed vision transformer, and model one as well")
+        if self.loss.token > 0 or self.init == "teacher":
+            for name in ("image_size", "patch_size", "dim", "depth", "num_classes", "in_channels"):
+                mine, theirs = getattr(arch, name), getattr(teacher, name)
+                _require(mine == theirs, f"teacher.model.{name}", f"is {theirs}, but the student's is {mine}")
+
+    def teacher_run(self, teacher: TeacherConfig) -> "Config":
+        """The configuration of the run that trains a teacher of this one."""
+        return dataclasses.replace(
+            self,
+            model=teacher.model,
+            epochs=teacher.epochs,
+            batch_size=teacher.batch_size,
+            optim=teacher.optim,
+            loss=LossConfig(label_smoothing=teacher.label_smoothing),
+            init=teacher.init,
+            teacher=None,
+            cnn_teacher=None,
+        )
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers that there are, by the name of their section."""
+        both = {"teacher": self.teacher, "cnn_teacher": self.cnn_teacher}
+        return {name: teacher for name, teacher in both.items() if teacher is not None}
+
+    @property
+    def inputs(self) -> InputSpec:
+        """What the input pipeline takes of the configuration."""
+        arch = self.model.architecture
+        return InputSpec(
+            data=self.data,
+            augment=self.augment,
+            mix=self.mix,
+            image_size=arch.image_size,
+            channels=arch.in_channels,
+            num_classes=arch.num_classes,
+            grid_size=arch.grid_size if isinstance(arch, Architecture) else 1,
+            batch_size=self.batch_size,
+            eval_batch_size=self.eval_batch_size,
+            seed=self.seed,
+            label_smoothing=self.loss.label_smoothing,
+            patch_labels=self.loss.token_label > 0,
+        )
+
+    @property
+    def scaled_optim(self) -> OptimConfig:
+        """The optimizer with its rate scaled to the run's batch."""
+        optim = self.optim
+        if not optim.lr_batch_size:
+            return optim
+        return dataclasses.replace(optim, lr=optim.lr * self.batch_size / optim.lr_batch_size, lr_batch_size=0)
+
+    def with_classes(self, num_classes: int) -> "Config":
+        """The configuration with this many classes wherever a model leaves them to the data (`num_classes` 0)."""
+
+        def resolve(model: ModelConfig) -> ModelConfig:
+            arch = model.architecture
+            if arch.num_classes:
+                return model
+            return dataclasses.replace(model, architecture=dataclasses.replace(arch, num_classes=num_classes))
+
+        def resolve_teacher(teacher: TeacherConfig | None) -> TeacherConfig | None:
+            return teacher and dataclasses.replace(teacher, model=resolve(teacher.model))
+
+        return dataclasses.replace(
+            self,
+            model=resolve(self.model),
+            teacher=resolve_teacher(self.teacher),
+            cnn_teacher=resolve_teacher(self.cnn_teacher),
+        )
+
+
+def _check_training(epochs: int, batch_size: int, optim: OptimConfig, model: ModelConfig) -> None:
+    problem = f"{batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
+    _require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
+    fits = optim.grad_dtype in ("float32", model.dtype)
+    _require(fits, "optim.grad_dtype", f"{optim.grad_dtype} needs model.dtype {optim.grad_dtype}, got {model.dtype}")
+    problem = f"{optim.warmup_epochs} must be below epochs, {epochs}"
+    _require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)

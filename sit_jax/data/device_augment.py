@@ -1,0 +1,54 @@
+"""The training batch as the loss takes it, made from the loader's on the device; a pure function."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sit_jax.data.config import InputSpec
+from sit_jax.data.mixing import draw_mix, draw_token_mix, mix_images, mix_labels, soft_labels
+from sit_jax.data.preprocess import normalize, random_erasing
+from sit_jax.data.random_keys import stream_key
+from sit_jax.data.token_labels import patch_labels
+
+
+def prepare_batch(spec: InputSpec, batch: dict[str, Any], step: jax.Array) -> dict[str, jax.Array]:
+    """Normalises, erases, mixes, and turns labels into distributions.
+
+    Args:
+        spec: `Config.inputs` of the run.
+        batch: `image`, uint8 or already normalised float (batch, height, width, channels); `label`, class indices
+            (batch,) or distributions (batch, classes); with label maps also `map_classes`, `map_values`, `crop`
+            and `flipped` (see `token_labels.patch_labels`).
+        step: Optimizer steps done; with the seed it decides every random choice.
+
+    Returns:
+        `image`, float32; `label` (batch, classes); with label maps `patch_label` (batch, patches, classes); with
+        MixToken `token_mix`, True for patches that are the partner's, (batch, patches).
+    """
+    images, labels = batch["image"], batch["label"]
+    if images.dtype == jnp.uint8:
+        images = normalize(images, spec.data)
+    if labels.ndim == 1:
+        labels = soft_labels(labels, spec.num_classes, spec.label_smoothing)
+    if spec.augment.erase > 0:
+        images = random_erasing(stream_key(spec.seed, "erase", step), images, spec.augment)
+    prepared: dict[str, jax.Array] = {}
+    key = stream_key(spec.seed, "mix", step)
+    if spec.mix.mixup > 0 or spec.mix.cutmix > 0:
+        mix = draw_mix(key, images.shape[0], images.shape[1], images.shape[2], spec.mix)
+        images, labels = mix_images(images, mix), mix_labels(labels, mix)
+    per_patch = None
+    if spec.patch_labels:
+        maps = (batch["map_classes"], batch["map_values"], batch["crop"], batch["flipped"])
+        per_patch = patch_labels(*maps, spec.grid_size, spec.num_classes, spec.label_smoothing)
+    if spec.mix.mix_token > 0:
+        mix = draw_token_mix(key, images.shape[0], spec.grid_size, spec.mix)
+        labels = mix_labels(labels, mix)
+        inside = mix.inside.reshape(images.shape[0], -1)
+        prepared["token_mix"] = inside
+        if per_patch is not None:
+            per_patch = jnp.where(inside[..., None], per_patch[::-1], per_patch)
+    if per_patch is not None:
+        prepared["patch_label"] = per_patch
+    return {"image": images, "label": labels, **prepared}

@@ -1,0 +1,70 @@
+"""Draws training pictures as the model gets them: varied, erased, mixed."""
+
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sit_jax.data.config import InputSpec
+from sit_jax.data.device_augment import prepare_batch
+from sit_jax.data.pipeline import Hosts, TrainData
+from sit_jax.data.sources import writing
+
+_COLUMNS = 8
+
+
+def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0) -> int:
+    """Writes a grid of the first pictures of a training batch, with their labels.
+
+    Args:
+        spec: `Config.inputs` of a run, its classes settled.
+        path: PNG file to write.
+        count: Pictures, at most a batch.
+        step: Which batch.
+
+    Returns:
+        Pictures drawn.
+
+    Raises:
+        UserError: The data cannot be read, or the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    data = TrainData(spec, Hosts())
+    loaded = {name: jnp.asarray(value) for name, value in next(data.batches(step)).items()}
+    batch = jax.jit(lambda x: prepare_batch(spec, x, jnp.asarray(step)))(loaded)
+    images, labels = np.asarray(batch["image"])[:count], np.asarray(batch["label"])[:count]
+    mean, std = np.array(spec.data.mean), np.array(spec.data.std)
+    if images.shape[-1] == 1:
+        mean, std = mean.mean(), std.mean()
+    pictures = np.clip(images * std + mean, 0, 1)
+    rows = -(-len(pictures) // _COLUMNS)
+    figure = Figure(figsize=(1.7 * _COLUMNS, 2.0 * rows), layout="constrained")
+    axes = figure.subplots(rows, _COLUMNS, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, picture, label in zip(axes.flat, pictures, labels, strict=False):
+        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+        axis.set_title(_title(label, data.source.class_names), fontsize=7)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130, format="png")
+    return len(pictures)
+
+
+def _title(label: np.ndarray, names: Sequence[str]) -> str:
+    """The class, or the two that a mixed label is made of with their shares."""
+    floor = label.min()
+    order = np.argsort(-label)[:2]
+    mixed = label[order[1]] - floor > 1e-3
+    shares = (label[order] - floor) / (label[order] - floor).sum() if mixed else [1.0]
+    return "\n".join(
+        f"{_short(names, index)} {share:.0%}" if mixed else _short(names, index)
+        for index, share in zip(order, shares, strict=False)
+    )
+
+
+def _short(names: Sequence[str], index: int) -> str:
+    return str(names[index])[:16]

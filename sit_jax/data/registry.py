@@ -1,0 +1,33 @@
+"""Opens the data set that a configuration names."""
+
+import pathlib
+
+from sit_jax.data.config import DataConfig
+from sit_jax.data.folder import FolderSource
+from sit_jax.data.sources import Source
+from sit_jax.data.synthetic import SyntheticSource
+from sit_jax.data.tfds_source import TfdsSource, prepared, prepared_digits
+from sit_jax.errors import ConfigError
+
+
+def open_source(data: DataConfig, split: str) -> Source:
+    """Opens a split of the data set of a configuration; the embedded digits are prepared where they are not yet.
+
+    Args:
+        data: Names the data set.
+        split: tfds split, or the split of a folder.
+
+    Raises:
+        UserError: The data set is not there or not readable, the folder cannot be written, or there is no such split.
+    """
+    if "://" in data.data_dir:
+        raise ConfigError("data.data_dir", f"{data.data_dir} is no folder; mount the bucket, as launch/README.md says")
+    if data.name == "folder":
+        if not data.data_dir:
+            raise ConfigError("data.data_dir", "must name the folder of pictures where data.name is folder")
+        return FolderSource(pathlib.Path(data.data_dir).expanduser(), split, data.val_fraction)
+    if data.name.partition("/")[0] == "synthetic":
+        return SyntheticSource(data.name, split)
+    if data.name == "digits":
+        return TfdsSource(prepared_digits(data.data_dir), split)
+    return TfdsSource(prepared(data.name, data.data_dir), split)

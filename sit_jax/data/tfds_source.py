@@ -1,0 +1,149 @@
+"""Data sets of tfds, read as ArrayRecord without TensorFlow."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from sit_jax.data.sources import Example, writing
+from sit_jax.errors import ImageDecodeError, UserError, one_line
+
+# ImageNet ReaL gives a picture several right classes; tfds calls them so.
+_LABEL_KEYS = ("label", "real_label")
+# ArrayRecord's messages: a record's checksum is wrong; the index at the end of the file cannot be read.
+_DAMAGED_RECORD, _SHARD_INDEX = "Corrupted Riegeli/records file: chunk", "RiegeliPostscript"
+
+
+class TfdsSource:
+    """A split of a tfds image classification data set, read as ArrayRecord without TensorFlow."""
+
+    def __init__(self, builder: Any, split: str) -> None:
+        """Opens a split of a prepared builder; `split` takes tfds's syntax, such as `train[:90%]`.
+
+        Raises:
+            UserError: There is no such split, or it holds no pictures with class labels.
+        """
+        import tensorflow_datasets as tfds
+
+        features = builder.info.features
+        keys = [key for key in _LABEL_KEYS if key in features]
+        if not keys or "image" not in features:
+            raise UserError(f"data.name: {builder.name} holds no pictures with class labels, but {', '.join(features)}")
+        self._key = keys[0]
+        self.multi_label = not isinstance(features[self._key], tfds.features.ClassLabel)
+        names = features[self._key].feature.names if self.multi_label else features[self._key].names
+        self.class_names: Sequence[str] = tuple(names)
+        self._name = f"{builder.name} {split}"
+        splits = ", ".join(builder.info.splits)
+        try:
+            decoders = {"image": tfds.decode.SkipDecoding()}
+            self._records = builder.as_data_source(split=split, decoders=decoders)
+        except NotImplementedError:
+            raise UserError(
+                f"data.name: {builder.name} in {builder.data_path} is stored in a format without random access; "
+                f"convert it: sit data prepare --from_tfrecord {builder.data_path} --data_dir DIR"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"split {split!r} of {builder.name} cannot be read: there are {splits} ({error})") from None
+        if len(self._records) == 0:
+            raise UserError(f"split {split!r} of {builder.name} is empty: there are {splits}")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        name = f"{self._name}, example {index}"
+        try:
+            record = self._records[int(index)]
+        except Exception as error:  # The reader of a damaged or missing shard raises what it likes.
+            reason = one_line(error)
+            # If the shard's index is readable and this record's checksum is wrong, the shard's other records are fine.
+            # A shard that cannot be opened is never skipped: an evaluation of the rest would look like one of all.
+            if reason.startswith(_DAMAGED_RECORD) and _SHARD_INDEX not in reason:
+                raise ImageDecodeError(f"{name}: cannot be read: its record is damaged: {reason}") from None
+            raise UserError(f"{name} cannot be read from its shard: {reason}") from None
+        if record["image"] is None or record[self._key] is None:
+            raise UserError(f"{name} is not in its shard, which is damaged; prepare or copy the data set again")
+        stored = record.get("file_name", name)
+        name = stored.decode(errors="replace") if isinstance(stored, bytes) else str(stored)
+        if not self.multi_label:
+            return Example(record["image"], int(record[self._key]), name)
+        labels = tuple(int(x) for x in np.asarray(record[self._key]).ravel())
+        return Example(record["image"], labels[0] if labels else -1, name, labels)
+
+
+def prepared(name: str, data_dir: str) -> Any:
+    """The builder of a data set that is prepared in a folder; a UserError where it is not."""
+    builder = find_builder(name, data_dir)
+    with quiet_tfds():
+        prepared = builder.is_prepared()
+    if not prepared:
+        raise UserError(
+            f"data.name: {name} is not prepared in {builder.data_path}; run: sit data prepare --name {name}"
+            + (f" --data_dir {data_dir}" if data_dir else "")
+        )
+    return builder
+
+
+def find_builder(name: str, data_dir: str) -> Any:
+    """The tfds builder of a data set that tfds knows, or of one that lies prepared in `data_dir`.
+
+    Raises:
+        UserError: Neither knows it.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        with quiet_tfds():
+            folder = pathlib.Path(data_dir).expanduser() if data_dir else None
+            return tfds.builder(name, data_dir=folder, file_format="array_record", try_gcs=False)
+    except (ValueError, tfds.core.DatasetNotFoundError):
+        pass
+    try:
+        with quiet_tfds():
+            # Prepared by somebody else's builder, or in another format than ArrayRecord.
+            return tfds.builder(name, data_dir=folder, try_gcs=False)
+    except tfds.core.DatasetNotFoundError:
+        known = "digits, folder, synthetic, or a name from https://www.tensorflow.org/datasets/catalog"
+        raise UserError(
+            f"data.name: there is no data set {name!r} in {data_dir or 'the tfds folder'}; use {known}"
+        ) from None
+    except (ValueError, ImportError) as error:
+        raise UserError(f"data.name: {name!r} cannot be opened: {one_line(error)}") from None
+
+
+def prepared_digits(data_dir: str) -> Any:
+    """The builder of the digits, prepared where they are not yet."""
+    from sit_jax.data.digits import SitDigits  # Imports tfds, which takes seconds.
+
+    folder = pathlib.Path(data_dir).expanduser() if data_dir else None
+    where = folder or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    with writing(where, "data.data_dir"), quiet_tfds():
+        builder = SitDigits(data_dir=folder, file_format="array_record")
+        # Prepared in a temporary folder and renamed when whole, so a run that was cut off leaves nothing usable.
+        builder.download_and_prepare()
+    return builder
+
+
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[None]:
+    """tfds greets every preparation with progress bars and notes on its own state."""
+    import tensorflow_datasets as tfds
+
+    logger = logging.getLogger("absl")
+    level = logger.level
+    tfds.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(level)
+        tfds.enable_progress_bar()

@@ -1,0 +1,132 @@
+"""The models of the demo: opened once, asked picture by picture, timed side by side."""
+
+import collections
+import dataclasses
+import functools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sit_jax.data.preprocess import normalize
+from sit_jax.data.sources import Example
+from sit_jax.demo.fewer_tokens import Keep, keeps, with_fewer_tokens
+from sit_jax.errors import UserError
+from sit_jax.io.inference import inference_model
+from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
+from sit_jax.visual.token_maps import TokenMaps
+
+# Pictures of more pixels are not decoded, whatever the models' configurations allow: anyone may drop any file here.
+MAX_PIXELS = 40_000_000
+_ROUNDS, _SECONDS = 9, 2.0
+
+
+class DemoModel:
+    """One model of the page.
+
+    Attributes:
+        name: The folder, as it was given.
+        subject: The model.
+        keeps: How many tokens its slimming modules can pass on, the trained numbers first; empty without such modules.
+        labels: Its classes' names; where classes share one, with their numbers behind it.
+    """
+
+    def __init__(self, name: str, subject: InspectedModel) -> None:
+        self.name = name
+        data = dataclasses.replace(subject.data, max_pixels=min(subject.data.max_pixels, MAX_PIXELS))
+        self.subject = dataclasses.replace(subject, data=data)
+        self.keeps = keeps(subject.arch) if subject.arch.is_slimmed else ()
+        times = collections.Counter(subject.class_names)
+        self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(subject.class_names)]
+
+    def preprocess(self, example: Example) -> ModelInput:
+        """What the model gets of a picture.
+
+        Raises:
+            ImageDecodeError: It cannot be read, or has too many pixels.
+        """
+        return self.subject.preprocess(example)
+
+    def maps(self, seen: ModelInput, keep: Keep | None) -> TokenMaps:
+        """What the model makes of one picture."""
+        return self._with(keep).maps(seen.pixels[None])
+
+    def forward(self, seen: ModelInput, keep: Keep | None) -> Callable[[], Any]:
+        """The bare forward pass over one picture, pixels to logits, as it would be served."""
+        run, pixels = self._forward(keep), seen.pixels[None]
+        return lambda: jax.block_until_ready(run(pixels))
+
+    def likeliest(self, maps: TokenMaps, top: int = 5) -> dict[str, float]:
+        """Label -> probability, likeliest first."""
+        values = maps.probabilities[0]
+        return {self.labels[index]: float(values[index]) for index in np.argsort(-values, kind="stable")[:top]}
+
+    @functools.cache  # noqa: B019 - models live as long as the page
+    def _with(self, keep: Keep | None) -> InspectedModel:
+        if keep is None or keep == self.keeps[0]:
+            return self.subject
+        variables = self.subject.variables
+        arch, params = with_fewer_tokens(self.subject.arch, variables["params"], keep.counts)
+        return dataclasses.replace(self.subject, arch=arch, variables={**variables, "params": params})
+
+    @functools.cache  # noqa: B019
+    def _forward(self, keep: Keep | None) -> Any:
+        subject = self._with(keep)
+        model = inference_model(subject.arch, subject.variables, subject.dtype)
+        return model.jit(before=lambda pixels: normalize(pixels, subject.data))
+
+
+class DemoModels(NamedTuple):
+    """All models of a page, by name.
+
+    Attributes:
+        students: Models with slimming modules.
+        teachers: What they are compared with.
+    """
+
+    students: dict[str, DemoModel]
+    teachers: dict[str, DemoModel]
+
+
+def open_demo_models(students: Sequence[pathlib.Path], teachers: Sequence[pathlib.Path]) -> DemoModels:
+    """Opens the models of a page.
+
+    Args:
+        students: Folders of runs or models, with slimming modules.
+        teachers: The same, of any transformers; where empty, the teachers that lie in the students' runs.
+
+    Raises:
+        UserError: One cannot be opened, a student is not slimmed, or there is no teacher.
+    """
+    teachers = teachers or [own for own in (path / "teacher" for path in students) if own.is_dir()]
+    if not teachers:
+        raise UserError("--teacher: which model shall the students be compared with? Their folders hold no teacher")
+    contest = DemoModels(*({str(path): _open(path) for path in paths} for paths in (students, teachers)))
+    for name, student in contest.students.items():
+        if not student.keeps:
+            raise UserError(f"--student: {name} has no slimming modules; give it as --teacher")
+    return contest
+
+
+def milliseconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
+    """Median time of each function, taking turns, after a first call that compiles."""
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    begun = time.perf_counter()
+    for turn in range(_ROUNDS):
+        if turn and time.perf_counter() - begun > _SECONDS:
+            break
+        for run, own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(own) for own in times]
+
+
+def _open(path: pathlib.Path) -> DemoModel:
+    return DemoModel(str(path), open_inspected_model(path))

@@ -1,0 +1,1 @@
+"""Files: runs, model folders, weights of other programs, exports."""

@@ -1,0 +1,100 @@
+"""Fits weights to another resolution or another number of classes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from sit_jax.errors import UserError
+from sit_jax.io.weights import Weights
+from sit_jax.models import HEADS
+
+# The cubic kernel's parameter, as PyTorch's bicubic interpolation has it (Pillow and the antialiased one have -0.5).
+_CUBIC = -0.75
+
+
+def resize(weights: Weights, image_size: int, log: Callable[[str], None]) -> Weights:
+    """The same weights for pictures of another size: positions are interpolated, the class token's stays.
+
+    A student keeps the numbers of tokens that its slimming modules were trained to keep. Reverse modules recover one
+    grid only, and are left out.
+
+    Raises:
+        ConfigError: The patches do not fill that size, or the student keeps more tokens than are there.
+    """
+    arch = weights.arch
+    if image_size == arch.image_size:
+        return weights
+    kept = arch.token_counts
+    wanted = dataclasses.replace(arch.without_slimming(), image_size=image_size)
+    changes: dict[str, Any] = (
+        {"kept_tokens": (wanted.num_patches, *kept[1:]), "keep_ratio": None} if arch.is_slimmed else {}
+    )
+    new = dataclasses.replace(arch, image_size=image_size, **changes)
+    positions = weights.params["positions"]
+    grid = interpolate(positions[0, 1:].reshape(arch.grid_size, arch.grid_size, arch.dim), new.grid_size)
+    params = {
+        **weights.params,
+        "positions": np.concatenate([positions[:, :1], grid.reshape(1, -1, arch.dim)], axis=1),
+    }
+    sides = f"{arch.grid_size}x{arch.grid_size} to {new.grid_size}x{new.grid_size}"
+    log(f"changed: {arch.image_size} to {image_size} px, positions interpolated from {sides} (bicubic)")
+    if arch.is_slimmed:
+        log(f"changed: tokens per stage are now {'/'.join(map(str, new.token_counts))}")
+    if weights.reverse:
+        log(f"changed: RTSMs left out, since they recover {arch.grid_size}x{arch.grid_size} tokens")
+    return weights._replace(arch=new, params=params, reverse={})
+
+
+def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
+    """Bicubic interpolation of a square grid, (rows, columns, dim) -> (size, size, dim), float32.
+
+    As `torch.nn.functional.interpolate(mode='bicubic', align_corners=False)`, which DeiT, LV-ViT and the original use:
+    pixel centres are aligned, edges repeat, and nothing is smoothed when the grid shrinks.
+    """
+    matrix = _cubic_matrix(grid.shape[0], size)
+    wide = np.einsum("ij,kl,jlc->ikc", matrix, matrix, grid.astype(np.float64), optimize=True)
+    return np.ascontiguousarray(wide, np.float32)
+
+
+def _cubic_matrix(old: int, new: int) -> np.ndarray:
+    """The weights of each old position in each new one, (new, old)."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centres).astype(int)
+    matrix = np.zeros((new, old))
+    for tap in range(-1, 3):
+        index = np.clip(first + tap, 0, old - 1)
+        np.add.at(matrix, (np.arange(new), index), _cubic(np.abs(centres - first - tap)))
+    return matrix
+
+
+def _cubic(distance: np.ndarray) -> np.ndarray:
+    a, d = _CUBIC, distance
+    near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+    far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+    return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
+
+
+def replace_heads(weights: Weights, num_classes: int, log: Callable[[str], None]) -> Weights:
+    """The same weights for another number of classes: every head starts anew, at zero.
+
+    Raises:
+        UserError: The number is none.
+    """
+    if num_classes < 1:
+        raise UserError(f"--num_classes: must be at least 1, is {num_classes}")
+    arch = weights.arch
+    if num_classes == arch.num_classes:
+        return weights
+    heads = sorted(HEADS & set(weights.params))
+    fresh = {name: empty_head(arch.dim, num_classes) for name in heads}
+    log(f"changed: {arch.num_classes} to {num_classes} classes, {' and '.join(heads)} replaced by zeros")
+    metadata = {key: value for key, value in weights.metadata.items() if key != "class_names"}
+    new = dataclasses.replace(arch, num_classes=num_classes)
+    return weights._replace(arch=new, params={**weights.params, **fresh}, metadata=metadata)
+
+
+def empty_head(dim: int, num_classes: int) -> dict[str, np.ndarray]:
+    """A head of zeros: every class is equally likely until it is trained."""
+    return {"kernel": np.zeros((dim, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}

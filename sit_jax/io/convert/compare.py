@@ -1,0 +1,62 @@
+"""Compares the model that weights belong to with the one that they are read for."""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from sit_jax.errors import ConfigError
+from sit_jax.models.architecture import Architecture
+
+# What a model may have in addition to the weights that it starts from: heads of its own, and what is new by design.
+_NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens")
+
+
+def differences(theirs: Any, mine: Any, ignored: Collection[str] = ()) -> str:
+    """The fields in which two architectures differ: `depth is 2 there and 4 here, ...`; empty where there are none."""
+    mine_fields, their_fields = _fields(mine), _fields(theirs)
+    names = [name for name in mine_fields if name not in ignored]
+    if type(theirs) is not type(mine):
+        names = ["family"]
+    return ", ".join(
+        f"{name} is {getattr(theirs, name)!r} there and {getattr(mine, name)!r} here"
+        for name in names
+        if mine_fields[name] != their_fields[name]
+    )
+
+
+def _fields(arch: Any) -> dict[str, Any]:
+    """The fields by what they do: `mlp_ratio` is a hidden width, and only one stem has a width of its own."""
+    fields = dataclasses.asdict(arch)
+    if isinstance(arch, Architecture):
+        fields["mlp_ratio"] = int(arch.dim * arch.mlp_ratio)
+        fields["stem_width"] = arch.conv_stem_layers if arch.stem == "conv7" else None
+    return fields
+
+
+def check_start(theirs: Any, mine: Any, where: str) -> None:
+    """Checks that a model can start from the weights of another one.
+
+    Both must compute the same but for what is new by design: heads for other classes, slimming modules where the
+    weights have none, an auxiliary head, a distillation token. Of a convolutional network the image size is free too.
+
+    Args:
+        theirs: The architecture of the weights.
+        mine: The architecture of the model that starts.
+        where: The weights, for messages.
+
+    Raises:
+        ConfigError: They are of another model; the message names the fields.
+    """
+    if not isinstance(theirs, Architecture) or not isinstance(mine, Architecture):
+        problems = [differences(theirs, mine, ("num_classes", "image_size"))]
+    else:
+        problems = [differences(theirs, mine, _NEW)]
+        if theirs.distillation_token and not mine.distillation_token:
+            problems.append("distillation_token is True there and False here")
+        if theirs.is_slimmed and theirs.stage_blocks != mine.stage_blocks:
+            problems.append(f"stage_blocks is {theirs.stage_blocks} there and {mine.stage_blocks} here")
+        elif theirs.is_slimmed and theirs.slimming != mine.slimming:
+            problems.append(f"kept_tokens is {theirs.token_counts} there and {mine.token_counts} here")
+    text = ", ".join(problem for problem in problems if problem)
+    if text:
+        raise ConfigError("init", f"{where} is of another model: {text}")

@@ -1,0 +1,292 @@
+"""Reads the `config.json` beside a file of weights: sit_jax's own, timm's, Hugging Face's, a run's, or bare fields.
+
+What it says is used, or it is refused, or the caller gets to know what was not used.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from sit_jax.errors import ConfigError
+from sit_jax.io.convert.infer_config import hidden_ratio
+from sit_jax.io.convert.tensors import FileError
+from sit_jax.io.model_folder import FORMAT, read_description, read_json
+from sit_jax.models.architecture import Architecture
+
+_LARGEST = 2**24
+_FIELDS = {field.name for field in dataclasses.fields(Architecture)} - {"family"}
+
+
+class Description(NamedTuple):
+    """What a `config.json` says.
+
+    Attributes:
+        fields: Fields of the architecture.
+        class_position: Whether the class token has a position of its own; None where nothing is said.
+        heads: Width -> attention heads, where it names a model by its size.
+        about: See `Weights.about`.
+        is_own: Whether it is sit_jax's own, which says everything.
+        unused: Its keys that say nothing here.
+    """
+
+    fields: Mapping[str, Any] = {}
+    class_position: bool | None = None
+    heads: Mapping[int, int] = {}
+    metadata: Mapping[str, Any] = {}
+    is_own: bool = False
+    unused: tuple[str, ...] = ()
+
+
+def read_config_json(path: pathlib.Path) -> Description:
+    """Reads a `config.json`; an empty description where there is none.
+
+    Raises:
+        FileError: It cannot be read, or is not a JSON object.
+        UserError: It describes a model that is not supported; the message names the key.
+    """
+    try:
+        if not path.is_file():
+            return Description()
+        if path.stat().st_size > _LARGEST:
+            raise FileError(f"{path}: is too large for a description of a model")
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
+    values = read_json(path)
+    try:
+        return _describe(values, path)
+    except ConfigError as error:
+        raise ConfigError(str(path), str(error)) from None
+
+
+def _describe(values: dict[str, Any], path: pathlib.Path) -> Description:
+    if values.get("format") == FORMAT:
+        arch, metadata = read_description(values, path)
+        return Description({key: getattr(arch, key) for key in _FIELDS}, metadata=metadata, is_own=True)
+    if isinstance(values.get("model"), Mapping):
+        return _run(values)
+    if "model_type" in values and not isinstance(values.get("architecture"), str):
+        return _hugging_face(values)
+    if isinstance(values.get("architecture"), Mapping):
+        others = {key: value for key, value in values.items() if key != "architecture"}
+        return _bare({**others, **values["architecture"]})
+    return _timm(values)
+
+
+def _bare(section: Mapping[str, Any], harmless: Collection[str] = ()) -> Description:
+    """Fields of an architecture and nothing else."""
+    if section.get("family", "vit") != "vit":
+        raise ConfigError("family", f"{section['family']!r} is not a vision transformer")
+    unused = set(section) - _FIELDS - {"family", *harmless}
+    return Description({key: value for key, value in section.items() if key in _FIELDS}, unused=_sorted(unused))
+
+
+def _sorted(keys: Collection[Any]) -> tuple[str, ...]:
+    return tuple(sorted(str(key)[:50] for key in keys))
+
+
+# Of a run's model section: how the model is trained and computed.
+_COMPUTATION = ("name", "drop_path", "dtype", "remat", "scan")
+_PICTURES = ("mean", "std", "interpolation", "crop_fraction", "resize")
+
+
+def _run(values: Mapping[str, Any]) -> Description:
+    data = values.get("data")
+    pictures = {key: data[key] for key in _PICTURES if key in data} if isinstance(data, Mapping) else {}
+    description = _bare(values["model"], _COMPUTATION)
+    return description._replace(metadata={"preprocessing": pictures} if pictures else {})
+
+
+# timm's arguments that are fields here.
+_TIMM_FIELDS = {
+    "patch_size": "patch_size",
+    "in_chans": "in_channels",
+    "num_classes": "num_classes",
+    "num_features": "dim",
+    "embed_dim": "dim",
+    "depth": "depth",
+    "num_heads": "num_heads",
+    "mlp_ratio": "mlp_ratio",
+    "qkv_bias": "qkv_bias",
+}
+# timm's arguments that change what a model computes: the values that are supported. None is always the default.
+_TIMM_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "global_pool": ("token",),
+    "class_token": (True,),
+    "reg_tokens": (0,),
+    "pos_embed": ("learn",),
+    "pre_norm": (False,),
+    "final_norm": (True,),
+    "fc_norm": (False,),
+    "qk_norm": (False,),
+    "proj_bias": (True,),
+    "scale_attn_norm": (False,),
+    "scale_mlp_norm": (False,),
+    "act_layer": ("gelu",),
+    "norm_layer": ("layernorm",),
+}
+# timm's arguments that change nothing of a trained model at its own resolution.
+_TIMM_HARMLESS = {
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
+    *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
+    *("img_size", "init_values", "no_embed_class"),
+}
+# timm's keys that are read, or say where weights come from and what else was tried with them.
+_TIMM_KEYS = {
+    *("architecture", "architectures", "model_type", "model_args", "pretrained_cfg", "torch_dtype", "dtype"),
+    *("transformers_version", "initializer_range", "do_pooling", "problem_type"),
+    *("label_names", "label_descriptions", "global_pool", "num_features", "num_classes", "input_size"),
+    *("url", "file", "hf_hub_id", "hf_hub_filename", "sha256", "state_dict", "source", "tag", "custom_load"),
+    *("origin_url", "paper_name", "paper_ids", "notes", "license", "pool_size", "first_conv", "classifier"),
+    *("fixed_input_size", "min_input_size", "test_input_size", "test_crop_pct"),
+    *("mean", "std", "interpolation", "crop_pct", "crop_mode"),
+}
+# The sizes in timm's names: width and heads.
+_TIMM_SIZES = {
+    **{"tiny": {192: 3}, "small": {384: 6}, "medium": {512: 8}, "base": {768: 12}},
+    **{"large": {1024: 16}, "huge": {1280: 16}, "giant": {1408: 16}, "gigantic": {1664: 16}},
+}
+# Models whose names say nothing about positions: their tensors are not those of a plain ViT.
+_TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z]+)_(?!.*(reg\d|gap|rope))")
+
+
+def _timm(values: Mapping[str, Any]) -> Description:
+    """timm's, in the form with `pretrained_cfg` or in the older one with all keys at the top; or bare fields."""
+    args, pictures = (_section(values, key) for key in ("model_args", "pretrained_cfg"))
+    pictures = pictures if "pretrained_cfg" in values else values
+    top = {key: values[key] for key in ("num_classes", "num_features", "global_pool") if key in values}
+    args = {key: value for key, value in {**top, **args}.items() if value is not None}
+    for key, value in args.items():
+        if key in _TIMM_FIELDS or key in _TIMM_HARMLESS:
+            continue
+        supported = _TIMM_SUPPORTED.get(key, ())
+        if value not in supported:
+            hint = f"; only {' or '.join(map(repr, supported))} is" if supported else ""
+            raise ConfigError(key, f"{str(value)[:50]!r} is not supported{hint}")
+    bare = {key: value for key, value in values.items() if key in _FIELDS and value is not None}
+    fields = {**bare, **{_TIMM_FIELDS[key]: value for key, value in args.items() if key in _TIMM_FIELDS}}
+    if "patch_size" in fields:
+        fields["patch_size"] = _side("patch_size", fields["patch_size"])
+    if "init_values" in args:
+        fields["layer_scale"] = bool(args["init_values"])
+    unused = {*values, *pictures} - _TIMM_KEYS - _FIELDS
+    class_position, heads = _named(values.get("architecture"))
+    if "no_embed_class" in args:
+        class_position = not args["no_embed_class"]
+    metadata = _timm_about(values, pictures)
+    return Description(
+        {**_input_size(args, pictures), **fields}, class_position, heads, metadata, unused=_sorted(unused)
+    )
+
+
+def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    section = values.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(key, f"must be an object, is {str(section)[:50]!r}")
+    return section
+
+
+def _input_size(args: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
+    """The image size and the channels; the model's own argument comes before what its first weights were made for."""
+    fields: dict[str, Any] = {}
+    size = pictures.get("input_size")
+    if size is not None:
+        if not isinstance(size, list | tuple) or len(size) != 3:
+            raise ConfigError("input_size", f"must be channels, height and width, is {str(size)[:50]!r}")
+        fields = {"in_channels": size[0]}
+        if "img_size" not in args:
+            fields["image_size"] = _side("input_size", list(size[1:]))
+    if "img_size" in args:
+        fields["image_size"] = _side("img_size", args["img_size"])
+    return fields
+
+
+def _side(key: str, value: Any) -> int:
+    """The side of a square, given once or twice."""
+    sides = value if isinstance(value, list) else [value, value]
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ConfigError(key, f"must be one or two whole numbers above 0, is {str(value)[:50]!r}")
+    if sides[0] != sides[1]:
+        raise ConfigError(key, f"{sides[0]}x{sides[1]} is not supported; only squares are")
+    return int(sides[0])
+
+
+def _named(name: Any) -> tuple[bool | None, Mapping[int, int]]:
+    """What the name of one of timm's models says: whether the class token has a position, and the heads."""
+    match = _TIMM_NAME.match(name) if isinstance(name, str) else None
+    return (match[1] in ("vit", "deit"), _TIMM_SIZES.get(match[2], {})) if match else (None, {})
+
+
+def _timm_about(values: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_fraction": "crop_pct"}
+    preprocessing = {ours: pictures[key] for ours, key in names.items() if pictures.get(key) is not None}
+    if preprocessing or pictures.get("crop_mode") is not None:
+        metadata["preprocessing"] = {**preprocessing, "resize": _resize(pictures)}
+    if isinstance(values.get("architecture"), str):
+        metadata["provenance"] = {"timm": values["architecture"]}
+    if isinstance(pictures.get("license"), str):
+        metadata["licence"] = pictures["license"]
+    labels, texts = (values.get(key, pictures.get(key)) for key in ("label_names", "label_descriptions"))
+    if labels is not None:
+        texts = texts if isinstance(texts, Mapping) else {}
+        metadata["class_names"] = [texts.get(label, label) for label in map(str, _listed("label_names", labels))]
+    return metadata
+
+
+def _listed(key: str, names: Any) -> list[Any]:
+    """Class names, which are a list, or an object with their numbers as keys."""
+    if isinstance(names, Mapping) and set(names) == set(map(str, range(len(names)))):
+        return [names[str(index)] for index in range(len(names))]
+    if not isinstance(names, list):
+        raise ConfigError(key, "must be a list of names, or an object with the keys 0, 1, 2 and so on")
+    return names
+
+
+def _resize(pictures: Mapping[str, Any]) -> str:
+    """timm squashes pictures to the size before its crop: without a crop, that is stretching."""
+    mode, crop = pictures.get("crop_mode") or "center", pictures.get("crop_pct")
+    if mode == "squash" and crop not in (None, 1):
+        raise ConfigError("crop_mode", f"'squash' is supported without a crop only, but crop_pct is {str(crop)[:50]!r}")
+    if mode not in ("center", "squash"):
+        raise ConfigError("crop_mode", f"{str(mode)[:50]!r} is not supported; only 'center' and 'squash' are")
+    return "stretch" if mode == "squash" else "crop"
+
+
+_HUGGING_FACE_FIELDS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "layer_norm_eps": "norm_eps",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "in_channels",
+    "qkv_bias": "qkv_bias",
+}
+_HUGGING_FACE_HARMLESS = {
+    *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "id2label"),
+    *("label2id", "problem_type", "encoder_stride", "pooler_act", "pooler_output_size", "intermediate_size"),
+    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "_name_or_path"),
+}
+
+
+def _hugging_face(values: Mapping[str, Any]) -> Description:
+    kind, activation = values["model_type"], values.get("hidden_act", "gelu")
+    if kind not in ("vit", "deit"):
+        raise ConfigError("model_type", f"{str(kind)[:50]!r} is not supported; only 'vit' and 'deit' are")
+    if activation != "gelu":
+        raise ConfigError("hidden_act", f"{str(activation)[:50]!r} is not supported; only 'gelu' is")
+    given = {key: value for key, value in values.items() if value is not None}
+    fields = {_HUGGING_FACE_FIELDS[key]: value for key, value in given.items() if key in _HUGGING_FACE_FIELDS}
+    for key in {"image_size", "patch_size"} & set(fields):
+        fields[key] = _side(key, fields[key])
+    hidden, dim = given.get("intermediate_size"), given.get("hidden_size")
+    if type(hidden) is int and type(dim) is int and dim > 0:
+        fields["mlp_ratio"] = hidden_ratio(hidden, dim)
+    metadata: dict[str, Any] = {}
+    if "id2label" in given:
+        metadata["class_names"] = _listed("id2label", given["id2label"])
+        fields["num_classes"] = len(metadata["class_names"])
+    unused = set(values) - set(_HUGGING_FACE_FIELDS) - _HUGGING_FACE_HARMLESS
+    return Description(fields, metadata=metadata, unused=_sorted(unused))

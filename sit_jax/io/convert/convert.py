@@ -1,0 +1,68 @@
+"""The body of `sit convert SOURCE DEST`."""
+
+import pathlib
+
+from sit_jax.errors import UserError
+from sit_jax.io.atomic_write import atomic_create, require_torch, write_torch
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Log, read_weights
+from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.model_folder import CONFIG, FORMAT, read_json, save_folder, write_weights
+from sit_jax.io.preprocessing import assumptions
+
+
+def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
+    """Reads weights from anywhere and writes them for sit_jax or in the original's layout.
+
+    Args:
+        source: See `read_weights`.
+        dest: A model folder where it has no suffix; a `.pth`, `.pt` or `.safetensors` file in the original's layout.
+        options: What is read and changed.
+        force: Replace what lies at `dest`.
+        say: Is called with each line about what was found and changed.
+
+    Raises:
+        UserError: One line; nothing is written then, and what lay at `dest` is still there.
+    """
+    if dest.suffix not in ("", ".safetensors", ".pth", ".pt"):
+        raise UserError(f"{dest}: cannot be a {dest.suffix} file; give a folder without suffix, .safetensors or .pth")
+    if options.licence is not None and dest.suffix:
+        raise UserError(f"--licence: a {dest.suffix} file holds tensors only; a model folder says what its licence is")
+    if dest.suffix in (".pth", ".pt"):
+        require_torch(dest)
+    _check_free(source, dest, force)
+    weights = read_weights(source, options=options, log=log)
+    assumed = assumptions(weights.metadata)
+    if assumed:
+        log(f"assumed of pictures, as for ImageNet, since the file does not say: {assumed}")
+    with atomic_create(dest, replace=True) as part:
+        if not dest.suffix:
+            save_folder(part, weights, bool(weights.reverse))
+        elif dest.suffix == ".safetensors":
+            write_weights(part, weights, bool(weights.reverse))
+        else:
+            tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse}
+            write_torch(part, to_original(tree, weights.arch))
+
+
+def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
+    """Raises a UserError where something lies at the destination that must not be replaced."""
+    mine, theirs = source.resolve(), dest.resolve()
+    inside, there = source.is_dir() and mine in theirs.parents, dest.exists() or dest.is_symlink()
+    if there and not force and not inside:
+        raise UserError(f"{dest}: is there already; pass --force to replace it")
+    if source.exists() and (inside or (there and (mine == theirs or theirs in mine.parents))):
+        raise UserError(f"{dest}: is, holds or belongs to the source; choose another place")
+    if not there:
+        return
+    if dest.is_dir() and any(dest.iterdir()) and not _is_model_folder(dest):
+        raise UserError(f"{dest}: is a folder, but no model folder; --force does not replace it")
+    if dest.is_dir() and dest.suffix:
+        raise UserError(f"{dest}: is a folder, but the suffix asks for a file")
+
+
+def _is_model_folder(path: pathlib.Path) -> bool:
+    try:
+        return read_json(path / CONFIG).get("format") == FORMAT
+    except UserError:
+        return False

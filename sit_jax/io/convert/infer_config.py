@@ -1,0 +1,220 @@
+"""What tensors tell of their model: everything that can be read off their names and shapes."""
+
+import itertools
+import math
+import re
+from typing import Any, NamedTuple
+
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.io.convert.layouts import Layout, Shapes, find_layout
+from sit_jax.models.architecture import CONV_STEM_STRIDE
+
+
+class Inferred(NamedTuple):
+    """What a file's tensors tell.
+
+    Attributes:
+        layout: How they are named.
+        fields: Fields of the architecture; `num_heads` among them where the layout shows it, `num_classes` only where
+            there is a head.
+        kept: Tokens that each slimming module keeps, in order.
+        has_reverse: Whether there are reverse modules.
+        class_position: Whether the class token has a position of its own.
+    """
+
+    layout: Layout
+    fields: dict[str, Any]
+    kept: tuple[int, ...]
+    has_reverse: bool
+    class_position: bool = True
+
+
+class Positions(NamedTuple):
+    """What is known about a table of positions in addition to its shape.
+
+    Attributes:
+        image_size: Side of the images that it is for.
+        class_position: Whether the class token has a position of its own.
+        likely_size: Side of the images that it is for where nothing else decides.
+        source: Where `image_size` is given, for messages.
+    """
+
+    image_size: Any = None
+    class_position: bool | None = None
+    likely_size: int | None = None
+    source: str = "model.image_size"
+
+
+def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
+    """Reads an architecture off names and shapes, as far as they tell it.
+
+    Args:
+        shapes: Name -> shape of the tensors.
+        known: What else is known about positions.
+
+    Raises:
+        UserError: They are of no layout known here, or lack what tells the model's size.
+    """
+    known, layout = known or Positions(), find_layout(shapes)
+    if layout is None:
+        some = ", ".join(sorted(shapes)[:4]) or "nothing"
+        raise UserError(f"no vision transformer of a known layout; it holds {some}{' ...' if len(shapes) > 4 else ''}")
+    # What another layout would call by such a name says nothing here, and is left over in the end.
+    shapes = {name: shape for name, shape in shapes.items() if layout.knows(name)}
+    look = _Look(layout, shapes)
+    stem = _stem(shapes)
+    positions = look.shape("pos_embed", 3)
+    dim = positions[2]
+    kernel = look.shape("patch_embed.conv1.weight" if stem["stem"] != "patch" else "patch_embed.proj.weight", 4)
+    patch_size = kernel[2] if stem["stem"] == "patch" else CONV_STEM_STRIDE
+    layer_scale, distilled = look.has("blocks.0.ls1.gamma"), "dist_token" in shapes
+    if layout.prefixes:  # Of google-research, whose class token always has a position.
+        known = known._replace(class_position=True)
+    prefix = prefix_positions(positions[1], patch_size, distilled, layer_scale, known) if layout.plain else 1
+    layout = find_layout(shapes, prefix) or layout
+    patches = positions[1] - prefix
+    if not _is_square(patches) or dim == 0:
+        raise UserError(f"positions for {patches} patches, which are not a square grid")
+    hidden = look.shape("blocks.0.mlp.fc1.weight", 2)[0]
+    fields: dict[str, Any] = {
+        **stem,
+        "image_size": round(patches**0.5) * patch_size,
+        "in_channels": kernel[1],
+        "patch_size": patch_size,
+        "dim": dim,
+        "depth": len(_numbers(shapes, r"blocks\.(\d+)\.|Transformer/encoderblock_(\d+)/")),
+        "mlp_ratio": hidden_ratio(hidden, dim),
+        "qkv_bias": look.has("blocks.0.attn.qkv.bias"),
+        "layer_scale": layer_scale,
+        "distillation_token": distilled,
+        "aux_head": "aux_head.weight" in shapes,
+    }
+    if look.has("head.weight"):
+        fields["num_classes"] = look.shape("head.weight", 2)[0]
+    query = shapes.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", ())
+    if len(query) == 3:
+        fields["num_heads"] = query[1]
+    kept = tuple(look.shape(f"tsm.{i}.weight.3.weight", 2)[0] for i in range(len(_numbers(shapes, r"tsm\.(\d+)\."))))
+    stages = _stages_from_reverse(shapes, patches, kept, fields["depth"])
+    if stages:
+        fields["stage_blocks"] = stages
+    return Inferred(layout, fields, kept, any(name.startswith("rtsm.") for name in shapes), prefix > 0)
+
+
+def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: bool, known: Positions) -> int:
+    """How many positions of a plain ViT belong to its class and distillation tokens; DeiT-III has none for them.
+
+    So many positions can be a square grid alone, or the tokens' and a grid that is not square: 196 are 14x14, or a
+    class token and 13x15. The size of the images decides, then layer scale, which DeiT-III's models have.
+
+    Args:
+        count: All positions.
+        patch_size: Side of a patch.
+        distilled: Whether there is a distillation token.
+        layer_scale: Whether there is layer scale.
+        known: What else is known.
+
+    Raises:
+        ConfigError: The images' size is another one.
+        UserError: The grid is not square, or may be: the message names the option that decides.
+    """
+    usual = 2 if distilled else 1
+    if known.image_size is not None:
+        side = known.image_size if type(known.image_size) is int else 0
+        prefix = count - (side // patch_size) ** 2
+        if side < patch_size or side % patch_size or prefix not in _allowed(usual, known):
+            problem = (
+                f"is {str(known.image_size)[:50]}, but there are {count} positions for patches of {patch_size} pixels"
+            )
+            raise ConfigError(known.source, problem)
+        return prefix
+    square = [prefix for prefix in _allowed(usual, known) if _is_square(count - prefix)]
+    if not square:
+        raise UserError(f"{count} positions are not those of a square grid; only square images are supported")
+    prefix, size = square[0], round((count - square[0]) ** 0.5) * patch_size
+    if prefix == usual or known.class_position is not None or layer_scale or size == known.likely_size:
+        return prefix
+    raise UserError(
+        f"{count} positions are those of {size}x{size} px where the class token has none, or of images that are not "
+        f"square, which are not supported: give `sit convert --model.image_size {size}` if it is the former"
+    )
+
+
+def _allowed(usual: int, known: Positions) -> tuple[int, ...]:
+    return {None: (usual, 0), True: (usual,), False: (0,)}[known.class_position]
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
+
+
+class _Look:
+    """Shapes of a file's tensors under the original's names."""
+
+    def __init__(self, layout: Layout, shapes: Shapes) -> None:
+        self._layout, self._shapes = layout, shapes
+
+    def has(self, key: str) -> bool:
+        return all(name in self._shapes for name in self._layout.source(key).names) if self._knows(key) else False
+
+    def _knows(self, key: str) -> bool:
+        try:
+            self._layout.source(key)
+        except (KeyError, ValueError):
+            return False
+        return True
+
+    def shape(self, key: str, rank: int) -> tuple[int, ...]:
+        """The shape in PyTorch's order."""
+        name = self._layout.source(key).names[0]
+        if name not in self._shapes:
+            raise UserError(f"missing {name}, without which the model's size is not known")
+        shape = self._shapes[name]
+        if len(shape) != rank:
+            raise UserError(f"{name} has shape {shape}, not {rank} axes")
+        if name == key or rank == 3:
+            return shape
+        return (shape[3], shape[2], shape[0], shape[1]) if rank == 4 else shape[::-1]
+
+
+def _stem(shapes: Shapes) -> dict[str, Any]:
+    first = shapes.get("patch_embed.conv1.weight")
+    if first is None:
+        return {"stem": "patch"}
+    if len(first) == 4 and first[-1] == 7:
+        return {"stem": "conv7", "stem_width": first[0]}
+    return {"stem": "conv6" if "patch_embed.conv6.weight" in shapes else "conv4"}
+
+
+def hidden_ratio(hidden: int, dim: int) -> float:
+    """The `mlp_ratio` of an MLP's hidden width."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
+
+
+def _numbers(shapes: Shapes, pattern: str) -> set[str]:
+    matches = (re.match(pattern, name) for name in shapes)
+    return {match[match.lastindex or 0] for match in matches if match}
+
+
+def _stages_from_reverse(shapes: Shapes, patches: int, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """Blocks per stage: a reverse module's input tells how many tokens its block leaves, so where the modules stand.
+
+    Empty where there are no reverse modules, or where two stages keep equally many tokens.
+    """
+    blocks = sorted(int(number) for number in _numbers(shapes, r"rtsm\.(\d{1,6})\."))
+    inputs = [shapes.get(f"rtsm.{block}.mlp1.fc1.weight", ()) for block in blocks]
+    if not kept or blocks != list(range(depth - len(blocks), depth)) or any(len(shape) != 2 for shape in inputs):
+        return ()
+    counts = [patches] * (depth - len(blocks)) + [shape[1] for shape in inputs]
+    ends = [block for block in range(depth) if block in _changes(counts, patches)]
+    if tuple(counts[end] for end in ends) != kept:
+        return ()
+    edges = [-1, *ends, depth - 1]
+    return tuple(later - earlier for earlier, later in itertools.pairwise(edges))
+
+
+def _changes(counts: list[int], patches: int) -> set[int]:
+    """The blocks behind which the number of tokens is another one than before."""
+    before = [patches, *counts[:-1]]
+    return {block for block, (earlier, later) in enumerate(zip(before, counts, strict=True)) if earlier != later}

@@ -1,0 +1,112 @@
+"""Fills a model's parameters from the tensors of a file: each is used once, and each target is filled, or all that is
+wrong is said."""
+
+import functools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sit_jax.errors import UserError, listed
+from sit_jax.io.convert.layouts import Layout
+from sit_jax.io.convert.sit_names import Entry, name_table
+from sit_jax.io.convert.tensors import Tensors
+from sit_jax.models import build_model, build_reverse
+from sit_jax.models.architecture import Architecture
+
+Tree = dict[str, Any]
+Show = Callable[[Iterable[Entry]], Iterable[Entry]]
+
+_MOST_NAMED = 8
+
+
+def load_params(
+    arch: Architecture,
+    tensors: Tensors,
+    layout: Layout,
+    reverse: bool,
+    absent: Collection[str] = (),
+    show: Show = iter,
+) -> Tree:
+    """Reads a model's weights, tensor by tensor.
+
+    Args:
+        arch: The model.
+        tensors: What the file holds; BatchNorm's batch counters are passed over.
+        layout: How it is named.
+        reverse: Whether the reverse modules are read too; otherwise theirs are passed over.
+        absent: Heads that are not looked for, and not in the result.
+        show: Wraps the tensors while they are read, to show progress.
+
+    Returns:
+        `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, NumPy float32, the latter two where there are any.
+
+    Raises:
+        UserError: Tensors are missing, left over, of another shape or type, or not finite; the message names them, or
+            the first of many.
+    """
+    table = [entry for entry in name_table(arch, reverse) if entry.path[1] not in absent]
+    sources = {entry.key: layout.source(entry.key) for entry in table}
+    wanted = {name for source in sources.values() for name in source.names}
+    problems = {
+        "missing": sorted(wanted - set(tensors)),
+        "left over": sorted(
+            name for name in set(tensors) - wanted if not (layout.knows(name) and _passed_over(name, reverse))
+        ),
+        "wrong shape": [],
+        "not floating-point": sorted(name for name in wanted & set(tensors) if not tensors[name].is_float),
+        "not finite": [],
+    }
+    values: dict[tuple[str, ...], np.ndarray] = {}
+    if not any(problems.values()):
+        targets = {path: leaf.shape for path, leaf in flatten_dict(expected_shapes(arch, reverse)).items()}
+        for entry in show(table):
+            names, combine = sources[entry.key]
+            value = _read(entry, [tensors[name].read for name in names], combine, targets[entry.path])
+            if value is None:
+                shapes = " and ".join(f"{name} {tensors[name].shape}" for name in names)
+                problems["wrong shape"].append(f"{shapes}, here it is {targets[entry.path]}")
+            elif not np.isfinite(value).all():
+                problems["not finite"] += names
+            else:
+                values[entry.path] = value
+    if any(problems.values()):
+        text = "; ".join(f"{what}: {listed(names, _MOST_NAMED)}" for what, names in problems.items() if names)
+        raise UserError(f"the weights do not fill the model: {text}")
+    return unflatten_dict(values)
+
+
+def _passed_over(name: str, reverse: bool) -> bool:
+    return name.endswith("num_batches_tracked") or (name.startswith("rtsm.") and not reverse)
+
+
+def _read(
+    entry: Entry, reads: list[Callable[[], np.ndarray]], combine: Callable[..., np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """One array in our layout; None where it has another shape."""
+    parts = [read() for read in reads]
+    try:
+        combined = combine(*parts)
+        del parts
+        value = entry.to_flax(combined)
+    except (ValueError, IndexError):
+        return None
+    if value.shape != shape:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.ascontiguousarray(value, np.float32).reshape(shape)
+
+
+@functools.lru_cache(maxsize=8)
+def expected_shapes(arch: Architecture, reverse: bool) -> Tree:
+    """The tree of a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
+    module, key = build_model(arch), jax.random.key(0)
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    tree: Tree = {"batch_stats": {}, "reverse": {}, **jax.eval_shape(module.init, key, images)}
+    if reverse:
+        _, outputs = jax.eval_shape(module.apply, tree, images)
+        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, key, outputs.tokens)["params"]
+    return tree

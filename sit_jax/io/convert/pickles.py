@@ -1,0 +1,215 @@
+"""Reads what `torch.save` pickles, without PyTorch and without running anything.
+
+A pickle is a program for a small stack machine, and an ordinary unpickler imports and calls whatever it names. Here
+Python's unpickler finds only what this module defines: a name becomes one of its constructors, or the file is refused.
+Nothing else that a pickle can put on the stack is callable.
+"""
+
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any, BinaryIO, NamedTuple
+
+from sit_jax.errors import UserError, one_line
+from sit_jax.io.convert.pickle_names import DICTS, DTYPES, INERT, PARAMETERS, TENSORS
+
+# Opcodes in a checkpoint: some fifty per tensor, the optimizer's included, of one to three reads each.
+_MOST_READS = 20_000_000
+
+
+class Inert:
+    """A value that is of no use here, kept as what it is called: `argparse.Namespace`, a NumPy scalar, a set.
+
+    Calling it, and adding to it, does nothing.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    def __call__(self, *_: object) -> "Inert":
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, item: object) -> None:
+        """Drops an item."""
+
+    extend = append
+
+
+class Storage(NamedTuple):
+    """A tensor's memory, as the pickle names it.
+
+    Attributes:
+        kind: The storage's class, such as `FloatStorage`, which says the type of its elements.
+        key: The name of its bytes in the file.
+        elements: How many elements it claims to hold (bytes, for an `UntypedStorage`).
+    """
+
+    kind: str
+    key: str
+    elements: int
+
+
+class Rebuilt(NamedTuple):
+    """A tensor, as the pickle describes it: nothing of it is checked yet.
+
+    Attributes:
+        storage: Where its elements lie.
+        offset: Its first element in the storage.
+        shape: Its shape.
+        strides: Its strides in elements.
+    """
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class PickleError(UserError):
+    """A pickle holds something else than weights and plain values, or is damaged."""
+
+
+def read_pickle(stream: BinaryIO) -> Any:
+    """Reads one pickle.
+
+    Args:
+        stream: Where it begins; left standing behind it. It must not give more memory for a `read` than it has bytes,
+            as `io.BytesIO` does not.
+
+    Returns:
+        The value: dictionaries with strings and numbers for keys, lists, tuples, plain values, `Rebuilt` tensors, and
+        `Inert` for the rest.
+
+    Raises:
+        PickleError: It is damaged, or names anything that is not on the list; the message has the name.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Of damaged text.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return _Unpickler(_Counted(stream), encoding="latin-1").load()
+    except PickleError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, EOFError, pickle.PickleError) as error:
+        raise PickleError(f"the pickle inside is damaged: {one_line(error, 200)}") from None
+
+
+class _Counted:
+    """A stream that ends where a pickle goes on for ever."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._reads = stream, 0
+        self.readline = stream.readline
+
+    def read(self, count: int) -> bytes:
+        self._reads += 1
+        if self._reads > _MOST_READS:
+            raise PickleError("the pickle inside goes on for ever")
+        data = self._stream.read(count)
+        if len(data) < count:
+            raise EOFError("it is cut off")
+        return data
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary that drops other keys than names and numbers: hashing a nested tuple can take for ever."""
+
+    def __init__(self, *arguments: Any) -> None:
+        """Takes the items of the first dictionary among the arguments of a call in the pickle."""
+        super().__init__(next((x for x in arguments if isinstance(x, dict)), {}))
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if isinstance(key, str | int | float):
+            super().__setitem__(key, value)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Rebuilt:
+    def sizes(values: Any) -> tuple[int, ...]:
+        if not isinstance(values, tuple) or not all(type(value) is int and value >= 0 for value in values):
+            raise PickleError("the pickle inside is damaged: a tensor's shape or strides are no whole numbers")
+        return values
+
+    if not isinstance(storage, Storage) or type(offset) is not int or offset < 0:
+        raise PickleError("the pickle inside is damaged: a tensor has no storage")
+    if len(sizes(shape)) != len(sizes(strides)) or len(shape) > 8:
+        raise PickleError("the pickle inside is damaged: a tensor's strides do not fit its shape")
+    return Rebuilt(storage, offset, shape, strides)
+
+
+def _parameter(tensor: Any, *_: Any) -> Rebuilt:
+    if not isinstance(tensor, Rebuilt):
+        raise PickleError("the pickle inside is damaged: a parameter is no tensor")
+    return tensor
+
+
+# The one in Python: the one in C has no table of opcodes, and takes memory for any index of its memo.
+_Base: Any = pickle._Unpickler
+
+
+class _Unpickler(_Base):
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        full = f"{module}.{name}"
+        for names, builder in ((DICTS, _Dict), (TENSORS, _tensor), (PARAMETERS, _parameter)):
+            if full in names:
+                return builder
+        module, _, name = full.rpartition(".")
+        is_storage = module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage")
+        if is_storage or full in INERT | DTYPES or module == "numpy.dtypes":
+            return Inert(full)
+        raise PickleError(
+            f"the pickle inside would run code: it names {full[:100]}; "
+            "only tensors and plain values are read (torch.save(model.state_dict(), PATH) writes such a file)"
+        )
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """A persistent id of PyTorch: `('storage', class, key, device, elements)`, and a view in old files."""
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise PickleError("the pickle inside is damaged: a storage is not described")
+        kind, key, count = pid[1], pid[2], pid[4]
+        if not isinstance(kind, Inert) or not isinstance(key, str) or type(count) is not int or count < 0:
+            raise PickleError("the pickle inside is damaged: a storage is not described")
+        if len(pid) > 5 and pid[5] is not None:
+            raise PickleError(
+                "holds views of storages, as PyTorch before 0.4 wrote them; save it anew with a newer one"
+            )
+        return Storage(kind.name.rpartition(".")[2], key, count)
+
+    def _dict_to_mark(self) -> None:
+        items, found = self.pop_mark(), _Dict()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            found[key] = value
+        self.append(found)
+
+    def _build(self) -> None:
+        """The state of an object: inert ones have none, and dictionaries with attributes (PyTorch's `_metadata`) need
+        none."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], Inert | dict):
+            raise PickleError("the pickle inside would run code: it sets the state of an object")
+
+    def _reduce_with_keywords(self) -> None:
+        self.stack.pop()
+        _Base.load_reduce(self)
+
+    def _refuse(self) -> None:
+        raise PickleError("the pickle inside uses an extension or a frozen set, which no weights need")
+
+    dispatch: dict[int, Callable[[Any], Any]] = {  # noqa: RUF012 (as in the class below it)
+        **_Base.dispatch,
+        pickle.FRAME[0]: lambda self: self.read(8),  # What it frames is read like the rest.
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
+        pickle.DICT[0]: _dict_to_mark,
+        pickle.EMPTY_SET[0]: lambda self: self.append(Inert("set")),
+        pickle.ADDITEMS[0]: lambda self: self.pop_mark(),
+        pickle.BYTEARRAY8[0]: _Base.load_binbytes8,
+        pickle.NEWOBJ[0]: _Base.load_reduce,
+        pickle.NEWOBJ_EX[0]: _reduce_with_keywords,
+        pickle.BUILD[0]: _build,
+        **dict.fromkeys((pickle.EXT1[0], pickle.EXT2[0], pickle.EXT4[0], pickle.FROZENSET[0]), _refuse),
+    }

@@ -1,0 +1,174 @@
+"""Reads weights from wherever they lie: files of PyTorch, safetensors and NumPy, model folders and runs."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from sit_jax.errors import UserError
+from sit_jax.io.convert.adapt import empty_head, replace_heads, resize
+from sit_jax.io.convert.config_json import Description, read_config_json
+from sit_jax.io.convert.infer_config import Inferred, Positions, infer
+from sit_jax.io.convert.load_params import load_params
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
+from sit_jax.io.convert.run_weights import is_run, read_run
+from sit_jax.io.convert.safetensors_npz import read_npz, read_safetensors
+from sit_jax.io.convert.sit_names import Entry
+from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
+from sit_jax.io.convert.tensors import FileError, Tensors, check_total
+from sit_jax.io.model_folder import CONFIG, WEIGHTS
+from sit_jax.io.preprocessing import check_about
+from sit_jax.io.weights import Weights
+
+Log = Callable[[str], None]
+
+TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
+
+def read_weights(
+    path: str | pathlib.Path,
+    overrides: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    log: Log = silent,
+) -> Weights:
+    """Reads a model's weights and finds out which model they belong to.
+
+    Args:
+        path: A `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.npz` file, a model folder, or a run.
+        overrides: Fields of the architecture that the tensors do not tell, such as `num_heads`; those of `options` if
+            not given.
+        options: What else is chosen.
+        say: Is called with each line about what was found and changed.
+
+    Returns:
+        The weights: NumPy float32 in Linen's names and layouts.
+
+    Raises:
+        UserError: One line that names the file and says what is wrong with it, or which option is missing.
+    """
+    path, options = pathlib.Path(path), options or Options()
+    if overrides is not None:
+        options = options._replace(fields=overrides)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    if is_run(path) and options.fields:
+        words = ", ".join(f"--model.{name}" for name in options.fields)
+        raise UserError(f"{path}: is a run, whose config.json says what its model is; leave {words} out")
+    weights = read_run(path, options.ema, options.reverse, log) if is_run(path) else _read_file(path, options, log)
+    if options.licence is not None:
+        weights = weights._replace(metadata={**weights.metadata, "licence": options.licence})
+    if options.num_classes is not None:
+        weights = replace_heads(weights, options.num_classes, log)
+    if options.image_size is not None:
+        weights = resize(weights, options.image_size, log)
+    return weights
+
+
+def _read_file(path: pathlib.Path, options: Options, log: Log) -> Weights:
+    file = path / WEIGHTS if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise UserError(f"{path}: is neither a run nor a model folder: there is no {CONFIG} with {WEIGHTS} in it")
+    tensors = strip_prefixes(_tensors(file, options.ema, log))
+    config = read_config_json(file.with_name(CONFIG))
+    if config.unused:
+        log(f"not used: {', '.join(config.unused)} in {file.with_name(CONFIG)}")
+    try:
+        inferred = infer({name: tensor.shape for name, tensor in tensors.items()}, _positions(config, options))
+        absent = _absent_heads(inferred, options.num_classes)
+        if absent:
+            config = _without_classes(config)
+        hints = likely_fields(inferred, options.like) if options.like else {}
+        said = _said(config, inferred)
+        resolved = resolve(inferred, {**hints, **said}, options.fields)
+        arch = resolved.arch
+        log(f"found: {describe(inferred, resolved, {*said, *options.fields}, hints)}")
+        reverse = inferred.has_reverse and options.reverse
+        if inferred.has_reverse and not reverse:
+            log("changed: RTSMs left out")
+        tree = load_params(arch, tensors, inferred.layout, reverse, absent, lambda table: _progress(file, table))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    for name in absent:
+        tree["params"][name] = empty_head(arch.dim, arch.num_classes)
+        log(f"changed: there is no {name}, so it is zeros")
+    metadata = dict(config.metadata)
+    if not config.is_own:
+        metadata = {"provenance": {"converted_from": path.name, "layout": inferred.layout.name}, **metadata}
+    if inferred.layout.preprocessing is not None:
+        metadata = {"preprocessing": inferred.layout.preprocessing, **metadata}
+    check_about(metadata, arch.num_classes, file.with_name(CONFIG))
+    return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), metadata)
+
+
+def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
+    """The tensors of a file, by its suffix."""
+    if not file.is_file():
+        raise UserError(f"{file}: is no file")
+    if ema and file.suffix not in TORCH_SUFFIXES:
+        raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
+    try:
+        if file.suffix == ".safetensors":
+            tensors = read_safetensors(file)
+        elif file.suffix == ".npz":
+            return read_npz(file)
+        elif file.suffix in TORCH_SUFFIXES:
+            tensors = select_torch(file, ema, log)
+        else:
+            known = ", ".join((*TORCH_SUFFIXES, ".safetensors", ".npz"))
+            raise UserError(f"{file}: {file.suffix or 'no suffix'} is no kind of weights; there are {known}")
+        check_total(file, tensors, file.stat().st_size)
+        return tensors
+    except OSError as error:
+        raise FileError(f"{file}: cannot be read: {error.strerror or error}") from None
+
+
+def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...]:
+    """The heads that the file lacks and `num_classes` replaces; fills in the number of classes."""
+    if "num_classes" in inferred.fields:
+        return ()
+    if num_classes is None:
+        raise UserError("there is no head in it: give --num_classes")
+    inferred.fields["num_classes"] = num_classes
+    heads = {
+        "head": True,
+        "distillation_head": inferred.fields["distillation_token"],
+        "aux_head": inferred.fields["aux_head"],
+    }
+    return tuple(name for name, wanted in heads.items() if wanted)
+
+
+def _positions(config: Description, options: Options) -> Positions:
+    """What is known about the positions; an option comes before the `config.json`."""
+    if "image_size" in options.fields:
+        return Positions(options.fields["image_size"])
+    # What is interpolated to the size of `like` may be of any other one.
+    likely = options.like.image_size if options.like is not None and options.image_size is None else None
+    size = config.fields.get("image_size")
+    return Positions(size, config.class_position, likely, f"model.image_size in {CONFIG}")
+
+
+def _without_classes(config: Description) -> Description:
+    """What a `config.json` says, but for the head that the file beside it lacks."""
+    fields = {key: value for key, value in config.fields.items() if key != "num_classes"}
+    metadata = {key: value for key, value in config.metadata.items() if key != "class_names"}
+    return config._replace(fields=fields, metadata=metadata)
+
+
+def _said(config: Description, inferred: Inferred) -> dict[str, Any]:
+    """The fields that a `config.json` says."""
+    heads = config.heads.get(inferred.fields["dim"])
+    return {**({} if heads is None else {"num_heads": heads}), **config.fields}
+
+
+def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:
+    """A bar on a terminal, for what takes longer than a second."""
+    return tqdm(
+        table, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=not sys.stderr.isatty()
+    )

@@ -1,0 +1,251 @@
+"""What tensors do not tell of their model: heads, residual scale, epsilons, and where slimming modules stand."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.io.convert.infer_config import Inferred
+from sit_jax.models.architecture import Architecture, architecture_from_dict
+from sit_jax.models.variants import VARIANTS
+
+# Options that settle what is left open; all other fields are told by the tensors.
+OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio", "image_size")
+
+# The fields that tensors leave open, and those of all plain ViTs.
+_OPEN = ("num_heads", "residual_scale", "norm_eps")
+_PLAIN: dict[str, Any] = {"residual_scale": 1.0, "norm_eps": 1e-6}
+
+_LVVIT: dict[str, Any] = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
+
+# Published models without a configuration here, for the fields that their tensors do not tell.
+_PUBLISHED: dict[str, Architecture] = {
+    "lvvit_t (token labelling)": Architecture(**_LVVIT, dim=240, depth=12, num_heads=4),
+    "lvvit_s (token labelling)": Architecture(**_LVVIT, dim=384, depth=16, num_heads=6, residual_scale=2.0),
+    "lvvit_m (token labelling)": Architecture(**_LVVIT, dim=512, depth=20, num_heads=8, residual_scale=2.0),
+    "lvvit_l (token labelling)": Architecture(
+        **_LVVIT, stem_width=128, dim=768, depth=24, num_heads=12, residual_scale=3.0
+    ),
+    "deit3_medium": Architecture(dim=512, depth=12, num_heads=8, layer_scale=True),
+    "vit_large": Architecture(dim=1024, depth=24, num_heads=16),
+    "vit_huge": Architecture(dim=1280, depth=32, num_heads=16),
+}
+
+# What must agree for a named model to be the one of the file.
+_SHAPE = ("stem", "stem_width", "dim", "depth", "mlp_ratio", "qkv_bias")
+
+
+class Resolved(NamedTuple):
+    """A whole architecture.
+
+    Attributes:
+        arch: The architecture.
+        name: The named model that it is, or an empty string.
+    """
+
+    arch: Architecture
+    name: str
+
+
+def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str, Any]) -> Resolved:
+    """Completes what the tensors tell.
+
+    Args:
+        told: What the tensors tell.
+        config: Fields of an architecture from a `config.json`.
+        options: Fields that the user gives, and `name`, a named model to take them from; they come first.
+
+    Raises:
+        ConfigError: A field contradicts the tensors, or is impossible.
+        UserError: A field is still open; the message says which option to give.
+    """
+    fields = dict(inferred.fields)
+    unknown = sorted(set(options) - set(OPTIONS) - set(fields))
+    if unknown:
+        raise ConfigError(f"model.{unknown[0]}", f"is no option here; there are {', '.join(OPTIONS)}")
+    given = {key: value for key, value in {**config, **options}.items() if key != "name" and value is not None}
+    _agree(given, inferred, options)
+    given |= {key: float(given[key]) for key in _NUMBERS if key in given}  # JSON's 2 is an int.
+    if "mlp_ratio" in given:
+        fields["mlp_ratio"] = given["mlp_ratio"]
+    if inferred.kept and "stage_blocks" not in fields and "stage_blocks" in given:
+        fields["stage_blocks"] = tuple(given["stage_blocks"])
+    named = _named(inferred, fields, options.get("name"))
+    if inferred.kept and "stage_blocks" not in fields:
+        fields["stage_blocks"] = _stages(named)
+    name = next((name for name, arch in named.items() if _fits(arch, fields)), "")
+    known = named.get(name) or next(iter(named.values()), None)
+    if inferred.layout.plain:
+        fields = {**_PLAIN, **fields}
+    for key in _OPEN:
+        if key in given:
+            fields[key] = given[key]
+        elif key not in fields and known is not None:
+            fields[key] = getattr(known, key)
+    missing = [key for key in _OPEN if key not in fields]
+    if missing:
+        words = " ".join(f"--model.{key} VALUE" for key in missing)
+        raise UserError(
+            f"the tensors do not tell {' and '.join(missing)}, and no named model has this shape: give {words}"
+        )
+    fields |= _kept(inferred, fields, given, known)
+    if known is not None and any(fields[key] != getattr(known, key) for key in _OPEN):
+        name = ""  # A model of that shape, but not that model.
+    return Resolved(architecture_from_dict(fields, "model."), name)
+
+
+def _agree(given: Mapping[str, Any], inferred: Inferred, options: Mapping[str, Any]) -> None:
+    """Raises a ConfigError where a given field is no possible value, or not what the tensors say."""
+    for key, value in given.items():
+        where = "" if key in options else " in config.json"
+        if not _CHECKS.get(key, lambda value: True)(value):
+            raise ConfigError(f"model.{key}", f"{value!r}{where} is no possible value")
+        value = tuple(value) if isinstance(value, list) else value
+        if key in inferred.fields and _differs(key, value, inferred.fields):
+            told_value = inferred.fields[key]
+            raise ConfigError(
+                f"model.{key}", f"is given as {value!r}{where}, but the tensors are those of {told_value!r}"
+            )
+    if not inferred.kept and len(given.get("stage_blocks", ())) > 1:
+        raise ConfigError("model.stage_blocks", "is given, but the tensors hold no slimming module")
+
+
+def _differs(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
+    """Whether a value is another one than the tensors'; of `mlp_ratio` they tell the hidden width only."""
+    if key == "mlp_ratio":
+        return int(fields["dim"] * value) != int(fields["dim"] * fields[key])
+    return bool(value != fields[key])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _is_counts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
+
+
+_NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(_NUMBERS, _is_number),
+    "num_heads": lambda value: type(value) is int and value > 0,
+    "stage_blocks": _is_counts,
+    "kept_tokens": _is_counts,
+}
+
+
+def _named(inferred: Inferred, fields: Mapping[str, Any], name: str | None) -> dict[str, Architecture]:
+    """The named models that may be meant: the one that the user names, or those of the same shape."""
+    if name is not None:
+        if name not in VARIANTS:
+            raise ConfigError("model.name", f"there is no model {name!r}; `sit models` lists them")
+        wrong = [key for key in _SHAPE if key in fields and _differs(key, getattr(VARIANTS[name], key), fields)]
+        if wrong:
+            told_fields = ", ".join(f"{key} {fields[key]} and not {getattr(VARIANTS[name], key)}" for key in wrong)
+            raise ConfigError("model.name", f"the tensors are no {name}: they have {told_fields}")
+        return {name: VARIANTS[name]}
+    everything = {**VARIANTS, **_PUBLISHED}
+    same = {name: arch for name, arch in everything.items() if _same_shape(arch, fields)}
+    slimmed = {name: arch for name, arch in same.items() if _keeps(arch, fields) == inferred.kept}
+    return slimmed or {name: arch for name, arch in same.items() if not arch.is_slimmed}
+
+
+def _same_shape(arch: Architecture, fields: Mapping[str, Any]) -> bool:
+    return not any(_differs(key, getattr(arch, key), fields) for key in _SHAPE if key in fields)
+
+
+def _keeps(arch: Architecture, fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """What a named model's slimming modules would keep of this file's grid."""
+    patches, ratio = (fields["image_size"] // fields["patch_size"]) ** 2, arch.keep_ratio or 1.0
+    return tuple(int(patches * ratio**stage) for stage in range(1, len(arch.stage_blocks)))
+
+
+def _stages(named: Mapping[str, Architecture]) -> tuple[int, ...]:
+    stages = {arch.stage_blocks: name for name, arch in named.items() if arch.is_slimmed}
+    if len(stages) == 1:
+        return next(iter(stages))
+    choices = " or ".join(f"{','.join(map(str, blocks))} ({name})" for blocks, name in stages.items())
+    raise UserError(
+        "without reverse modules the tensors do not tell behind which blocks the slimming modules stand: "
+        f"give --model.stage_blocks {choices or 'COUNT,COUNT,...'}"
+    )
+
+
+def _fits(arch: Architecture, fields: Mapping[str, Any]) -> bool:
+    return arch.stage_blocks == tuple(fields.get("stage_blocks", ()))
+
+
+def _kept(
+    inferred: Inferred, fields: Mapping[str, Any], given: Mapping[str, Any], known: Architecture | None
+) -> dict[str, Any]:
+    """The kept tokens, as a ratio where one is known that comes to what the tensors say."""
+    if not inferred.kept:
+        return {}
+    patches = (fields["image_size"] // fields["patch_size"]) ** 2
+    explicit: dict[str, Any] = {"kept_tokens": (patches, *inferred.kept)}
+    if given.get("kept_tokens"):
+        if tuple(given["kept_tokens"]) != explicit["kept_tokens"]:
+            raise ConfigError("model.kept_tokens", f"is {given['kept_tokens']}, but the tensors keep {inferred.kept}")
+        return {**explicit, "keep_ratio": given.get("keep_ratio")}
+    candidates = [given.get("keep_ratio"), known.keep_ratio if known else None]
+    for ratio in candidates:
+        if ratio is None:
+            continue
+        counts = tuple(int(patches * ratio**stage) for stage in range(1, len(inferred.kept) + 1))
+        if counts == inferred.kept:
+            return {"keep_ratio": ratio}
+        if ratio == given.get("keep_ratio"):
+            raise ConfigError(
+                "model.keep_ratio", f"{ratio} keeps {counts} tokens, but the tensors keep {inferred.kept}"
+            )
+    return explicit
+
+
+def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], configured: Collection[str] = ()) -> str:
+    """What was found, in one line.
+
+    Args:
+        told: What the tensors tell.
+        settled: The whole architecture.
+        said: Fields that the user or a `config.json` says.
+        configured: Fields that are taken from the model that the weights are read for.
+    """
+    arch = resolved.arch
+    kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
+    name = resolved.name or f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
+    extras = [
+        "RTSMs" if inferred.has_reverse else "",
+        "distillation head" if arch.distillation_token else "",
+        "layer scale" if arch.layer_scale else "",
+        "" if inferred.class_position else "no class position",
+    ]
+    having = " and ".join(extra for extra in extras if extra)
+    numbers = f"{arch.num_heads} heads, residual scale {arch.residual_scale:g}, norm epsilon {arch.norm_eps:g}"
+    return (
+        f"{inferred.layout.name}, {kind} {name}{f' with {having}' if having else ''}, {arch.num_classes} classes, "
+        f"{arch.image_size} px, {numbers}{_guesses(inferred, arch, said, configured)}"
+    )
+
+
+def _guesses(inferred: Inferred, arch: Architecture, said: Collection[str], configured: Collection[str]) -> str:
+    """The fields that neither the file nor the user says, for the end of a line."""
+    known = {*inferred.fields, *said, *(_PLAIN if inferred.layout.plain else ())}
+    unsaid = [key for key in (*_OPEN, *(["stage_blocks"] if arch.is_slimmed else [])) if key not in known]
+    if not unsaid or "name" in said:
+        return ""
+    if set(unsaid) <= set(configured):
+        return f" (the file does not say {' and '.join(unsaid)}: as configured)"
+    return f" (a guess from the shape: {' and '.join(unsaid)}; --model.{unsaid[0]} changes it)"
+
+
+def likely_fields(inferred: Inferred, like: Architecture) -> dict[str, Any]:
+    """What tensors leave open, taken from the model that they are read for.
+
+    Raises:
+        UserError: They are of another width, whose number of heads is another one too.
+    """
+    if inferred.fields["dim"] != like.dim:
+        raise UserError(f"is of another model: dim is {inferred.fields['dim']} there and {like.dim} here")
+    fields: dict[str, Any] = {key: getattr(like, key) for key in _OPEN}
+    if inferred.kept and len(like.stage_blocks) == len(inferred.kept) + 1 and inferred.fields["depth"] == like.depth:
+        fields["stage_blocks"] = like.stage_blocks
+    return {key: value for key, value in fields.items() if key not in inferred.fields}

@@ -1,0 +1,101 @@
+"""`sit export`: from a run or a model folder to where models are served."""
+
+import pathlib
+from typing import Literal
+
+import numpy as np
+
+from sit_jax.errors import UserError
+from sit_jax.io.atomic_write import atomic_create, require_torch, write_safetensors, write_torch
+from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.export import onnx_file, stablehlo
+from sit_jax.io.export.forward import make_forward
+from sit_jax.io.export.timm import to_timm
+from sit_jax.io.model_folder import describe, save_folder
+from sit_jax.io.predictor import open_weights
+
+Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
+_STATE_DICT_SUFFIXES = (".safetensors", ".pth")
+
+
+def export_model(
+    source: pathlib.Path,
+    dest: pathlib.Path,
+    kind: Format,
+    ema: bool = False,
+    step: int | None = None,
+    with_reverse: bool = False,
+    dtype: onnx_file.Dtype = "float32",
+    raw_input: bool = False,
+    licence: str | None = None,
+) -> None:
+    """Writes a model in another format, whole or not at all.
+
+    Args:
+        source: A run's folder or a model folder.
+        dest: The folder or file to write; must not be there yet.
+        kind: The format.
+        ema: A run's moving average instead of its weights.
+        step: Which of a run's checkpoints; the newest where None.
+        with_reverse: Also the reverse modules (`folder` and `original`).
+        dtype: Type of weights and products (`onnx`).
+        raw_input: Take uint8 pixels and normalise them within (`onnx` and `stablehlo`).
+        licence: What the weights may be used for, such as `MIT` (`folder`, `onnx` and `stablehlo`); what the source
+            says where None.
+
+    Raises:
+        UserError: The source cannot be read, the destination not written, or the options do not fit the format.
+    """
+    _check_options(dest, kind, with_reverse, dtype, raw_input)
+    if licence is not None and kind in ("original", "timm"):
+        raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
+    weights = open_weights(source, ema, step, with_reverse)
+    if with_reverse and not weights.reverse:
+        raise UserError(f"--with_reverse: {source} holds no reverse modules")
+    if licence is not None:
+        weights = weights._replace(metadata={**weights.metadata, "licence": licence})
+    if kind == "folder":
+        save_folder(dest, weights, with_reverse)
+    elif kind == "onnx":
+        onnx_file.save(dest, weights, dtype, raw_input)
+    elif kind == "stablehlo":
+        arch = weights.arch
+        description = {**describe(arch, weights.metadata), "input": "pixels" if raw_input else "images"}
+        shape = (arch.image_size, arch.image_size, arch.in_channels)
+        stablehlo.save(dest, make_forward(weights, raw_input), shape, description)
+    elif kind == "original":
+        reverse = weights.reverse if with_reverse else {}
+        tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": reverse}
+        _save_state_dict(dest, to_original(tree, weights.arch))
+    else:
+        _save_state_dict(dest, to_timm(weights))
+
+
+def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: str, raw_input: bool) -> None:
+    suffixes = {
+        "onnx": (onnx_file.SUFFIX,),
+        "stablehlo": (stablehlo.SUFFIX,),
+        "original": _STATE_DICT_SUFFIXES,
+        "timm": _STATE_DICT_SUFFIXES,
+    }
+    wanted = suffixes.get(kind)
+    if wanted and dest.suffix not in wanted:
+        raise UserError(f"{dest}: the name of a file of format {kind} must end in {' or '.join(wanted)}")
+    if with_reverse and kind not in ("folder", "original"):
+        raise UserError(f"--with_reverse: only training needs reverse modules; {kind} does not hold them")
+    if dtype != "float32" and kind != "onnx":
+        raise UserError(f"--dtype: {kind} is always float32; only onnx can be {dtype}")
+    if raw_input and kind not in ("onnx", "stablehlo"):
+        raise UserError(f"--raw_input: {kind} holds weights, not a function; it is for onnx and stablehlo")
+
+
+def _save_state_dict(dest: pathlib.Path, state_dict: dict[str, np.ndarray]) -> None:
+    """Writes a state dict as safetensors, or as PyTorch's own kind of file where the suffix asks for it."""
+    as_torch = dest.suffix != ".safetensors"
+    if as_torch:
+        require_torch(dest)
+    with atomic_create(dest) as part:
+        if as_torch:
+            write_torch(part, state_dict)
+        else:
+            write_safetensors(part, {name: array.shape for name, array in state_dict.items()}, state_dict.values())

@@ -1,0 +1,184 @@
+"""ONNX: written through the PyTorch module and torch's exporter, checked, and run by onnxruntime."""
+
+import contextlib
+import json
+import logging
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+from sit_jax.errors import UserError, one_line
+from sit_jax.io.atomic_write import atomic_create
+from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.model_folder import describe
+from sit_jax.io.weights import Weights
+
+SUFFIX = ".onnx"
+Dtype = Literal["float32", "float16"]
+# The first with Gelu as one operator.
+OPSET = 20
+# Where the description lies among the file's properties.
+PROPERTY = "sit_jax"
+# Protocol buffers end here.
+_LARGEST_FILE = 2**31 - 2**20
+# Largest difference of the logits from PyTorch's, over the largest logit.
+_TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
+
+
+def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) -> None:
+    """Writes a model with BatchNorm folded and any batch size, after checking it with onnx and onnxruntime.
+
+    The input is `pixels`, uint8 (batch, height, width, channels), or `images`, normalised float32 (batch, channels,
+    height, width); the output is `logits`, float32 (batch, classes), whatever type the weights have.
+
+    Args:
+        path: The file.
+        weights: The model; `about` must hold its preprocessing.
+        dtype: Type of the weights and products.
+        raw_input: Take pixels.
+
+    Raises:
+        UserError: The optional packages are missing, the model is too large for a file, the place is not free or not
+            writable, or the file does not compute what the model does.
+    """
+    torch = _import("torch")
+    for name in ("onnx", "onnxruntime", "onnxscript"):
+        _import(name)
+    served = _served(torch, weights, dtype, raw_input)
+    size = sum(parameter.nbytes for parameter in served.parameters())
+    if size > _LARGEST_FILE:
+        raise UserError(f"{path}: the weights' {size / 1e9:.1f} GB do not fit into one ONNX file; try --dtype float16")
+    images = _examples(torch, weights, raw_input)
+    description = {**describe(weights.arch, weights.metadata), "input": "pixels" if raw_input else "images"}
+    with atomic_create(path) as part:
+        with _quiet():
+            program = torch.onnx.export(
+                served,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                input_names=[description["input"]],
+                output_names=["logits"],
+                opset_version=OPSET,
+                verbose=False,
+            )
+            program.model.metadata_props[PROPERTY] = json.dumps(description)
+            _strip(program.model)
+            program.save(str(part), external_data=False)
+        _check(path, part, served, images, dtype)
+
+
+def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
+    """A file's function from its input to logits, and its description.
+
+    Raises:
+        UserError: onnxruntime is missing, or the file is, or it is damaged or was not written by `save`.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    ort = _import("onnxruntime")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # It warns of every constant that its CPU part cannot fold in float16.
+    with _told_in_one_line(path, "cannot be read"):
+        # Without its fallback, which prints banners about files that are simply damaged.
+        session = ort.InferenceSession(
+            str(path), options, providers=ort.get_available_providers(), enable_fallback=False
+        )
+        text = session.get_modelmeta().custom_metadata_map.get(PROPERTY, "null")
+        description, name = json.loads(text), session.get_inputs()[0].name
+    if not isinstance(description, dict):
+        raise UserError(f"{path}: was not written by sit export: it does not say what model it holds")
+
+    def run(images: np.ndarray) -> np.ndarray:
+        with _told_in_one_line(path, "cannot be run"):
+            return session.run(None, {name: images})[0]
+
+    return run, description
+
+
+def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
+    """The PyTorch module as it is deployed."""
+    from sit_jax.io.export import torch_model
+
+    state = to_original({"params": weights.params, "batch_stats": weights.batch_stats}, weights.arch)
+    model = torch_model.SiT(describe(weights.arch, weights.metadata))
+    model.load_state_dict({key: torch.from_numpy(np.array(x, np.float32)) for key, x in state.items()}, strict=True)
+    model = torch_model.fold_batch_norm(model.eval()).to(getattr(torch, dtype))
+
+    class Served(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, images: Any) -> Any:
+            """Pictures -> float32 logits."""
+            x = model.normalize(images) if raw_input else images.to(model.pos_embed.dtype)
+            return model(x).float()
+
+    return Served().eval()
+
+
+def _examples(torch: Any, weights: Weights, raw_input: bool) -> Any:
+    arch, rng = weights.arch, np.random.default_rng(0)
+    size, channels = arch.image_size, arch.in_channels
+    if raw_input:
+        return torch.from_numpy(rng.integers(0, 256, (2, size, size, channels), np.uint8))
+    return torch.from_numpy(rng.standard_normal((2, channels, size, size)).astype(np.float32))
+
+
+def _strip(model: Any) -> None:
+    """Removes what the exporter notes at every node: the lines of source that it came from, and where they lie."""
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+def _check(path: pathlib.Path, part: pathlib.Path, served: Any, images: Any, dtype: Dtype) -> None:
+    """Raises a UserError where the file is not valid, or does not compute what the module does for any batch."""
+    onnx, torch = _import("onnx"), _import("torch")
+    onnx.checker.check_model(str(part), full_check=True)
+    run, _ = load(part)
+    for batch in (images, images[:1], images.repeat(2, 1, 1, 1)[:3]):
+        with torch.no_grad():
+            expected = served(batch).numpy()
+        error = np.abs(run(batch.numpy()) - expected).max() / max(1e-6, np.abs(expected).max())
+        if not error <= _TOLERANCE[dtype]:
+            raise UserError(f"{path}: the exported model's logits differ by {error:.1e}; it was not written")
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f'ONNX needs the package {name}, which is not installed: pip install ".[onnx]"') from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter and its libraries tell of their own deprecations and of packages that we do not use."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _told_in_one_line(path: pathlib.Path, problem: str) -> Iterator[None]:
+    """onnxruntime has an exception for each of its failures, none of them public, and of many lines."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: {problem}: {one_line(error)}") from None

@@ -1,0 +1,112 @@
+"""StableHLO artifacts: one file for CPU, CUDA and TPU with the weights inside, and a description beside it.
+
+`load` needs JAX and nothing of the models: their code is not imported.
+"""
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from sit_jax.errors import UserError, one_line
+from sit_jax.io.atomic_write import atomic_create
+
+SUFFIX = ".stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Where the artifact's SHA-256 stands in its description.
+CHECKSUM = "sha256"
+
+
+class Loaded(NamedTuple):
+    """An artifact that is ready to run.
+
+    Attributes:
+        run: Pictures (batch, height, width, channels) of the type `input` says -> logits (batch, classes), for any
+            batch.
+        description: What the model is: `architecture`, `class_names`, `preprocessing`, and `input`, which is `pixels`
+            (uint8) or `images` (normalised float32).
+    """
+
+    run: Callable[[Any], jax.Array]
+    description: dict[str, Any]
+
+
+def description_path(path: pathlib.Path) -> pathlib.Path:
+    """Where the description of an artifact lies: `model.stablehlo` -> `model.stablehlo.json`."""
+    return path.with_name(f"{path.name}.json")
+
+
+def save(
+    path: pathlib.Path, forward: Callable[..., Any], shape: tuple[int, int, int], description: dict[str, Any]
+) -> None:
+    """Writes a function from pictures to logits for every platform and any batch size.
+
+    Args:
+        path: The file.
+        forward: The function; arrays that it closes over become part of the artifact.
+        shape: Height, width and channels of a picture.
+        description: JSON values; `input` decides the type of the pictures.
+
+    Raises:
+        UserError: There is something at the place already, or it cannot be written.
+    """
+    dtype = jnp.uint8 if description["input"] == "pixels" else jnp.float32
+    # The description first: an artifact is never without one.
+    with atomic_create(path) as part, atomic_create(description_path(path)) as beside:
+        (batch,) = export.symbolic_shape("batch")
+        with _without_source_files():
+            # Through a new function, since what was traced before keeps its source files.
+            traced = jax.jit(lambda images: forward(images))
+            exported = export.export(traced, platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, *shape), dtype))
+        artifact = exported.serialize()
+        part.write_bytes(artifact)
+        checksum = hashlib.sha256(artifact).hexdigest()
+        beside.write_text(json.dumps({**description, CHECKSUM: checksum}, indent=2) + "\n")
+
+
+def load(path: str | pathlib.Path) -> Loaded:
+    """Reads an artifact and its description.
+
+    Raises:
+        UserError: A file is missing or damaged, or the artifact is not for this machine's devices.
+    """
+    path = pathlib.Path(path)
+    try:
+        description, artifact = json.loads(description_path(path).read_text()), path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{description_path(path)}: is not valid JSON: {one_line(error, 200)}") from None
+    # XLA's parser ends the process at some damaged artifacts, so none gets that far.
+    checksum = description.pop(CHECKSUM, None) if isinstance(description, dict) else None
+    if hashlib.sha256(artifact).hexdigest() != checksum:
+        raise UserError(f"{path}: is damaged, or not the artifact that {description_path(path).name} describes")
+    try:
+        exported = export.deserialize(bytearray(artifact))
+    except Exception as error:  # A later JAX may refuse what an old one wrote, with whatever it raises.
+        reason = one_line(error, 200)
+        raise UserError(f"{path}: cannot be read by this version of JAX: {reason}") from None
+    platform = jax.default_backend().replace("gpu", "cuda")
+    if platform not in exported.platforms:
+        raise UserError(f"{path}: is for {', '.join(exported.platforms)}, but this machine's devices are {platform}")
+    return Loaded(jax.jit(exported.call), description)
+
+
+@contextlib.contextmanager
+def _without_source_files() -> Iterator[None]:
+    """JAX notes at every operation the line that it came from; where the files lie is nobody else's business."""
+    options = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        for name, value in options.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -1,0 +1,151 @@
+"""Model folders: `model.safetensors` in the PyTorch original's names and layouts, and `config.json`."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from pydantic import TypeAdapter, ValidationError
+
+from sit_jax.errors import UserError, one_line
+from sit_jax.io.atomic_write import atomic_create, write_safetensors
+from sit_jax.io.convert.layouts import ORIGINAL
+from sit_jax.io.convert.load_params import expected_shapes, load_params
+from sit_jax.io.convert.safetensors_npz import read_safetensors
+from sit_jax.io.convert.sit_names import name_table
+from sit_jax.io.preprocessing import check_about
+from sit_jax.io.weights import Weights
+from sit_jax.models.architecture import Architecture
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+# Whoever has PyTorch needs nothing but the folder.
+TORCH_MODULE = pathlib.Path(__file__).with_name("export") / "torch_model.py"
+FORMAT, VERSION = "sit_jax", 1
+# The entries of config.json that describe the file itself; all others are the model's `about`.
+_OWN = ("format", "format_version", "architecture", "kept_tokens")
+
+_ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
+
+
+def save_folder(path: pathlib.Path, weights: Weights, with_reverse: bool = False) -> None:
+    """Writes a model folder, whole or not at all, with a copy of the PyTorch module beside the weights.
+
+    Args:
+        path: The folder; must not be there yet.
+        weights: The model.
+        with_reverse: Also write the reverse modules, which only training needs.
+
+    Raises:
+        UserError: The folder is there already or cannot be written, or `with_reverse` and the model has none.
+    """
+    if with_reverse and not weights.reverse:
+        raise UserError(f"{path}: the model holds no reverse modules that could be written")
+    with atomic_create(path) as part:
+        part.mkdir()
+        write_weights(part / WEIGHTS, weights, with_reverse)
+        (part / CONFIG).write_text(json.dumps(describe(weights.arch, weights.metadata), indent=2) + "\n")
+        shutil.copyfile(TORCH_MODULE, part / TORCH_MODULE.name)
+
+
+def load_folder(path: pathlib.Path) -> Weights:
+    """Reads a model folder; reverse modules where it holds them.
+
+    Raises:
+        UserError: It is no model folder, or one that is damaged: a file missing or truncated, another architecture's
+            weights, a tensor missing, left over or of another shape, or values that are not finite.
+    """
+    config = read_json(path / CONFIG)
+    arch, metadata = read_description(config, path / CONFIG)
+    file = path / WEIGHTS
+    tensors = read_safetensors(file)
+    try:
+        tree = load_params(arch, tensors, ORIGINAL, reverse=any(name.startswith("rtsm.") for name in tensors))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), metadata)
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether a path is a model folder, rather than a run's."""
+    if not (path / CONFIG).is_file():
+        return False
+    try:
+        values = json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError):
+        return (path / WEIGHTS).exists()
+    return isinstance(values, dict) and "format" in values
+
+
+def write_weights(path: pathlib.Path, weights: Weights, with_reverse: bool) -> None:
+    """Writes the weights' file in the original's layout; see `save_folder`."""
+    arrays = flatten_dict({"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse})
+    table = name_table(weights.arch, with_reverse)
+    tensors = (entry.to_torch(np.asarray(arrays[entry.path], np.float32)) for entry in table)
+    write_safetensors(path, original_shapes(weights.arch, with_reverse), tensors)
+
+
+@functools.cache
+def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every tensor in the original's layout, in the order of `name_table`."""
+    # The layout's function applied to arrays of one value that only look large.
+    ours = {
+        path: np.broadcast_to(np.float32(0), x.shape)
+        for path, x in flatten_dict(expected_shapes(arch, reverse)).items()
+    }
+    return {entry.key: entry.to_torch(ours[entry.path]).shape for entry in name_table(arch, reverse)}
+
+
+def describe(arch: Architecture, metadata: dict[str, Any]) -> dict[str, Any]:
+    """What a model is, as JSON values: the contents of `config.json`."""
+    own = {"format": FORMAT, "format_version": VERSION, "architecture": dataclasses.asdict(arch)}
+    return {**own, "kept_tokens": list(arch.token_counts), **metadata}
+
+
+def read_description(values: dict[str, Any], where: object) -> tuple[Architecture, dict[str, Any]]:
+    """The architecture and the model's `about` of a description; the inverse of `describe`.
+
+    Args:
+        values: The JSON values.
+        where: The file, for messages.
+
+    Raises:
+        UserError: They describe no model, or one of a later version of the format.
+    """
+    if values.get("format") != FORMAT:
+        raise UserError(f'{where}: describes no model of sit_jax: "format" is {values.get("format")!r}')
+    if values.get("format_version") != VERSION:
+        version = values.get("format_version")
+        raise UserError(f"{where}: is of version {version!r} of the format; this sit_jax reads version {VERSION}")
+    try:
+        arch = _ARCHITECTURE.validate_python(values.get("architecture"))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, ("architecture", *problem["loc"])))
+        raise UserError(f"{where}: {field}: {problem['msg']}") from None
+    if values.get("kept_tokens") != list(arch.token_counts):
+        kept, counts = values.get("kept_tokens"), list(arch.token_counts)
+        raise UserError(f"{where}: kept_tokens is {kept}, but the architecture gives {counts}")
+    metadata = {name: value for name, value in values.items() if name not in _OWN}
+    check_about(metadata, arch.num_classes, where)
+    return arch, metadata
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        UserError: The file is missing or holds something else.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {one_line(error, 200)}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return values

@@ -1,0 +1,158 @@
+"""The folder of a run: what identifies it, and whether a run may start in it."""
+
+import contextlib
+import json
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sit_jax.config import Config
+from sit_jax.config.config_dict import from_config_dict, to_dict
+from sit_jax.errors import RunError
+from sit_jax.io.checkpoint import FOLDER, load_variables
+from sit_jax.models import build_model
+
+CONFIG = "config.json"
+CLASS_NAMES = "class_names.json"
+SUMMARY = "summary.json"
+
+# What may differ between a run and its continuation.
+_FREE = ("log", "checkpoint", "mesh", "data.data_dir", "data.workers", "data.threads")
+
+
+def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> None:
+    """Makes a folder this configuration's, or finds that it already is.
+
+    Raises:
+        RunError: The folder cannot be written, holds another configuration's run, or holds this one's and `resume`
+            is False.
+    """
+    path = workdir / CONFIG
+    if path.exists():
+        # Read and written anew: a run of an older version lacks the keys that have come since, all at their defaults.
+        difference = _difference(to_dict(read_config(workdir)), to_dict(config))
+        if difference:
+            raise RunError(f"{workdir} holds another configuration's run ({difference}); choose another --workdir")
+        if not resume:
+            raise RunError(
+                f"{workdir} already holds this run; pass --resume to go on with it, or choose another --workdir"
+            )
+        with writing(workdir):  # Better now than at the first checkpoint.
+            tempfile.TemporaryFile(dir=workdir).close()
+        return
+    if (workdir / FOLDER).exists():
+        raise RunError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+    with writing(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, to_dict(config))
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+    """The configuration of the run in a folder.
+
+    Raises:
+        RunError: There is no run in it.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise RunError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+    values = _read(path)
+    if not isinstance(values, dict):
+        raise RunError(f"{path} holds no JSON object")
+    return from_config_dict(values, quiet=True)
+
+
+def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) -> None:
+    """Writes the class names of a run's data beside its configuration, or finds that they are the same.
+
+    Raises:
+        RunError: The folder cannot be written, or the run began with other classes, or with another order of them.
+    """
+    known = read_class_names(workdir)
+    if known is None:
+        with writing(workdir):
+            write_json(workdir / CLASS_NAMES, list(names))
+    elif known != list(names):
+        index = next((i for i, pair in enumerate(zip(known, names, strict=False)) if pair[0] != pair[1]), None)
+        first = f"class {index} was {known[index]!r} and is {names[index]!r}" if index is not None else "their number"
+        raise RunError(f"{workdir} began with other classes than the data has now ({first}); choose another --workdir")
+
+
+def read_class_names(workdir: pathlib.Path) -> list[str] | None:
+    """The class names of the run in a folder, by index; None for a run of an older version, which has no such file.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = workdir / CLASS_NAMES
+    if not path.exists():
+        return None
+    names = _read(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RunError(f"{path} must hold a list of names")
+    return names
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns what the file system refuses into a RunError that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise RunError(f"{workdir} cannot be written: {reason}; mend that, or choose another --workdir") from None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that the file is either the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RunError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _difference(theirs: Any, mine: Any, where: str = "") -> str:
+    """The first key in which two configurations differ, as text; empty where they are the same run."""
+    if where in _FREE:
+        return ""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in sorted(theirs.keys() | mine.keys()):
+            inner = _difference(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
+            if inner:
+                return inner
+        return ""
+    return "" if theirs == mine else f"{where} is {theirs!r} there and {mine!r} here"
+
+
+def trained_variables(
+    folder: pathlib.Path, ema: bool = False, step: int | None = None
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the model's variables of a run.
+
+    Args:
+        folder: The run's folder.
+        ema: The moving average instead of the weights.
+        step: Which checkpoint; the newest where None.
+
+    Raises:
+        RunError: There is no run, no checkpoint, or no moving average in it.
+    """
+    config = read_config(folder)
+    if ema and config.optim.ema_decay == 0:
+        raise RunError(f"{folder} keeps no moving average: optim.ema_decay is 0 there")
+    arch = config.model.architecture
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    abstract = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+    return config, load_variables(folder, {"batch_stats": {}, **abstract}, ema, step)

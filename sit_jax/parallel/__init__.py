@@ -1,0 +1,1 @@
+"""Meshes, placement of arrays, and several processes."""

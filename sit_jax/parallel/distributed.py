@@ -1,0 +1,321 @@
+"""Many processes, one computation: how they find one another, and which of them writes."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sit_jax.errors import ConfigError, MissingProcessError, RunError, UserError, one_line
+
+# Long enough for machines that come up one after another, short enough to notice that one does not.
+ARRIVAL_TIMEOUT_S = 50.0
+# A process that is silent for so long is dead, and the others end.
+HEARTBEAT_TIMEOUT_S = 30
+_MESSAGE_BYTES = 2000
+_HELLO, _GO = "sit_jax", "go"
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How the processes of a run find one another.
+
+    Attributes:
+        coordinator: `host:port` of process 0; empty to find everything out.
+        count: Number of processes; 0 if not given.
+        index: This process; -1 if not given.
+    """
+
+    coordinator: str = ""
+    count: int = 0
+    index: int = -1
+
+    def __post_init__(self) -> None:
+        given = (bool(self.coordinator), self.count > 0, self.index >= 0)
+        if any(given) and not all(given):
+            raise ConfigError("--coordinator, --num_processes and --process_id", "give all three, or none")
+        if self.coordinator and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+            raise ConfigError("--coordinator", f"{self.coordinator!r} is not of the form host:port")
+        if self.coordinator and self.address[1] >= 2**16:
+            raise ConfigError("--coordinator", f"there is no port {self.address[1]}")
+        if self.count and self.index >= self.count:
+            raise ConfigError("--process_id", f"{self.index} must be below --num_processes, {self.count}")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of the coordinator."""
+        host, _, port = self.coordinator.rpartition(":")
+        return host, int(port)
+
+
+class Found(NamedTuple):
+    """Processes that something else than this command's options started.
+
+    Attributes:
+        launcher: What started them: `Cloud TPU`, `SLURM` or `Open MPI`.
+        processes: How they find one another.
+        local_devices: The accelerators that are this process's; None leaves it to JAX.
+    """
+
+    launcher: str
+    processes: Processes
+    local_devices: list[int] | None = None
+
+
+_LAUNCHERS = {"gcetpu": "Cloud TPU", "gketpu": "Cloud TPU", "slurm": "SLURM", "ompi": "Open MPI"}
+
+
+def find_processes() -> Found | None:
+    """The processes around this one, by JAX's own detection; None where it is alone.
+
+    That asks the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set.
+
+    Raises:
+        RunError: Something is there, but does not say enough.
+    """
+    # Not public, but the only code that knows every cloud's ways; pyproject.toml keeps JAX to tested versions.
+    from jax._src.clusters import ClusterEnv
+
+    clusters = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method and kind.name in _LAUNCHERS]
+    cluster = next((kind for kind in clusters if kind.is_env_present()), None)
+    if cluster is None:
+        return None
+    name = _LAUNCHERS[cluster.name]
+    try:
+        count = cluster.get_process_count()
+        if count == 1:
+            return None
+        port = os.environ.get("JAX_COORDINATOR_PORT")
+        address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
+        processes = Processes(address, count, cluster.get_process_id())
+    except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: what the metadata server did not answer.
+        reason = one_line(error)
+        raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
+    return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
+
+
+def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
+    """All GPUs of a SLURM node with one task; JAX would take the first alone. None where tasks share a node, or where
+    JAX is told already."""
+    if "JAX_LOCAL_DEVICE_IDS" in variables:
+        return None
+    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return list(range(len(visible))) if visible and set(per_node) == {"1"} else None
+
+
+def initialize(processes: Processes) -> None:
+    """Joins the other processes, where there are any; must come before anything asks JAX for devices.
+
+    Raises:
+        MissingProcessError: They did not all arrive within a minute; the message says who is missing.
+        RunError: They cannot join one another for another reason.
+    """
+    found = Found("given coordinator", processes) if processes.coordinator else find_processes()
+    if found is None:
+        return
+    # jax.distributed ends the process with a stack trace where somebody is missing, and does not say who.
+    wait_for_processes(found.processes)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=found.processes.coordinator,
+            num_processes=found.processes.count,
+            process_id=found.processes.index,
+            local_device_ids=found.local_devices,
+            initialization_timeout=int(ARRIVAL_TIMEOUT_S),
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = one_line(error)
+        raise RunError(f"the processes cannot join one another ({found.launcher}): {reason}") from None
+    local, everything = jax.local_device_count(), jax.device_count()
+    kind = jax.local_devices()[0].device_kind
+    place = f"process {jax.process_index()} of {jax.process_count()}"
+    print(f"{place}: {local} of {everything} devices, {kind}", file=sys.stderr, flush=True)
+
+
+def wait_for_processes(processes: Processes) -> None:
+    """Waits until every process has reported to process 0, on the port that the coordinator will use afterwards.
+
+    Raises:
+        MissingProcessError: Not all did within `ARRIVAL_TIMEOUT_S`; everyone who did is told who is missing.
+        RunError: The port is taken.
+    """
+    deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
+    if processes.count == 1:
+        return
+    answer = _count_the_others(processes, deadline) if processes.index == 0 else _report(processes, deadline)
+    if answer != _GO:
+        raise MissingProcessError(answer)
+
+
+def _count_the_others(processes: Processes, deadline: float) -> str:
+    host, port = processes.address
+    arrived: dict[int, socket.socket] = {}
+    wanted = set(range(1, processes.count))
+    with contextlib.ExitStack() as stack:
+        try:
+            server = stack.enter_context(socket.create_server(("", port)))
+        except OSError as error:
+            raise RunError(f"--coordinator: port {port} cannot be opened here: {error.strerror or error}") from None
+        while wanted - arrived.keys() and time.monotonic() < deadline:
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            with contextlib.suppress(TimeoutError):
+                connection = stack.enter_context(server.accept()[0])
+                connection.settimeout(5.0)
+                index = _greeting(connection, processes.count)
+                if index is not None:
+                    arrived[index] = connection
+        missing = sorted(wanted - arrived.keys())
+        names = ", ".join(str(index) for index in missing)
+        answer = (
+            f"process {names} of {processes.count} did not arrive within {ARRIVAL_TIMEOUT_S:.0f} s at {host}:{port}"
+        )
+        answer = answer if missing else _GO
+        for connection in arrived.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{answer}\n".encode())
+                connection.recv(1)  # The other side closes first: so the port is free at once.
+    return answer
+
+
+def _greeting(connection: socket.socket, count: int) -> int | None:
+    """The index that a process reports, or None where somebody else knocks."""
+    with contextlib.suppress(OSError, ValueError):
+        word, index, theirs = connection.makefile().readline().split()
+        if word == _HELLO and int(theirs) == count and 0 < int(index) < count:
+            return int(index)
+    return None
+
+
+def _report(processes: Processes, deadline: float) -> str:
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(processes.address, timeout=5.0) as connection:
+            connection.sendall(f"{_HELLO} {processes.index} {processes.count}\n".encode())
+            # Process 0 answers at its own deadline at the latest, which may lie behind this one.
+            connection.settimeout(ARRIVAL_TIMEOUT_S + 5.0)
+            answer = connection.makefile().readline().strip()
+            if answer:
+                return answer
+        time.sleep(0.2)
+    return f"process 0 at {processes.coordinator} did not answer within {ARRIVAL_TIMEOUT_S:.0f} s"
+
+
+def is_process_0() -> bool:
+    """Whether this is the process that writes."""
+    return bool(jax.process_index() == 0)
+
+
+class PreemptionMonitor:
+    """Whether the command was told to end: SIGTERM here, or a preemption notice to any of the processes.
+
+    One answer for a whole command, which may train a teacher and then its student: a notice that comes between them, or
+    at the teacher's last step, counts for the student. Contexts may be nested; the outermost one begins anew.
+    """
+
+    _depth = 0
+    _requested = False
+    # The sync point of jax.distributed wants a number that only grows, over all of a command's loops.
+    _asked = 0
+
+    def __init__(self) -> None:
+        self._former: Any = None
+
+    def __enter__(self) -> "PreemptionMonitor":
+        PreemptionMonitor._depth += 1
+        if PreemptionMonitor._depth == 1:
+            PreemptionMonitor._requested = False
+            # Under jax.distributed its own handler is in place, which agrees with the others on a step.
+            if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+                self._former = signal.signal(signal.SIGTERM, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        PreemptionMonitor._depth -= 1
+        if self._former is not None:
+            signal.signal(signal.SIGTERM, self._former)
+
+    @staticmethod
+    def _request(*_: object) -> None:
+        PreemptionMonitor._requested = True
+
+    @property
+    def requested(self) -> bool:
+        """Whether the end was asked for, and agreed on, before."""
+        return PreemptionMonitor._requested
+
+    def should_stop(self) -> bool:
+        """Whether to save and end after this step; the same answer in all processes. To be asked at every step."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            PreemptionMonitor._asked += 1
+            PreemptionMonitor._requested |= bool(
+                multihost_utils.reached_preemption_sync_point(PreemptionMonitor._asked)
+            )
+        return PreemptionMonitor._requested
+
+
+# How long a process that fails waits for the others to fail as well.
+PARTING_S = 10.0
+
+
+def abort_after_failure(code: int) -> None:
+    """Ends a process of several that failed, with its exit code, though the others may not know of the failure.
+
+    Left to itself it would wait for them at a barrier, and they for it in a collective, for minutes. Where all fail
+    alike this returns, and the process ends as usual; else the others notice by its silence.
+    """
+    if jax.process_count() == 1:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    timer = threading.Timer(PARTING_S, os._exit, [code])
+    timer.daemon = True
+    timer.start()
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()
+    timer.cancel()
+
+
+def broadcast_from_process_0(value: bool) -> bool:
+    """What process 0 decided, in all processes."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def run_on_process_0(work: Callable[[], None]) -> None:
+    """Does something in process 0 only; what goes wrong there is raised in all of them.
+
+    Raises:
+        RunError: The work raised a UserError.
+    """
+    if jax.process_count() == 1:
+        work()
+        return
+    from jax.experimental import multihost_utils
+
+    message = ""
+    if is_process_0():
+        try:
+            work()
+        except UserError as error:
+            message = str(error)
+    encoded = np.zeros(_MESSAGE_BYTES, np.uint8)
+    text = message.encode()[:_MESSAGE_BYTES]
+    encoded[: len(text)] = list(text)
+    heard = bytes(np.asarray(multihost_utils.broadcast_one_to_all(encoded))).rstrip(b"\x00").decode(errors="replace")
+    if heard:
+        raise RunError(heard)

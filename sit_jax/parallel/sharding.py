@@ -1,0 +1,203 @@
+"""The mesh, and where on it everything lies: one rule over names and shapes.
+
+- `data` splits the batch; weights are copies.
+- `fsdp` splits the batch as well, and every large array of the state and of the teachers.
+- `tensor` splits attention heads, hidden units of the MLPs, and those of the reverse modules' token MLPs.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sit_jax.config import Config, MeshConfig
+from sit_jax.errors import ConfigError
+from sit_jax.models.architecture import Architecture
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Smaller arrays are copies: gathering them costs more than they weigh.
+_SMALLEST_SPLIT = 4096
+# Layers by where `tensor` splits them: their outputs (the heads of qkv, hidden units), or the inputs that fit those.
+_SPLIT_OUTPUT = frozenset({"qkv", "fc1"})
+_SPLIT_INPUT = frozenset({"proj", "fc2"})
+# Both layers of the slimming modules are small, and their scores are few: they are not split by `tensor`.
+_NOT_SPLIT = "slimming_"
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of devices.
+
+    Args:
+        config: Sizes of the axes, -1 for the rest; all devices along `data` if not given.
+        devices: Devices to use; all of them where None.
+
+    Raises:
+        ConfigError: The sizes do not multiply to the number of devices.
+    """
+    chosen = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(config or MeshConfig(), len(chosen))
+    # Auto axes: under Explicit ones, which jax.make_mesh takes by default, concatenating a class token is an error.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=chosen)  # The torus's neighbours are the mesh's.
+
+
+def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
+    """Sizes of the axes for a number of devices, the -1 filled in."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    fixed = math.prod(size for size in sizes if size != -1)
+    text = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
+    if -1 in sizes:
+        if count % fixed:
+            raise ConfigError("mesh", f"{text} does not fit {count} devices: {fixed} does not divide {count}")
+        sizes[sizes.index(-1)] = count // fixed
+    elif fixed != count:
+        raise ConfigError("mesh", f"{text} is {fixed} devices, but there are {count}; set one size to -1 for the rest")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """The sharding of every array of a training state, of optimizer moments, or of a model's variables."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, partition_spec(mesh, _names(path), leaf.shape)), state
+    )
+
+
+def place_abstract(mesh: Mesh, tree: Any) -> Any:
+    """Shapes and types with the shardings of `state_shardings`, as a restore or a compilation takes them."""
+    shardings = state_shardings(mesh, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+    """How an array is split: `tensor` by the layer's name, then `fsdp` along the longest dimension that divides.
+
+    Args:
+        mesh: The mesh.
+        names: Names on the way to the array, such as `('params', 'blocks_0', 'attn', 'qkv', 'kernel')`.
+        shape: The array's shape.
+    """
+    axes: list[str | None] = [None] * len(shape)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    place = _tensor_dimension(names, len(shape))
+    if tensor > 1 and place is not None and shape[place] % tensor == 0:
+        axes[place] = "tensor"
+    if fsdp > 1 and math.prod(shape) >= _SMALLEST_SPLIT:
+        free = [d for d, axis in enumerate(axes) if axis is None and shape[d] % fsdp == 0]
+        if free:
+            axes[max(free, key=lambda d: shape[d])] = "fsdp"
+    return PartitionSpec(*axes)
+
+
+def _tensor_dimension(names: Sequence[str], rank: int) -> int | None:
+    if len(names) < 2 or any(name.startswith(_NOT_SPLIT) for name in names):
+        return None
+    layer, leaf = names[-2:]
+    if layer in _SPLIT_OUTPUT:
+        return rank - 1
+    if layer in _SPLIT_INPUT and leaf == "kernel":
+        return 0
+    return None
+
+
+def _names(path: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+class Placement(NamedTuple):
+    """One array's place, for `sit train --print_sharding`.
+
+    Attributes:
+        name: Path of the array.
+        shape: Its shape.
+        spec: How it is split.
+        mib: MiB on each device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    mib: float
+
+
+def placements(mesh: Mesh, state: Any) -> Iterator[Placement]:
+    """Where every array of a state (or its abstract twin) lies, in order."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        sharding = NamedSharding(mesh, partition_spec(mesh, _names(path), leaf.shape))
+        local = sharding.shard_shape(leaf.shape)
+        size = math.prod(local) * leaf.dtype.itemsize / 2**20
+        yield Placement("/".join(_names(path)), tuple(leaf.shape), sharding.spec, size)
+
+
+def check_mesh(mesh: Mesh, config: Config) -> None:
+    """Raises a ConfigError where batches or heads do not divide over the mesh, before anything is compiled."""
+    check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
+    check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    tensor = mesh.shape["tensor"]
+    # Processes feed their devices by themselves: the devices that share examples must be one process's.
+    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices).reshape(-1, tensor)
+    if (owners != owners[:, :1]).any():
+        raise ConfigError(
+            "mesh.tensor", f"groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
+        )
+    models = [("model", config.model), *((f"{n}.model", t.model) for n, t in config.teachers.items())]
+    for name, model in models:
+        arch = model.architecture
+        if tensor > 1 and isinstance(arch, Architecture) and arch.num_heads % tensor:
+            raise ConfigError(f"{name}.num_heads", f"{arch.num_heads} heads do not divide over mesh.tensor {tensor}")
+
+
+def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
+    """Raises a ConfigError where a batch does not divide over the mesh.
+
+    Args:
+        mesh: The mesh.
+        name: The config key that holds the batch size.
+        batch_size: Examples per step.
+        parts: Micro-batches that each batch is worked off in.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (shards * parts):
+        micro = f" in {parts} micro-batches" if parts > 1 else ""
+        raise ConfigError(name, f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)")
+
+
+def place(values: Any, shardings: Any) -> Any:
+    """Copies host values, the same in every process, onto the devices.
+
+    Args:
+        values: Arrays.
+        shardings: The sharding of each.
+    """
+
+    def put(value: Any, sharding: NamedSharding) -> jax.Array:
+        host = np.asarray(value)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(put, values, shardings)
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Moves this process's share of a batch to its devices as part of one global array."""
+    sharding = batch_sharding(mesh)
+
+    def put(x: Any) -> jax.Array:
+        # The whole shape is said, not inferred: a share that does not fit the devices here must be an error.
+        whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, whole)
+
+    return jax.tree.map(put, batch)

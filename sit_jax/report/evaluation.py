@@ -1,0 +1,253 @@
+"""What the trained models say of the evaluation split: per class, what the student lost, where its tokens look."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from numpy import ndarray
+
+from sit_jax.analysis.summary import trained_teacher
+from sit_jax.config import Config
+from sit_jax.data.config import DataConfig
+from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
+from sit_jax.data.preprocess import normalize
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Source
+from sit_jax.errors import ImageDecodeError, NotFiniteError
+from sit_jax.io.runs import trained_variables
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.report.load_run import RunInfo, attempt
+from sit_jax.train.progress import Progress
+from sit_jax.visual.inspected_model import InspectedModel, ModelInput
+from sit_jax.visual.token_maps import TokenMaps
+
+
+class Verdict(NamedTuple):
+    """What a model says of one picture.
+
+    Attributes:
+        name: The likeliest class.
+        probability: Its probability.
+        right: Whether that is the picture's class; two classes may have one name.
+    """
+
+    name: str
+    probability: float
+    right: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture of the evaluation split.
+
+    Attributes:
+        index: Its place in the split.
+        file: The file or record that it came from.
+        label: The right class.
+        verdicts: What each model says, by `student` and `teacher`.
+        pixels: As a person wants to see it, uint8 (side, side, channels).
+    """
+
+    index: int
+    file: str
+    label: str
+    verdicts: dict[str, Verdict]
+    pixels: UInt8[ndarray, "side side channels"]
+
+
+class ClassScore(NamedTuple):
+    """How one class fares.
+
+    Attributes:
+        name: The class.
+        pictures: Pictures of it.
+        student: Share of them that the student has right.
+        teacher: Share that the teacher has right; None without one.
+    """
+
+    name: str
+    pictures: int
+    student: float
+    teacher: float | None
+
+    @property
+    def change(self) -> float:
+        """The student's share less the teacher's."""
+        return self.student - (self.student if self.teacher is None else self.teacher)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalReport:
+    """What the newest checkpoint of a run says of its evaluation split.
+
+    Attributes:
+        classes: All classes that there are pictures of, in the data's order.
+        outcomes: Pictures by (student right, teacher right); empty without a teacher.
+        lost: Some of those that the teacher had right and the student has wrong, the surest mistakes first.
+        examples: Pictures from all over the split, and, in the same order, the batch of `maps`.
+        maps: The student's token maps of the examples; None for a model without slimming.
+    """
+
+    classes: list[ClassScore]
+    outcomes: dict[tuple[bool, bool], int]
+    lost: list[Picture]
+    examples: list[Picture]
+    maps: TokenMaps | None
+
+    @property
+    def pictures(self) -> int:
+        """Pictures looked at."""
+        return sum(score.pictures for score in self.classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    """The labels of a split and what each model says, in the split's order; label -1 for a picture left out."""
+
+    labels: Int[ndarray, " pictures"]
+    classes: dict[str, Int[ndarray, " pictures"]]
+    probabilities: dict[str, Float[ndarray, " pictures"]]
+
+    def right(self, model: str) -> ndarray:
+        return (self.classes[model] == self.labels) & (self.labels >= 0)
+
+
+def find(record: RunInfo, examples: int) -> EvalReport:
+    """Runs a run's student and its teacher over the evaluation split, with a progress line.
+
+    Args:
+        record: The run. What hinders the teacher alone is told in its `missing`.
+        examples: Pictures shown of each kind, at most.
+
+    Raises:
+        UserError: The student has no whole checkpoint, or the data is not at hand.
+    """
+    config, variables = trained_variables(record.folder)
+    models = {"student": (config, variables)}
+    teacher = attempt(lambda: trained_teacher(record.folder, config), None, record.missing, "The teacher")
+    if teacher is not None:
+        models["teacher"] = teacher.config, teacher.variables
+    source = open_source(config.data, config.data.eval_split)
+    check_classes(config.inputs, source)
+    answers = _ask(record.name, models, config, source)
+    subject = _subject(config, variables, source)
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int))
+    shown, seen = _pictures(source, subject, config.data, answers, [int(index) for index in chosen])
+    slimmed = subject is not None and subject.arch.is_slimmed and seen
+    maps = subject.maps(np.stack([picture.pixels for picture in seen])) if subject and slimmed else None
+    lost, _ = _pictures(source, subject, config.data, answers, _lost(answers)[:examples])
+    return EvalReport(_per_class(answers, source.class_names), _outcomes(answers), lost, shown, maps)
+
+
+def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, source: Source) -> _Answers:
+    steps = {part: _step(model, variables) for part, (model, variables) in models.items()}
+    labels: list[ndarray] = []
+    found: dict[str, list[tuple[ndarray, ndarray]]] = {part: [] for part in models}
+    size = config.eval_batch_size
+    total = -(-len(source) // size)
+    with Progress(f"report: pictures of {name}", total, 0, size) as progress:
+        for done, batch in enumerate(eval_batches(config.inputs, source, Hosts()), start=1):
+            labels.append(np.where(batch["mask"] > 0, batch["label"], -1))
+            for part, step in steps.items():
+                found[part].append(jax.device_get(step(batch["image"])))
+                if not np.isfinite(found[part][-1][1]).all():
+                    raise NotFiniteError(f"the {part}'s outputs are not finite, so they say nothing about the images")
+            progress.update(done, {})
+    columns = {part: [np.concatenate(x)[: len(source)] for x in zip(*found[part], strict=True)] for part in models}
+    return _Answers(
+        np.concatenate(labels)[: len(source)],
+        {part: classes for part, (classes, _) in columns.items()},
+        {part: probabilities for part, (_, probabilities) in columns.items()},
+    )
+
+
+def _step(config: Config, variables: Any) -> Any:
+    """uint8 pixels -> the likeliest class and its probability."""
+    model = build_model(config.model.architecture, dtype=config.model.dtype)
+
+    @jax.jit
+    def step(variables: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shares = jax.nn.softmax(model.apply(variables, normalize(pixels, config.data))[0])
+        return shares.argmax(axis=1), shares.max(axis=1)
+
+    placed = jax.device_put(variables)
+    return lambda pixels: step(placed, jnp.asarray(pixels))
+
+
+def _subject(config: Config, variables: Any, source: Source) -> InspectedModel | None:
+    """The student as `sit_jax.visual` looks at it; None for a model that has no tokens."""
+    arch = config.model.architecture
+    if not isinstance(arch, Architecture):
+        return None
+    metadata = {"class_names": list(source.class_names)}
+    return InspectedModel(arch, jax.device_put(variables), config.data, metadata, config.model.dtype)
+
+
+def _per_class(answers: _Answers, names: Any) -> list[ClassScore]:
+    kept = answers.labels >= 0
+    counts = np.bincount(answers.labels[kept], minlength=len(names))
+    right = {
+        part: np.bincount(answers.labels[answers.right(part)], minlength=len(names)) / np.maximum(1, counts)
+        for part in answers.classes
+    }
+    return [
+        ClassScore(
+            str(name),
+            int(counts[index]),
+            float(right["student"][index]),
+            float(right["teacher"][index]) if "teacher" in right else None,
+        )
+        for index, name in enumerate(names)
+        if counts[index]
+    ]
+
+
+def _outcomes(answers: _Answers) -> dict[tuple[bool, bool], int]:
+    if "teacher" not in answers.classes:
+        return {}
+    kept, student, teacher = answers.labels >= 0, answers.right("student"), answers.right("teacher")
+    return {
+        (mine, theirs): int((kept & (student == mine) & (teacher == theirs)).sum())
+        for mine in (True, False)
+        for theirs in (True, False)
+    }
+
+
+def _lost(answers: _Answers) -> list[int]:
+    """Places of the pictures that only the teacher has right, those first of which the student is surest."""
+    if "teacher" not in answers.classes:
+        return []
+    lost = np.flatnonzero(answers.right("teacher") & ~answers.right("student"))
+    order = np.argsort(-answers.probabilities["student"][lost], kind="stable")
+    return [int(index) for index in lost[order]]
+
+
+def _pictures(
+    source: Source, subject: InspectedModel | None, data: DataConfig, answers: _Answers, places: list[int]
+) -> tuple[list[Picture], list[ModelInput]]:
+    """Pictures at these places of the split, and how they look to the model; broken ones are left out."""
+    pictures, seen = [], []
+    for index in places:
+        if subject is None or answers.labels[index] < 0:
+            continue
+        try:
+            example = source[index]
+            view = subject.preprocess(example)
+        except ImageDecodeError:
+            continue
+        names = source.class_names
+        verdicts = {
+            part: Verdict(
+                str(names[int(answers.classes[part][index])]),
+                float(answers.probabilities[part][index]),
+                bool(answers.right(part)[index]),
+            )
+            for part in answers.classes
+        }
+        pictures.append(Picture(index, example.name, str(names[example.label]), verdicts, view.shown))
+        seen.append(view)
+    return pictures, seen

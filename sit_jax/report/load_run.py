@@ -1,0 +1,283 @@
+"""What a run's folder says, finished or not, whole or broken; the model itself is not asked here."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sit_jax.analysis.checkpoints import Entry, list_checkpoints, read_contents
+from sit_jax.analysis.flops import count_cost
+from sit_jax.config import Config
+from sit_jax.config.config_dict import from_config_dict
+from sit_jax.errors import UserError, one_line
+from sit_jax.io.checkpoint import FOLDER, silent_threads
+from sit_jax.io.runs import CONFIG, SUMMARY
+from sit_jax.models.architecture import Architecture
+from sit_jax.train.init import is_own_run
+from sit_jax.train.metrics import MetricLines, evaluations, scan_metrics
+
+_METRICS = "metrics.jsonl"
+_NUMBERS_NAMED = 5
+
+T = TypeVar("T")
+Line = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInfo:
+    """What a run's folder says about the run.
+
+    Attributes:
+        name: Short, and another for every run on a page.
+        folder: Where it lies.
+        values: Its configuration as it stands in the file; empty where that is missing or damaged.
+        config: The same, checked; None where it cannot be.
+        train: Lines of training metrics, oldest first; finite numbers only.
+        scores: Lines of evaluations, likewise.
+        summary: What `summary.json` says; empty for a run that has not finished.
+        checkpoints: The whole checkpoints, oldest first.
+        about: What the newest checkpoint says about itself.
+        teachers: The runs of its teachers, by the name of their section; those without a run of theirs are missing.
+        missing: What is not there, or not whole, in sentences.
+    """
+
+    name: str
+    folder: pathlib.Path
+    values: dict[str, Any]
+    config: Config | None
+    train: list[Line]
+    scores: list[Line]
+    summary: dict[str, Any]
+    checkpoints: list[Entry]
+    metadata: dict[str, Any]
+    teachers: dict[str, "RunInfo"]
+    missing: list[str]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its summary."""
+        return bool(self.summary)
+
+    @property
+    def step(self) -> int:
+        """The last step that anything is known of."""
+        lines = [int(line["step"]) for line in (*self.train[-1:], *self.scores[-1:])]
+        return max([*lines, *(entry.step for entry in self.checkpoints)], default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; None where no checkpoint tells how long an epoch is."""
+        data = self.metadata.get("data")
+        epoch = finite(data.get("epoch")) if isinstance(data, dict) else None
+        if self.config is None or not self.checkpoints or not epoch:
+            return None
+        epochs = self.config.epochs + self.config.optim.cooldown_epochs
+        return round(self.checkpoints[-1].step / epoch * epochs)
+
+    @property
+    def last_time(self) -> float | None:
+        """When the last line of metrics was written, in seconds since 1970."""
+        return max((line["time"] for line in (*self.train, *self.scores) if "time" in line), default=None)
+
+    def entry(self, name: str) -> dict[str, float | None]:
+        """Top-1, parameters, GMAC and images/s of the `student` (or only model) or the `teacher`; None where unknown.
+
+        Without a summary, accuracy is that of the last evaluation, and cost is counted from the configuration.
+        """
+        stored = self.summary.get(name)
+        known = {key: finite(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
+        run, config = (self, self.config) if name == "student" else (self.teachers.get(name), self._teacher_config)
+        scores = run.scores if run else []
+        if known.get("top1") is None and scores:
+            known["top1"] = scores[-1].get("top1")
+        arch = config.model.architecture if config else None
+        if isinstance(arch, Architecture) and arch.num_classes and known.get("gmac") is None:
+            cost = count_cost(arch)
+            known |= {"params": cost.params, "gmac": cost.gmac}
+        return {key: known.get(key) for key in ("top1", "params", "gmac", "images_per_s")}
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the run distils a teacher."""
+        return self._teacher_config is not None
+
+    @property
+    def _teacher_config(self) -> Config | None:
+        if self.config is None or self.config.teacher is None:
+            return None
+        return self.config.teacher_run(self.config.teacher)
+
+    @property
+    def training_rate(self) -> float | None:
+        """Pictures per second in training, evaluations and pauses aside: the median over the lines of metrics."""
+        if self.config is None:
+            return None
+        pairs = zip(self.train, self.train[1:], strict=False)
+        rates = sorted(
+            (after["step"] - before["step"]) * self.config.batch_size / (after["time"] - before["time"])
+            for before, after in pairs
+            if after.get("time", 0) > before.get("time", math.inf)
+        )
+        return rates[len(rates) // 2] if rates else None
+
+
+def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
+    """Reads all that a run's folder says. Whatever is missing or damaged is told in `missing`.
+
+    Args:
+        folder: The run's folder.
+        name: What the run is called; its folder's name where empty.
+        is_teacher: A teacher's training comes to no summary of its own.
+
+    Raises:
+        UserError: There is no such folder, or it is no run's.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; give the folder of a run")
+    if not any((folder / part).exists() for part in (CONFIG, _METRICS, FOLDER)):
+        raise UserError(f"{folder}: is not the folder of a run: it holds no {CONFIG}, {_METRICS} or {FOLDER}")
+    missing: list[str] = []
+    values = _read_object(folder / CONFIG, missing)
+    config = (
+        attempt(lambda: from_config_dict(copy.deepcopy(values), quiet=True), None, missing, "The configuration")
+        if values
+        else None
+    )
+    metrics = attempt(lambda: scan_metrics(folder), MetricLines([], [], False), missing, "The metrics")
+    _tell_damage(folder, metrics, missing)
+    summary = _read_object(folder / SUMMARY, missing) if (folder / SUMMARY).exists() else {}
+    evaluated = [line for line in metrics.lines if line["kind"] == "eval"]
+    whole = evaluations(evaluated)
+    wrong = [str(line["step"]) for line in evaluated if line not in whole]
+    if wrong:
+        missing.append(f"The evaluation of step {', '.join(wrong)} is not finite; its accuracy is left out.")
+    if wrong and str(evaluated[-1]["step"]) in wrong and isinstance(summary.get("student"), dict):
+        summary["student"]["top1"] = None  # What older versions counted as right was not.
+    checkpoints: list[Entry] = []
+    metadata: dict[str, Any] = {}
+    with silent_threads():
+        checkpoints = attempt(lambda: list_checkpoints(folder), checkpoints, missing, "The checkpoints")
+        if checkpoints:
+            metadata = attempt(lambda: read_contents(folder).metadata, metadata, missing, "The newest checkpoint")
+    record = RunInfo(
+        name=name or folder.resolve().name,
+        folder=folder,
+        values=values,
+        config=config,
+        train=[_finite_line(line) for line in metrics.lines if line["kind"] == "train"],
+        scores=[_finite_line(line) for line in whole],
+        summary=summary,
+        checkpoints=checkpoints,
+        metadata=metadata,
+        teachers=_gather_teachers(folder, config, missing),
+        missing=missing,
+    )
+    if not summary and not (is_teacher and record.step == record.total_steps):
+        missing.insert(0, _progress(record))
+    return record
+
+
+def gather_all(folders: list[pathlib.Path]) -> list[RunInfo]:
+    """Reads several runs; each gets a name of its own.
+
+    Raises:
+        UserError: A folder is there twice, or is no run's.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for index, folder in enumerate(resolved):
+        if folder in resolved[:index]:
+            raise UserError(f"{folders[index]}: is given twice")
+    return [gather(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
+
+
+def _short_names(folders: list[pathlib.Path]) -> list[str]:
+    """The last parts of the paths, as few as tell all of them apart."""
+    longest = max(len(folder.parts) for folder in folders)
+    for count in range(1, longest + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def finite(value: Any) -> float | None:
+    """A number that is one; None for anything else that a damaged file may hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _finite_line(line: dict[str, Any]) -> Line:
+    return {key: number for key, value in line.items() if (number := finite(value)) is not None}
+
+
+def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[str]) -> dict[str, RunInfo]:
+    found: dict[str, RunInfo] = {}
+    for name, teacher in (config.teachers if config else {}).items():
+        place = pathlib.Path(teacher.run) if teacher.run else folder / name
+        if teacher.run and not place.exists():
+            missing.append(f"{name}.run: {place} is not there.")
+        elif not teacher.run and not place.exists():
+            missing.append(f"The {name}'s training has not begun.")
+        elif not teacher.run or is_own_run(teacher.run):  # Weights of another program have no history.
+            place = place.parent.parent if place.parent.name == FOLDER else place
+            read = functools.partial(gather, place, name, is_teacher=True)
+            record: RunInfo | None = attempt(read, None, missing, f"The {name}")
+            if record is not None:
+                found[name] = record
+                missing += [f"{name}: {text}" for text in record.missing]
+    return found
+
+
+def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) -> T:
+    """What a reader of `what` gives; where it fails, `otherwise`, and one more sentence on what is missing."""
+    try:
+        return read()
+    except UserError as error:
+        missing.append(f"{str(error)[:1].upper()}{str(error)[1:]}.")
+    except Exception as error:  # A page that says so is worth more than a traceback, whatever a damaged file leads to.
+        missing.append(f"{what} cannot be read: {type(error).__name__}: {one_line(error, 200)}.")
+    return otherwise
+
+
+def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        missing.append(f"There is no {path.name}.")
+        return {}
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
+        missing.append(f"{path.name} cannot be read: {reason}.")
+        return {}
+    if isinstance(values, dict) and values:
+        return values
+    missing.append(f"{path.name} holds no values.")
+    return {}
+
+
+def _tell_damage(folder: pathlib.Path, metrics: MetricLines, missing: list[str]) -> None:
+    if not (folder / _METRICS).exists():
+        missing.append(f"There is no {_METRICS}: no step has been written down.")
+    damaged = metrics.damaged[:-1] if metrics.cut_off else metrics.damaged
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:_NUMBERS_NAMED])) + (", ..." if len(damaged) > _NUMBERS_NAMED else "")
+        word = "line" if len(damaged) == 1 else "lines"
+        missing.append(f"{_METRICS}: {len(damaged)} damaged {word} left out ({numbers}).")
+    if metrics.cut_off:
+        missing.append(f"{_METRICS}: the last line is cut off, as while a run writes it.")
+
+
+def _progress(record: RunInfo) -> str:
+    total = record.total_steps
+    if total is not None and record.step == total:
+        return f"All {total:,} steps are done, but there is no {SUMMARY}; sit train --resume makes it."
+    return f"The run has not finished: it has got to step {record.step:,}" + (f" of {total:,}." if total else ".")

@@ -1,0 +1,64 @@
+"""The body of `sit report`."""
+
+import datetime
+import functools
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from sit_jax.errors import UserError
+from sit_jax.io.atomic_write import atomic_replace
+from sit_jax.io.runs import SUMMARY
+
+REPORT, COMPARISON = "report.html", "comparison.html"
+
+
+def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> pathlib.Path:
+    """Where the page goes: what was asked for, else into the run's folder, or beside where the command runs.
+
+    Raises:
+        UserError: It is no name for a page.
+    """
+    if output is None:
+        return folders[0] / REPORT if len(folders) == 1 else pathlib.Path(COMPARISON)
+    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
+        raise UserError(f"--output: {output} is no name for a page; let it end in .html")
+    return output
+
+
+def unfinished(folders: Sequence[pathlib.Path]) -> bool:
+    """Whether any of the runs may still be going on, and need the accelerators for itself."""
+    return any(not (folder / SUMMARY).is_file() for folder in folders)
+
+
+def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples: int, with_model: bool) -> None:
+    """Writes a page about one run, or about several side by side.
+
+    Args:
+        folders: The runs.
+        output: The file to write; an older page is replaced.
+        examples: Pictures shown of each kind, at most.
+        with_model: Also ask the newest checkpoints, over the whole evaluation split.
+
+    Raises:
+        UserError: A folder is no run's, or the page cannot be written.
+    """
+    from sit_jax.data.sources import writing
+    from sit_jax.report.evaluation import EvalReport, find
+    from sit_jax.report.load_run import attempt, gather_all
+    from sit_jax.report.page import render, view_run
+
+    views = []
+    for index, record in enumerate(gather_all(list(folders)), start=1):
+        findings: EvalReport | None = None
+        if not with_model:
+            record.missing.append("The model was not asked (--no_model): no classes, no pictures, no token maps.")
+        elif record.config is not None and record.checkpoints:
+            ask = functools.partial(find, record, examples)
+            findings = attempt(ask, None, record.missing, "The model, or its evaluation split,")
+        views.append(view_run(f"run-{index}", record, findings))
+    print("report: writing the page", file=sys.stderr)
+    page = render(views, datetime.datetime.now(datetime.UTC))
+    with writing(output, key="--output"), atomic_replace(output) as part:
+        # Names of folders, pictures and classes may hold bytes that are no UTF-8.
+        part.write_text(page, encoding="utf-8", errors="replace")

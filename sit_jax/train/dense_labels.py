@@ -1,0 +1,88 @@
+"""Writes the dense labels of token labelling with a trained model."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sit_jax.config import Config, DataConfig
+from sit_jax.data.label_maps import LabelMapWriter
+from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
+from sit_jax.data.preprocess import normalize
+from sit_jax.data.registry import open_source
+from sit_jax.errors import PartialFailureError, UserError
+from sit_jax.io.runs import trained_variables
+from sit_jax.models import build_model
+
+
+def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
+    """Labels every picture of a training split, place by place, with a run's model.
+
+    The model is a convolutional one, whose head is applied at every place of its last map, or a transformer with an
+    auxiliary head.
+
+    Args:
+        run: Folder of the model's run.
+        output: Folder to write; see `LabelMaps`.
+        top: Likeliest classes stored per place.
+        data: The data set; the run's own if not given.
+
+    Returns:
+        Pictures labelled.
+
+    Raises:
+        UserError: There is no such run, its model has no dense head, or the folder cannot be written.
+        PartialFailureError: Some pictures could not be read; the folder is complete, with uniform labels for them.
+    """
+    config, variables = trained_variables(run)
+    config = dataclasses.replace(config, data=data or config.data)
+    source = open_source(config.data, config.data.train_split)
+    check_classes(config.inputs, source)
+    forward, grid = _dense_forward(config, variables)
+    arch = config.model.architecture
+    # The whole picture is labelled, whatever part of it training will crop.
+    whole = dataclasses.replace(config.data, resize="stretch", on_decode_error="skip")
+    batches = eval_batches(dataclasses.replace(config.inputs, data=whole), source, Hosts())
+    size = config.eval_batch_size
+    top = min(top, arch.num_classes)
+    writer = LabelMapWriter(output, len(source), grid, top, arch.num_classes)
+    labelled = 0
+    with tqdm(total=len(source), unit="pictures") as progress:
+        for number, batch in enumerate(batches):
+            values, classes = jax.lax.top_k(forward(jnp.asarray(batch["image"])), top)
+            start, count = number * size, min(size, len(source) - number * size)
+            shape = (count, grid, grid, top)
+            stored = np.array(values, np.float16)[:count].reshape(shape)
+            readable = batch["mask"][:count] > 0
+            stored[~readable] = 0  # Probabilities of a black picture mean nothing; zeros are read as uniform.
+            labelled += int(readable.sum())
+            writer.write(start, np.asarray(classes)[:count].reshape(shape), stored)
+            progress.update(count)
+    writer.close()
+    if labelled < len(source):
+        skipped = len(source) - labelled
+        raise PartialFailureError(
+            f"{skipped} of {len(source)} pictures could not be read and have no labels in {output}; the others have. "
+            "sit data check lists them"
+        )
+    return labelled
+
+
+def _dense_forward(config: Config, variables: dict[str, Any]) -> tuple[Any, int]:
+    """The jitted map from uint8 pictures to probabilities (batch, places, classes), and places along a side."""
+    arch = config.model.architecture
+    model = build_model(arch, dtype=config.model.dtype)
+    forward = jax.jit(lambda images: _patch_probabilities(model, variables, normalize(images, config.data)))
+    shape = (1, arch.image_size, arch.image_size, arch.in_channels)
+    result = jax.eval_shape(lambda x: model.apply(variables, x)[1], jax.ShapeDtypeStruct(shape, jnp.float32))
+    if result.patch_logits is None:
+        raise UserError("--workdir: its model labels no single places; use one with model.aux_head=True, or a RegNet")
+    return forward, round(result.patch_logits.shape[1] ** 0.5)
+
+
+def _patch_probabilities(model: Any, variables: dict[str, Any], images: jax.Array) -> jax.Array:
+    return jax.nn.softmax(model.apply(variables, images)[1].patch_logits)

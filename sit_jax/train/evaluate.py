@@ -1,0 +1,85 @@
+"""Evaluation over exactly the whole split, on any mesh."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sit_jax.data.classes import match_classes
+from sit_jax.data.config import DataConfig, InputSpec
+from sit_jax.data.pipeline import HostBatch, Hosts, check_classes, eval_batches
+from sit_jax.data.preprocess import normalize
+from sit_jax.data.registry import open_source
+from sit_jax.io.predictor import Predictor
+from sit_jax.parallel import sharding
+from sit_jax.train.metrics import EvalMetrics, eval_metrics, warn_of_missing
+
+EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
+
+
+def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
+    """The jitted step `(variables, batch, metrics so far) -> metrics`; `batch` is one of `eval_batches`."""
+
+    def eval_step(variables: dict[str, Any], batch: Any, metrics: EvalMetrics) -> EvalMetrics:
+        logits, _ = model.apply(variables, normalize(batch["image"], data))
+        return metrics.merge(eval_metrics(logits, batch["label"], batch["mask"]))
+
+    return jax.jit(eval_step)
+
+
+def evaluate(
+    step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
+) -> dict[str, float]:
+    """Loss, top-1, top-5 (fractions of 1) and the number of examples of a model over all batches.
+
+    Args:
+        step: See `make_eval_step`.
+        variables: The model's.
+        batches: See `eval_batches`.
+        mesh: Where they are computed.
+        what: What is evaluated, for messages.
+
+    Raises:
+        RunError: No example counts.
+        NotFiniteError: The loss is not finite.
+    """
+    metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
+    for batch in batches:
+        metrics = step(variables, sharding.put_batch(mesh, batch), metrics)
+    return metrics.result(what)
+
+
+def evaluate_predictor(
+    predictor: Predictor, data: DataConfig, batch_size: int = 64, match_names: bool = True
+) -> dict[str, float]:
+    """Loss, top-1, top-5 (fractions of 1) and the number of examples over the whole evaluation split of a data set.
+
+    Args:
+        predictor: The model.
+        data: The data set.
+        batch_size: Images at a time.
+        match_names: Match classes by their names where both sides have names; else by index.
+
+    Raises:
+        UserError: The data cannot be read, or has other classes than the model.
+    """
+    arch = predictor.arch
+    spec = InputSpec(
+        data=data,
+        image_size=arch.image_size,
+        channels=arch.in_channels,
+        num_classes=arch.num_classes,
+        eval_batch_size=batch_size,
+    )
+    names = predictor.metadata.get("class_names") if match_names else None
+    source = match_classes(open_source(data, data.eval_split), names, "the model")
+    check_classes(spec, source)
+    metrics = EvalMetrics.empty()
+    merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))
+    # Where there are several processes, each evaluates all of it: there is no mesh that would sum up their shares.
+    for batch in eval_batches(spec, source, Hosts()):
+        metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
+    result = metrics.result("evaluation")
+    warn_of_missing(result, len(source))
+    return result

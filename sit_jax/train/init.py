@@ -1,0 +1,200 @@
+"""Where a run's first weights and its teachers come from."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sit_jax.config import Config, TeacherConfig
+from sit_jax.data.classes import class_order, reorder_heads
+from sit_jax.errors import ConfigError, UserError
+from sit_jax.io.checkpoint import FOLDER
+from sit_jax.io.convert.compare import check_start, differences
+from sit_jax.io.runs import read_config, trained_variables
+from sit_jax.models import HEADS
+from sit_jax.models.architecture import Architecture
+from sit_jax.parallel import distributed, sharding
+from sit_jax.train.checkpoint import Checkpoints
+from sit_jax.train.state import TrainState
+from sit_jax.train.step import TrainSpec, abstract_state, init_state
+
+_NO_PATH = ("teacher", "random")
+
+
+def initial_state(
+    spec: TrainSpec,
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    teachers: dict[str, Any],
+    class_names: Sequence[str] | None = None,
+) -> TrainState:
+    """The state that a run begins or goes on with. The order of restoring, first that applies:
+
+    1. the newest whole checkpoint in the run's own folder: weights, optimizer, moving average, statistics and step;
+    2. the weights that `init` names, the optimizer new: the folder of a run (its newest checkpoint) or one of its
+       checkpoints, `RUN/checkpoints/STEP`;
+    3. or anything else that `sit convert` reads: a model folder, or a file of PyTorch, safetensors or NumPy;
+    4. the teacher's weights, where `init` is `teacher` and there is one;
+    5. random weights.
+
+    What the weights of 2, 3 and 4 lack by design (see `check_start`) is drawn at random, and listed on stderr.
+
+    Args:
+        task: The run's functions.
+        checkpoints: The run's own.
+        mesh: Where the state is to live, whatever mesh wrote it.
+        teachers: The teachers' variables by their section's name.
+        class_names: Of the data, by index: heads that `init` names are put into this order, and those for other
+            classes are new. None matches classes by index.
+
+    Raises:
+        UserError: What `init` names cannot be read, or is of another model.
+    """
+    if checkpoints.latest_step is not None:
+        return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
+    config = spec.config
+    variables: dict[str, Any] | None = None
+    if config.init == "teacher":
+        _check_start_from_teacher(config)
+        variables = teachers.get("teacher")
+    elif config.init != "random":
+        variables = _initial(pathlib.Path(config.init), config, class_names, _log)
+    state = init_state(spec, mesh, variables)
+    if variables is not None:
+        _log_drawn(state.params, variables["params"])
+    return state
+
+
+def _check_start_from_teacher(config: Config) -> None:
+    if config.init == "teacher" and config.teacher is not None:
+        check_start(config.teacher.model.architecture, config.model.architecture, "the teacher")
+
+
+def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
+    """Lists the parts of a model that first weights do not give, and those that the model does not take."""
+    drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
+    drawn += ["reverse modules"] if "reverse" in params else []
+    left = sorted(given.keys() - params["model"].keys())
+    for what, names in (("drawn at random", drawn), ("left out", left)):
+        if names:
+            _log(f"{what}: {', '.join(names)}")
+
+
+def _initial(
+    path: pathlib.Path, config: Config, class_names: Sequence[str] | None, log: Callable[[str], None]
+) -> dict[str, Any]:
+    from sit_jax.io.convert.initial import initial_weights
+    from sit_jax.io.preprocessing import run_class_names
+
+    arch = config.model.architecture
+    if (path / FOLDER).is_dir():
+        check_start(read_config(path).model.architecture, arch, str(path))
+        theirs, variables = trained_variables(path)
+        names, count = run_class_names(theirs, path), theirs.model.architecture.num_classes
+    elif isinstance(arch, Architecture):
+        weights = initial_weights(path, arch, log)
+        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+        names, count = weights.metadata.get("class_names"), arch.num_classes
+    else:
+        raise ConfigError("init", f"{path} is no run; other models than transformers start from runs alone")
+    try:
+        if count != arch.num_classes:
+            raise UserError(f"{path} has {count} classes and not {arch.num_classes}")
+        return reorder_heads(variables, class_order(names, class_names, str(path), "the data"), HEADS)
+    except UserError as problem:
+        log(f"{problem}; the heads are new")
+        params = {name: value for name, value in variables["params"].items() if name not in HEADS}
+        return {**variables, "params": params}
+
+
+def _log(line: str) -> None:
+    if distributed.is_process_0():
+        print(f"init: {line}", file=sys.stderr)
+
+
+def is_own_run(path: str) -> bool:
+    """Whether a path is the folder of a run, or of one of its checkpoints, and not weights of another program."""
+    from sit_jax.io.convert.run_weights import is_run
+
+    return is_run(pathlib.Path(path))
+
+
+def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The variables of a teacher that is trained already: a run's, or any weights that `sit convert` reads.
+
+    Args:
+        teacher: Its section of the configuration.
+        name: That section's name, for messages.
+        class_names: Of the data, by index: the teacher's heads are put into this order. None matches classes by index.
+
+    Raises:
+        UserError: The weights cannot be read, or are of another model than the section describes.
+        ConfigError: The teacher has other classes.
+    """
+    from sit_jax.io.convert.options import Options
+    from sit_jax.io.convert.read import read_weights
+    from sit_jax.io.preprocessing import run_class_names
+
+    path, arch = pathlib.Path(teacher.run), teacher.model.architecture
+    if is_own_run(teacher.run):
+        config, variables = trained_variables(path)
+        _check_teacher(config.model.architecture, teacher, name)
+        names = run_class_names(config, path)
+    elif isinstance(arch, Architecture):
+        weights = read_weights(teacher.run, options=Options(like=arch, reverse=False))
+        _check_teacher(weights.arch, teacher, name)
+        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
+        names = weights.metadata.get("class_names")
+    else:
+        raise ConfigError(f"{name}.run", f"{teacher.run} is no run; other teachers than transformers must be runs")
+    return reorder_heads(variables, _teacher_order(teacher, name, names, class_names), HEADS)
+
+
+def _teacher_order(
+    teacher: TeacherConfig, name: str, names: Sequence[str] | None, class_names: Sequence[str] | None
+) -> list[int] | None:
+    if teacher.match_classes == "index":
+        return None
+    try:
+        return class_order(names, class_names, teacher.run, "the data")
+    except UserError as problem:
+        advice = f"if they are the same classes in the same order, set {name}.match_classes=index"
+        raise ConfigError(f"{name}.run", f"{problem}; {advice}") from None
+
+
+def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
+    problem = differences(theirs, teacher.model.architecture)
+    if problem:
+        raise ConfigError(
+            f"{name}.run", f"the model in {teacher.run} is not the one that {name}.model describes: {problem}"
+        )
+
+
+def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[str] | None = None) -> None:
+    """Raises a UserError where weights that a configuration names are not there, or are another model's.
+
+    Args:
+        config: The run's configuration.
+        folder: The run's folder; with a checkpoint in it, `init` plays no part any more.
+        class_names: Of the data, by index; None where they do not matter.
+    """
+    from sit_jax.io.preprocessing import run_class_names
+
+    starts = not (folder / FOLDER).is_dir()
+    if config.init not in _NO_PATH and starts:
+        if not pathlib.Path(config.init).exists():
+            raise ConfigError("init", f"there is no {config.init}; name a run, a model folder or a file of weights")
+        _initial(pathlib.Path(config.init), config, class_names, lambda _: None)
+    for name, teacher in config.teachers.items():
+        if not teacher.run:
+            check_origins(config.teacher_run(teacher), folder / name, class_names)
+        elif is_own_run(teacher.run):
+            theirs = read_config(pathlib.Path(teacher.run))
+            _check_teacher(theirs.model.architecture, teacher, name)
+            _teacher_order(teacher, name, run_class_names(theirs, pathlib.Path(teacher.run)), class_names)
+        else:
+            given_teacher(teacher, name, class_names)
+    if starts:
+        _check_start_from_teacher(config)

@@ -1,0 +1,328 @@
+"""A run from its first weights to its last checkpoint: the only place where training has side effects."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from jax.sharding import Mesh
+
+from sit_jax import __version__
+from sit_jax.config import Config, DataConfig, TeacherConfig
+from sit_jax.config.config_dict import to_dict
+from sit_jax.data.classes import match_classes
+from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Source
+from sit_jax.errors import NotFiniteError, PreemptedError
+from sit_jax.io import runs as workdir
+from sit_jax.io.preprocessing import run_class_names
+from sit_jax.io.runs import trained_variables as trained_variables
+from sit_jax.models import build_model
+from sit_jax.parallel import distributed, sharding
+from sit_jax.train.checkpoint import Checkpoints, SaveSchedule
+from sit_jax.train.evaluate import evaluate, make_eval_step
+from sit_jax.train.init import check_origins, given_teacher, initial_state
+from sit_jax.train.metrics import MetricWriter, is_finite, warn_of_missing
+from sit_jax.train.progress import Progress
+from sit_jax.train.state import TrainState, has_finite_weights
+from sit_jax.train.step import (
+    TrainSpec,
+    abstract_state,
+    abstract_teachers,
+    freeze_teachers,
+    make_train_spec,
+    make_train_step,
+)
+
+Evaluator = Callable[[TrainState], dict[str, float]]
+
+
+def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str = "train") -> dict[str, float]:
+    """Trains a model, its teachers first where they are not given; the result lies in the run's folder.
+
+    A teacher that is trained here is a run of its own in `folder/teacher` (or `folder/cnn_teacher`).
+
+    Args:
+        config: What to do.
+        folder: The run's folder.
+        resume: Go on with the run in the folder, if there is one.
+        label: Name of this part of the work in the progress bar.
+
+    Returns:
+        The metrics of the last evaluation.
+
+    Raises:
+        ConfigError: Values that do not fit the data or the devices.
+        RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
+    """
+    with distributed.PreemptionMonitor():
+        return _run(config, folder, resume, label)
+
+
+def _run(config: Config, folder: pathlib.Path, resume: bool, label: str) -> dict[str, float]:
+    config = resolve_num_classes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config)
+    # Whatever may be wrong with the inputs shows before the folder is this run's.
+    data = TrainData(config.inputs)
+    eval_source = open_source(config.data, config.data.eval_split)
+    check_classes(config.inputs, eval_source)
+    class_names = data.source.class_names
+    check_origins(config, folder, class_names)
+    distributed.run_on_process_0(lambda: workdir.create_or_verify(folder, config, resume))
+    distributed.run_on_process_0(lambda: workdir.create_or_verify_class_names(folder, class_names))
+    teachers = {
+        name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names)
+        for name, teacher in config.teachers.items()
+    }
+    spec = make_train_spec(config, data.steps_per_epoch)
+    with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
+        state = initial_state(spec, checkpoints, mesh, teachers, class_names)
+        evaluator = _make_evaluator(spec, eval_source, mesh)
+        if checkpoints.latest_step is None and distributed.is_process_0():
+            _print_overview(label, state)
+        teachers = freeze_teachers(spec, teachers)
+        return train_loop(spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label)
+
+
+def resolve_num_classes(config: Config) -> Config:
+    """The configuration with the data set's number of classes wherever a model leaves it open.
+
+    Raises:
+        UserError: The data cannot be opened.
+    """
+    models = [config.model, *(teacher.model for teacher in config.teachers.values())]
+    if all(model.architecture.num_classes for model in models):
+        return config
+    return config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
+
+
+def print_sharding(config: Config, quiet: bool = False) -> None:
+    """Prints where every array of a run's training state, and of its teachers, would lie on the devices.
+
+    Args:
+        config: The run's configuration.
+        quiet: Only check; another process prints.
+
+    Raises:
+        UserError: The data cannot be opened.
+        ConfigError: The mesh does not fit the devices, or a batch or the heads do not fit the mesh.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    config = resolve_num_classes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config)
+    if quiet:
+        return
+    table = Table(title="Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()), box=None)
+    for heading in ("array", "shape", "split along", "MiB per device"):
+        table.add_column(heading, justify="right" if heading.startswith("MiB") else "left", overflow="fold")
+    total = 0.0
+    spec = make_train_spec(config, steps_per_epoch=1)
+    everything = {"state": abstract_state(spec), "teachers": abstract_teachers(spec)}
+    for entry in sharding.placements(mesh, everything):
+        total += entry.mib
+        split = " x ".join(str(axis or "-") for axis in entry.spec) or "-"
+        table.add_row(entry.name, " x ".join(map(str, entry.shape)), split, f"{entry.mib:.3f}")
+    table.add_row("all", "", "", f"{total:.3f}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def train_loop(
+    spec: TrainSpec,
+    state: TrainState,
+    teachers: dict[str, Any],
+    data: TrainData,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    evaluator: Evaluator,
+    folder: pathlib.Path,
+    label: str,
+) -> dict[str, float]:
+    """Steps from the state's step to the last one; evaluates, writes metrics and checkpoints on the way.
+
+    The metrics of a step are read while the next one runs.
+
+    Raises:
+        NotFiniteError: A loss, a gradient, an evaluation or the weights are not finite; they are not saved.
+        PreemptedError: The run was told to end; the newest checkpoint is of the step that it got to.
+    """
+    config, epoch = spec.config, data.steps_per_epoch
+    total = (config.epochs + config.optim.cooldown_epochs) * epoch
+    start = int(state.step)
+    step_fn = make_train_step(spec, mesh)
+    due = SaveSchedule(config.checkpoint, epoch, config.log.every_steps)
+    # Steps since the last line of metrics: those before a restart count, so that the lines are the same as without one.
+    window: list[dict[str, float]] = checkpoints.metadata().get("window", [])
+    evaluation: dict[str, float] = {}
+    with (
+        contextlib.closing(data.batches(start)) as batches,
+        distributed.PreemptionMonitor() as stop,
+        MetricWriter(folder, config.log.tensorboard, start, quiet=not distributed.is_process_0()) as writer,
+        Progress(label, total, start, config.batch_size, quiet=not distributed.is_process_0()) as progress,
+    ):
+        if stop.requested and start < total:
+            raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
+        pending: tuple[int, Any] | None = None
+
+        def resolve() -> None:
+            """Reads the pending step's metrics, and stops the run where they are not finite."""
+            nonlocal pending
+            if pending is None:
+                return
+            step, values = pending[0], {name: float(x) for name, x in jax.device_get(pending[1]).items()}
+            pending = None
+            if not is_finite(values):
+                bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+                # They come from the weights of the step before, which a checkpoint may hold.
+                raise _not_finite(f"step {step}: {bad} is not finite", checkpoints.last_before(step - 1), folder)
+            window.append(values)
+            progress.update(step, values)
+            if step % config.log.every_steps == 0 or step == total:
+                writer.write(step, "train", {k: sum(x[k] for x in window) / len(window) for k in values})
+                window.clear()
+
+        for step in range(start + 1, total + 1):
+            batch = sharding.put_batch(mesh, next(batches))
+            state, metrics = step_fn(state, batch, teachers)
+            resolve()
+            pending = (step, metrics)
+            ends, last = step % epoch == 0, step == total
+            scores: dict[str, float] = {}
+            if last or (ends and step // epoch % config.eval_every_epochs == 0):
+                resolve()
+                try:
+                    scores = evaluation = evaluator(state)
+                except NotFiniteError as error:
+                    raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
+                writer.write(step, "eval", evaluation)
+                progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
+            stopped = stop.should_stop() and not last
+            if last or stopped or due.now(step) or checkpoints.is_best(scores):
+                resolve()
+                if not has_finite_weights(state):
+                    problem = f"step {step}: weights are not finite after it"
+                    raise _not_finite(problem, checkpoints.last_before(step), folder)
+                checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
+                due.saved()
+            if stopped:
+                raise PreemptedError(f"told to end: saved after step {step} of {total}; go on with --resume")
+    return evaluation or evaluator(state)
+
+
+def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
+    there = (
+        f"The last good checkpoint is of step {last_good}" if last_good is not None else "There is no good checkpoint"
+    )
+    return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
+
+
+def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
+    """What a checkpoint says about itself. The position in the data is a function of the step, and here to be read."""
+    return {
+        "config": to_dict(config),
+        "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
+        "mesh": dict(mesh.shape),
+        "processes": jax.process_count(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "versions": {"sit_jax": __version__, "python": platform.python_version(), **_package_versions()},
+    }
+
+
+def _package_versions() -> dict[str, str]:
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def evaluate_run(
+    folder: pathlib.Path,
+    ema: bool = False,
+    step: int | None = None,
+    data: DataConfig | None = None,
+    match_names: bool = True,
+) -> dict[str, float]:
+    """Evaluates a run's checkpoint over its evaluation split, or over that of other data; see `trained_variables`.
+
+    Args:
+        folder: The run's folder.
+        ema: The moving average instead of the weights.
+        step: Which checkpoint; the newest where None.
+        data: The data set; the run's own where None.
+        match_names: Match classes by their names where both sides have names; else by index.
+
+    Raises:
+        UserError: There is no such checkpoint or data.
+        ConfigError: The data has other classes than the model.
+    """
+    config, variables = trained_variables(folder, ema, step)
+    names = run_class_names(config, folder) if match_names else None
+    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables, str(folder), names)
+
+
+def evaluate_variables(
+    config: Config, variables: dict[str, Any], what: str, class_names: Sequence[str] | None = None
+) -> dict[str, float]:
+    """Evaluates a model's variables over the evaluation split of a configuration.
+
+    Args:
+        config: The configuration.
+        variables: The model's.
+        what: What is evaluated, for messages.
+        class_names: The model's class names, by index; None where classes are matched by index.
+
+    Raises:
+        RunError: No image of the split can be read, or the loss is not finite.
+        UserError: The data is not there.
+        ConfigError: The data has other classes than the model.
+    """
+    mesh = sharding.make_mesh()
+    sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    source = match_classes(open_source(config.data, config.data.eval_split), class_names, what)
+    check_classes(config.inputs, source)
+    model = build_model(config.model.architecture, dtype=config.model.dtype)
+    variables = sharding.place(variables, sharding.state_shardings(mesh, variables))
+    result = evaluate(make_eval_step(model, config.data), variables, eval_batches(config.inputs, source), mesh, what)
+    if distributed.is_process_0():
+        warn_of_missing(result, len(source))
+    return result
+
+
+def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
+    config = spec.config
+    step = make_eval_step(spec.model, config.data)
+
+    def evaluator(state: TrainState) -> dict[str, float]:
+        result = evaluate(step, state.variables, eval_batches(config.inputs, source), mesh)
+        if state.ema is not None:
+            averaged = evaluate(step, state.ema, eval_batches(config.inputs, source), mesh, "evaluation of the average")
+            result |= {f"ema_{name}": value for name, value in averaged.items() if name != "examples"}
+        return result
+
+    return evaluator
+
+
+def _teacher_variables(
+    config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, name: str, class_names: Sequence[str]
+) -> Any:
+    """A teacher's frozen variables, on every device; trains it first where no run is named."""
+    if teacher.run:
+        variables = given_teacher(teacher, name, class_names)
+    else:
+        run(config.teacher_run(teacher), folder, resume=True, label=name)
+        _, variables = trained_variables(folder)
+    return sharding.place(variables, sharding.state_shardings(mesh, variables))
+
+
+def _print_overview(label: str, state: TrainState) -> None:
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
+    print(f"{label}: parameters\n{overview}", file=sys.stderr)

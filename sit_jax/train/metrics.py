@@ -1,0 +1,227 @@
+"""Metrics: how they are summed up, and where they are written."""
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from clu import metrics as clu_metrics
+
+from sit_jax import losses
+from sit_jax.errors import NotFiniteError, RunError
+from sit_jax.io.runs import writing
+
+
+@flax.struct.dataclass
+class EvalMetrics(clu_metrics.Collection):
+    """Loss, top-1 and top-5 accuracy over every example whose mask is 1."""
+
+    loss: clu_metrics.Average.from_output("loss")
+    top1: clu_metrics.Average.from_output("top1")
+    top5: clu_metrics.Average.from_output("top5")
+
+    def result(self, what: str) -> dict[str, float]:
+        """The averages by name, accuracies as fractions of 1, and the number of `examples`.
+
+        Args:
+            what: What was evaluated, for messages.
+
+        Raises:
+            RunError: No example counts.
+            NotFiniteError: The loss is not finite.
+        """
+        examples = float(self.top1.count)
+        if examples == 0:
+            raise RunError(f"{what}: no example to evaluate: no image of the split can be read and has a label")
+        averages = {name: float(value) for name, value in self.compute().items()}
+        if not is_finite(averages):
+            raise NotFiniteError(f"{what}: the loss over {examples:.0f} examples is {averages['loss']}")
+        return {**averages, "examples": examples}
+
+
+def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalMetrics:
+    """The metrics of one batch.
+
+    Of equal logits the class with the lower index ranks first, as with argmax. Logits with a NaN are wrong.
+
+    Args:
+        logits: (batch, classes).
+        labels: Class indices, (batch,), or those of all right classes, (batch, labels), padded with -1: the one with
+            the largest logit counts.
+        mask: 1 for examples that count, 0 for those that fill the batch up, (batch,).
+    """
+    rows = labels[:, None] if labels.ndim == 1 else labels
+    scores = jnp.where(rows >= 0, jnp.take_along_axis(logits, rows, axis=1), -jnp.inf)
+    label = jnp.take_along_axis(rows, scores.argmax(axis=1)[:, None], axis=1)[:, 0]
+    _, ranked = jax.lax.top_k(logits, min(5, logits.shape[1]))
+    right = (ranked[:, :, None] == rows[:, None, :]).any(axis=2) & ~jnp.isnan(logits).any(axis=1)[:, None]
+    loss = losses.label_cross_entropy(logits, label)
+    return EvalMetrics.single_from_model_output(loss=loss, top1=right[:, 0], top5=right.any(axis=1), mask=mask)
+
+
+class MetricWriter:
+    """Writes metrics as JSON lines (`metrics.jsonl`) and, where wanted, as TensorBoard events."""
+
+    def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0, quiet: bool = False) -> None:
+        """Opens the files; lines of steps after `resume_step`, from a run that was cut off, are dropped.
+
+        Args:
+            workdir: The run's folder.
+            tensorboard: Whether to write events.
+            resume_step: The step that the run goes on from.
+            quiet: Write nothing at all: another process does.
+        """
+        self._file: Any = None
+        self._board: Any = None
+        if quiet:
+            return
+        self._workdir, path = workdir, workdir / "metrics.jsonl"
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        with writing(workdir):
+            # The whole new file or the old one: lines that a full disk cuts off would be lost for good.
+            shorter = path.with_name(f".{path.name}.part")
+            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            shorter.replace(path)
+            self._file = path.open("a")
+        if tensorboard:
+            with writing(workdir):
+                self._board = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else None)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # What a full disk did not take was told when it was written.
+                self._file.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
+
+    def write(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """Writes one line of metrics; raises a RunError where the disk does not take it.
+
+        Args:
+            step: Optimizer steps done.
+            kind: `train` or `eval`.
+            values: Name -> value.
+        """
+        if self._file is None:
+            return
+        line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
+        with writing(self._workdir):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        if self._board is not None:
+            with writing(self._workdir):
+                self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+
+class _Events:
+    """TensorBoard events, written at once: tensorboardX's thread would die of a full disk, and its queue fill up."""
+
+    def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # Takes a while to import, and not every run wants it.
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = event_pb2.Event, scalar
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class MetricLines(NamedTuple):
+    """What a run's `metrics.jsonl` holds.
+
+    Attributes:
+        lines: Its lines of metrics, oldest first; each has at least `step` and `kind`.
+        damaged: Numbers, from 1, of lines that are none; they are left out.
+        cut_off: Whether the last of these has no end: it was being written, or a full disk cut it off.
+    """
+
+    lines: list[dict[str, Any]]
+    damaged: list[int]
+    cut_off: bool
+
+
+def scan_metrics(workdir: pathlib.Path) -> MetricLines:
+    """Reads a run's `metrics.jsonl`, damaged or not; without one there are no lines.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return MetricLines([], [], False)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+    lines, damaged, texts = [], [], data.split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            damaged.append(number)
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int and isinstance(line.get("kind"), str):
+            lines.append(line)
+        else:
+            damaged.append(number)
+    return MetricLines(lines, damaged, cut_off=damaged[-1:] == [len(texts)])
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, oldest first, without damaged ones, such as a last line that was cut off.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    return scan_metrics(workdir).lines
+
+
+def warn_of_missing(result: dict[str, float], images: int) -> None:
+    """Says on standard error how many images of a split an evaluation does not count, if any.
+
+    Args:
+        result: The evaluation.
+        images: Images in the split.
+    """
+    missing = images - round(result["examples"])
+    if missing:
+        print(f"{missing} of {images} images are not counted: they are unreadable or have no label", file=sys.stderr)
+
+
+def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of evaluations whose numbers are all finite; runs of older versions may hold others."""
+    return [line for line in lines if line["kind"] == "eval" and is_finite(_numbers(line))]
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, float)}
+
+
+def is_finite(values: dict[str, float]) -> bool:
+    """Whether every metric is a finite number."""
+    return all(math.isfinite(value) for value in values.values())

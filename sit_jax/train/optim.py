@@ -1,0 +1,101 @@
+"""AdamW with one schedule per parameter group, and the schedules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sit_jax.config import OptimConfig
+
+Params = Any
+Schedule = Callable[[Any], Any]
+
+
+def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoch: int) -> Schedule:
+    """Learning rate as a function of the step: linear warm-up, cosine to the minimum, then the minimum.
+
+    Args:
+        optim: Minimum, warm-up and whether the rate changes per step or per epoch.
+        peak: Rate at the top of the cosine.
+        epochs: Epochs from the first step to the end of the cosine, warm-up included.
+        steps_per_epoch: Optimizer steps in an epoch.
+    """
+
+    def schedule(step: Any) -> Any:
+        epoch = step // steps_per_epoch if optim.schedule_per == "epoch" else step / steps_per_epoch
+        progress = jnp.clip((epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs), 0.0, 1.0)
+        rate = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        if optim.warmup_epochs > 0:
+            # The first step already moves: a rate of exactly 0 would waste it.
+            since_start = (epoch + 1) if optim.schedule_per == "epoch" else (step + 1) / steps_per_epoch
+            rate = jnp.where(
+                epoch < optim.warmup_epochs, peak * jnp.minimum(1.0, since_start / optim.warmup_epochs), rate
+            )
+        return rate
+
+    return schedule
+
+
+def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str, Schedule]:
+    """The schedule of each parameter group: `model`, and `reverse` with its own peak and the same minimum."""
+    return {
+        "model": cosine_schedule(optim, optim.lr, epochs, steps_per_epoch),
+        "reverse": cosine_schedule(optim, optim.lr * optim.rtsm_lr_scale, epochs, steps_per_epoch),
+    }
+
+
+def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
+    """AdamW over `{'model': ..., 'reverse': ...}` parameters.
+
+    The token-labelled teachers' auxiliary head never moves, as in the original.
+    """
+    rates = schedules(optim, epochs, steps_per_epoch)
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
+    return optax.chain(
+        clip,
+        optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
+        optax.add_decayed_weights(optim.weight_decay, lambda params: decay_mask(params, optim.decay_like_original)),
+        optax.partition(
+            {
+                "model": optax.scale_by_learning_rate(rates["model"]),
+                "reverse": optax.scale_by_learning_rate(rates["reverse"]),
+                "frozen": optax.set_to_zero(),
+            },
+            parameter_groups,
+        ),
+    )
+
+
+def parameter_groups(params: Params) -> Params:
+    """`model`, `reverse` or `frozen` for every parameter."""
+
+    def group(path: tuple[Any, ...], _: Any) -> str:
+        names = _names(path)
+        return "frozen" if "aux_head" in names else names[0]
+
+    return jax.tree_util.tree_map_with_path(group, params)
+
+
+def decay_mask(params: Params, decay_like_original: bool = False) -> Params:
+    """True for the parameters that weight decay applies to.
+
+    Undecayed are norms, biases, class and distillation tokens, positions and the slimming scale. The original also
+    decays the slimming scale and everything in the reverse modules; `decay_like_original` does so too.
+    """
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = _names(path)
+        if decay_like_original and (
+            names[0] == "reverse" or (names[-1] == "scale" and names[-2].startswith("slimming_"))
+        ):
+            return True
+        tokens = ("class_token", "positions", "distillation_token", "distillation_position")
+        return leaf.ndim > 1 and names[-1] not in tokens
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _names(path: tuple[Any, ...]) -> list[str]:
+    return [str(part.key) for part in path]

@@ -1,0 +1,269 @@
+"""The train step: one pure function for plain training, slimming alone, and distillation.
+
+Distillation is a loss plus a teacher argument: a term whose weight is 0 leaves no trace in the compiled program.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from sit_jax import losses
+from sit_jax.config import Config, LossConfig, ModelConfig
+from sit_jax.data.device_augment import prepare_batch
+from sit_jax.data.random_keys import stream_key
+from sit_jax.models import build_model, build_reverse
+from sit_jax.models.architecture import Architecture
+from sit_jax.ops.linear import cast_kernels
+from sit_jax.ops.xla_options import cpu_options
+from sit_jax.parallel import sharding
+from sit_jax.train.optim import Schedule, make_optimizer, schedules
+from sit_jax.train.state import TrainState, update_ema
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]
+
+
+class TrainSpec(NamedTuple):
+    """The functions a run is made of; no arrays.
+
+    Attributes:
+        model: The module that is trained.
+        reverse: The reverse modules, or None where no token is recovered.
+        teacher: The un-slimmed teacher's module, or None.
+        cnn_teacher: The convolutional teacher's module, or None.
+        optimizer: The optimizer over `{'model': ..., 'reverse': ...}`.
+        rates: The learning-rate schedule of each parameter group.
+        config: The run's configuration.
+    """
+
+    model: Any
+    reverse: Any
+    teacher: Any
+    cnn_teacher: Any
+    optimizer: optax.GradientTransformation
+    rates: dict[str, Schedule]
+    config: Config
+
+
+def make_train_spec(config: Config, steps_per_epoch: int) -> TrainSpec:
+    """Builds modules and optimizer of a run."""
+
+    def build(model: ModelConfig) -> Any:
+        return build_model(model.architecture, model.drop_path, model.dtype, model.remat, model.attention)
+
+    loss, model = config.loss, config.model
+    arch = model.architecture
+    recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
+    return TrainSpec(
+        model=build(model),
+        reverse=build_reverse(arch, model.dtype) if recovers and isinstance(arch, Architecture) else None,
+        teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
+        cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
+        optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
+        rates=schedules(config.scaled_optim, config.epochs, steps_per_epoch),
+        config=config,
+    )
+
+
+def init_state(spec: TrainSpec, mesh: Mesh, variables: dict[str, Any] | None = None) -> TrainState:
+    """The state before the first step, created in its sharding.
+
+    Args:
+        task: The run's functions.
+        mesh: Where the state lives.
+        variables: `{'params': ..., 'batch_stats': ...}` to start the model from; whatever parameter is missing there
+            (a student's slimming modules, say) is drawn at random.
+    """
+    create = jax.jit(lambda: _fresh_state(spec), out_shardings=sharding.state_shardings(mesh, abstract_state(spec)))
+    state = create()
+    if variables is None:
+        return state
+    params = {**state.params, "model": _overlay(state.params["model"], variables["params"])}
+    stats = _overlay(state.batch_stats, variables.get("batch_stats", {}))
+    ema = {"params": jax.tree.map(jnp.copy, params["model"]), "batch_stats": jax.tree.map(jnp.copy, stats)}
+    return state.replace(params=params, batch_stats=stats, ema=ema if state.ema is not None else None)
+
+
+def abstract_state(spec: TrainSpec) -> TrainState:
+    """Shapes and types of the training state, without computing it."""
+    return jax.eval_shape(lambda: _fresh_state(spec))
+
+
+def freeze_teachers(spec: TrainSpec, teachers: dict[str, Any]) -> dict[str, Any]:
+    """The variables of the teachers that a task's step takes, kernels in the type of their products.
+
+    Cast here once, they are not cast in every step, and take half the memory in bfloat16.
+
+    Args:
+        task: The run's functions.
+        teachers: Variables by the name of the teacher's section.
+    """
+    cast = jax.jit(cast_kernels, static_argnums=1)
+    return {name: cast(teachers[name], model.dtype) for name, model in _teacher_models(spec).items()}
+
+
+def _teacher_models(spec: TrainSpec) -> dict[str, ModelConfig]:
+    """The models of the teachers that a task's step takes, by the name of their section."""
+    teachers = spec.config.teachers
+    return {name: teacher.model for name, teacher in teachers.items() if getattr(spec, name) is not None}
+
+
+def abstract_teachers(spec: TrainSpec) -> dict[str, Any]:
+    """Shapes and types of the variables of the teachers that a task's step takes."""
+    teachers = {}
+    for name, model in _teacher_models(spec).items():
+        arch = model.architecture
+        images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
+        teachers[name] = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+    return jax.eval_shape(lambda tree: freeze_teachers(spec, tree), teachers)
+
+
+def _fresh_state(spec: TrainSpec) -> TrainState:
+    arch = spec.config.model.architecture
+    key = stream_key(spec.config.seed, "init")
+    images = jnp.zeros((2, arch.image_size, arch.image_size, arch.in_channels))
+    variables = spec.model.init(key, images)
+    params = {"model": variables["params"]}
+    stats = variables.get("batch_stats", {})
+    if spec.reverse is not None:
+        (_, outputs) = spec.model.apply(variables, images)
+        params["reverse"] = spec.reverse.init(jax.random.fold_in(key, 1), outputs.tokens)["params"]
+    ema = {"params": params["model"], "batch_stats": stats} if spec.config.optim.ema_decay > 0 else None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=stats,
+        opt_state=spec.optimizer.init(params),
+        ema=ema,
+    )
+
+
+def _overlay(mine: Any, theirs: Any) -> Any:
+    """`mine` with a copy of every leaf that `theirs` has, in the sharding of `mine`.
+
+    A copy, since the train step donates the state: an array shared with a teacher would be taken from it.
+    """
+    if not isinstance(mine, dict):
+        if jnp.shape(theirs) != jnp.shape(mine):
+            raise ValueError(f"a weight is {jnp.shape(theirs)}, the model's is {jnp.shape(mine)}")
+        return jax.device_put(jnp.array(theirs, mine.dtype, copy=True), mine.sharding)
+    return {name: _overlay(value, theirs[name]) if name in theirs else value for name, value in mine.items()}
+
+
+def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
+    """The jitted train step `(state, batch, teachers) -> (state, metrics)`; the old state's memory is reused.
+
+    `batch` is the loader's; see `prepare_batch`, which makes it what the loss takes.
+    `teachers` holds the frozen variables under `teacher` and `cnn_teacher`, where the task has them.
+    Metrics are float32 scalars: `loss`, each term by its name before weighting, `accuracy`, `grad_norm`, and the
+    learning rate of each parameter group.
+    """
+    sharded = sharding.state_shardings(mesh, abstract_state(spec))
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # The input's sharding comes with the arrays; the output's is pinned, so that the second step compiles to the first.
+    return jax.jit(
+        lambda state, batch, teachers: train_step(spec, state, batch, teachers),
+        donate_argnums=0,
+        out_shardings=(sharded, sharding.replicated(mesh)),
+        compiler_options=cpu_options() if on_cpu else None,
+    )
+
+
+def train_step(
+    spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any]
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step; a pure function. See `make_train_step`."""
+    config = spec.config
+    key = stream_key(config.seed, "drop_path", state.step)
+    prepared = prepare_batch(config.inputs, batch, state.step)
+    grads, batch_stats, metrics = _accumulated_gradients(spec, state, prepared, teachers, key)
+    if config.data.on_decode_error == "skip" and "skipped" in batch:
+        metrics["skipped"] = (batch["skipped"] > 0).sum(dtype=jnp.float32)
+    updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        fresh = {"params": params["model"], "batch_stats": batch_stats}
+        ema = update_ema(ema, fresh, config.optim.ema_decay, state.step)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    for group, rate in spec.rates.items():
+        if group in params:
+            metrics[f"lr/{group}"] = jnp.asarray(rate(state.step), jnp.float32)
+    state = TrainState(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
+    return state, metrics
+
+
+def _accumulated_gradients(
+    spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any], key: jax.Array
+) -> tuple[Any, Any, Metrics]:
+    """Gradients, BatchNorm statistics and metrics of a batch, worked off in micro-batches."""
+    optim = spec.config.optim
+    parts = optim.accumulate_steps
+    # A gradient has the type of what it is taken of.
+    params = cast_kernels(state.params, optim.grad_dtype)
+    gradient = jax.value_and_grad(compute_loss, argnums=1, has_aux=True)
+    if parts == 1:
+        (_, (stats, metrics)), grads = gradient(spec, params, state.batch_stats, batch, teachers, key)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), grads), stats, metrics
+    # Every part takes each parts-th example: so each device works off its own examples, none travels.
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def work(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
+        summed, stats = carry
+        micro, index = part
+        micro_key = jax.random.fold_in(key, index)
+        (_, (stats, metrics)), grads = gradient(spec, params, stats, micro, teachers, micro_key)
+        return (jax.tree.map(jnp.add, summed, grads), stats), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    (summed, stats), metrics = jax.lax.scan(work, (zeros, state.batch_stats), (split, jnp.arange(parts)))
+    grads = jax.tree.map(lambda x: x / parts, summed)
+    return grads, stats, jax.tree.map(lambda x: x.mean(axis=0), metrics)
+
+
+def compute_loss(
+    spec: TrainSpec, params: Any, batch_stats: Any, batch: Batch, teachers: dict[str, Any], key: jax.Array
+) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    """The loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
+    weights: LossConfig = spec.config.loss
+    images, labels = batch["image"], batch["label"]
+    mixed = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
+    variables = {"params": params["model"], "batch_stats": batch_stats}
+    (logits, outputs), updated = spec.model.apply(
+        variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **mixed
+    )
+    terms = {"classification": losses.soft_target_cross_entropy(logits, labels)}
+    if spec.teacher is not None:
+        teacher_logits, teacher_outputs = jax.lax.stop_gradient(
+            spec.teacher.apply(teachers["teacher"], images, **mixed)
+        )
+        if weights.token > 0:
+            terms["token"] = _token_distillation(spec, params, outputs.tokens, teacher_outputs.tokens)
+        if weights.logits > 0:
+            terms["logits"] = losses.logits_distillation(logits, teacher_logits, weights.temperature)
+    if weights.token_label > 0:
+        terms["token_label"] = losses.token_labelling(outputs.patch_logits, batch["patch_label"])
+    if spec.cnn_teacher is not None:
+        cnn_logits, _ = jax.lax.stop_gradient(spec.cnn_teacher.apply(teachers["cnn_teacher"], images))
+        terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)
+    total = sum((_weight(weights, name) * value for name, value in terms.items()), start=jnp.zeros(()))
+    accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
+    return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})
+
+
+def _token_distillation(spec: TrainSpec, params: Any, tokens: Any, targets: Any) -> jax.Array:
+    """The mean over all blocks of the error of the student's recovered tokens."""
+    if spec.reverse is None:
+        return losses.token_distillation(tokens, targets)
+    variables = {"params": params["reverse"]}
+    errors = spec.reverse.apply(variables, tokens, targets, losses.mean_squared_error, method="errors")
+    return jnp.stack(errors).mean()
+
+
+def _weight(weights: LossConfig, term: str) -> float:
+    return 1.0 if term == "classification" else float(getattr(weights, term))

@@ -1,0 +1,242 @@
+"""`sit visualize`: figures and arrays of token maps, picture by picture."""
+
+import itertools
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from sit_jax.data.folder import find_pictures
+from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Example, Source, read_picture, writing
+from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
+from sit_jax.io.atomic_write import atomic_replace
+from sit_jax.io.predictor import evaluation_data
+from sit_jax.train.progress import Progress
+from sit_jax.visual.arrays import arrays_of, write_arrays
+from sit_jax.visual.figure import draw_maps
+from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
+from sit_jax.visual.token_maps import TokenMaps
+
+# Where figures go if nothing is said.
+FIGURES = pathlib.Path("maps")
+# Of a split, if nothing is said.
+FEW = 16
+_NPZ = ".npz"
+_CLASSES_TOLD = 3
+
+
+class Picture(NamedTuple):
+    """A picture that is to be looked at.
+
+    Attributes:
+        name: What messages and arrays call it.
+        title: What its figure is called.
+        stem: What its files are called, without a suffix.
+        load: Reads it, and its class by name, empty where nobody says.
+    """
+
+    name: str
+    title: str
+    stem: str
+    load: Callable[[], tuple[Example, str]]
+
+
+class Read(NamedTuple):
+    """A picture that has been read.
+
+    Attributes:
+        picture: Which one.
+        seen: How it looks.
+        label: Its class by name, empty where nobody says.
+    """
+
+    picture: Picture
+    seen: ModelInput
+    label: str
+
+
+class Ways(NamedTuple):
+    """What is written, and how.
+
+    Attributes:
+        figures: Folder for a figure per picture; None for no figures.
+        arrays: An .npz file for all pictures, or a folder for one per picture; None for no arrays.
+        tokens: Tokens that figures show for each slimming module, at most.
+        dpi: Of the figures.
+        batch_size: Pictures that go through the model at a time.
+    """
+
+    figures: pathlib.Path | None = FIGURES
+    arrays: pathlib.Path | None = None
+    tokens: int = 8
+    dpi: int = 150
+    batch_size: int = 8
+
+
+def command(
+    source: pathlib.Path,
+    words: Sequence[str],
+    ways: Ways,
+    data: dict[str, str | None],
+    limit: int | None = None,
+    ema: bool = False,
+    step: int | None = None,
+) -> None:
+    """The body of `sit visualize`.
+
+    Args:
+        source: A run's folder or a model folder.
+        words: Files, folders, patterns, or `-`; see `find_pictures`. None where a split is asked for.
+        ways: What is written.
+        data: `split`, `name` and `data_dir` of a data set; None for what the model was trained on.
+        limit: Pictures at most; all, or `FEW` of a split, where None.
+        ema: A run's moving average instead of its weights.
+        step: Which of a run's checkpoints; the newest where None.
+
+    Raises:
+        UserError: The model, a word or the data set cannot be opened, or a file cannot be written.
+        PartialFailureError: Some pictures could not be read.
+    """
+    if bool(words) == (data["split"] is not None):
+        raise UserError("which pictures? Give files, folders or patterns, or else --split")
+    if words and (data["name"] or data["data_dir"]):
+        raise UserError("--name and --data_dir: tell where a --split is; pictures are given by themselves")
+    found = from_files(find_pictures(words, sys.stdin)) if words else []
+    subject = open_inspected_model(source, ema, step)
+    pictures = found if words else from_split(subject, data, FEW if limit is None else limit)
+    if not subject.arch.is_slimmed:
+        print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
+    done = visualize(subject, pictures[:limit], ways)
+    for place in (ways.figures, ways.arrays):
+        if place is not None and done:
+            print(f"Written: {place} ({done} pictures)")
+    skipped = len(pictures[:limit]) - done
+    if skipped:
+        raise PartialFailureError(
+            f"{skipped} of {len(pictures[:limit])} pictures could not be read and were skipped; the others were done"
+        )
+
+
+def from_files(names: Sequence[str]) -> list[Picture]:
+    """Pictures of their own."""
+    stems = _different(pathlib.PurePath(name).stem for name in names)
+
+    def one(name: str, stem: str) -> Picture:
+        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_picture(name), ""))
+
+    return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
+
+
+def from_split(subject: InspectedModel, data: dict[str, str | None], limit: int) -> list[Picture]:
+    """The first pictures of a split of a data set.
+
+    Raises:
+        UserError: It cannot be opened.
+    """
+    fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
+    config = evaluation_data(subject, {key: value for key, value in fields.items() if value is not None})
+    source = open_source(config, config.eval_split)
+    stem = re.sub(r"[^\w.%-]+", "-", config.eval_split)
+    return [_example(source, index, f"{stem}-{index:05d}") for index in range(min(limit, len(source)))]
+
+
+def _example(source: Source, index: int, name: str) -> Picture:
+    def load() -> tuple[Example, str]:
+        example = source[index]
+        return example, str(source.class_names[example.label]) if example.label >= 0 else ""
+
+    return Picture(name, name, name, load)
+
+
+def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) -> int:
+    """Writes figures and arrays, and names the pictures that cannot be read on standard error.
+
+    Every file is whole or not there; one that is there already is replaced. Memory does not grow with the pictures,
+    except for arrays in one file.
+
+    Returns:
+        How many could be read.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
+    kept: list[tuple[Picture, dict[str, ndarray]]] = []
+    one_file = ways.arrays is not None and ways.arrays.suffix == _NPZ
+    readable = finished = 0
+    with Progress("visualize", len(pictures), 0, 1) as progress:
+        for batch in _read(subject, pictures, ways.batch_size, progress):
+            maps = subject.maps(_filled([read.seen.pixels for read in batch], ways.batch_size))
+            for index, read in enumerate(batch):
+                if ways.figures is not None:
+                    _write_figure(subject, read, maps, index, ways)
+                if ways.arrays is not None:
+                    picture, arrays = read.picture, arrays_of(read.seen.pixels, maps, index)
+                    if one_file:
+                        kept.append((picture, arrays))
+                    else:
+                        _write_arrays(subject, ways.arrays / f"{picture.stem}{_NPZ}", [(picture, arrays)])
+                finished += 1
+                progress.update(finished, {})
+            readable += len(batch)
+    if kept and ways.arrays is not None:
+        _write_arrays(subject, ways.arrays, kept)
+    return readable
+
+
+def _read(
+    subject: InspectedModel, pictures: Sequence[Picture], batch_size: int, progress: Progress
+) -> Iterator[list[Read]]:
+    """The pictures that can be read, batch by batch."""
+    batch: list[Read] = []
+    for picture in pictures:
+        try:
+            example, label = picture.load()
+            batch.append(Read(picture, subject.preprocess(example), label))
+        except ImageDecodeError as error:
+            progress.note(f"skipped {error}")
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _filled(pixels: Sequence[ndarray], batch_size: int) -> ndarray:
+    """A whole batch, so that nothing is compiled for the last one."""
+    batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
+    batch[: len(pixels)] = pixels
+    return batch
+
+
+def _write_figure(subject: InspectedModel, read: Read, maps: TokenMaps, index: int, ways: Ways) -> None:
+    probabilities, names = maps.probabilities[index], subject.class_names
+    order = np.argsort(-probabilities, kind="stable")[:_CLASSES_TOLD]
+    says = "says " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in order)
+    if read.label:
+        says = f"labelled {read.label}; {says}"
+    assert ways.figures is not None
+    # Never the name of a picture, so that no original is ever replaced.
+    path = ways.figures / f"{read.picture.stem}.maps.png"
+    with writing(path), atomic_replace(path) as part:
+        draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)
+
+
+def _write_arrays(
+    subject: InspectedModel, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]
+) -> None:
+    with writing(path), atomic_replace(path) as part:
+        write_arrays(part, [picture.name for picture, _ in kept], subject.class_names, [x for _, x in kept])
+
+
+def _different(stems: Iterable[str]) -> list[str]:
+    """The same names; one that was there before gets a number behind it."""
+    taken: dict[str, None] = {}
+    for stem in stems:
+        numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        taken[next(name for name in numbered if name not in taken)] = None
+    return list(taken)
