@@ -31,7 +31,7 @@ class Model:
     Attributes:
         arch: Its shape.
         variables: `{'params': ...}`, and `batch_stats` where it has BatchNorm; float32.
-        about: What is known about it: `class_names`, `preprocessing`, `provenance`, `licence`; any may be missing.
+        metadata: What is known about it: `class_names`, `preprocessing`, `provenance`, `licence`; any may be missing.
     """
 
     arch: Architecture
@@ -50,7 +50,7 @@ class Model:
 
         Args:
             images: Of the model's size and channels (`arch.image_size`, `arch.in_channels`), channels last: uint8
-                pixels, which are normalised as `about` says (as for ImageNet where it is silent), or normalised floats.
+                pixels, which are normalised as `metadata` says (as for ImageNet where it is silent), or normalised floats.
         """
         if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
             raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalised floats")

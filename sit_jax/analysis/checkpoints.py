@@ -74,7 +74,7 @@ class Contents(NamedTuple):
 
     Attributes:
         step: Optimizer steps done.
-        about: What it says about itself: `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the
+        metadata: What it says about itself: `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the
             metrics of the steps since the last line that was written (`window`); empty in older ones.
         metrics: The evaluation of its weights.
         arrays: Every array.

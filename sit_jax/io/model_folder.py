@@ -25,7 +25,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Whoever has PyTorch needs nothing but the folder.
 TORCH_MODULE = pathlib.Path(__file__).with_name("export") / "torch_model.py"
 FORMAT, VERSION = "sit_jax", 1
-# The entries of config.json that describe the file itself; all others are the model's `about`.
+# The entries of config.json that describe the file itself; all others are the model's `metadata`.
 _OWN = ("format", "format_version", "architecture", "kept_tokens")
 
 _ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
@@ -106,7 +106,7 @@ def describe(arch: Architecture, metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_description(values: dict[str, Any], where: object) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture and the model's `about` of a description; the inverse of `describe`.
+    """The architecture and the model's `metadata` of a description; the inverse of `describe`.
 
     Args:
         values: The JSON values.

@@ -33,7 +33,7 @@ class Predictor:
         logits: uint8 pictures (batch, height, width, channels) of the model's size -> float32 (batch, classes).
         arch: The model's shape.
         data: How pictures are read.
-        about: What else is known, such as `class_names`; see `Weights.about`.
+        metadata: What else is known, such as `class_names`; see `Weights.metadata`.
     """
 
     logits: Logits
@@ -99,7 +99,7 @@ class Opened(NamedTuple):
         arch: The model's shape.
         variables: Its variables, NumPy's or JAX's.
         data: How pictures are read.
-        about: What else is known; see `Weights.about`.
+        metadata: What else is known; see `Weights.metadata`.
         dtype: Type of the products.
     """
 

@@ -52,7 +52,7 @@ def check_about(metadata: dict[str, Any], num_classes: int, where: object) -> No
     """Raises a UserError where a description of a model holds what no picture or class can be described by.
 
     Args:
-        about: See `Weights.about`.
+        metadata: See `Weights.metadata`.
         num_classes: The model's classes.
         where: The file, for messages.
     """
@@ -81,7 +81,7 @@ def _are_numbers(values: Any, above: float) -> bool:
 
 
 def settled(metadata: dict[str, Any], channels: int) -> dict[str, Any]:
-    """A model's `about` with every entry of `preprocessing` there, ImageNet's where it is silent."""
+    """A model's `metadata` with every entry of `preprocessing` there, ImageNet's where it is silent."""
     given = metadata.get("preprocessing") or {}
     filled = {**IMAGENET, **given}
     for name in ("mean", "std"):
@@ -90,13 +90,13 @@ def settled(metadata: dict[str, Any], channels: int) -> dict[str, Any]:
 
 
 def assumptions(metadata: dict[str, Any]) -> str:
-    """What is taken of `IMAGENET`, since a model's `about` is silent: `name value, ...`; empty where it says all."""
+    """What is taken of `IMAGENET`, since a model's `metadata` is silent: `name value, ...`; empty where it says all."""
     given = metadata.get("preprocessing") or {}
     return ", ".join(f"{name} {value}" for name, value in IMAGENET.items() if name not in given)
 
 
 def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
-    """The data section that reads pictures as a model's `about` says.
+    """The data section that reads pictures as a model's `metadata` says.
 
     Raises:
         UserError: The description holds impossible values; `where` names it.
@@ -119,7 +119,7 @@ def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
 
 
 def about_run(config: Config, folder: pathlib.Path, step: int, ema: bool) -> dict[str, Any]:
-    """What is known about a run's model: class names, preprocessing, provenance; see `Weights.about`."""
+    """What is known about a run's model: class names, preprocessing, provenance; see `Weights.metadata`."""
     metadata: dict[str, Any] = {
         "preprocessing": preprocessing_of(config.data, config.model.architecture.in_channels),
         "provenance": {

@@ -40,7 +40,7 @@ class RunInfo:
         scores: Lines of evaluations, likewise.
         summary: What `summary.json` says; empty for a run that has not finished.
         checkpoints: The whole checkpoints, oldest first.
-        about: What the newest checkpoint says about itself.
+        metadata: What the newest checkpoint says about itself.
         teachers: The runs of its teachers, by the name of their section; those without a run of theirs are missing.
         missing: What is not there, or not whole, in sentences.
     """

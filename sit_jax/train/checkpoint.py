@@ -79,7 +79,7 @@ class Checkpoints:
         Args:
             state: The training state; a step that is already there is not written again.
             metrics: Of the evaluation of this very state; empty without one.
-            about: JSON values that say what the state is of.
+            metadata: JSON values that say what the state is of.
 
         Raises:
             RunError: This checkpoint or the one before could not be written.

@@ -42,7 +42,7 @@ def initial_state(
     What the weights of 2, 3 and 4 lack by design (see `check_start`) is drawn at random, and listed on stderr.
 
     Args:
-        task: The run's functions.
+        spec: The run's functions.
         checkpoints: The run's own.
         mesh: Where the state is to live, whatever mesh wrote it.
         teachers: The teachers' variables by their section's name.

@@ -74,7 +74,7 @@ def init_state(spec: TrainSpec, mesh: Mesh, variables: dict[str, Any] | None = N
     """The state before the first step, created in its sharding.
 
     Args:
-        task: The run's functions.
+        spec: The run's functions.
         mesh: Where the state lives.
         variables: `{'params': ..., 'batch_stats': ...}` to start the model from; whatever parameter is missing there
             (a student's slimming modules, say) is drawn at random.
@@ -100,7 +100,7 @@ def freeze_teachers(spec: TrainSpec, teachers: dict[str, Any]) -> dict[str, Any]
     Cast here once, they are not cast in every step, and take half the memory in bfloat16.
 
     Args:
-        task: The run's functions.
+        spec: The run's functions.
         teachers: Variables by the name of the teacher's section.
     """
     cast = jax.jit(cast_kernels, static_argnums=1)

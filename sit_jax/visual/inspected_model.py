@@ -45,7 +45,7 @@ class InspectedModel:
         arch: Its shape.
         variables: Its variables, on the device.
         data: How pictures are read.
-        about: What else is known; see `Weights.about`.
+        metadata: What else is known; see `Weights.metadata`.
         dtype: Type of the products.
     """
 

@@ -26,7 +26,7 @@ class Description(NamedTuple):
         fields: Fields of the architecture.
         class_position: Whether the class token has a position of its own; None where nothing is said.
         heads: Width -> attention heads, where it names a model by its size.
-        about: See `Weights.about`.
+        metadata: See `Weights.metadata`.
         is_own: Whether it is sit_jax's own, which says everything.
         unused: Its keys that say nothing here.
     """

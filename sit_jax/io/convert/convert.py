@@ -19,7 +19,7 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
         dest: A model folder where it has no suffix; a `.pth`, `.pt` or `.safetensors` file in the original's layout.
         options: What is read and changed.
         force: Replace what lies at `dest`.
-        say: Is called with each line about what was found and changed.
+        log: Is called with each line about what was found and changed.
 
     Raises:
         UserError: One line; nothing is written then, and what lay at `dest` is still there.

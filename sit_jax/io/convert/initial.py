@@ -19,7 +19,7 @@ def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = sil
     Args:
         path: A file of weights, a model folder, or a run.
         arch: The model that starts.
-        say: Is called with each line about what was found and changed.
+        log: Is called with each line about what was found and changed.
 
     Returns:
         The weights, without what the file's model lacks (a student's slimming modules, say).

@@ -45,7 +45,7 @@ def read_weights(
         overrides: Fields of the architecture that the tensors do not tell, such as `num_heads`; those of `options` if
             not given.
         options: What else is chosen.
-        say: Is called with each line about what was found and changed.
+        log: Is called with each line about what was found and changed.
 
     Returns:
         The weights: NumPy float32 in Linen's names and layouts.

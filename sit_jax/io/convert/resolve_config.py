@@ -50,7 +50,7 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     """Completes what the tensors tell.
 
     Args:
-        told: What the tensors tell.
+        inferred: What the tensors tell.
         config: Fields of an architecture from a `config.json`.
         options: Fields that the user gives, and `name`, a named model to take them from; they come first.
 
@@ -204,8 +204,8 @@ def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], conf
     """What was found, in one line.
 
     Args:
-        told: What the tensors tell.
-        settled: The whole architecture.
+        inferred: What the tensors tell.
+        resolved: The whole architecture.
         said: Fields that the user or a `config.json` says.
         configured: Fields that are taken from the model that the weights are read for.
     """

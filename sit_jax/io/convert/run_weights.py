@@ -23,7 +23,7 @@ def read_run(path: pathlib.Path, ema: bool, reverse: bool, log: Callable[[str], 
         path: The folder of a run, or of a checkpoint in it.
         ema: The moving average instead of the weights.
         reverse: Also the reverse modules, where the run trained any.
-        say: Is told what was found.
+        log: Is told what was found.
 
     Raises:
         UserError: There is no whole checkpoint, or its model is no vision transformer.

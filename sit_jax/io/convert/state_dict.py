@@ -21,7 +21,7 @@ def select_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> T
     Args:
         path: The file.
         ema: The moving average instead of the weights, where there are both.
-        say: Is told under which key they were found.
+        log: Is told under which key they were found.
 
     Raises:
         FileError: There are none in it, or the file cannot be read.

@@ -17,7 +17,7 @@ def make_forward(weights: Weights, raw_input: bool) -> Forward:
 
     Args:
         weights: The model.
-        raw_input: It takes uint8 pixels and normalises them as `about` says; else normalised float32 images.
+        raw_input: It takes uint8 pixels and normalises them as `metadata` says; else normalised float32 images.
     """
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     prepared = inference_model(weights.arch, variables, attention="plain")

@@ -36,7 +36,7 @@ def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) ->
 
     Args:
         path: The file.
-        weights: The model; `about` must hold its preprocessing.
+        weights: The model; `metadata` must hold its preprocessing.
         dtype: Type of the weights and products.
         raw_input: Take pixels.
 
