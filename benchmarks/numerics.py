@@ -24,8 +24,8 @@ import golden_files
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.train.state import TrainState
-from sit_jax.train.step import compute_loss, make_train_spec, make_train_step
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import compute_loss, make_train_spec, make_train_step
 
 Dtype = Literal["float32", "bfloat16"]
 # Type of the products, and of the kernels' gradients.

@@ -62,8 +62,8 @@ class Jax:
         from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
         from sit_jax.io.model_folder import load_folder
         from sit_jax.parallel import sharding
-        from sit_jax.train.state import TrainState
-        from sit_jax.train.step import freeze_teachers, make_train_spec, make_train_step
+        from sit_jax.training.state import TrainState
+        from sit_jax.training.step import freeze_teachers, make_train_spec, make_train_step
 
         before = turns.resident_mib()
         student, teacher = (load_folder(pathlib.Path(folder) / name) for name in ("student", "teacher"))

@@ -116,8 +116,8 @@ def measure(arguments: argparse.Namespace, scratch: pathlib.Path) -> Stopwatch:
     from sit_jax.cli.runtime import set_log_levels
     from sit_jax.config import CheckpointConfig, Config, DataConfig, LossConfig, ModelConfig, TeacherConfig
     from sit_jax.data.pipeline import TrainData
-    from sit_jax.train import loop as run
-    from sit_jax.train.step import make_train_step
+    from sit_jax.training import loop as run
+    from sit_jax.training.step import make_train_step
 
     set_log_levels()
     student = shapes.architecture(arguments.model, arguments.tiny)

@@ -6,6 +6,7 @@ mkdocs.yml does not place come last in the navigation.
 """
 
 import argparse
+import collections.abc
 import dataclasses
 import inspect
 import pathlib
@@ -117,6 +118,8 @@ def kind_words(kind: Any) -> str:
     if origin is tuple:
         count = "any number of values" if arguments[1:] == (...,) else f"{len(arguments)} values"
         return f"{count}, each a {kind_words(arguments[0])}"
+    if origin is collections.abc.Mapping:
+        return f"{kind_words(arguments[1])} for each name"
     words = {bool: "`True` or `False`", int: "whole number", float: "number", str: "text", types.NoneType: "`None`"}
     return words[kind]
 

@@ -52,7 +52,7 @@ def digits_config(digits_dir: str) -> Any:
 @pytest.fixture(scope="session")
 def digits_run(digits_config: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A teacher, then its student, trained for a few steps; tests leave the folder as it is, but for a summary."""
-    from sit_jax.train.loop import run
+    from sit_jax.training.loop import run
 
     folder = tmp_path_factory.mktemp("runs") / "digits"
     run(digits_config, folder)

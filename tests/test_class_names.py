@@ -20,10 +20,10 @@ from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.io import runs as workdir
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.init import given_teacher, initial_state
-from sit_jax.train.loop import run
-from sit_jax.train.step import make_train_spec
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.init import given_teacher, initial_state
+from sit_jax.training.loop import run
+from sit_jax.training.step import make_train_spec
 
 NAMES = ("ant", "cat", "dog")
 

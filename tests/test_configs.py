@@ -13,7 +13,7 @@ import pytest
 from sit_jax.cli.config_file import load_config
 from sit_jax.config import Config
 from sit_jax.models.architecture import Architecture
-from sit_jax.train.step import abstract_state, make_train_spec, train_step
+from sit_jax.training.step import abstract_state, make_train_spec, train_step
 
 PAGES = sorted(pathlib.Path("configs").glob("*.py"))
 IMAGENET_TRAIN = 1_281_167

@@ -18,7 +18,7 @@ from sit_jax.errors import UserError
 from sit_jax.io.convert.initial import initial_weights
 from sit_jax.io.convert.read import read_weights
 from sit_jax.models.architecture import Architecture
-from sit_jax.train.init import given_teacher
+from sit_jax.training.init import given_teacher
 
 HEADS = {"num_heads": 2}
 

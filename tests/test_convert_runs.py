@@ -21,9 +21,9 @@ from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.read import read_weights
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.state import TrainState
-from sit_jax.train.step import init_state, make_train_spec
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import init_state, make_train_spec
 
 Run = tuple[pathlib.Path, TrainState]
 

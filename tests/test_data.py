@@ -40,7 +40,7 @@ def test_no_tensorflow_at_run_time(digits_dir: str) -> None:
     code = (
         "import sys; import sit_jax.data.map_fns; assert 'flax' not in sys.modules;"  # A loader process starts fast.
         "from sit_jax.data.registry import open_source; from sit_jax.data.config import DataConfig;"
-        f"open_source(DataConfig(data_dir={digits_dir!r}), 'train')[0]; import sit_jax.train.loop;"
+        f"open_source(DataConfig(data_dir={digits_dir!r}), 'train')[0]; import sit_jax.training.loop;"
         "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -30,7 +30,8 @@ from sit_jax.demo.models import milliseconds, open_demo_models
 from sit_jax.io.model_folder import save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.slimming import TokenSlimming
+from sit_jax.models.reducers.base import Reduced
+from sit_jax.models.reducers.slim import TokenSlimming
 
 STUDENT = tiny.plain(image_size=64, stage_blocks=(1, 1, 2), keep_ratio=0.5)
 SINGLE = tiny.plain(image_size=64, stage_blocks=(1, 3), kept_tokens=(16, 1))
@@ -64,7 +65,7 @@ def test_fewer_tokens_are_the_same_tokens(counts: tuple[int, ...]) -> None:
         result = call(*args, **kwargs)
         if isinstance(context.module, TokenSlimming) and context.method_name == "__call__":
             count = next(left)
-            return result[0][:, :count], result[1][:, :, :count]
+            return Reduced(result.tokens[:, :count], result.mass[:, :count], result.assignment[:, :, :count])
         return result
 
     with nn.intercept_methods(cut):

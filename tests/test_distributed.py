@@ -24,7 +24,7 @@ from sit_jax.io.model_folder import save_folder
 from sit_jax.io.runs import trained_variables
 from sit_jax.parallel import distributed
 from sit_jax.parallel.distributed import Processes, wait_for_processes
-from sit_jax.train.metrics import read_metrics
+from sit_jax.training.metrics import read_metrics
 
 SMALL = {
     "model.dim": 16,

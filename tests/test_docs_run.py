@@ -5,6 +5,8 @@ import pathlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 from pictures import photographs
@@ -129,3 +131,51 @@ def test_own_pictures(place: pathlib.Path) -> None:
     sit_jax.create_model("deit_small", num_classes=2, image_size=64, **SIZES).save("models/deit_small")
     vit = [word for word in words if "stage_blocks" not in word] + ["--config.model.stage_blocks=(1,1,1,1)"]
     assert len(follow("own_pictures.md", vit, ("train",), first=2)) == 2
+
+
+def code(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_an_own_reducer(place: pathlib.Path, digits_dir: str) -> None:
+    pathlib.Path("attended.py").write_text(code("extend.md")[0])
+    pathlib.Path("pictures").mkdir()
+    Image.fromarray((load_digits().images[0] * 15).astype("uint8")).save("pictures/0.png")
+    blocks = ["--config.model.stage_blocks=(1,1,2)", f"--config.data.data_dir={digits_dir}"]
+    assert len(follow("extend.md", [*SHORT, *STEADY, *SMALL, *DIGITS, *blocks])) == 4
+    assert pathlib.Path("out/attended.stablehlo").exists()
+
+
+def run_small(program: str) -> str:
+    """Runs a page's program with the digits' config made small; returns what it prints."""
+    small = f"""
+import sit_jax
+def small():
+    config = sit_jax.get_config("digits")
+    for model in (config.model, config.teacher.model):
+        model.update({SIZES})
+    config.model.stage_blocks = (1, 1, 2)
+    config.optim.warmup_epochs = config.teacher.optim.warmup_epochs = 0.0
+    config.log.every_steps, config.eval_batch_size = 1, 32
+    return config
+"""
+    program = program.replace('sit_jax.get_config("digits")', "small()").replace("epochs = 5", "epochs = 1")
+    command = [sys.executable, "-c", small + program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_own_losses_and_sources(place: pathlib.Path) -> None:
+    printed = run_small(code("extend.md")[1]).splitlines()
+    lines = [line.split() for line in printed if len(line.split()) == 3]
+    assert [words[:2] for words in lines[-3:]] == [["1", "train"], ["2", "train"], ["2", "eval"]]
+    record = json.loads(pathlib.Path("runs/stripes/metrics.jsonl").read_text().splitlines()[-2])
+    assert "confidence" in json.dumps(record)
+
+
+@pytest.mark.slow
+def test_the_step_alone(place: pathlib.Path) -> None:
+    run_small(code("extend.md")[2] + "\nassert metrics['loss'] > 0 and int(state.step) == 3\n")

@@ -30,7 +30,7 @@ from sit_jax.io.export.forward import make_forward
 from sit_jax.io.model_folder import load_folder, save_folder
 from sit_jax.io.predictor import open_predictor
 from sit_jax.models import build_model
-from sit_jax.train.loop import evaluate_run, run
+from sit_jax.training.loop import evaluate_run, run
 
 WEIGHTS = random_weights.draw(reverse=True)
 IMAGES = random_weights.images(tiny.STUDENT, 5)

@@ -25,8 +25,8 @@ from sit_jax.errors import ConfigError, PartialFailureError
 from sit_jax.io import runs as workdir
 from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
-from sit_jax.train.dense_labels import write_label_maps
-from sit_jax.train.metrics import read_metrics
+from sit_jax.training.dense_labels import write_label_maps
+from sit_jax.training.metrics import read_metrics
 
 SMALL = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
 

@@ -14,9 +14,9 @@ from sit_jax import losses
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.models import build_model, build_reverse
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.train.optim import schedules
-from sit_jax.train.state import TrainState
-from sit_jax.train.step import compute_loss, make_train_spec, make_train_step
+from sit_jax.training.optim import schedules
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import compute_loss, make_train_spec, make_train_step
 
 
 def close(mine: Any, theirs: np.ndarray, relative: float) -> None:

@@ -19,8 +19,8 @@ from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import RunError
 from sit_jax.io import runs as workdir
 from sit_jax.parallel import sharding
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.step import abstract_state, init_state, make_train_spec
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.step import abstract_state, init_state, make_train_spec
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from sit_jax.analysis.checkpoints import verify
 from sit_jax.cli.main import STOPPED
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.runs import trained_variables
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.metrics import read_metrics
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("SIT_JAX_KILLS", "4"))
 # Long enough that every kill comes before the end.

@@ -11,8 +11,8 @@ import pytest
 from launch_machine import Machine
 from test_distributed import free_port
 
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.metrics import read_metrics
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.metrics import read_metrics
 
 # A small model on the digits, without a teacher: what is tried here is how runs begin and end.
 CONFIG = "configs/imagenet_lvvit_tiny.py:scratch"

@@ -7,7 +7,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parents[1] / "sit_jax"
 # From the bottom up; a package imports itself and what is before it.
 LAYERS = (
-    "errors", "ops", "models", "losses", "data", "config", "parallel", "io", "train", "visual", "analysis", "report",
+    "errors", "ops", "models", "losses", "data", "config", "parallel", "io", "training", "visual", "analysis", "report",
     "demo", "api", "cli",
 )  # fmt: skip
 # The package itself imports nothing until a name is asked for; `__main__` is the command line.

@@ -171,8 +171,9 @@ def test_drop_path_keeps_the_mean() -> None:
     params = block.init(jax.random.key(1), x[:1])["params"]
     # One of the two residual branches alone.
     params["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, params["mlp"]["fc2"])
-    branch = np.asarray(block.apply({"params": params}, x) - x)
-    dropped = np.asarray(block.apply({"params": params}, x, True, rngs={"drop_path": jax.random.key(2)}) - x)
+    branch = np.asarray(block.apply({"params": params}, x)[0] - x)
+    kept, _, _ = block.apply({"params": params}, x, train=True, rngs={"drop_path": jax.random.key(2)})
+    dropped = np.asarray(kept - x)
     factors = (dropped * branch).sum(axis=(1, 2)) / np.square(branch).sum(axis=(1, 2))
     np.testing.assert_allclose(dropped, factors[:, None, None] * branch, atol=1e-5)
     assert np.unique(factors.round(3)) == pytest.approx([0.0, 1.333])

@@ -22,11 +22,11 @@ from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.io import runs as workdir
 from sit_jax.parallel import sharding
 from sit_jax.report.load_run import gather
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.init import initial_state
-from sit_jax.train.loop import evaluate_run, run
-from sit_jax.train.metrics import EvalMetrics, eval_metrics
-from sit_jax.train.step import make_train_spec
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.init import initial_state
+from sit_jax.training.loop import evaluate_run, run
+from sit_jax.training.metrics import EvalMetrics, eval_metrics
+from sit_jax.training.step import make_train_spec
 
 
 def score(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

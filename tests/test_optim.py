@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sit_jax.config import OptimConfig
-from sit_jax.train.optim import cosine_schedule, decay_mask, make_optimizer, parameter_groups, schedules
+from sit_jax.training.optim import cosine_schedule, decay_mask, make_optimizer, parameter_groups, schedules
 
 PARAMS: dict[str, Any] = {
     "model": {

@@ -21,9 +21,9 @@ from sit_jax.io.weights import Weights
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.init import check_origins, given_teacher, initial_state
-from sit_jax.train.step import init_state, make_train_spec
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.init import check_origins, given_teacher, initial_state
+from sit_jax.training.step import init_state, make_train_spec
 
 
 def variables(arch: Architecture, seed: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimCon
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
-from sit_jax.train.step import make_train_spec, make_train_step
+from sit_jax.training.step import make_train_spec, make_train_step
 
 # A loop that runs five times around a kernel that reads one slice of a stack, an all-reduce over pairs, and a gather.
 PROGRAM = """HloModule jit_step
@@ -173,7 +173,7 @@ def test_abstract_arguments_are_those_of_a_real_run() -> None:
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     small = config()
     state, batch, teachers = abstract_arguments(small, mesh)
-    from sit_jax.train.step import init_state
+    from sit_jax.training.step import init_state
 
     real = init_state(make_train_spec(small, 1000), mesh)
     for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):

@@ -29,12 +29,12 @@ from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
 from sit_jax.parallel.distributed import PreemptionMonitor
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.evaluate import evaluate, make_eval_step
-from sit_jax.train.init import initial_state
-from sit_jax.train.loop import evaluate_run, run
-from sit_jax.train.metrics import read_metrics
-from sit_jax.train.step import make_train_spec
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.evaluate import evaluate, make_eval_step
+from sit_jax.training.init import initial_state
+from sit_jax.training.loop import evaluate_run, run
+from sit_jax.training.metrics import read_metrics
+from sit_jax.training.step import make_train_spec
 
 EPOCH = 1438 // 128
 

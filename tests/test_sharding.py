@@ -20,7 +20,7 @@ from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
-from sit_jax.train.step import abstract_state, init_state, make_train_spec, make_train_step
+from sit_jax.training.step import abstract_state, init_state, make_train_spec, make_train_step
 
 # Wide enough that every kind of layer is split.
 WIDE = Architecture(

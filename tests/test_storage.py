@@ -16,14 +16,14 @@ from test_interruption import LONG
 
 from sit_jax.analysis.checkpoints import list_checkpoints, verify
 from sit_jax.io.runs import trained_variables
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.metrics import read_metrics
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.metrics import read_metrics
 
 # Limits the size of files from inside, once the run has begun: a write beyond it fails as on a full disk. The signal
 # that the kernel sends besides would end the process before Python hears of the error.
 FULL = """
 import resource, signal, sys, threading, time
-from sit_jax.io import checkpoint
+from sit_jax.training import checkpoint
 from sit_jax.cli import main as cli
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save = checkpoint.Checkpoints.save
@@ -125,7 +125,7 @@ def test_read_only_workdir(tmp_path: pathlib.Path, digits_dir: str) -> None:
 def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.Path) -> None:
     import jax.numpy as jnp
 
-    from sit_jax.train.state import TrainState
+    from sit_jax.training.state import TrainState
 
     def state(step: int) -> Any:
         params = {"model": {"w": jnp.full(3, float(step))}}
@@ -144,7 +144,7 @@ def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.
 WRITER = """
 import pathlib, resource, signal, sys
 from sit_jax.errors import RunError
-from sit_jax.train.metrics import MetricWriter
+from sit_jax.training.metrics import MetricWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = pathlib.Path(sys.argv[1])
 with MetricWriter(folder, tensorboard=True) as writer:
@@ -168,7 +168,7 @@ def test_full_disk_for_the_events(tmp_path: pathlib.Path) -> None:
 
 
 def test_lines_of_a_run_that_is_cut_off_are_dropped_whole(tmp_path: pathlib.Path) -> None:
-    from sit_jax.train.metrics import MetricWriter
+    from sit_jax.training.metrics import MetricWriter
 
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         for step in (1, 2, 3):

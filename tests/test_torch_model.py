@@ -32,8 +32,8 @@ from sit_jax.io.model_folder import describe, save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel.sharding import make_mesh
-from sit_jax.train.state import TrainState
-from sit_jax.train.step import make_train_spec, make_train_step
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import make_train_spec, make_train_step
 
 NORM = ("running_mean", "running_var", "weight", "bias")
 

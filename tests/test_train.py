@@ -16,8 +16,8 @@ from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, Teacher
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.parallel import sharding
-from sit_jax.train.state import TrainState
-from sit_jax.train.step import (
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import (
     TrainSpec,
     abstract_state,
     abstract_teachers,

@@ -21,7 +21,7 @@ from sit_jax.io.predictor import is_run, open_folder
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import VARIANTS
-from sit_jax.train.metrics import evaluations, read_metrics
+from sit_jax.training.metrics import evaluations, read_metrics
 
 _BUFFERS = 4
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from sit_jax.errors import RunError, one_line
 from sit_jax.io import runs as workdir
 from sit_jax.io.checkpoint import best_step, open_checkpoints, silent_threads
-from sit_jax.train.checkpoint import checkpoint_parts
-from sit_jax.train.step import abstract_state, make_train_spec
+from sit_jax.training.checkpoint import checkpoint_parts
+from sit_jax.training.step import abstract_state, make_train_spec
 
 _PARTS = ("model", "ema", "training")
 _FEW = 5

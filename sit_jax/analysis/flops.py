@@ -5,10 +5,12 @@ and additions are not, as in the paper and in the usual counters. One image, bat
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from sit_jax.config import Config
 from sit_jax.errors import ConfigError
+from sit_jax.models import reducer_params
 from sit_jax.models.architecture import Architecture
 
 
@@ -69,8 +71,13 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
         attention += rows * 4 * dim**2 + 2 * rows * lanes * dim
         mlp += rows * 2 * dim * hidden
     slimming_macs = slimming_params = 0
+    if arch.reducer != "slim":
+        slimming_params = sum(math.prod(leaf.shape) for leaf in reducer_params(arch).values())
     for block, kept in arch.slimming.items():
         rows, lanes = tiles.padded_rows(arch.block_input_tokens[block]), tiles.padded_lanes(kept)
+        if arch.reducer != "slim":  # The product with the assignment alone: what else it computes is not known.
+            slimming_macs += rows * lanes * dim
+            continue
         slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes) + rows * lanes * dim
         slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)

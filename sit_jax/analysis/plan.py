@@ -24,7 +24,7 @@ from sit_jax.config import Config
 from sit_jax.errors import ConfigError, UserError, one_line
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
-from sit_jax.train.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
+from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
 SECONDS_PER_DAY = 86400.0
 # Compilations spent on the largest batch that fits; each takes minutes.

@@ -14,7 +14,7 @@ from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import ImageDecodeError, PartialFailureError
 from sit_jax.io.inference import softmax
 from sit_jax.io.predictor import Predictor
-from sit_jax.train.progress import Progress
+from sit_jax.training.progress import Progress
 
 Style = Literal["table", "jsonl", "csv"]
 _THREADS = 4

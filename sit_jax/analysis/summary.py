@@ -21,9 +21,9 @@ from sit_jax.io.preprocessing import run_class_names
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed
-from sit_jax.train import loop as run
-from sit_jax.train.init import given_teacher, is_own_run
-from sit_jax.train.metrics import evaluations, read_metrics
+from sit_jax.training import loop as run
+from sit_jax.training.init import given_teacher, is_own_run
+from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.slimming_png import draw_slimming
 from sit_jax.visual.token_maps import token_maps
 

@@ -71,7 +71,7 @@ def _show(arguments: argparse.Namespace, overrides: list[str]) -> None:
     config = load_config(arguments.config, overrides)
     set_log_levels()
     from sit_jax.data.preview import draw_examples
-    from sit_jax.train.loop import resolve_num_classes
+    from sit_jax.training.loop import resolve_num_classes
 
     count = draw_examples(resolve_num_classes(config).inputs, arguments.output, arguments.count, arguments.step)
     print(f"Written: {arguments.output} ({count} pictures)")
@@ -94,7 +94,7 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def _label(arguments: argparse.Namespace, _: list[str]) -> None:
     set_log_levels()
-    from sit_jax.train.dense_labels import write_label_maps
+    from sit_jax.training.dense_labels import write_label_maps
 
     count = write_label_maps(arguments.workdir, arguments.output, arguments.top)
     print(f"Written: {arguments.output} ({count} pictures); use it with data.label_maps={arguments.output}")

@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     keep_memory()
     from sit_jax.io.predictor import evaluation_data, is_run, open_predictor
     from sit_jax.io.runs import read_config
-    from sit_jax.train.evaluate import evaluate_predictor
-    from sit_jax.train.loop import evaluate_run
+    from sit_jax.training.evaluate import evaluate_predictor
+    from sit_jax.training.loop import evaluate_run
 
     keys = ("name", "eval_split", "data_dir", "val_fraction", "on_decode_error")
     changes = {key: value for key in keys if (value := getattr(arguments, key)) is not None}

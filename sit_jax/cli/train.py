@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     enable_compilation_cache(arguments.compilation_cache)
     first = join(arguments)
     from sit_jax.analysis.summary import print_summary, summarize
-    from sit_jax.train import loop
+    from sit_jax.training import loop
 
     if arguments.print_sharding:
         loop.print_sharding(config, quiet=not first)

@@ -59,7 +59,13 @@ def model_section(architecture: Architecture | RegNetArchitecture, **compute: An
 
 def defaults(section: type) -> ConfigDict:
     """A ConfigDict of a section's defaults, for configs to write their differences into."""
-    return ConfigDict({f.name: f.default for f in dataclasses.fields(section) if f.default is not dataclasses.MISSING})
+    values = {}
+    for field in dataclasses.fields(section):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
+    return ConfigDict(values)
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:

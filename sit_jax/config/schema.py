@@ -5,6 +5,7 @@ door, by `from_config_dict`. Everything behind the door can trust its values.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -106,7 +107,8 @@ class LossConfig:
         token_label: Weight of token labelling, LV-ViT's dense labels per patch (needs `data.label_maps` and
             `model.aux_head`).
         temperature: Temperature of the logits distillation.
-        label_smoothing: Share of a label spread over all classes.
+        label_smoothing: Fraction of a label spread over all classes.
+        extra: Weights of loss terms of one's own, by their names; see `sit_jax.train`.
     """
 
     token: NonNegative = 0.0
@@ -115,6 +117,7 @@ class LossConfig:
     token_label: NonNegative = 0.0
     temperature: Annotated[float, Gt(0)] = 1.0
     label_smoothing: Fraction = 0.0
+    extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def needs_teacher(self) -> bool:

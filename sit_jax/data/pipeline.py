@@ -62,18 +62,19 @@ class TrainData:
         steps_per_epoch: Full batches in an epoch. What is left over comes in the next one: no example is lost.
     """
 
-    def __init__(self, spec: InputSpec, hosts: Hosts | None = None) -> None:
+    def __init__(self, spec: InputSpec, hosts: Hosts | None = None, source: Source | None = None) -> None:
         """Opens the training split.
 
         Args:
             spec: What is read and how; `Config.inputs` of a run.
             hosts: The share to read; this process's if not given.
+            source: A source of one's own in the place of the data set that `spec` names.
 
         Raises:
             UserError: The data cannot be prepared or read.
             ConfigError: The batch is larger than the data set, or the model has another number of classes.
         """
-        self.source = open_source(spec.data, spec.data.train_split)
+        self.source = source if source is not None else open_source(spec.data, spec.data.train_split)
         check_classes(spec, self.source)
         if self.source.multi_label:
             raise ConfigError("data.name", f"{spec.data.name} has several right classes per picture: evaluate only")

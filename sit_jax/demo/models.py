@@ -39,7 +39,7 @@ class DemoModel:
         self.name = name
         data = dataclasses.replace(subject.data, max_pixels=min(subject.data.max_pixels, MAX_PIXELS))
         self.subject = dataclasses.replace(subject, data=data)
-        self.keeps = keeps(subject.arch) if subject.arch.is_slimmed else ()
+        self.keeps = keeps(subject.arch) if subject.arch.is_slimmed and subject.arch.reducer == "slim" else ()
         times = collections.Counter(subject.class_names)
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(subject.class_names)]
 

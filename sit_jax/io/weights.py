@@ -13,8 +13,8 @@ class Weights(NamedTuple):
         params: The model's parameters, NumPy float32, named and laid out as Linen has them.
         batch_stats: BatchNorm's running statistics; empty where the model has none.
         reverse: The reverse modules' parameters; empty where there are none.
-        metadata: JSON values: `class_names`, `preprocessing` (`mean`, `std`, `interpolation`, `crop_fraction`, `resize`),
-            `provenance`, `licence`; any may be missing.
+        metadata: JSON values: `class_names`, `preprocessing` (`mean`, `std`, `interpolation`, `crop_fraction`,
+            `resize`), `provenance`, `licence`; any may be missing.
     """
 
     arch: Architecture

@@ -2,16 +2,19 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.reducers.base import find_reducer
 from sit_jax.models.regnet import RegNetArchitecture, RegNetY
-from sit_jax.models.slimming import ReverseSlimming
+from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.vit import Outputs, ViT
 from sit_jax.ops.attention import choose
 
-__all__ = ["HEADS", "Outputs", "build_model", "build_reverse"]
+__all__ = ["HEADS", "Outputs", "build_model", "build_reverse", "reducer_params"]
 
 # Parameters whose width is the number of classes.
 HEADS = frozenset({"head", "distillation_head", "aux_head"})
@@ -34,14 +37,27 @@ def build_model(
         attention: Name of the softmax attention (transformers only); see `sit_jax.ops.attention`.
 
     Raises:
-        ConfigError: The number of classes was left open, or the attention does not run here.
+        ConfigError: The number of classes was left open, there is no such reducer, or the attention does not run here.
     """
     if arch.num_classes == 0:
         raise ConfigError("num_classes", "is 0, left to the data; say how many classes the model has")
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
+    if arch.is_slimmed:
+        find_reducer(arch.reducer)
     attention = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
     return ViT(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
+
+
+def reducer_params(arch: Architecture) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Path -> shape and type of every parameter of a model's reducers."""
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    params = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)["params"]
+    return {
+        path: x
+        for path, x in flatten_dict(params).items()
+        if path[0].startswith("slimming_") or path[1:2] == ("reducer",)
+    }
 
 
 def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:

@@ -44,6 +44,8 @@ class Architecture:
         aux_head: The per-token head of token-labelled teachers; only token labelling trains or uses it.
         stage_blocks: Blocks per stage; empty for a model without slimming.
         keep_ratio: Share of the tokens that each stage keeps of the one before.
+        reducer: What reduces the patch tokens between stages: `slim` (token slimming, the paper's), another registered
+            name, or `MODULE:CLASS`.
         kept_tokens: Explicit patch tokens per stage, the first being the whole grid; overrides `keep_ratio`.
     """
 
@@ -69,6 +71,7 @@ class Architecture:
     stage_blocks: tuple[int, ...] = ()
     keep_ratio: float | None = None
     kept_tokens: tuple[int, ...] = ()
+    reducer: str = "slim"
 
     def __post_init__(self) -> None:
         for name in ("stage_blocks", "kept_tokens"):
@@ -187,7 +190,8 @@ class Architecture:
 
     def without_slimming(self) -> "Architecture":
         """The teacher's shape: the same model with no slimming module and no distillation token."""
-        return dataclasses.replace(self, stage_blocks=(), keep_ratio=None, kept_tokens=(), distillation_token=False)
+        plain: dict[str, Any] = {"stage_blocks": (), "keep_ratio": None, "kept_tokens": (), "reducer": "slim"}
+        return dataclasses.replace(self, **plain, distillation_token=False)
 
 
 def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Architecture:

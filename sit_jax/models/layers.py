@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.reducers.base import Cues, Reduced, reduce_patches
 from sit_jax.ops.attention import ATTENTION
 from sit_jax.ops.linear import dot_general, keep_kernels
 
@@ -55,25 +56,37 @@ class Attention(nn.Module):
         qkv_bias: Whether queries, keys and values have a bias.
         dtype: Type of the products.
         implementation: Name of the softmax attention; see `sit_jax.ops.attention`.
+        needs: What a reducer wants to know besides the result; see `sit_jax.models.reducers.base`.
     """
 
     num_heads: int
     qkv_bias: bool
     dtype: Any = jnp.float32
     implementation: str = "xla"
+    needs: frozenset[str] = frozenset()
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "batch tokens dim"], queries: int | None = None
-    ) -> Float[Array, "batch queries dim"]:
-        """Attends to all tokens from the first `queries` of them, or from all."""
+    ) -> tuple[Float[Array, "batch queries dim"], Float[Array, "batch tokens size"] | None, Array | None]:
+        """Attends to all tokens from the first `queries` of them, or from all.
+
+        Returns:
+            The result; the keys (mean over heads) and the class token's attention (batch, tokens; mean over heads),
+            each None unless `needs` has it.
+        """
         batch, tokens, dim = x.shape
         head_dim = dim // self.num_heads
         qkv = Dense(3 * dim, self.qkv_bias, self.dtype, name="qkv")(x)
         query, key, value = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
         mixed = ATTENTION[self.implementation](query[:, :, :queries], key, value)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, -1, dim)
-        return Dense(dim, dtype=self.dtype, name="proj")(mixed)
+        keys = key.mean(axis=1) if "keys" in self.needs else None
+        attended = None
+        if "class_attention" in self.needs:
+            scores = jnp.einsum("bhd,bhkd->bhk", query[:, :, 0], key, preferred_element_type=jnp.float32)
+            attended = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).mean(axis=1)
+        return Dense(dim, dtype=self.dtype, name="proj")(mixed), keys, attended
 
 
 class Mlp(nn.Module):
@@ -105,25 +118,50 @@ class Block(nn.Module):
         dtype: Type of the products.
         attention: Name of the softmax attention; see `sit_jax.ops.attention`.
         drop_path: Stochastic depth: rate at which an example loses a residual branch in training.
+        reducer: Class of the token reducer behind the block or inside it, or None.
+        kept: Patch tokens that it keeps.
     """
 
     arch: Architecture
     dtype: Any = jnp.float32
     attention: str = "xla"
     drop_path: float = 0.0
+    reducer: Any = None
+    kept: int = 0
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], train: bool = False, used: int | None = None
-    ) -> Float[Array, "batch used dim"]:
-        """Transforms the tokens; only the first `used` of them are computed, or all. Training takes rng `drop_path`."""
-        arch = self.arch
-        attention = Attention(arch.num_heads, arch.qkv_bias, self.dtype, self.attention, name="attn")
-        branch = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used)
+        self,
+        x: Float[Array, "batch tokens dim"],
+        mass: Float[Array, "batch patches"] | None = None,
+        train: bool = False,
+        used: int | None = None,
+    ) -> tuple[Float[Array, "batch used dim"], Cues | None, Reduced | None]:
+        """Transforms the tokens. Training takes rng `drop_path`.
+
+        Args:
+            x: Prefix tokens, then patch tokens.
+            mass: Patches merged into each patch token so far; for blocks with a reducer.
+            train: Whether drop path is on.
+            used: Only so many first tokens are computed; all where None.
+
+        Returns:
+            The tokens; the cues for a reducer behind the block; what a reducer inside the block did. None without one.
+        """
+        arch, prefix, reducer = self.arch, self.arch.num_prefix_tokens, self.reducer
+        needs = reducer.needs if reducer else frozenset()
+        attention = Attention(arch.num_heads, arch.qkv_bias, self.dtype, self.attention, needs, name="attn")
+        branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used)
         x = x[:, :used] + self._residual(branch, "layer_scale1", train)
+        cues = reduced = None
+        if reducer is not None and mass is not None:
+            keys, attended = (None if cue is None else cue[:, prefix:] for cue in (keys, attended))
+            cues = Cues(x[:, prefix:], keys, attended, mass)
+            if reducer.place == "inside_block":
+                x, reduced = reduce_patches(reducer(dtype=self.dtype, name="reducer"), x, cues, self.kept)
         mlp = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")
         branch = mlp(layer_norm(arch.norm_eps, self.dtype, "norm2")(x))
-        return x + self._residual(branch, "layer_scale2", train)
+        return x + self._residual(branch, "layer_scale2", train), cues, reduced
 
     def _residual(
         self, branch: Float[Array, "batch tokens dim"], scale: str, train: bool

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import TOKEN_INIT, Block, Dense, layer_norm
-from sit_jax.models.slimming import TokenSlimming
+from sit_jax.models.reducers import slim as _slim  # noqa: F401 (registers it)
+from sit_jax.models.reducers.base import find_reducer, reduce_patches
 from sit_jax.models.stems import Stem
 
 
@@ -17,8 +18,8 @@ class Outputs(NamedTuple):
     """What a forward pass leaves besides its logits; `jit` prunes what is unused.
 
     Attributes:
-        tokens: Each block's patch tokens, (batch, tokens, dim), after the slimming module behind the block.
-        assignments: Each slimming module's assignment, (batch, tokens, kept), columns summing to one; in order.
+        tokens: Each block's patch tokens, (batch, tokens, dim), after the reducer behind the block.
+        assignments: Each reducer's assignment, (batch, tokens, kept), in order; TSM's columns sum to one.
         distillation_logits: Logits of the distillation head, (batch, classes), or None where there is none.
         patch_logits: Logits of the auxiliary head for every patch, (batch, patches, classes), float32; None without
             that head, and in a slimmed model, whose tokens are no patches any more.
@@ -31,10 +32,10 @@ class Outputs(NamedTuple):
 
 
 class ViT(nn.Module):
-    """A vision transformer with class token, learned positions, any of the stems, and token slimming between stages.
+    """A vision transformer with class token, learned positions, any of the stems, and a token reducer between stages.
 
     A slimmed model has the parameters of its un-slimmed teacher under the same names, and `slimming_{block}`. So a
-    teacher's parameters fit into its student unchanged. Class and distillation tokens skip the slimming modules.
+    teacher's parameters fit into its student unchanged. Class and distillation tokens skip the reducers.
 
     Attributes:
         arch: The model's shape.
@@ -79,18 +80,22 @@ class ViT(nn.Module):
         x = self._embed(images, train, token_mix)
         tokens: list[Array] = []
         assignments: list[Array] = []
-        block_class = nn.remat(Block, static_argnums=(2, 3)) if self.remat and train else Block
+        mass = jnp.ones((x.shape[0], arch.num_patches))
+        reducer = find_reducer(arch.reducer) if slimming else None
+        block_class = nn.remat(Block, static_argnums=(3, 4)) if self.remat and train else Block
         for block, rate in enumerate(np.linspace(0.0, self.drop_path, arch.depth, dtype=np.float32)):
-            module = block_class(arch, self.dtype, self.attention, float(rate), name=f"blocks_{block}")
-            x = module(x, train, prefix_tokens if logits_only and block == arch.depth - 1 else None)
-            if block in slimming:
-                slim = TokenSlimming(slimming[block], self.dtype, name=f"slimming_{block}")
-                kept, assignment = slim(x[:, prefix_tokens:])
-                x = jnp.concatenate([x[:, :prefix_tokens], kept], axis=1)
-                assignments.append(assignment)
+            kept = slimming.get(block, 0)
+            settings = (self.dtype, self.attention, float(rate), reducer if kept else None, kept)
+            used = prefix_tokens if logits_only and block == arch.depth - 1 else None
+            x, cues, reduced = block_class(arch, *settings, name=f"blocks_{block}")(x, mass, train, used)
+            if reducer is not None and cues is not None and reduced is None:
+                x, reduced = reduce_patches(reducer(dtype=self.dtype, name=f"slimming_{block}"), x, cues, kept)
+            if reduced is not None:
+                mass = reduced.mass
+                assignments.append(reduced.assignment)
             tokens.append(x[:, prefix_tokens:])
-        used = x if labels_patches else x[:, :prefix_tokens]
-        normed = layer_norm(arch.norm_eps, self.dtype, "norm")(used)
+        read = x if labels_patches else x[:, :prefix_tokens]
+        normed = layer_norm(arch.norm_eps, self.dtype, "norm")(read)
         logits, distillation_logits = self._head("head", normed[:, 0]), None
         if arch.distillation_token:
             distillation_logits = self._head("distillation_head", normed[:, 1])

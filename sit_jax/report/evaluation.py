@@ -21,7 +21,7 @@ from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.report.load_run import RunInfo, attempt
-from sit_jax.train.progress import Progress
+from sit_jax.training.progress import Progress
 from sit_jax.visual.inspected_model import InspectedModel, ModelInput
 from sit_jax.visual.token_maps import TokenMaps
 

@@ -17,8 +17,8 @@ from sit_jax.errors import UserError, one_line
 from sit_jax.io.checkpoint import FOLDER, silent_threads
 from sit_jax.io.runs import CONFIG, SUMMARY
 from sit_jax.models.architecture import Architecture
-from sit_jax.train.init import is_own_run
-from sit_jax.train.metrics import MetricLines, evaluations, scan_metrics
+from sit_jax.training.init import is_own_run
+from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 
 _METRICS = "metrics.jsonl"
 _NUMBERS_NAMED = 5

@@ -16,7 +16,7 @@ from sit_jax.data.sources import Example, Source, read_picture, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.predictor import evaluation_data
-from sit_jax.train.progress import Progress
+from sit_jax.training.progress import Progress
 from sit_jax.visual.arrays import arrays_of, write_arrays
 from sit_jax.visual.figure import draw_maps
 from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model

@@ -8,7 +8,7 @@ from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 
 # What a model may have in addition to the weights that it starts from: heads of its own, and what is new by design.
-_NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens")
+_NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens", "reducer")
 
 
 def differences(theirs: Any, mine: Any, ignored: Collection[str] = ()) -> str:
@@ -55,6 +55,8 @@ def check_start(theirs: Any, mine: Any, where: str) -> None:
             problems.append("distillation_token is True there and False here")
         if theirs.is_slimmed and theirs.stage_blocks != mine.stage_blocks:
             problems.append(f"stage_blocks is {theirs.stage_blocks} there and {mine.stage_blocks} here")
+        elif theirs.is_slimmed and theirs.reducer != mine.reducer:
+            problems.append(f"reducer is {theirs.reducer} there and {mine.reducer} here")
         elif theirs.is_slimmed and theirs.slimming != mine.slimming:
             problems.append(f"kept_tokens is {theirs.token_counts} there and {mine.token_counts} here")
     text = ", ".join(problem for problem in problems if problem)

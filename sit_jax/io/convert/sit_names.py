@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from sit_jax.errors import UserError
+from sit_jax.models import reducer_params
 from sit_jax.models.architecture import Architecture
 
 Tree = dict[str, Any]
@@ -100,6 +102,11 @@ def _blocks(arch: Architecture) -> Iterator[Entry]:
 
 
 def _slimming(arch: Architecture) -> Iterator[Entry]:
+    if arch.reducer != "slim":
+        # The original has no such modules: they keep the names that they have here.
+        for path in reducer_params(arch):
+            yield from _plain(".".join(("reducer", *path)), ("params", *path))
+        return
     for index, block in enumerate(arch.slimming):
         key, path = f"tsm.{index}", ("params", f"slimming_{block}")
         yield Entry(f"{key}.scale", (*path, "scale"), _drop_unit_axes, _three_unit_axes)
@@ -145,7 +152,12 @@ def to_original(tree: Tree, arch: Architecture) -> dict[str, np.ndarray]:
     Args:
         tree: `params`, `batch_stats` and, where reverse modules are wanted, `reverse`.
         arch: The model that they belong to.
+
+    Raises:
+        UserError: The model has another reducer than the original's.
     """
+    if arch.reducer != "slim":
+        raise UserError(f"PyTorch knows no reducer {arch.reducer}; StableHLO and model folders take any")
     arrays = flatten_dict(tree)
     table = name_table(arch, reverse=bool(tree.get("reverse")))
     return {entry.key: entry.to_torch(np.asarray(arrays[entry.path])) for entry in table}

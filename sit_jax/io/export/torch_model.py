@@ -197,6 +197,8 @@ class SiT(nn.Module):
         super().__init__()
         self.config = dict(config)
         shape = config["architecture"]
+        if shape.get("reducer", "slim") != "slim":
+            raise ValueError(f"architecture.reducer: {shape['reducer']!r} is not known here")
         dim, depth, classes = shape["dim"], shape["depth"], shape["num_classes"]
         patches = (shape["image_size"] // shape["patch_size"]) ** 2
         blocks = shape.get("stage_blocks") or [depth]

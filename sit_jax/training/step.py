@@ -3,9 +3,10 @@
 Distillation is a loss plus a teacher argument: a term whose weight is 0 leaves no trace in the compiled program.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,17 +16,41 @@ from sit_jax import losses
 from sit_jax.config import Config, LossConfig, ModelConfig
 from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.random_keys import stream_key
+from sit_jax.errors import ConfigError
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
 from sit_jax.parallel import sharding
-from sit_jax.train.optim import Schedule, make_optimizer, schedules
-from sit_jax.train.state import TrainState, update_ema
+from sit_jax.training.optim import Schedule, make_optimizer, schedules
+from sit_jax.training.state import TrainState, update_ema
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 Step = Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]
+
+
+class LossInputs(NamedTuple):
+    """What a loss term of one's own is given: one (micro-)batch, as the model and its teacher see it.
+
+    Attributes:
+        images: Normalized and mixed images, (batch, height, width, channels).
+        labels: Distributions over the classes, (batch, classes).
+        logits: The student's, (batch, classes).
+        outputs: What else its forward pass leaves; see `sit_jax.models.Outputs`.
+        teacher_logits: The teacher's; None without a teacher.
+        teacher_outputs: The same of the teacher; None without one.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    logits: jax.Array
+    outputs: Any
+    teacher_logits: jax.Array | None
+    teacher_outputs: Any
+
+
+Loss = Callable[[LossInputs], jax.Array]
 
 
 class TrainSpec(NamedTuple):
@@ -39,6 +64,7 @@ class TrainSpec(NamedTuple):
         optimizer: The optimizer over `{'model': ..., 'reverse': ...}`.
         rates: The learning-rate schedule of each parameter group.
         config: The run's configuration.
+        losses: Loss terms of one's own, by name; weighted by `config.loss.extra`.
     """
 
     model: Any
@@ -48,25 +74,46 @@ class TrainSpec(NamedTuple):
     optimizer: optax.GradientTransformation
     rates: dict[str, Schedule]
     config: Config
+    losses: Mapping[str, Loss] = {}
 
 
-def make_train_spec(config: Config, steps_per_epoch: int) -> TrainSpec:
-    """Builds modules and optimizer of a run."""
+def make_train_spec(
+    config: Config,
+    steps_per_epoch: int,
+    model: nn.Module | None = None,
+    losses: Mapping[str, Loss] | None = None,
+) -> TrainSpec:
+    """Builds modules and optimizer of a run.
 
-    def build(model: ModelConfig) -> Any:
-        return build_model(model.architecture, model.drop_path, model.dtype, model.remat, model.attention)
+    Args:
+        config: The run's configuration.
+        steps_per_epoch: For the schedules.
+        model: A module in the place of the configuration's; called as `sit_jax.ViT` is, returning logits and `Outputs`.
+        losses: Loss terms of one's own: name -> function of `LossInputs` that returns a scalar.
 
-    loss, model = config.loss, config.model
-    arch = model.architecture
+    Raises:
+        ConfigError: `loss.extra` names a term that is not there.
+    """
+    losses = losses or {}
+    for name in config.loss.extra:
+        if name not in losses:
+            known = f"there are {', '.join(losses)}" if losses else "give it to sit_jax.train(losses=...)"
+            raise ConfigError(f"loss.extra.{name}", f"there is no such loss term; {known}")
+
+    def build(section: ModelConfig) -> Any:
+        return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
+
+    loss, arch = config.loss, config.model.architecture
     recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
     return TrainSpec(
-        model=build(model),
-        reverse=build_reverse(arch, model.dtype) if recovers and isinstance(arch, Architecture) else None,
-        teacher=build(config.teacher.model) if loss.needs_teacher and config.teacher else None,
+        model=model or build(config.model),
+        reverse=build_reverse(arch, config.model.dtype) if recovers and isinstance(arch, Architecture) else None,
+        teacher=build(config.teacher.model) if config.teacher and (loss.needs_teacher or loss.extra) else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
         rates=schedules(config.scaled_optim, config.epochs, steps_per_epoch),
         config=config,
+        losses=losses,
     )
 
 
@@ -238,6 +285,7 @@ def compute_loss(
         variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **mixed
     )
     terms = {"classification": losses.soft_target_cross_entropy(logits, labels)}
+    teacher_logits = teacher_outputs = None
     if spec.teacher is not None:
         teacher_logits, teacher_outputs = jax.lax.stop_gradient(
             spec.teacher.apply(teachers["teacher"], images, **mixed)
@@ -251,6 +299,8 @@ def compute_loss(
     if spec.cnn_teacher is not None:
         cnn_logits, _ = jax.lax.stop_gradient(spec.cnn_teacher.apply(teachers["cnn_teacher"], images))
         terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)
+    given = LossInputs(images, labels, logits, outputs, teacher_logits, teacher_outputs)
+    terms |= {name: spec.losses[name](given) for name in weights.extra}
     total = sum((_weight(weights, name) * value for name, value in terms.items()), start=jnp.zeros(()))
     accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
     return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})
@@ -266,4 +316,6 @@ def _token_distillation(spec: TrainSpec, params: Any, tokens: Any, targets: Any)
 
 
 def _weight(weights: LossConfig, term: str) -> float:
+    if term in weights.extra:
+        return weights.extra[term]
     return 1.0 if term == "classification" else float(getattr(weights, term))

@@ -7,9 +7,10 @@ import math
 import pathlib
 import platform
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 from clu import parameter_overview
 from jax.sharding import Mesh
@@ -21,19 +22,20 @@ from sit_jax.data.classes import match_classes
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
-from sit_jax.errors import NotFiniteError, PreemptedError
+from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs as workdir
 from sit_jax.io.preprocessing import run_class_names
 from sit_jax.io.runs import trained_variables as trained_variables
 from sit_jax.models import build_model
 from sit_jax.parallel import distributed, sharding
-from sit_jax.train.checkpoint import Checkpoints, SaveSchedule
-from sit_jax.train.evaluate import evaluate, make_eval_step
-from sit_jax.train.init import check_origins, given_teacher, initial_state
-from sit_jax.train.metrics import MetricWriter, is_finite, warn_of_missing
-from sit_jax.train.progress import Progress
-from sit_jax.train.state import TrainState, has_finite_weights
-from sit_jax.train.step import (
+from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
+from sit_jax.training.evaluate import evaluate, make_eval_step
+from sit_jax.training.init import check_origins, given_teacher, initial_state
+from sit_jax.training.metrics import MetricWriter, is_finite, warn_of_missing
+from sit_jax.training.progress import Progress
+from sit_jax.training.state import TrainState, has_finite_weights
+from sit_jax.training.step import (
+    Loss,
     TrainSpec,
     abstract_state,
     abstract_teachers,
@@ -43,9 +45,44 @@ from sit_jax.train.step import (
 )
 
 Evaluator = Callable[[TrainState], dict[str, float]]
+# Step, `train` or `eval`, and the metrics: means over the steps since the last call, or an evaluation's.
+Callback = Callable[[int, str, dict[str, float]], None]
 
 
-def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str = "train") -> dict[str, float]:
+class Extensions(NamedTuple):
+    """What a run takes from outside its configuration.
+
+    Attributes:
+        model: The module that is trained, in the place of the configuration's; see `make_train_spec`.
+        losses: Loss terms by name; see `make_train_spec`.
+        source: Split -> source, in the place of the data set that the configuration names.
+        callbacks: Are called in every process.
+    """
+
+    model: nn.Module | None = None
+    losses: Mapping[str, Loss] | None = None
+    source: Mapping[str, Source] | None = None
+    callbacks: Sequence[Callback] = ()
+
+    def open(self, data: DataConfig, split: str) -> Source:
+        """The source of a split."""
+        if self.source is None:
+            return open_source(data, split)
+        if split not in self.source:
+            raise ConfigError("source", f"has no split {split!r}; there are {', '.join(self.source)}")
+        return self.source[split]
+
+
+_NONE = Extensions()
+
+
+def run(
+    config: Config,
+    folder: pathlib.Path,
+    resume: bool = False,
+    label: str = "train",
+    extensions: Extensions = _NONE,
+) -> dict[str, float]:
     """Trains a model, its teachers first where they are not given; the result lies in the run's folder.
 
     A teacher that is trained here is a run of its own in `folder/teacher` (or `folder/cnn_teacher`).
@@ -55,6 +92,7 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
         folder: The run's folder.
         resume: Go on with the run in the folder, if there is one.
         label: Name of this part of the work in the progress bar.
+        extensions: What comes from outside the configuration.
 
     Returns:
         The metrics of the last evaluation.
@@ -64,36 +102,38 @@ def run(config: Config, folder: pathlib.Path, resume: bool = False, label: str =
         RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
     """
     with distributed.PreemptionMonitor():
-        return _run(config, folder, resume, label)
+        return _run(config, folder, resume, label, extensions)
 
 
-def _run(config: Config, folder: pathlib.Path, resume: bool, label: str) -> dict[str, float]:
-    config = resolve_num_classes(config)
+def _run(config: Config, folder: pathlib.Path, resume: bool, label: str, extensions: Extensions) -> dict[str, float]:
+    config = resolve_num_classes(config, extensions)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_mesh(mesh, config)
     # Whatever may be wrong with the inputs shows before the folder is this run's.
-    data = TrainData(config.inputs)
-    eval_source = open_source(config.data, config.data.eval_split)
+    data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
+    eval_source = extensions.open(config.data, config.data.eval_split)
     check_classes(config.inputs, eval_source)
     class_names = data.source.class_names
     check_origins(config, folder, class_names)
     distributed.run_on_process_0(lambda: workdir.create_or_verify(folder, config, resume))
     distributed.run_on_process_0(lambda: workdir.create_or_verify_class_names(folder, class_names))
     teachers = {
-        name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names)
+        name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names, extensions)
         for name, teacher in config.teachers.items()
     }
-    spec = make_train_spec(config, data.steps_per_epoch)
+    spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
         state = initial_state(spec, checkpoints, mesh, teachers, class_names)
         evaluator = _make_evaluator(spec, eval_source, mesh)
         if checkpoints.latest_step is None and distributed.is_process_0():
             _print_overview(label, state)
         teachers = freeze_teachers(spec, teachers)
-        return train_loop(spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label)
+        return train_loop(
+            spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
+        )
 
 
-def resolve_num_classes(config: Config) -> Config:
+def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Config:
     """The configuration with the data set's number of classes wherever a model leaves it open.
 
     Raises:
@@ -102,7 +142,7 @@ def resolve_num_classes(config: Config) -> Config:
     models = [config.model, *(teacher.model for teacher in config.teachers.values())]
     if all(model.architecture.num_classes for model in models):
         return config
-    return config.with_classes(len(open_source(config.data, config.data.train_split).class_names))
+    return config.with_classes(len(extensions.open(config.data, config.data.train_split).class_names))
 
 
 def print_sharding(config: Config, quiet: bool = False) -> None:
@@ -148,6 +188,7 @@ def train_loop(
     evaluator: Evaluator,
     folder: pathlib.Path,
     label: str,
+    callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
     """Steps from the state's step to the last one; evaluates, writes metrics and checkpoints on the way.
 
@@ -175,6 +216,11 @@ def train_loop(
             raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
         pending: tuple[int, Any] | None = None
 
+        def report(step: int, kind: str, values: dict[str, float]) -> None:
+            writer.write(step, kind, values)
+            for callback in callbacks:
+                callback(step, kind, values)
+
         def resolve() -> None:
             """Reads the pending step's metrics, and stops the run where they are not finite."""
             nonlocal pending
@@ -189,7 +235,7 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                writer.write(step, "train", {k: sum(x[k] for x in window) / len(window) for k in values})
+                report(step, "train", {k: sum(x[k] for x in window) / len(window) for k in values})
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -205,7 +251,7 @@ def train_loop(
                     scores = evaluation = evaluator(state)
                 except NotFiniteError as error:
                     raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
-                writer.write(step, "eval", evaluation)
+                report(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
@@ -312,13 +358,20 @@ def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
 
 
 def _teacher_variables(
-    config: Config, teacher: TeacherConfig, folder: pathlib.Path, mesh: Mesh, name: str, class_names: Sequence[str]
+    config: Config,
+    teacher: TeacherConfig,
+    folder: pathlib.Path,
+    mesh: Mesh,
+    name: str,
+    class_names: Sequence[str],
+    extensions: Extensions,
 ) -> Any:
     """A teacher's frozen variables, on every device; trains it first where no run is named."""
     if teacher.run:
         variables = given_teacher(teacher, name, class_names)
     else:
-        run(config.teacher_run(teacher), folder, resume=True, label=name)
+        shared = Extensions(source=extensions.source)
+        run(config.teacher_run(teacher), folder, resume=True, label=name, extensions=shared)
         _, variables = trained_variables(folder)
     return sharding.place(variables, sharding.state_shardings(mesh, variables))
 

@@ -16,9 +16,9 @@ from sit_jax.io.runs import read_config, trained_variables
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed, sharding
-from sit_jax.train.checkpoint import Checkpoints
-from sit_jax.train.state import TrainState
-from sit_jax.train.step import TrainSpec, abstract_state, init_state
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.state import TrainState
+from sit_jax.training.step import TrainSpec, abstract_state, init_state
 
 _NO_PATH = ("teacher", "random")
 

@@ -16,7 +16,7 @@ from sit_jax.config import CheckpointConfig
 from sit_jax.errors import NotFiniteError, RunError, one_line
 from sit_jax.io.checkpoint import FOLDER, NO_SCORE, best_step, score, silent_threads
 from sit_jax.parallel import distributed
-from sit_jax.train.state import TrainState, has_finite_weights
+from sit_jax.training.state import TrainState, has_finite_weights
 
 _keep = ocp.training.preservation_policies
 _when = ocp.training.save_decision_policies

@@ -13,7 +13,7 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.io.predictor import Predictor
 from sit_jax.parallel import sharding
-from sit_jax.train.metrics import EvalMetrics, eval_metrics, warn_of_missing
+from sit_jax.training.metrics import EvalMetrics, eval_metrics, warn_of_missing
 
 EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
 

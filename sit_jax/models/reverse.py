@@ -1,4 +1,4 @@
-"""Token slimming (TSM) and its training-only reverse (RTSM): sections 3.1 and 3.2 of the paper."""
+"""Reverse token slimming (RTSM), which training alone needs: section 3.2 of the paper."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,41 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.layers import Dense, Mlp, gelu, layer_norm
+from sit_jax.models.layers import Mlp, layer_norm
+from sit_jax.models.reducers.slim import SLIMMING_NORM_EPS
 from sit_jax.ops.eager_grad import with_eager_grad
 
 Error = Callable[[Array, Array], Array]
-
-# The original leaves PyTorch's default epsilon in the slimming and reverse modules, whatever the blocks use.
-SLIMMING_NORM_EPS = 1e-5
-
-
-class TokenSlimming(nn.Module):
-    """TSM: merges N patch tokens softly into fewer ones.
-
-    `A = softmax over the N tokens of scale * W2 GELU(W1 LN(X))` and `X' = A^T X` on the un-normalised stream, so every
-    kept token is a convex combination of the tokens before it.
-
-    Attributes:
-        kept_tokens: Number K of tokens that come out.
-        dtype: Type of the products; the softmax is float32.
-    """
-
-    kept_tokens: int
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "batch tokens dim"]
-    ) -> tuple[Float[Array, "batch kept dim"], Float[Array, "batch tokens kept"]]:
-        """Returns the kept tokens and the assignment matrix, whose columns each sum to one."""
-        hidden = layer_norm(SLIMMING_NORM_EPS, self.dtype, "norm")(x)
-        hidden = gelu(Dense(x.shape[-1] // 2, dtype=self.dtype, name="fc1")(hidden))
-        scores = Dense(self.kept_tokens, dtype=self.dtype, name="fc2")(hidden).astype(jnp.float32)
-        scale = self.param("scale", nn.initializers.ones, ())
-        assignment = jax.nn.softmax(scores * scale, axis=1)
-        kept = jnp.einsum("bnk,bnc->bkc", assignment.astype(self.dtype), x.astype(self.dtype))
-        return kept, assignment
 
 
 class ReverseTokenSlimming(nn.Module):

@@ -1,0 +1,128 @@
+"""The protocol of token reducers, and their names.
+
+Nearly every static method of token reduction is `X' = A^T X` with an assignment `A`: one-hot columns (top-k), means of
+pairs (ToMe), soft columns (SiT). So whatever reads `A` and the number of kept tokens serves all of them: distillation,
+RTSMs, token maps, cost, StableHLO export and benchmarks.
+"""
+
+import importlib
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sit_jax.errors import ConfigError, one_line
+
+Place = Literal["behind_block", "inside_block"]
+
+
+class Cues(NamedTuple):
+    """What a block makes available to the reducer behind or inside it; `jit` prunes what is unused.
+
+    Attributes:
+        tokens: Patch tokens; class token and other prefix tokens are split off.
+        keys: The attention's keys of the patch tokens, mean over heads; None unless `needs` has `keys`.
+        class_attention: How much the class token attends to each patch token, mean over heads; None unless `needs` has
+            `class_attention`.
+        mass: Patches merged into each token so far; they sum to the number of patches where none is dropped.
+    """
+
+    tokens: Float[Array, "batch tokens dim"]
+    keys: Float[Array, "batch tokens size"] | None
+    class_attention: Float[Array, "batch tokens"] | None
+    mass: Float[Array, "batch tokens"]
+
+
+class Reduced(NamedTuple):
+    """What a reducer returns.
+
+    Attributes:
+        tokens: The kept tokens.
+        mass: Patches merged into each of them.
+        assignment: The weight of each token in each kept one; `tokens` is `assignment^T tokens`.
+    """
+
+    tokens: Float[Array, "batch kept dim"]
+    mass: Float[Array, "batch kept"]
+    assignment: Float[Array, "batch tokens kept"]
+
+
+@runtime_checkable
+class Reducer(Protocol):
+    """A Flax module that merges or drops patch tokens; constructed as `Reducer(dtype=..., name=...)`.
+
+    Attributes:
+        needs: Which cues it reads besides `tokens` and `mass`: `keys`, `class_attention`.
+        place: `behind_block`, or `inside_block`: between a block's attention and its MLP.
+    """
+
+    needs: ClassVar[frozenset[str]]
+    place: ClassVar[Place]
+
+    def __call__(self, cues: Cues, kept: int) -> Reduced:
+        """Reduces to `kept` tokens, a Python int: shapes are static."""
+        ...
+
+
+ReducerClass = TypeVar("ReducerClass")
+_REDUCERS: dict[str, Any] = {}
+
+
+def register_reducer(name: str) -> Callable[[ReducerClass], ReducerClass]:
+    """Class decorator that makes a reducer known as `Architecture.reducer=name`."""
+
+    def register(reducer: ReducerClass) -> ReducerClass:
+        _REDUCERS[name] = reducer
+        return reducer
+
+    return register
+
+
+def find_reducer(name: str) -> Any:
+    """The class of a reducer: a registered name, or `MODULE:CLASS` of a module that Python can import from here.
+
+    Raises:
+        ConfigError: There is no such reducer.
+    """
+    if name in _REDUCERS:
+        return _REDUCERS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(sorted(_REDUCERS))
+        raise ConfigError("reducer", f"there is no reducer {name!r}; there are {known}, and MODULE:CLASS for your own")
+    here = str(pathlib.Path.cwd())
+    path = [] if here in sys.path else [here]
+    sys.path += path
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("reducer", f"{name!r} cannot be imported: {one_line(error)}") from None
+    finally:
+        for entry in path:
+            sys.path.remove(entry)
+
+
+def merge(cues: Cues, assignment: Float[Array, "batch tokens kept"]) -> Reduced:
+    """`assignment^T tokens`, in the type of the tokens, with the mass that goes along."""
+    weights = assignment.astype(cues.tokens.dtype)
+    tokens = jnp.einsum("bnk,bnc->bkc", weights, cues.tokens)
+    return Reduced(tokens, (assignment * cues.mass[:, :, None]).sum(axis=1), assignment)
+
+
+def reduce_patches(
+    reducer: Reducer, x: Float[Array, "batch tokens dim"], cues: Cues, kept: int
+) -> tuple[Float[Array, "batch _ dim"], Reduced]:
+    """All tokens of a block with the patch tokens among them reduced; prefix tokens pass by.
+
+    Args:
+        reducer: The bound module.
+        x: Prefix tokens, then patch tokens.
+        cues: What the block makes available; `tokens` is taken from `x`.
+        kept: Patch tokens to keep.
+    """
+    prefix = x.shape[1] - cues.mass.shape[1]
+    reduced = reducer(cues._replace(tokens=x[:, prefix:]), kept)
+    return jnp.concatenate([x[:, :prefix], reduced.tokens], axis=1), reduced
