@@ -5,7 +5,7 @@
 Every contender reads the same JPEGs (500 x 400 unless --folder names your own) from the same files and delivers
 uint8 batches at 224 pixels, as a trainer takes them that normalises and erases on the device (timm's PrefetchLoader
 does, and so do we). `plain` is random resized crop and flip; `full` adds RandAugment rand-m9-mstd0.5-inc1. tf.data
-decodes whole pictures as the others do, or (`fused`) only the crop; its resize does not antialias. All run in turn,
+decodes whole images as the others do, or (`fused`) only the crop; its resize does not antialias. All run in turn,
 round after round, each in a process of its own; the median round counts. CPU time is that of the process and its
 children.
 

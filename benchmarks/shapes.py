@@ -7,7 +7,7 @@ TINY: dict[str, Any] = {"image_size": 64, "dim": 32, "depth": 4, "num_heads": 2,
 
 
 def architecture(name: str, tiny: bool) -> Any:
-    """A named model; in the tiny form four blocks of it, narrow and on small pictures."""
+    """A named model; in the tiny form four blocks of it, narrow and on small images."""
     from sit_jax.models.variants import VARIANTS, get_architecture
 
     if not tiny:
@@ -40,14 +40,14 @@ def write_folder(folder: pathlib.Path, name: str, tiny: bool, reverse: bool, see
 
 
 def images(shape: tuple[int, ...], buffer: int) -> Any:
-    """The normalised pictures of an input buffer, channels last."""
+    """The normalised images of an input buffer, channels last."""
     import numpy as np
 
     return np.random.default_rng(buffer).standard_normal(shape, np.float32)
 
 
 def labels(count: int, classes: int, buffer: int) -> Any:
-    """Distributions over the classes, for the pictures of an input buffer."""
+    """Distributions over the classes, for the images of an input buffer."""
     import numpy as np
 
     return np.random.default_rng(1000 + buffer).dirichlet(np.ones(classes), count).astype(np.float32)

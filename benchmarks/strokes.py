@@ -1,9 +1,9 @@
-"""Where a digits student looks: the share of its tokens' weight that lies on strokes, against the strokes' area.
+"""Where a digits student looks: the fraction of its tokens' weight that lies on strokes, against the strokes' area.
 
     python benchmarks/strokes.py runs/digits
 
 A patch is a stroke patch where its mean level is above half of white. Over the whole test split: the stroke patches'
-share of the picture (area), their share of the cumulative weight of all tokens behind each slimming module, and of the
+share of the image (area), their share of the cumulative weight of all tokens behind each slimming module, and of the
 class token's attention in each block. Also the same per token of the first module, since tokens share the work.
 """
 
@@ -44,7 +44,7 @@ def measure(folder: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]
     strokes = levels / 255 > STROKE
 
     def share(weights: np.ndarray) -> float:
-        """Of the weight (pictures, patches) on strokes."""
+        """Of the weight (images, patches) on strokes."""
         return float((weights * strokes).sum() / weights.sum())
 
     first = maps.stages[0].cumulative

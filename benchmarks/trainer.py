@@ -91,7 +91,7 @@ class Stopwatch:
     def _run_alone(self) -> None:
         import jax
 
-        # The readers fill their buffers first: so the loop's stretch pays for its own pictures, and this one for none.
+        # The readers fill their buffers first: so the loop's stretch pays for its own images, and this one for none.
         wait_until_idle()
         state, batch, teachers = self._given
         begun = time.perf_counter()

@@ -129,7 +129,7 @@ def slim(
 
     Args:
         teacher: A model without slimming.
-        keep_ratio: Share of the patch tokens that each slimming module keeps.
+        keep_ratio: Fraction of the patch tokens that each slimming module keeps.
         after: The slimming modules stand behind these blocks, counted from 1.
         seed: Decides the slimming modules' weights.
         reducer: What reduces the tokens: `slim`, another registered name, or `MODULE:CLASS`.

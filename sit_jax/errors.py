@@ -32,7 +32,7 @@ class NotFiniteError(RunError):
 
 
 class ImageDecodeError(UserError):
-    """A picture cannot be read; the message names it and says why."""
+    """An image cannot be read; the message names it and says why."""
 
 
 class PartialFailureError(UserError):

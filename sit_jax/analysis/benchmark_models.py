@@ -33,7 +33,7 @@ class Compiled:
     Attributes:
         timed: What is timed.
         compile_s: Seconds that compiling took; None where nothing is compiled here.
-        memory_bytes: What the compiled program needs at most, weights included; None where nobody says.
+        memory_bytes: What the compiled program needs at most, weights included; None where no one says.
     """
 
     timed: Timed

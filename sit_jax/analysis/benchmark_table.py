@@ -1,4 +1,4 @@
-"""`sit benchmark`: models timed side by side, as a table, as JSON and as a picture."""
+"""`sit benchmark`: models timed side by side, as a table, as JSON and as an image."""
 
 import dataclasses
 import json

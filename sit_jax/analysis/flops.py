@@ -110,7 +110,7 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     if not isinstance(arch, Architecture):
         raise ConfigError("model", "only vision transformers can be counted")
     cost = count_cost(arch, tiles)
-    total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The pictures need no gradient.
+    total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The images need no gradient.
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
     if config.loss.token > 0:

@@ -255,7 +255,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def _cnn_teacher_flops(config: Config) -> float:
-    """FLOPs of the convolutional teacher's forward pass on one picture; it has no loops, so the compiler can count."""
+    """FLOPs of the convolutional teacher's forward pass on one image; it has no loops, so the compiler can count."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     if spec.cnn_teacher is None:
         return 0.0

@@ -1,4 +1,4 @@
-"""`sit predict`: the likeliest classes of pictures, in order, however many there are."""
+"""`sit predict`: the most likely classes of images, in order, however many there are."""
 
 import collections
 import concurrent.futures
@@ -24,11 +24,11 @@ read_file = read_picture
 
 
 class Prediction(NamedTuple):
-    """What a model says of one picture.
+    """What a model says of one image.
 
     Attributes:
         picture: The file.
-        classes: Indices of the likeliest classes, likeliest first.
+        classes: Indices of the most likely classes, most likely first.
         names: Their names.
         probabilities: Their probabilities.
     """
@@ -42,15 +42,15 @@ class Prediction(NamedTuple):
 def predict(
     predictor: Predictor, pictures: Sequence[str], top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction | ImageDecodeError]:
-    """Predictions in the order of the pictures; an error in the place of one that cannot be read.
+    """Predictions in the order of the images; an error in the place of one that cannot be read.
 
     Files are read a batch ahead, and no more than that is held at a time.
 
     Args:
         predictor: The model.
         pictures: Files.
-        top: Likeliest classes to tell, all where there are fewer.
-        batch_size: Pictures that go through the model at a time.
+        top: most likely classes to tell, all where there are fewer.
+        batch_size: Images that go through the model at a time.
     """
     waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
     readable = 0
@@ -73,9 +73,9 @@ def run_predict(
     out: TextIO,
     reader_gone: Callable[[TextIO], bool] = lambda _: False,
 ) -> None:
-    """Writes predictions as they come, and names the pictures that cannot be read on standard error.
+    """Writes predictions as they come, and names the images that cannot be read on standard error.
 
-    Ends early where `reader_gone(out)` says that nobody reads on, as after `| head`.
+    Ends early where `reader_gone(out)` says that no one reads on, as after `| head`.
 
     Raises:
         PartialFailureError: Some could not be read.
@@ -103,7 +103,7 @@ def run_predict(
 def _read(
     predictor: Predictor, pictures: Sequence[str], ahead: int
 ) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
-    """Pixels of each picture in order, at most `ahead` of them read and not yet asked for."""
+    """Pixels of each image in order, at most `ahead` of them read and not yet asked for."""
     arch = predictor.arch
     transform = EvalTransform(predictor.data, arch.image_size, arch.in_channels)
 
@@ -152,7 +152,7 @@ def _rows(prediction: Prediction) -> Iterator[tuple[int, str, float]]:
 
 
 def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], None]:
-    """One line per picture: the file, then class and probability, likeliest first."""
+    """One line per image: the file, then class and probability, most likely first."""
     name_width, file_width = min(24, max(map(len, class_names))), 0
 
     def write(prediction: Prediction) -> None:
@@ -166,7 +166,7 @@ def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], No
 
 
 def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
-    """One object per picture."""
+    """One object per image."""
 
     def write(prediction: Prediction) -> None:
         rows = [{"class": index, "name": name, "probability": share} for index, name, share in _rows(prediction)]
@@ -176,7 +176,7 @@ def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
 
 
 def _csv(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
-    """One row per picture and class, with a heading."""
+    """One row per image and class, with a heading."""
     table = csv.writer(out, lineterminator="\n")
     table.writerow(("picture", "rank", "class", "name", "probability"))
 

@@ -33,7 +33,7 @@ _PICTURES_SHOWN = 6
 
 
 def summarize(folder: pathlib.Path) -> dict[str, Any]:
-    """Evaluates and times a finished run's student and its teacher, and writes the summary and the pictures.
+    """Evaluates and times a finished run's student and its teacher, and writes the summary and the images.
 
     Returns:
         What `summary.json` holds: `student` and, where there is one, `teacher`, each with `top1` (share of 1),
@@ -191,7 +191,7 @@ def _draw_examples(
     images: np.ndarray,
     class_names: Sequence[str],
 ) -> None:
-    """Draws where the student's kept tokens look, on the first pictures of the evaluation split."""
+    """Draws where the student's kept tokens look, on the first images of the evaluation split."""
     arch = config.model.architecture
     if not isinstance(arch, Architecture) or not arch.is_slimmed:
         return

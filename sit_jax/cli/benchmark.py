@@ -14,15 +14,19 @@ def add_parser(verbs: Any) -> None:
     parser = add_verb(verbs, "benchmark", run, "time models side by side")
     text = "a named model (see sit models), a run's folder, a model folder, a .onnx or .stablehlo file"
     parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
-    parser.add_argument("--teacher", metavar="MODEL", help="what the others are compared with; the first if not given")
+    parser.add_argument("--teacher", metavar="MODEL", help="reference model; the first if not given")
     sizes = [1, 16, 64]
-    parser.add_argument("--batch_sizes", metavar="N", nargs="+", type=positive, default=sizes, help="images at a time")
+    parser.add_argument("--batch_sizes", metavar="N", nargs="+", type=positive, default=sizes, help="batch sizes")
     types = ("float32", "bfloat16")
-    parser.add_argument("--dtype", default="float32", choices=types, help="of the products; exported files keep theirs")
-    parser.add_argument("--seconds", type=_duration, default=3.0, help="for each model at each batch size")
-    parser.add_argument("--rounds", type=positive, default=9, help="turns that this time is divided into")
+    parser.add_argument(
+        "--dtype", default="float32", choices=types, help="dtype of the products; exported files keep theirs"
+    )
+    parser.add_argument(
+        "--seconds", type=_duration, default=3.0, help="seconds of measurement for each model and batch size"
+    )
+    parser.add_argument("--rounds", type=positive, default=9, help="interleaved rounds that this time is divided into")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="accuracy or GMAC over throughput")
+    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="plot accuracy, or GMAC, over throughput")
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -15,14 +15,14 @@ def add_parser(verbs: Any) -> None:
     parser = add_verb(verbs, "checkpoint", None, "list, show and verify a run's checkpoints")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, run, text in (
-        ("list", _list, "list the whole checkpoints: accuracy, size, which is the best and which the newest"),
-        ("show", _show, "show what a checkpoint says about itself, and its arrays"),
-        ("verify", _verify, "read every array: whether it is whole, finite, and of the right size"),
+        ("list", _list, "list complete checkpoints: accuracy, size, best and newest"),
+        ("show", _show, "show the metadata and arrays of a checkpoint"),
+        ("verify", _verify, "read every array, and check that it is complete, finite and of the right shape"),
     ):
         task = add_verb(tasks, name, run, text)
         task.add_argument("--workdir", required=True, type=pathlib.Path, help="folder of a run")
         if name != "list":
-            task.add_argument("--step", type=int, help="which checkpoint; the newest if not given")
+            task.add_argument("--step", type=int, help="step of the checkpoint; the newest if not given")
         task.add_argument("--json", action="store_true", help="print JSON")
 
 

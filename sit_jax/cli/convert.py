@@ -17,25 +17,36 @@ _PREFIX = "model."
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "convert", run, "read weights of other programs, and of runs, and write them")
+    parser = add_verb(verbs, "convert", run, "convert weights of other programs and of runs")
     sources = ".pth, .pt, .pth.tar, .safetensors or .npz file, model folder, or run"
     parser.add_argument("source", metavar="SOURCE", type=pathlib.Path, help=sources)
     destinations = "model folder (no suffix), or .pth or .safetensors file in the original's layout"
     parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help=destinations)
-    parser.add_argument("--image_size", type=positive, help="interpolate the positions to this resolution")
-    parser.add_argument("--num_classes", type=positive, help="replace the heads by zeros for so many classes")
-    parser.add_argument("--without_reverse", action="store_true", help="leave the reverse modules out")
-    parser.add_argument("--ema", action="store_true", help="the moving average, where SOURCE holds one besides")
-    parser.add_argument("--licence", metavar="TEXT", help="of the weights, for a model folder's config.json")
-    parser.add_argument("--force", action="store_true", help="replace DEST if it is there")
-    group = parser.add_argument_group("what tensors do not tell", "Needed where no named model has the shape found.")
+    parser.add_argument("--image_size", type=positive, help="interpolate the position embeddings to this resolution")
+    parser.add_argument(
+        "--num_classes", type=positive, help="replace the heads by zero-initialized ones for this many classes"
+    )
+    parser.add_argument("--without_reverse", action="store_true", help="leave out the reverse modules (RTSM)")
+    parser.add_argument("--ema", action="store_true", help="the moving average, if SOURCE holds one")
+    parser.add_argument(
+        "--licence", metavar="TEXT", help="license of the weights, for the config.json of a model folder"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite DEST")
+    group = parser.add_argument_group(
+        "hyperparameters that tensor shapes do not determine", "Needed if no named model has the shapes found."
+    )
     group.add_argument(f"--{_PREFIX}name", metavar="NAME", help="take the values below from a named model")
     group.add_argument(f"--{_PREFIX}num_heads", metavar="COUNT", type=positive, help="attention heads")
-    group.add_argument(f"--{_PREFIX}residual_scale", metavar="NUMBER", type=float, help="divides residual branches")
+    group.add_argument(
+        f"--{_PREFIX}residual_scale", metavar="NUMBER", type=float, help="divisor of the residual branches"
+    )
     group.add_argument(f"--{_PREFIX}norm_eps", metavar="NUMBER", type=float, help="epsilon of the LayerNorms")
-    group.add_argument(f"--{_PREFIX}image_size", metavar="PX", type=positive, help="side that the positions are for")
+    group.add_argument(
+        f"--{_PREFIX}image_size", metavar="PX", type=positive, help="image size that the position embeddings are for"
+    )
     group.add_argument(f"--{_PREFIX}stage_blocks", metavar="COUNT,COUNT,...", type=_counts, help="blocks per stage")
-    group.add_argument(f"--{_PREFIX}keep_ratio", metavar="NUMBER", type=float, help="share of tokens a stage keeps")
+    text = "fraction of the tokens that a stage keeps"
+    group.add_argument(f"--{_PREFIX}keep_ratio", metavar="NUMBER", type=float, help=text)
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -15,31 +15,33 @@ from sit_jax.errors import UserError
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb and its tasks."""
-    parser = add_verb(verbs, "data", None, "prepare, look at, check and label data sets")
+    parser = add_verb(verbs, "data", None, "prepare, preview, check and label data sets")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     prepare = add_verb(tasks, "prepare", _prepare, "download or convert a data set to ArrayRecord")
     prepare.add_argument("--name", help="the data set: digits, a tfds name, or a new name with --from_folder")
-    prepare.add_argument("--data_dir", default="", help="where prepared data sets lie; tfds's default if not given")
-    prepare.add_argument("--manual_dir", default="", help="where files lie that must be downloaded by hand")
-    prepare.add_argument("--from_folder", type=pathlib.Path, help="folder of pictures to convert")
+    prepare.add_argument(
+        "--data_dir", default="", help="folder of prepared data sets; the default of tfds if not given"
+    )
+    prepare.add_argument("--manual_dir", default="", help="folder of files that were downloaded by hand")
+    prepare.add_argument("--from_folder", type=pathlib.Path, help="folder of images to convert")
     text = "fraction of each class for val, where the folder has no splits"
     add_option(prepare, "--val_fraction", "--held_out", type=fraction, default=0.1, help=text)
-    prepare.add_argument("--skip_broken", action="store_true", help="leave pictures out that cannot be read")
-    prepare.add_argument("--from_tfrecord", type=pathlib.Path, help="folder of a prepared TFRecord version to convert")
-    show = add_verb(tasks, "show", _show, "draw training pictures as the model gets them")
+    prepare.add_argument("--skip_broken", action="store_true", help="leave out images that cannot be decoded")
+    prepare.add_argument("--from_tfrecord", type=pathlib.Path, help="folder of a prepared TFRecord data set to convert")
+    show = add_verb(tasks, "show", _show, "draw training images as the model receives them")
     add_config(show)
     show.add_argument("--output", type=pathlib.Path, default=pathlib.Path("examples.png"), help="PNG file to write")
-    show.add_argument("--count", type=positive, default=32, help="pictures, at most a batch")
-    show.add_argument("--step", type=int, default=0, help="which batch")
-    check = add_verb(tasks, "check", _check, "read every picture once; list broken and unusual ones")
+    show.add_argument("--count", type=positive, default=32, help="number of images, at most a batch")
+    show.add_argument("--step", type=int, default=0, help="index of the batch")
+    check = add_verb(tasks, "check", _check, "decode every image once; list broken and unusual ones")
     add_config(check)
-    check.add_argument("--threads", type=positive, default=8, help="pictures read at a time")
-    check.add_argument("--all", action="store_true", help="list every name")
+    check.add_argument("--threads", type=positive, default=8, help="number of threads")
+    check.add_argument("--all", action="store_true", help="list every file name")
     check.add_argument("--json", action="store_true", help="print a list of objects")
     label = add_verb(tasks, "label", _label, "write dense labels for token labelling with a trained model")
-    label.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the model's run")
+    label.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run whose model labels")
     label.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
-    label.add_argument("--top", type=positive, default=5, help="likeliest classes stored per place")
+    label.add_argument("--top", type=positive, default=5, help="classes stored per patch, most likely first")
 
 
 def _prepare(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -11,14 +11,14 @@ from sit_jax.cli.verb import add_verb
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "demo", run, "open a page that shows what slimming does to your pictures")
+    parser = add_verb(verbs, "demo", run, "serve a page that shows what slimming does to your images")
     folder = "a run's or model's folder; may be given several times, the page then offers a choice"
     parser.add_argument("--student", metavar="MODEL", type=pathlib.Path, action="append", required=True, help=folder)
     teacher = "the same for what it is compared with; a run's own teacher if not given"
     parser.add_argument("--teacher", metavar="MODEL", type=pathlib.Path, action="append", default=[], help=teacher)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines in")
-    parser.add_argument("--port", type=between(1, 65535), default=7860, help="port to listen at")
-    parser.add_argument("--max_mb", type=positive, default=20, help="largest file that the page takes, in megabytes")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces")
+    parser.add_argument("--port", type=between(1, 65535), default=7860, help="port to listen on")
+    parser.add_argument("--max_mb", type=positive, default=20, help="maximum size of an upload in MB")
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

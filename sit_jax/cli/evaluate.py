@@ -19,12 +19,12 @@ def add_parser(verbs: Any) -> None:
     which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
     which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
     add_checkpoint(parser)
-    parser.add_argument("--name", help="another data set of the same classes, such as imagenet_v2")
-    parser.add_argument("--split", dest="eval_split", metavar="SPLIT", help="another split")
-    parser.add_argument("--data_dir", help="where the data set lies, if not where it lay in training")
+    parser.add_argument("--name", help="name of another data set of the same classes, such as imagenet_v2")
+    parser.add_argument("--split", dest="eval_split", metavar="SPLIT", help="name of another split")
+    parser.add_argument("--data_dir", help="folder of the data set, if not the one of training")
     text = "fraction of each class in val, for a folder without splits"
     add_option(parser, "--val_fraction", "--held_out", type=fraction, help=text)
-    text = "what an unreadable image does"
+    text = "what to do about an image that cannot be decoded"
     add_option(parser, "--on_decode_error", "--on_broken", choices=("error", "skip"), help=text)
     text = "match the classes of model and data by name where both have names, or by index (default: names)"
     parser.add_argument("--match_classes", choices=("names", "index"), default="names", help=text)

@@ -13,13 +13,15 @@ def add_parser(verbs: Any) -> None:
     parser = add_verb(verbs, "export", run, "write a model for PyTorch, ONNX, StableHLO or timm")
     formats = ("folder", "onnx", "stablehlo", "original", "timm")
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help="a run's folder or a model folder")
-    parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="folder or file to write; not there yet")
-    parser.add_argument("--format", required=True, choices=formats, help="what to write")
+    parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="folder or file to write; must not exist")
+    parser.add_argument("--format", required=True, choices=formats, help="output format")
     add_checkpoint(parser)
-    parser.add_argument("--with_reverse", action="store_true", help="folder, original: the reverse modules too")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="onnx: type of the weights")
-    parser.add_argument("--licence", metavar="TEXT", help="folder, onnx, stablehlo: of the weights")
-    parser.add_argument("--raw_input", action="store_true", help="onnx, stablehlo: take uint8 pixels (NHWC)")
+    parser.add_argument("--with_reverse", action="store_true", help="include the reverse modules (folder, original)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16"), help="dtype of the weights (onnx)"
+    )
+    parser.add_argument("--licence", metavar="TEXT", help="license of the weights (folder, onnx, stablehlo)")
+    parser.add_argument("--raw_input", action="store_true", help="take uint8 pixels, NHWC (onnx, stablehlo)")
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -9,9 +9,9 @@ from sit_jax.cli.verb import add_verb
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "models", run, "list the named models and what they cost")
+    parser = add_verb(verbs, "models", run, "list the named models and their cost")
     parser.add_argument("--json", action="store_true", help="print a list of objects")
-    parser.add_argument("--verbose", action="store_true", help="also what each kind of module costs")
+    parser.add_argument("--verbose", action="store_true", help="also print the cost of each kind of module")
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

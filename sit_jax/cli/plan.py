@@ -13,11 +13,11 @@ from sit_jax.cli.verb import add_verb
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    text = "compile a run's train step for devices that are not here, and say what it needs"
+    text = "compile a run's train step for absent devices, and print what it needs"
     parser = add_verb(verbs, "plan", run, text)
     add_config(parser)
     parser.add_argument("--topology", required=True, help="TPU slice such as v5e:16x16 or v4:2x2x4, or cpu:8")
-    parser.add_argument("--examples", type=positive, help="training examples, where the data set is not at hand")
+    parser.add_argument("--examples", type=positive, help="number of training examples, if the data set is not here")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

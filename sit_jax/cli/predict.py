@@ -12,14 +12,16 @@ from sit_jax.cli.verb import ANY_MODEL, add_checkpoint, add_verb
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "predict", run, "say what is on pictures")
+    parser = add_verb(verbs, "predict", run, "classify images")
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
-    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="files, folders, patterns; - reads a list")
+    parser.add_argument(
+        "pictures", metavar="PICTURE", nargs="+", help="files, folders or glob patterns; - reads a list from stdin"
+    )
     add_checkpoint(parser)
-    parser.add_argument("--top", type=positive, default=5, help="likeliest classes told")
-    parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="how they are printed")
-    parser.add_argument("--batch_size", type=positive, default=32, help="pictures at a time")
-    parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
+    parser.add_argument("--top", type=positive, default=5, help="classes printed for each image, most likely first")
+    parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="output format")
+    parser.add_argument("--batch_size", type=positive, default=32, help="batch size")
+    parser.epilog = "Exit code 1 if some images could not be decoded: they are listed and skipped."
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

@@ -11,12 +11,16 @@ from sit_jax.cli.verb import add_verb
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "report", run, "make a page about a run, or about several side by side")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="folder of a run; several compare")
+    parser = add_verb(verbs, "report", run, "write a page about a run, or compare several")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=pathlib.Path, help="folder of a run; several are compared"
+    )
     text = "page to write; RUN/report.html if not given, comparison.html here for several runs"
     parser.add_argument("--output", metavar="FILE.html", type=pathlib.Path, help=text)
-    parser.add_argument("--examples", metavar="N", type=positive, default=6, help="pictures shown of each kind")
-    parser.add_argument("--no_model", action="store_true", help="only what the folders say; needs no data")
+    parser.add_argument(
+        "--examples", metavar="N", type=positive, default=6, help="number of example images of each kind"
+    )
+    parser.add_argument("--no_model", action="store_true", help="do not run the model; needs no data set")
     parser.epilog = "A run that has not finished is looked at on the CPU: it may need the accelerators itself."
 
 

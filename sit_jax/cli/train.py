@@ -14,14 +14,14 @@ def add_parser(verbs: Any) -> None:
     """Adds the verb."""
     parser = add_verb(verbs, "train", run, "train a model, or a teacher and its slimmed student")
     add_config(parser)
-    parser.add_argument("--workdir", required=True, type=folder, help="folder of the run; made if missing")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder, if there is one")
+    parser.add_argument("--workdir", required=True, type=folder, help="folder of the run; created if missing")
+    parser.add_argument("--resume", action="store_true", help="continue the run in the folder, if there is one")
     parser.add_argument(
         "--compilation_cache",
         default="",
-        help="folder that keeps compiled programs, or none; ~/.cache/sit_jax if not given",
+        help="folder of the compilation cache, or none; ~/.cache/sit_jax if not given",
     )
-    parser.add_argument("--print_sharding", action="store_true", help="print where every array would lie, and stop")
+    parser.add_argument("--print_sharding", action="store_true", help="print the placement of every array, and exit")
     add_processes(parser)
 
 

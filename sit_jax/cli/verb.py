@@ -35,5 +35,5 @@ def add_option(parser: argparse.ArgumentParser, name: str, former: str, **option
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that choose among a run's weights."""
-    parser.add_argument("--ema", action="store_true", help="of a run: the moving average of the weights")
-    parser.add_argument("--step", type=int, help="of a run: which checkpoint; the newest if not given")
+    parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (runs only)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (runs only); the newest if not given")

@@ -14,16 +14,20 @@ _MOST_TOKENS = 32
 
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "visualize", run, "draw where tokens look and what the class token attends to")
+    parser = add_verb(verbs, "visualize", run, "draw token maps and the attention of the class token")
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help="a run's folder or a model folder")
-    parser.add_argument("pictures", metavar="PICTURE", nargs="*", help="files, folders, patterns; - reads a list")
+    parser.add_argument(
+        "pictures", metavar="PICTURE", nargs="*", help="files, folders or glob patterns; - reads a list from stdin"
+    )
     add_checkpoint(parser)
-    parser.add_argument("--split", help="instead of PICTURE: the first pictures of a data set's split, such as test")
-    parser.add_argument("--name", help="with --split: which data set, if not the model's own")
-    parser.add_argument("--data_dir", help="with --split: where it lies, if not where it lay in training")
-    parser.add_argument("--limit", type=positive, help="pictures at most; if not given all, or 16 of a split")
-    parser.add_argument("--output", type=pathlib.Path, help="folder for a figure per picture; maps if not given")
-    arrays = "all arrays in one .npz file, or a folder for one file per picture; alone, no figures are drawn"
+    parser.add_argument("--split", help="instead of PICTURE: the first images of a data set's split, such as test")
+    parser.add_argument("--name", help="with --split: name of the data set, if not the model's own")
+    parser.add_argument("--data_dir", help="with --split: its folder, if not the one of training")
+    parser.add_argument("--limit", type=positive, help="maximum number of images; all if not given, or 16 of a split")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="output folder of the figures, one per image; maps if not given"
+    )
+    arrays = "all arrays in one .npz file, or a folder for one file per image; alone, no figures are drawn"
     parser.add_argument("--arrays", metavar="PLACE", type=pathlib.Path, help=arrays)
     parser.add_argument(
         "--tokens",
@@ -34,8 +38,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--dpi", type=between(20, 1200), default=150, help="dots per inch of the figures; 300 for print"
     )
-    parser.add_argument("--batch_size", type=positive, default=8, help="pictures at a time")
-    parser.epilog = "Exit code 1 where some pictures could not be read: they are named and skipped."
+    parser.add_argument("--batch_size", type=positive, default=8, help="batch size")
+    parser.epilog = "Exit code 1 if some images could not be decoded: they are listed and skipped."
 
 
 def run(arguments: argparse.Namespace, _: list[str]) -> None:

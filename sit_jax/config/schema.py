@@ -73,7 +73,7 @@ class OptimConfig:
         clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
         grad_dtype: Type of the kernels' gradients between devices. `bfloat16` halves what devices send each
             other and needs `model.dtype` bfloat16; micro-batches are added up in float32 all the same.
-        accumulate_steps: Micro-batches that a batch is worked off in; their gradients are averaged.
+        accumulate_steps: Micro-batches that a batch is split into; their gradients are averaged.
         ema_decay: Decay of the exponential moving average of the weights, kept and evaluated beside them; 0 for none.
         decay_like_original: Decay what the original decays: also the TSM scale and the norms and biases of the RTSMs.
     """
@@ -136,7 +136,7 @@ class TeacherConfig:
         epochs: Epochs of the cosine.
         batch_size: Examples per step.
         optim: Optimizer and schedule.
-        label_smoothing: Share of a label spread over all classes.
+        label_smoothing: Fraction of a label spread over all classes.
         match_classes: How the classes of a given teacher are matched with those of the data: by their `names`, where
             both have names, or by `index`, for the same classes under other names.
     """
@@ -212,8 +212,8 @@ class Config:
     Attributes:
         model: The model that is trained.
         data: The data set and how it is read.
-        augment: How training pictures are varied.
-        mix: How the pictures of a batch are mixed with one another.
+        augment: How training images are varied.
+        mix: How the images of a batch are mixed with one another.
         seed: Everything random follows from it.
         epochs: Epochs of the cosine; `optim.cooldown_epochs` come on top.
         batch_size: Examples per step, over all devices.

@@ -29,25 +29,25 @@ class DataConfig:
     """The data set and how it is read.
 
     Attributes:
-        name: `digits` (scikit-learn's handwritten digits), `folder` (your own pictures), `synthetic` (noise, to try a
+        name: `digits` (scikit-learn's handwritten digits), `folder` (your own images), `synthetic` (noise, to try a
             machine; `synthetic/10` has 10 classes), or the name of any tfds image classification data set, such as
             `imagenet2012` or `cifar100`.
-        data_dir: For `folder` the folder of pictures; else where tfds keeps prepared data sets, empty for tfds's own
+        data_dir: For `folder` the folder of images; else where tfds keeps prepared data sets, empty for tfds's own
             default (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
         train_split: Split to train on, in tfds's syntax (`train`, `train[:99%]`).
         eval_split: Split to evaluate on.
         val_fraction: Fraction of each class that a folder without `train` and `val` in it gives to `val`.
-        resize: How a training or evaluation picture becomes a square: `stretch` it (crop nothing), or `crop`:
+        resize: How a training or evaluation image becomes a square: `stretch` it (crop nothing), or `crop`:
             random resized crop in training, resize and centre crop in evaluation.
-        crop_fraction: Share of the shorter side that the centre crop leaves.
+        crop_fraction: Fraction of the shorter side that the centre crop leaves.
         interpolation: Filter of every resize.
-        resampler: What resizes training pictures, neither with aliasing: `opencv` blurs before it shrinks and takes a
+        resampler: What resizes training images, neither with aliasing: `opencv` blurs before it shrinks and takes a
             sixth of the time; `pillow` widens the filter, as timm's transforms do. Evaluation is always Pillow's.
-        mean: Mean of the channels, of values from 0 to 1, that is taken off; averaged over channels for grey pictures.
+        mean: Mean of the channels, of values from 0 to 1, that is taken off; averaged over channels for grey images.
         std: Standard deviation that they are divided by.
         on_decode_error: What an unreadable image does: `error` stops and names it, `skip` counts it and goes on.
-        max_pixels: Pictures of more pixels are not decoded.
-        workers: Processes that read and vary pictures; 0 for threads of this one.
+        max_pixels: Images of more pixels are not decoded.
+        workers: Processes that read and vary images; 0 for threads of this one.
         threads: Threads in each of them.
         label_maps: Folder of dense labels for token labelling, as `sit data label` writes it; empty for none.
     """
@@ -72,12 +72,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AugmentConfig:
-    """How training pictures are varied, in this order.
+    """How training images are varied, in this order.
 
     Attributes:
-        crop_scale: Share of the picture's area that a random resized crop takes (with `data.resize` `crop`).
+        crop_scale: Fraction of the image's area that a random resized crop takes (with `data.resize` `crop`).
         crop_ratio: Width over height of that crop.
-        max_rotation: Pictures are turned by up to this many degrees.
+        max_rotation: Images are turned by up to this many degrees.
         max_shift: ... and moved by up to this share of their side in each direction.
         max_zoom: ... and scaled by up to this share up or down.
         flip: Probability of a horizontal flip.
@@ -86,7 +86,7 @@ class AugmentConfig:
         erase: Probability of random erasing.
         erase_mode: What fills the erased box: noise per `pixel`, one `rand` colour, or the mean colour (`const`).
         erase_count: Boxes at most.
-        repeats: Differently varied views of each picture in a batch (repeated augmentation).
+        repeats: Differently varied views of each image in a batch (repeated augmentation).
     """
 
     crop_scale: Range = (0.08, 1.0)
@@ -115,14 +115,14 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixConfig:
-    """How the pictures of a batch are mixed with one another, on the device.
+    """How the images of a batch are mixed with one another, on the device.
 
     Attributes:
         mixup: Parameter of the Beta distribution that mixup's share is drawn from; 0 for no mixup.
         cutmix: The same for cutmix's area; 0 for no cutmix.
-        probability: Share of the batches (or pairs, or pictures: `mode`) that are mixed at all.
+        probability: Fraction of the batches (or pairs, or images: `mode`) that are mixed at all.
         switch: Where both are on, the probability of cutmix instead of mixup.
-        mode: Whether the choices are drawn once per `batch`, per `pair` of pictures, or per picture (`element`).
+        mode: Whether the choices are drawn once per `batch`, per `pair` of images, or per image (`element`).
         mix_token: Parameter of the Beta distribution for MixToken, cutmix on the grid of patch tokens behind the stem;
             0 for none. It takes the place of the other two.
     """

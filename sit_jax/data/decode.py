@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from sit_jax.errors import ImageDecodeError, one_line
 
-# Pictures beyond `max_pixels` are refused here by name; Pillow's own warning would come on top.
+# Images beyond `max_pixels` are refused here by name; Pillow's own warning would come on top.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Tags of EXIF and TIFF.
@@ -36,7 +36,7 @@ _SUFFIXES = {
 
 
 def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int = 80_000_000) -> np.ndarray:
-    """Decodes a picture, turned upright by its EXIF or XMP orientation; the first frame of an animation.
+    """Decodes an image, turned upright by its EXIF or XMP orientation; the first frame of an animation.
 
     Transparent pixels are laid on white, samples of more than 8 bits scaled to 8, CMYK and palettes become RGB.
     Pixels whose range the file does not give (floats, signed integers, 32-bit integers) are refused.
@@ -44,7 +44,7 @@ def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int
     Args:
         encoded: The file's bytes.
         channels: 1 for grey, 3 for RGB.
-        name: What messages call the picture.
+        name: What messages call the image.
         max_pixels: More than these are not decoded.
 
     Returns:
@@ -57,7 +57,7 @@ def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int
 
 
 def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
-    """What is unusual about a picture, each with what `decode` makes of it; empty for a plain one.
+    """What is unusual about an image, each with what `decode` makes of it; empty for a plain one.
 
     Args:
         encoded: The file's bytes.

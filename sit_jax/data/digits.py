@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-# Every fifth picture is held out. The collection is sorted by writer, so this keeps every writer in both splits.
+# Every fifth image is held out. The collection is sorted by writer, so this keeps every writer in both splits.
 HELD_OUT_EVERY = 5
 
 
 class SitDigits(tfds.core.GeneratorBasedBuilder):
-    """The digits, split into `train` (1,438 pictures) and `test` (359)."""
+    """The digits, split into `train` (1,438 images) and `test` (359)."""
 
     name = "sit_digits"
     VERSION = tfds.core.Version("1.0.0")

@@ -1,4 +1,4 @@
-"""Pictures in folders named after their classes."""
+"""Images in folders named after their classes."""
 
 import contextlib
 import glob
@@ -29,15 +29,15 @@ def _listing() -> Iterator[None]:
 
 
 class FolderSource:
-    """A split of a folder of pictures.
+    """A split of a folder of images.
 
     `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val` (or `valid`, `validation`,
-    `test`); with the classes in `root` itself, every class gives a share of its pictures, spread evenly over their
+    `test`); with the classes in `root` itself, every class gives a fraction of its images, spread evenly over their
     sorted names, to `val`. Classes are numbered by name. Folders within a class belong to it.
 
     Attributes:
         class_names: Names of the classes, by index.
-        files: The pictures' paths and labels, sorted.
+        files: The images' paths and labels, sorted.
         base: The folder that holds the classes.
     """
 
@@ -45,7 +45,7 @@ class FolderSource:
 
     @_listing()
     def __init__(self, root: pathlib.Path, split: str, val_fraction: float = 0.1) -> None:
-        """Lists the pictures.
+        """Lists the images.
 
         Args:
             root: The folder.
@@ -53,7 +53,7 @@ class FolderSource:
             val_fraction: Fraction of each class that goes to `val` where the folder has no splits.
 
         Raises:
-            UserError: No such folder or split, no pictures in it, or a folder that cannot be listed.
+            UserError: No such folder or split, no images in it, or a folder that cannot be listed.
         """
         if not root.is_dir():
             raise UserError(f"data.data_dir: there is no folder {root}")
@@ -76,7 +76,7 @@ class FolderSource:
         else:
             by_class = [_part(paths, val_fraction, name != TRAIN) for paths in by_class]
         everything = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
-        # Sorted by class, a slice would hold a few classes only: take the pictures of all classes in turn.
+        # Sorted by class, a slice would hold a few classes only: take the images of all classes in turn.
         everything = _interleave(by_class) if match[2] or match[3] else everything
         start, stop = (_bound(match[i], len(everything)) for i in (2, 3))
         self.files: Sequence[tuple[str, int]] = everything[start:stop]
@@ -94,7 +94,7 @@ class FolderSource:
 
     @property
     def ignored(self) -> list[str]:
-        """Files among the pictures that are none by their suffix, sorted."""
+        """Files among the images that are none by their suffix, sorted."""
         found = (path for name in self.class_names for path in (self.base / name).rglob("*"))
         return sorted(str(path) for path in found if path.is_file() and not _is_picture(path.name))
 
@@ -117,7 +117,7 @@ def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 @_listing()
 def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The pictures in a folder and the folders within, sorted; hidden ones are passed over.
+    """The images in a folder and the folders within, sorted; hidden ones are passed over.
 
     Raises:
         UserError: A folder cannot be listed.
@@ -139,7 +139,7 @@ def _is_picture(name: str) -> bool:
 
 
 def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) -> list[pathlib.Path]:
-    """Every class is cut by itself, so that small ones are in both parts; adding pictures moves few others."""
+    """Every class is cut by itself, so that small ones are in both parts; adding images moves few others."""
     crossed = [int((i + 1) * val_fraction) > int(i * val_fraction) for i in range(len(paths))]
     return [path for path, out in zip(paths, crossed, strict=True) if out == wants_held_out]
 
@@ -160,10 +160,10 @@ def _bound(text: str | None, length: int) -> int | None:
 
 
 def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
-    """The pictures that words on the command line mean, in their order.
+    """The images that words on the command line mean, in their order.
 
     Args:
-        words: Files, folders (all pictures within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
+        words: Files, folders (all images within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
         lines: One file per line.
 
     Raises:

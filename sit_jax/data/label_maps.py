@@ -1,4 +1,4 @@
-"""Dense labels for token labelling: for every training picture, the likeliest classes at each place of a grid."""
+"""Dense labels for token labelling: for every training image, the most likely classes at each place of a grid."""
 
 import json
 import pathlib
@@ -14,8 +14,8 @@ _CLASSES, _VALUES, _ABOUT = "classes.npy", "values.npy", "about.json"
 class LabelMaps:
     """A folder of dense labels, in the order of the training split, read through memory maps.
 
-    `classes.npy` is uint16 (examples, grid, grid, top), `values.npy` float16 of the same shape: the `top` likeliest
-    classes at each place of the whole, unflipped picture, and their probabilities. What they leave to 1 is spread over
+    `classes.npy` is uint16 (examples, grid, grid, top), `values.npy` float16 of the same shape: the `top` most likely
+    classes at each place of the whole, unflipped image, and their probabilities. What they leave to 1 is spread over
     all classes when used.
     """
 
@@ -52,7 +52,7 @@ class LabelMaps:
         return len(self._classes)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Classes, int32, and probabilities, float32, of a picture, each (grid, grid, top)."""
+        """Classes, int32, and probabilities, float32, of an image, each (grid, grid, top)."""
         return self._classes[index].astype(np.int32), self._values[index].astype(np.float32)
 
     def check(self, examples: int, num_classes: int) -> None:
@@ -83,7 +83,7 @@ class LabelMapWriter:
             self._values = np.lib.format.open_memmap(folder / _VALUES, mode="w+", dtype=np.float16, shape=shape)
 
     def write(self, start: int, classes: np.ndarray, values: np.ndarray) -> None:
-        """Stores the maps of some pictures, the first of which has the index `start`."""
+        """Stores the maps of some images, the first of which has the index `start`."""
         self._classes[start : start + len(classes)] = classes
         self._values[start : start + len(values)] = values
 

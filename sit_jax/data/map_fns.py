@@ -14,7 +14,7 @@ from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ImageDecodeError, UserError
 
-# So many broken pictures in a row are no accident.
+# So many broken images in a row are no accident.
 _MOST_BROKEN_IN_A_ROW = 100
 _MOST_LABELS = 32
 
@@ -24,11 +24,11 @@ class TrainExamples:
     """Position in the global stream -> training example.
 
     Attributes:
-        source: Where pictures come from.
-        order: Which picture stands where.
+        source: Where images come from.
+        order: Which image stands where.
         transform: What becomes of it.
         maps: Dense labels, or None.
-        skip_broken: Whether the next picture of the source stands in for one that cannot be read.
+        skip_broken: Whether the next image of the source stands in for one that cannot be read.
     """
 
     source: Source
@@ -60,9 +60,9 @@ class EvalExamples:
     """Position -> evaluation example with its `mask`.
 
     Attributes:
-        source: Where pictures come from; positions beyond its end give examples with mask 0.
+        source: Where images come from; positions beyond its end give examples with mask 0.
         transform: What becomes of them.
-        skip_broken: Whether a picture that cannot be read gets mask 0.
+        skip_broken: Whether an image that cannot be read gets mask 0.
     """
 
     source: Source
@@ -76,7 +76,7 @@ class EvalExamples:
         try:
             stored = self.source[int(position)]
             if stored.label < 0:
-                return self._nothing()  # ReaL has pictures without a right class: they do not count.
+                return self._nothing()  # ReaL has images without a right class: they do not count.
             example = self.transform(stored)
         except ImageDecodeError as error:
             if not self.skip_broken:

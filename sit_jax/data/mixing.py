@@ -1,6 +1,6 @@
 """Labels as the loss takes them, and how the images of a batch are mixed with one another; all on the device.
 
-Every image is mixed with the one at the mirrored place of the batch, as in timm; the labels follow the share of the
+Every image is mixed with the one at the mirrored place of the batch, as in timm; the labels follow the fraction of the
 pixels exactly.
 """
 

@@ -101,11 +101,11 @@ class TrainData:
         """The endless stream of this process's share of the batches, from a step on; readers run ahead of it.
 
         Each holds uint8 `image` (share, height, width, channels), int32 `label` (share,), `crop` and `flipped` (see
-        `TrainTransform`), int32 `skipped` (share,): broken pictures that others stand in for; with label maps also
+        `TrainTransform`), int32 `skipped` (share,): broken images that others stand in for; with label maps also
         `map_classes` and `map_values`.
 
         Raises:
-            UserError: While iterating: a picture cannot be read.
+            UserError: While iterating: an image cannot be read.
             RunError: While iterating: a loader process died.
         """
         first = start_step * self._hosts.count + self._hosts.index
@@ -116,12 +116,12 @@ class TrainData:
 def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) -> Stream:
     """This process's share of the whole evaluation split, once and in order.
 
-    Every process yields as many batches. `mask` is 0 on examples that fill up the last ones, and on broken pictures
+    Every process yields as many batches. `mask` is 0 on examples that fill up the last ones, and on broken images
     where `data.on_decode_error` is `skip`. `label` is (share,), or (share, labels) filled up with -1 for a source with
     several right classes.
 
     Raises:
-        UserError: While iterating: a picture cannot be read.
+        UserError: While iterating: an image cannot be read.
         RunError: While iterating: a loader process died.
     """
     hosts = hosts or Hosts.here()

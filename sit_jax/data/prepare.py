@@ -47,18 +47,18 @@ def _folder_examples(
 
 
 def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.Path:
-    """Turns a folder of pictures into a tfds data set of ArrayRecord files.
+    """Turns a folder of images into a tfds data set of ArrayRecord files.
 
     Args:
         root: The folder; see `FolderSource`.
         name: What the data set is to be called; lower case with underscores.
-        data: Where it goes (`data_dir`), the share held out, and what a broken picture does.
+        data: Where it goes (`data_dir`), the share held out, and what a broken image does.
 
     Returns:
         The folder it lies in.
 
     Raises:
-        UserError: A wrong name, a data set of that name, no pictures, a broken picture, or a full disk.
+        UserError: A wrong name, a data set of that name, no images, a broken image, or a full disk.
     """
     if not name.isidentifier() or name != name.lower():
         raise UserError(f"--name: {name!r} must be lower-case letters, digits and underscores")

@@ -18,7 +18,7 @@ _ATTEMPTS = 10
 def normalize(
     images: UInt8[Array, "batch height width channels"], data: DataConfig
 ) -> Float[Array, "batch height width channels"]:
-    """Float32 images, standardised by `data.mean` and `data.std` (their mean over the channels for grey pictures)."""
+    """Float32 images, standardised by `data.mean` and `data.std` (their mean over the channels for grey images)."""
     mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
     if images.shape[-1] == 1:
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)

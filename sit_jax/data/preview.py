@@ -1,4 +1,4 @@
-"""Draws training pictures as the model gets them: varied, erased, mixed."""
+"""Draws training images as the model gets them: varied, erased, mixed."""
 
 import pathlib
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ _COLUMNS = 8
 
 
 def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0) -> int:
-    """Writes a grid of the first pictures of a training batch, with their labels.
+    """Writes a grid of the first images of a training batch, with their labels.
 
     Args:
         spec: `Config.inputs` of a run, its classes settled.
         path: PNG file to write.
-        count: Pictures, at most a batch.
+        count: Images, at most a batch.
         step: Which batch.
 
     Returns:
-        Pictures drawn.
+        Images drawn.
 
     Raises:
         UserError: The data cannot be read, or the file cannot be written.

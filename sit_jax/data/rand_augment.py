@@ -1,6 +1,6 @@
 """RandAugment in timm's grammar: names, ranges and sign rules are those of timm's `auto_augment.py`.
 
-Magnitudes run from 0 to 10. An operation is a function of (picture, argument); the argument follows from the magnitude.
+Magnitudes run from 0 to 10. An operation is a function of (image, argument); the argument follows from the magnitude.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class RandAugmentSpec:
 
     Attributes:
         magnitude: `m`, from 0 to 10.
-        num_layers: `n`, operations per picture.
+        num_layers: `n`, operations per image.
         magnitude_std: `mstd`, standard deviation of each operation's magnitude; infinite for uniform below it.
         magnitude_max: `mmax`, upper bound of the drawn magnitude.
         increasing: `inc`, whether a larger magnitude always means a stronger change.
@@ -101,7 +101,7 @@ def rand_augment(
     """Carries out `spec.num_layers` random operations.
 
     Args:
-        image: Grey or RGB picture.
+        image: Grey or RGB image.
         rng: Source of the random choices.
         spec: What to draw.
         resample: Filter of the geometric operations.
@@ -182,7 +182,7 @@ def apply_operation(
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
     if bits >= 8:
         return image
-    # Pillow before 13 took 0 bits, which magnitude 10 asks for, and made the picture black.
+    # Pillow before 13 took 0 bits, which magnitude 10 asks for, and made the image black.
     return ImageOps.posterize(image, bits) if bits else image.point([0] * 256 * len(image.getbands()))
 
 

@@ -13,7 +13,7 @@ from sit_jax.errors import ImageDecodeError, UserError, one_line
 
 
 class Example(NamedTuple):
-    """One picture as it is stored.
+    """One image as it is stored.
 
     Attributes:
         image: Encoded bytes (PNG, JPEG).
@@ -29,7 +29,7 @@ class Example(NamedTuple):
 
 
 def read_picture(path: str, label: int = -1, name: str = "") -> Example:
-    """Reads a picture's file.
+    """Reads an image's file.
 
     Args:
         path: The file.
@@ -67,7 +67,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """The stored picture; raises a ImageDecodeError if only this one cannot be read, else a UserError."""
+        """The stored image; raises a ImageDecodeError if only this one cannot be read, else a UserError."""
         ...
 
 

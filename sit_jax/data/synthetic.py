@@ -1,4 +1,4 @@
-"""Pictures out of nothing: to try a machine, a launcher or the speed of a step without a data set."""
+"""Images out of nothing: to try a machine, a launcher or the speed of a step without a data set."""
 
 import functools
 import io

@@ -13,7 +13,7 @@ import numpy as np
 from sit_jax.data.sources import Example, writing
 from sit_jax.errors import ImageDecodeError, UserError, one_line
 
-# ImageNet ReaL gives a picture several right classes; tfds calls them so.
+# ImageNet ReaL gives an image several right classes; tfds calls them so.
 _LABEL_KEYS = ("label", "real_label")
 # ArrayRecord's messages: a record's checksum is wrong; the index at the end of the file cannot be read.
 _DAMAGED_RECORD, _SHARD_INDEX = "Corrupted Riegeli/records file: chunk", "RiegeliPostscript"
@@ -26,7 +26,7 @@ class TfdsSource:
         """Opens a split of a prepared builder; `split` takes tfds's syntax, such as `train[:90%]`.
 
         Raises:
-            UserError: There is no such split, or it holds no pictures with class labels.
+            UserError: There is no such split, or it holds no images with class labels.
         """
         import tensorflow_datasets as tfds
 

@@ -1,7 +1,7 @@
-"""Token labelling: a stored map of likely classes becomes a soft label per patch of the picture as it was cropped.
+"""Token labelling: a stored map of likely classes becomes a soft label per patch of the image as it was cropped.
 
 Source: 'All Tokens Matter: Token Labeling for Training Better Vision Transformers' (LV-ViT, NeurIPS 2021). The region
-is aligned on the device, as two small products per picture.
+is aligned on the device, as two small products per image.
 """
 
 import jax
@@ -24,13 +24,13 @@ def patch_labels(
     """A distribution over the classes for every patch, row by row.
 
     Args:
-        classes: Likeliest classes at each place of the whole picture.
+        classes: most likely classes at each place of the whole image.
         values: Their probabilities; what they leave to 1 is spread over all classes.
-        crop: Left, top, right, bottom of the training crop as shares of the picture.
+        crop: Left, top, right, bottom of the training crop as shares of the image.
         flipped: Whether the crop was mirrored.
         grid: Patches along a side of the crop.
         num_classes: All classes.
-        smoothing: Share of a label spread over all classes.
+        smoothing: Fraction of a label spread over all classes.
     """
     side = classes.shape[1]
     rest = (1.0 - values.sum(axis=-1, keepdims=True)) / num_classes

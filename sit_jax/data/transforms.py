@@ -1,4 +1,4 @@
-"""From a picture's bytes to the uint8 array that goes to the device; every random choice comes from the generator
+"""From an image's bytes to the uint8 array that goes to the device; every random choice comes from the generator
 passed in.
 
 Nothing here imports the models: loader processes start with this module.
@@ -28,7 +28,7 @@ RESAMPLING = {
 }
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 _CROP_ATTEMPTS = 10
-# Crops that keep less than one part in so many of the resized picture are resized alone.
+# Crops that keep less than one part in so many of the resized image are resized alone.
 _MOST_RESIZED = 64
 # Beyond so many pixels per pixel of the result, Pillow takes block means first: its filter weighs every single pixel.
 _REDUCING_GAP = 1000.0
@@ -39,10 +39,10 @@ Box = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Decodes and varies a training picture.
+    """Decodes and varies a training image.
 
     Attributes:
-        data: How pictures are read.
+        data: How images are read.
         augment: How they are varied.
         size: Pixels per side of the result.
         channels: 1 or 3.
@@ -59,7 +59,7 @@ class TrainTransform:
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
         """One example as uint8 `image` (height, width, channels), int32 `label`, and where its pixels come from:
-        float32 `crop` (left, top, right, bottom as shares of the picture) and bool `flipped`."""
+        float32 `crop` (left, top, right, bottom as shares of the image) and bool `flipped`."""
         pixels = decode(example.image, self.channels, example.name, self.data.max_pixels)
         augment = self.augment
         height, width = pixels.shape[:2]
@@ -95,10 +95,10 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Decodes an evaluation picture and cuts its centre out, or stretches it.
+    """Decodes an evaluation image and cuts its centre out, or stretches it.
 
     Attributes:
-        data: How pictures are read.
+        data: How images are read.
         size: Pixels per side of the result.
         channels: 1 or 3.
     """
@@ -128,8 +128,8 @@ def random_crop_box(
     """The box of Inception's random resized crop, with torchvision's rules.
 
     Args:
-        width: Of the picture, in pixels.
-        height: Of the picture.
+        width: Of the image, in pixels.
+        height: Of the image.
         rng: Source of the random choices.
         scale: Smallest and largest share of the area, drawn uniformly.
         ratio: Smallest and largest width over height, drawn uniformly in the logarithm.
@@ -179,7 +179,7 @@ def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
 def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.Resampling) -> Image.Image:
     """Resizes the shorter side to `int(size / fraction)` and cuts the centre square out, as torchvision does.
 
-    Of a very long picture only the square is resized, to the same pixels within a level: all of 1 x 60,000 pixels would
+    Of a very long image only the square is resized, to the same pixels within a level: all of 1 x 60,000 pixels would
     take 12 GB at 224 pixels.
     """
     scaled, left, top = _scaled_centre(*image.size, size, fraction)
@@ -191,16 +191,16 @@ def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.
 def resize_part(
     image: Image.Image, box: tuple[float, float, float, float], size: int, resample: Image.Resampling
 ) -> Image.Image:
-    """Resizes a part of a picture to a square; pixels around the part count as far as the filter reaches.
+    """Resizes a part of an image to a square; pixels around the part count as far as the filter reaches.
 
     Args:
-        image: The picture.
+        image: The image.
         box: Left, top, right, bottom of the part in pixels, with fractions.
         size: Pixels per side of the result.
         resample: The filter.
     """
     # Pillow holds boxes in float32, which is whole pixels far from the corner: so first, the part with its surroundings
-    # is cut out. No filter reaches further than Lanczos, three pixels of the picture or of the result.
+    # is cut out. No filter reaches further than Lanczos, three pixels of the image or of the result.
     reach = [3 * max(1.0, (box[axis + 2] - box[axis]) / size) + 1 for axis in (0, 1)]
     left, top = (max(0, math.floor(box[axis] - reach[axis])) for axis in (0, 1))
     right, bottom = (min(image.size[axis], math.ceil(box[axis + 2] + reach[axis])) for axis in (0, 1))
@@ -210,7 +210,7 @@ def resize_part(
 
 
 def centre_box(width: int, height: int, size: int, fraction: float) -> tuple[float, float, float, float]:
-    """What `center_crop` leaves of a picture: left, top, right, bottom in the picture's own pixels, with fractions."""
+    """What `center_crop` leaves of an image: left, top, right, bottom in the image's own pixels, with fractions."""
     scaled, left, top = _scaled_centre(width, height, size, fraction)
     across, down = width / scaled[0], height / scaled[1]
     return left * across, top * down, (left + size) * across, (top + size) * down
@@ -229,13 +229,13 @@ def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple
 def random_affine(
     image: Image.Image, rng: np.random.Generator, max_rotation: float, max_shift: float, max_zoom: float
 ) -> Image.Image:
-    """Turns, moves and scales a picture about its centre; what comes in from outside is black.
+    """Turns, moves and scales an image about its centre; what comes in from outside is black.
 
     Args:
-        image: The picture.
+        image: The image.
         rng: Source of the random choices.
         max_rotation: Degrees in either direction.
-        max_shift: Share of the side in either direction, for each axis on its own.
+        max_shift: Fraction of the side in either direction, for each axis on its own.
         max_zoom: Share by which it grows or shrinks.
     """
     angle, zoom = np.radians(rng.uniform(-max_rotation, max_rotation)), 1.0 + rng.uniform(-max_zoom, max_zoom)

@@ -1,4 +1,4 @@
-"""Reads every picture of a data set once and says what is unusual or broken, and what happens to it."""
+"""Reads every image of a data set once and says what is unusual or broken, and what happens to it."""
 
 import concurrent.futures
 import dataclasses
@@ -22,11 +22,11 @@ class CheckReport:
 
     Attributes:
         split: The split.
-        pictures: Pictures read.
-        per_class: Class name -> pictures.
-        unusual: What is unusual and what happens to it -> names of the pictures.
-        broken: Messages of pictures that cannot be read.
-        ignored: Files among the pictures that are none by their suffix.
+        pictures: Images read.
+        per_class: Class name -> images.
+        unusual: What is unusual and what happens to it -> names of the images.
+        broken: Messages of images that cannot be read.
+        ignored: Files among the images that are none by their suffix.
     """
 
     split: str

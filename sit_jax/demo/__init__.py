@@ -1,1 +1,1 @@
-"""`sit demo`: a page on this machine that shows what slimming does to a picture."""
+"""`sit demo`: a page on this machine that shows what slimming does to an image."""

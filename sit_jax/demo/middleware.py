@@ -33,7 +33,7 @@ class Guard:
 
     Args:
         app: The application behind it.
-        uploads: Folder of uploaded files and drawn pictures.
+        uploads: Folder of uploaded files and drawn images.
         max_bytes: Largest file that may be uploaded.
     """
 

@@ -1,4 +1,4 @@
-"""The models of the demo: opened once, asked picture by picture, timed side by side."""
+"""The models of the demo: opened once, asked image by image, timed side by side."""
 
 import collections
 import dataclasses
@@ -20,7 +20,7 @@ from sit_jax.io.inference import inference_model
 from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
 from sit_jax.visual.token_maps import TokenMaps
 
-# Pictures of more pixels are not decoded, whatever the models' configurations allow: anyone may drop any file here.
+# Images of more pixels are not decoded, whatever the models' configurations allow: anyone may drop any file here.
 MAX_PIXELS = 40_000_000
 _ROUNDS, _SECONDS = 9, 2.0
 
@@ -44,7 +44,7 @@ class DemoModel:
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(subject.class_names)]
 
     def preprocess(self, example: Example) -> ModelInput:
-        """What the model gets of a picture.
+        """What the model gets of an image.
 
         Raises:
             ImageDecodeError: It cannot be read, or has too many pixels.
@@ -52,16 +52,16 @@ class DemoModel:
         return self.subject.preprocess(example)
 
     def maps(self, seen: ModelInput, keep: Keep | None) -> TokenMaps:
-        """What the model makes of one picture."""
+        """What the model makes of one image."""
         return self._with(keep).maps(seen.pixels[None])
 
     def forward(self, seen: ModelInput, keep: Keep | None) -> Callable[[], Any]:
-        """The bare forward pass over one picture, pixels to logits, as it would be served."""
+        """The bare forward pass over one image, pixels to logits, as it would be served."""
         run, pixels = self._forward(keep), seen.pixels[None]
         return lambda: jax.block_until_ready(run(pixels))
 
     def likeliest(self, maps: TokenMaps, top: int = 5) -> dict[str, float]:
-        """Label -> probability, likeliest first."""
+        """Label -> probability, most likely first."""
         values = maps.probabilities[0]
         return {self.labels[index]: float(values[index]) for index in np.argsort(-values, kind="stable")[:top]}
 

@@ -18,7 +18,7 @@ from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
 _MOST_TOKENS_SHOWN = 24
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Sessions whose pictures stay in memory, and seconds for which files and sessions are kept.
+# Sessions whose images stay in memory, and seconds for which files and sessions are kept.
 SESSIONS, KEPT_SECONDS = 50, 3600
 _HEAD = """# What slimming does to a picture
 A student passes on fewer and fewer tokens. Drop a picture: both models say what is on it, and below stands where the
@@ -32,11 +32,11 @@ _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"
 
 
 class Looked(NamedTuple):
-    """What a session keeps of its last picture. Stages are drawn when the slider asks: all of them together take tens
+    """What a session keeps of its last image. Stages are drawn when the slider asks: all of them together take tens
     of megabytes.
 
     Attributes:
-        seen: The picture.
+        seen: The image.
         maps: What the student made of it.
     """
 
@@ -113,7 +113,7 @@ def build_page(contest: DemoModels, max_mb: int) -> gr.Blocks:
 
 
 def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | None) -> Sequence[Any]:
-    """What all components show of one picture; the keep control by its label."""
+    """What all components show of one image; the keep control by its label."""
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is no picture; give one of {', '.join(_SUFFIXES)}")
@@ -131,8 +131,8 @@ def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | Non
 
 
 def _at(looked: Looked | None, index: float) -> Sequence[Any]:
-    """What the slider shows at a place: how many tokens there are; the picture, or the tokens' patches as regions; and
-    picture and caption of each token, those first that the class token attends to most."""
+    """What the slider shows at a place: how many tokens there are; the image, or the tokens' patches as regions; and
+    image and caption of each token, those first that the class token attends to most."""
     if looked is None:
         return "", None, []
     seen, maps = looked

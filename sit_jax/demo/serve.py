@@ -54,7 +54,7 @@ def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
 
     Args:
         contest: The models.
-        folder: Where uploaded files and drawn pictures lie; the page reads nothing else.
+        folder: Where uploaded files and drawn images lie; the page reads nothing else.
         host: Address to listen at.
         port: Port to listen at.
         max_mb: Largest file that the page takes, in megabytes.
@@ -62,7 +62,7 @@ def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
     Raises:
         UserError: Gradio is not installed, or does not start.
     """
-    # Read when Gradio is imported, and while it runs: it calls nobody but its own page, for which it would ask a proxy
+    # Read when Gradio is imported, and while it runs: it calls no one but its own page, for which it would ask a proxy
     # that the environment names, and keeps its files where they are cleaned up.
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",

@@ -133,7 +133,7 @@ def silent_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # What nobody waited for complains when it is collected.
+        gc.collect()  # What no one waited for complains when it is collected.
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Whatever maps pictures to logits: a run, a model folder, an ONNX file, a StableHLO artifact."""
+"""Whatever maps images to logits: a run, a model folder, an ONNX file, a StableHLO artifact."""
 
 import dataclasses
 import pathlib
@@ -30,9 +30,9 @@ class Predictor:
     """A model that is ready to be asked.
 
     Attributes:
-        logits: uint8 pictures (batch, height, width, channels) of the model's size -> float32 (batch, classes).
+        logits: uint8 images (batch, height, width, channels) of the model's size -> float32 (batch, classes).
         arch: The model's shape.
-        data: How pictures are read.
+        data: How images are read.
         metadata: What else is known, such as `class_names`; see `Weights.metadata`.
     """
 
@@ -98,7 +98,7 @@ class Opened(NamedTuple):
     Attributes:
         arch: The model's shape.
         variables: Its variables, NumPy's or JAX's.
-        data: How pictures are read.
+        data: How images are read.
         metadata: What else is known; see `Weights.metadata`.
         dtype: Type of the products.
     """
@@ -136,7 +136,7 @@ def is_run(source: pathlib.Path) -> bool:
 
 
 class Described(Protocol):
-    """A model that says how pictures are read, and what else is known about it."""
+    """A model that says how images are read, and what else is known about it."""
 
     @property
     def data(self) -> DataConfig: ...

@@ -1,4 +1,4 @@
-"""How a picture becomes a model's input, as plain values that travel with an exported model."""
+"""How an image becomes a model's input, as plain values that travel with an exported model."""
 
 import math
 import pathlib
@@ -34,7 +34,7 @@ _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
 def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
-    """The evaluation preprocessing of a configuration; mean and deviation per channel, averaged for grey pictures."""
+    """The evaluation preprocessing of a configuration; mean and deviation per channel, averaged for grey images."""
     return {
         "mean": _per_channel(data.mean, channels),
         "std": _per_channel(data.std, channels),
@@ -49,7 +49,7 @@ _SMALLEST_STD = 1e-9
 
 
 def check_about(metadata: dict[str, Any], num_classes: int, where: object) -> None:
-    """Raises a UserError where a description of a model holds what no picture or class can be described by.
+    """Raises a UserError where a description of a model holds what no image or class can be described by.
 
     Args:
         metadata: See `Weights.metadata`.
@@ -96,7 +96,7 @@ def assumptions(metadata: dict[str, Any]) -> str:
 
 
 def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
-    """The data section that reads pictures as a model's `metadata` says.
+    """The data section that reads images as a model's `metadata` says.
 
     Raises:
         UserError: The description holds impossible values; `where` names it.

@@ -43,7 +43,7 @@ class Architecture:
         distillation_token: A second learned token and head, trained on a CNN teacher's hard labels (DeiT).
         aux_head: The per-token head of token-labelled teachers; only token labelling trains or uses it.
         stage_blocks: Blocks per stage; empty for a model without slimming.
-        keep_ratio: Share of the tokens that each stage keeps of the one before.
+        keep_ratio: Fraction of the tokens that each stage keeps of the one before.
         reducer: What reduces the patch tokens between stages: `slim` (token slimming, the paper's), another registered
             name, or `MODULE:CLASS`.
         kept_tokens: Explicit patch tokens per stage, the first being the whole grid; overrides `keep_ratio`.

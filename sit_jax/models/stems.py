@@ -21,7 +21,7 @@ class BatchNorm(nn.Module):
 
     Attributes:
         dtype: Type of the result; statistics are float32.
-        momentum: Share of the old running value that is kept (PyTorch's 0.1 is 0.9 here).
+        momentum: Fraction of the old running value that is kept (PyTorch's 0.1 is 0.9 here).
         epsilon: Added to the variance.
     """
 

@@ -168,7 +168,7 @@ def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
         mesh: The mesh.
         name: The config key that holds the batch size.
         batch_size: Examples per step.
-        parts: Micro-batches that each batch is worked off in.
+        parts: Micro-batches that each batch is split into.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (shards * parts):

@@ -16,7 +16,7 @@ Scale = Literal["linear", "log", "percent"]
 # In this order; other keys of the metrics that are neither of these nor named below are left out.
 LOSS_TERMS = ("loss", "classification", "token", "logits", "hard", "token_label")
 ACCURACIES = ("top1", "top5", "ema_top1", "ema_top5")
-# More points than pixels slow a page down, and nobody sees them.
+# More points than pixels slow a page down, and no one sees them.
 _MOST_POINTS, _MOST_ROWS = 4000, 100
 _FEW_POINTS = 60
 # More classes are points in a plane: bars would be too thin to tell apart.
@@ -95,7 +95,7 @@ def comparing_charts(records: Sequence[RunInfo], key: str) -> list[Chart]:
 
 
 def class_chart(findings: EvalReport, key: str) -> Chart | None:
-    """Accuracy of each class: bars, or points in a plane where there are many classes; None without a picture."""
+    """Accuracy of each class: bars, or points in a plane where there are many classes; None without an image."""
     scores = findings.classes
     if not scores:
         return None

@@ -27,12 +27,12 @@ from sit_jax.visual.token_maps import TokenMaps
 
 
 class Verdict(NamedTuple):
-    """What a model says of one picture.
+    """What a model says of one image.
 
     Attributes:
-        name: The likeliest class.
+        name: The most likely class.
         probability: Its probability.
-        right: Whether that is the picture's class; two classes may have one name.
+        right: Whether that is the image's class; two classes may have one name.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture of the evaluation split.
+    """An image of the evaluation split.
 
     Attributes:
         index: Its place in the split.
@@ -64,8 +64,8 @@ class ClassScore(NamedTuple):
 
     Attributes:
         name: The class.
-        pictures: Pictures of it.
-        student: Share of them that the student has right.
+        pictures: Images of it.
+        student: Fraction of them that the student has right.
         teacher: Share that the teacher has right; None without one.
     """
 
@@ -85,10 +85,10 @@ class EvalReport:
     """What the newest checkpoint of a run says of its evaluation split.
 
     Attributes:
-        classes: All classes that there are pictures of, in the data's order.
-        outcomes: Pictures by (student right, teacher right); empty without a teacher.
+        classes: All classes that there are images of, in the data's order.
+        outcomes: Images by (student right, teacher right); empty without a teacher.
         lost: Some of those that the teacher had right and the student has wrong, the surest mistakes first.
-        examples: Pictures from all over the split, and, in the same order, the batch of `maps`.
+        examples: Images from all over the split, and, in the same order, the batch of `maps`.
         maps: The student's token maps of the examples; None for a model without slimming.
     """
 
@@ -100,13 +100,13 @@ class EvalReport:
 
     @property
     def pictures(self) -> int:
-        """Pictures looked at."""
+        """Images looked at."""
         return sum(score.pictures for score in self.classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Answers:
-    """The labels of a split and what each model says, in the split's order; label -1 for a picture left out."""
+    """The labels of a split and what each model says, in the split's order; label -1 for an image left out."""
 
     labels: Int[ndarray, " pictures"]
     classes: dict[str, Int[ndarray, " pictures"]]
@@ -121,7 +121,7 @@ def find(record: RunInfo, examples: int) -> EvalReport:
 
     Args:
         record: The run. What hinders the teacher alone is told in its `missing`.
-        examples: Pictures shown of each kind, at most.
+        examples: Images shown of each kind, at most.
 
     Raises:
         UserError: The student has no whole checkpoint, or the data is not at hand.
@@ -166,7 +166,7 @@ def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, sourc
 
 
 def _step(config: Config, variables: Any) -> Any:
-    """uint8 pixels -> the likeliest class and its probability."""
+    """uint8 pixels -> the most likely class and its probability."""
     model = build_model(config.model.architecture, dtype=config.model.dtype)
 
     @jax.jit
@@ -218,7 +218,7 @@ def _outcomes(answers: _Answers) -> dict[tuple[bool, bool], int]:
 
 
 def _lost(answers: _Answers) -> list[int]:
-    """Places of the pictures that only the teacher has right, those first of which the student is surest."""
+    """Places of the images that only the teacher has right, those first of which the student is surest."""
     if "teacher" not in answers.classes:
         return []
     lost = np.flatnonzero(answers.right("teacher") & ~answers.right("student"))
@@ -229,7 +229,7 @@ def _lost(answers: _Answers) -> list[int]:
 def _pictures(
     source: Source, subject: InspectedModel | None, data: DataConfig, answers: _Answers, places: list[int]
 ) -> tuple[list[Picture], list[ModelInput]]:
-    """Pictures at these places of the split, and how they look to the model; broken ones are left out."""
+    """Images at these places of the split, and how they look to the model; broken ones are left out."""
     pictures, seen = [], []
     for index in places:
         if subject is None or answers.labels[index] < 0:

@@ -113,7 +113,7 @@ class RunInfo:
 
     @property
     def training_rate(self) -> float | None:
-        """Pictures per second in training, evaluations and pauses aside: the median over the lines of metrics."""
+        """Images per second in training, evaluations and pauses aside: the median over the lines of metrics."""
         if self.config is None:
             return None
         pairs = zip(self.train, self.train[1:], strict=False)

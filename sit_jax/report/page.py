@@ -35,9 +35,9 @@ class RunView:
         charts: Its curves.
         teacher_charts: Those of its teachers, by the name of their section.
         classes: Accuracy of each class, as a chart.
-        examples: Pictures with their token maps.
+        examples: Images with their token maps.
         stages: What the stages of the token maps are called.
-        lost: Pictures that the student lost.
+        lost: Images that the student lost.
         data: The data set, as (name, value).
         environment: Versions and devices, as (name, value).
         sections: The configuration, as (section, its keys and values).
@@ -137,7 +137,7 @@ def _environment() -> jinja2.Environment:
 
 
 def percent(value: float | None) -> str:
-    """A share of 1."""
+    """A fraction of 1."""
     return ABSENT if value is None else f"{value:.2%}"
 
 

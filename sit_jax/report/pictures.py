@@ -1,4 +1,4 @@
-"""Pictures within the page, and token maps as lists of them, stage by stage."""
+"""Images within the page, and token maps as lists of them, stage by stage."""
 
 import base64
 import dataclasses
@@ -21,10 +21,10 @@ _QUALITY = 82
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """A picture in the page.
+    """An image in the page.
 
     Attributes:
-        uri: The picture itself, as a `data:` address.
+        uri: The image itself, as a `data:` address.
         alt: What is on it.
     """
 
@@ -34,11 +34,11 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What one picture's tokens are in one stage of the model.
+    """What one image's tokens are in one stage of the model.
 
     Attributes:
         title: The stage and its tokens.
-        regions: The picture, each token's patches in their mean colour.
+        regions: The image, each token's patches in their mean colour.
         tokens: Where single tokens look.
         text: The numbers.
     """
@@ -51,7 +51,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A picture of the evaluation split and its token maps.
+    """An image of the evaluation split and its token maps.
 
     Attributes:
         picture: What is known of it.
@@ -83,7 +83,7 @@ def show_examples(findings: EvalReport) -> list[Example]:
 
 
 def show_picture(picture: Picture) -> Shown:
-    """A picture by itself."""
+    """An image by itself."""
     return Shown(data_uri(picture.pixels, _LARGE), f"Picture {picture.index} of the split: {picture.label}")
 
 
@@ -113,7 +113,7 @@ def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
 
 
 def data_uri(pixels: UInt8[ndarray, "height width channels"], side: int) -> str:
-    """A picture as a `data:` address, at most `side` pixels wide and high."""
+    """An image as a `data:` address, at most `side` pixels wide and high."""
     image = Image.fromarray(as_rgb(pixels))
     if max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

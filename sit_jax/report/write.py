@@ -37,7 +37,7 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
     Args:
         folders: The runs.
         output: The file to write; an older page is replaced.
-        examples: Pictures shown of each kind, at most.
+        examples: Images shown of each kind, at most.
         with_model: Also ask the newest checkpoints, over the whole evaluation split.
 
     Raises:
@@ -60,5 +60,5 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
     print("report: writing the page", file=sys.stderr)
     page = render(views, datetime.datetime.now(datetime.UTC))
     with writing(output, key="--output"), atomic_replace(output) as part:
-        # Names of folders, pictures and classes may hold bytes that are no UTF-8.
+        # Names of folders, images and classes may hold bytes that are no UTF-8.
         part.write_text(page, encoding="utf-8", errors="replace")

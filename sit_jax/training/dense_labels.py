@@ -20,7 +20,7 @@ from sit_jax.models import build_model
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
-    """Labels every picture of a training split, place by place, with a run's model.
+    """Labels every image of a training split, place by place, with a run's model.
 
     The model is a convolutional one, whose head is applied at every place of its last map, or a transformer with an
     auxiliary head.
@@ -28,15 +28,15 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     Args:
         run: Folder of the model's run.
         output: Folder to write; see `LabelMaps`.
-        top: Likeliest classes stored per place.
+        top: most likely classes stored per place.
         data: The data set; the run's own if not given.
 
     Returns:
-        Pictures labelled.
+        Images labelled.
 
     Raises:
         UserError: There is no such run, its model has no dense head, or the folder cannot be written.
-        PartialFailureError: Some pictures could not be read; the folder is complete, with uniform labels for them.
+        PartialFailureError: Some images could not be read; the folder is complete, with uniform labels for them.
     """
     config, variables = trained_variables(run)
     config = dataclasses.replace(config, data=data or config.data)
@@ -44,7 +44,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     check_classes(config.inputs, source)
     forward, grid = _dense_forward(config, variables)
     arch = config.model.architecture
-    # The whole picture is labelled, whatever part of it training will crop.
+    # The whole image is labelled, whatever part of it training will crop.
     whole = dataclasses.replace(config.data, resize="stretch", on_decode_error="skip")
     batches = eval_batches(dataclasses.replace(config.inputs, data=whole), source, Hosts())
     size = config.eval_batch_size
@@ -58,7 +58,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
             shape = (count, grid, grid, top)
             stored = np.array(values, np.float16)[:count].reshape(shape)
             readable = batch["mask"][:count] > 0
-            stored[~readable] = 0  # Probabilities of a black picture mean nothing; zeros are read as uniform.
+            stored[~readable] = 0  # Probabilities of a black image mean nothing; zeros are read as uniform.
             labelled += int(readable.sum())
             writer.write(start, np.asarray(classes)[:count].reshape(shape), stored)
             progress.update(count)
@@ -73,7 +73,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
 
 
 def _dense_forward(config: Config, variables: dict[str, Any]) -> tuple[Any, int]:
-    """The jitted map from uint8 pictures to probabilities (batch, places, classes), and places along a side."""
+    """The jitted map from uint8 images to probabilities (batch, places, classes), and places along a side."""
     arch = config.model.architecture
     model = build_model(arch, dtype=config.model.dtype)
     forward = jax.jit(lambda images: _patch_probabilities(model, variables, normalize(images, config.data)))

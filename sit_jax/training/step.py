@@ -248,7 +248,7 @@ def train_step(
 def _accumulated_gradients(
     spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any], key: jax.Array
 ) -> tuple[Any, Any, Metrics]:
-    """Gradients, BatchNorm statistics and metrics of a batch, worked off in micro-batches."""
+    """Gradients, BatchNorm statistics and metrics of a batch, split into micro-batches."""
     optim = spec.config.optim
     parts = optim.accumulate_steps
     # A gradient has the type of what it is taken of.
@@ -257,7 +257,7 @@ def _accumulated_gradients(
     if parts == 1:
         (_, (stats, metrics)), grads = gradient(spec, params, state.batch_stats, batch, teachers, key)
         return jax.tree.map(lambda x: x.astype(jnp.float32), grads), stats, metrics
-    # Every part takes each parts-th example: so each device works off its own examples, none travels.
+    # Every part takes each parts-th example: so each device works on its own examples, none travels.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def work(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:

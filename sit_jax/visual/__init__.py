@@ -1,1 +1,1 @@
-"""Seeing what slimming does: token maps as numbers, as pictures and as figures."""
+"""Seeing what slimming does: token maps as numbers, as images and as figures."""

@@ -11,7 +11,7 @@ from sit_jax.visual.token_maps import TokenMaps
 
 
 def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray]:
-    """Everything about one picture of a batch, without the batch axis.
+    """Everything about one image of a batch, without the batch axis.
 
     `pixels` (size, size, channels) as the model gets them; `logits` and `probabilities` (classes,); `class_attention`
     (blocks, patches), handed on to the patches; `token_counts` (blocks,), patch tokens that each block works on. For
@@ -42,15 +42,15 @@ def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray
 def write_arrays(
     path: pathlib.Path, names: Sequence[str], class_names: Sequence[str], pictures: Sequence[dict[str, ndarray]]
 ) -> None:
-    """Writes one compressed .npz file: the arrays of `arrays_of` with the pictures as first axis.
+    """Writes one compressed .npz file: the arrays of `arrays_of` with the images as first axis.
 
     Args:
         path: The file.
-        names: Of the pictures: `pictures` in the file.
+        names: Of the images: `pictures` in the file.
         class_names: By index; `class_names` in the file.
         pictures: One per name.
     """
-    # Of the pictures of one model all arrays are alike. Plain text arrays, so that no reader needs pickle.
+    # Of the images of one model all arrays are alike. Plain text arrays, so that no reader needs pickle.
     stacked: dict[str, Any] = {key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]}
     with path.open("wb") as file:
         np.savez_compressed(file, pictures=np.array(names), class_names=np.array(class_names), **stacked)

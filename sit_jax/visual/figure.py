@@ -1,4 +1,4 @@
-"""One picture's token maps as a figure for print."""
+"""One image's token maps as a figure for print."""
 
 import dataclasses
 import pathlib
@@ -36,19 +36,19 @@ def draw_maps(
     tokens: int = 8,
     dpi: int = 150,
 ) -> None:
-    """Draws what a model does with one picture.
+    """Draws what a model does with one image.
 
-    The picture and its regions after each slimming module; for each module the tokens that the class token attends to
+    The image and its regions after each slimming module; for each module the tokens that the class token attends to
     most, as heat maps of the patches that they are made of; the class token's attention block by block; and of how
-    many patches tokens are made. A model without slimming modules gets the picture and the attention.
+    many patches tokens are made. A model without slimming modules gets the image and the attention.
 
     Args:
         path: PNG file to write.
-        picture: The picture as a person wants to see it.
+        picture: The image as a person wants to see it.
         maps: Of a batch.
-        index: Of the picture within the batch.
+        index: Of the image within the batch.
         title: The figure's title.
-        says: What the model says of the picture, below the title.
+        says: What the model says of the image, below the title.
         tokens: Tokens shown for each slimming module, and blocks shown, at most.
         dpi: Dots per inch; 300 for print.
     """
@@ -87,7 +87,7 @@ class _Sheet:
 
     @property
     def view(self) -> float:
-        """Side of the picture and of the regions."""
+        """Side of the image and of the regions."""
         plot = sum(_PLOT) if self.stages else 0.0
         return min(_LARGEST_VIEW, (_WIDTH - 2 * _MARGIN - plot - self.stages * _GAP) / (self.stages + 1))
 
@@ -110,7 +110,7 @@ class _Sheet:
         return self.figure.add_axes((x / _WIDTH, y / self.height, width / _WIDTH, height / self.height))
 
     def show(self, x: float, top: float, side: float, pixels: ndarray, caption: str) -> None:
-        """A picture with its caption below."""
+        """An image with its caption below."""
         axes = self.axes(x, top - side, side, side)
         axes.imshow(pixels, aspect="auto", interpolation="antialiased")
         axes.set_axis_off()
@@ -133,7 +133,7 @@ class _Sheet:
 
 
 def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
-    """The picture, the regions after each slimming module, and what the tokens are made of."""
+    """The image, the regions after each slimming module, and what the tokens are made of."""
     x, side = _MARGIN, sheet.view
     sheet.show(x, top, side, as_rgb(picture), f"the picture, {maps.grid} x {maps.grid} patches")
     for number, stage in enumerate(maps.stages, start=1):

@@ -1,4 +1,4 @@
-"""A model that can be looked into: opened from a run or a model folder, with the pictures as it sees them."""
+"""A model that can be looked into: opened from a run or a model folder, with the images as it sees them."""
 
 import dataclasses
 import pathlib
@@ -20,16 +20,16 @@ from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.visual.token_maps import TokenMaps, token_maps
 
-# A patch is drawn with at least so many pixels, and a picture with at least so many on a side.
+# A patch is drawn with at least so many pixels, and an image with at least so many on a side.
 _PIXELS_PER_PATCH, _SHOWN_SIDE = 16, 384
 
 
 class ModelInput(NamedTuple):
-    """One picture in two sizes.
+    """One image in two sizes.
 
     Attributes:
         pixels: What the model gets, uint8 (size, size, channels).
-        shown: The same part of the picture, as large as a person wants it, uint8 (side, side, channels); `side` is a
+        shown: The same part of the image, as large as a person wants it, uint8 (side, side, channels); `side` is a
             multiple of the grid's.
     """
 
@@ -44,7 +44,7 @@ class InspectedModel:
     Attributes:
         arch: Its shape.
         variables: Its variables, on the device.
-        data: How pictures are read.
+        data: How images are read.
         metadata: What else is known; see `Weights.metadata`.
         dtype: Type of the products.
     """
@@ -61,12 +61,12 @@ class InspectedModel:
         return class_names(self.metadata, self.arch)
 
     def maps(self, pixels: UInt8[ndarray, "batch height width channels"]) -> TokenMaps:
-        """Token maps of pictures as `see` gives them; compiled once for each batch size."""
+        """Token maps of images as `see` gives them; compiled once for each batch size."""
         images = normalize(jax.numpy.asarray(pixels), self.data)
         return token_maps(build_model(self.arch, dtype=self.dtype), self.variables, images)
 
     def preprocess(self, example: Example) -> ModelInput:
-        """Decodes a picture, and cuts out (or stretches) what the model sees of it.
+        """Decodes an image, and cuts out (or stretches) what the model sees of it.
 
         Raises:
             ImageDecodeError: It cannot be read.
@@ -77,7 +77,7 @@ class InspectedModel:
         whole = to_pillow(decode(example.image, arch.in_channels, example.name, data.max_pixels))
         box = (0.0, 0.0, float(whole.width), float(whole.height))
         if data.resize == "crop":
-            # The model's own crop to the pixel: its rounding at another size would be another part of the picture.
+            # The model's own crop to the pixel: its rounding at another size would be another part of the image.
             box = centre_box(whole.width, whole.height, arch.image_size, data.crop_fraction)
         shown = np.asarray(resize_part(whole, box, side, RESAMPLING[data.interpolation]))
         return ModelInput(np.ascontiguousarray(pixels), shown[:, :, None] if shown.ndim == 2 else shown)

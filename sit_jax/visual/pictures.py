@@ -1,4 +1,4 @@
-"""Token maps over pictures, as plain RGB arrays: for figures, HTML pages and the demo alike."""
+"""Token maps over images, as plain RGB arrays: for figures, HTML pages and the demo alike."""
 
 import functools
 
@@ -9,7 +9,7 @@ from numpy import ndarray
 # Perceptually uniform, rising in lightness throughout, and told apart with any kind of colour blindness.
 COLOURS = "inferno"
 _LUMA = np.array([0.299, 0.587, 0.114])
-# Under a map the picture is grey and soft, so that colour means weight and nothing else.
+# Under a map the image is grey and soft, so that colour means weight and nothing else.
 _DARKEST, _LIGHTEST = 0.25, 0.95
 _STRENGTH = 0.8
 _LINE = np.array([255, 255, 255], np.uint8)
@@ -23,7 +23,7 @@ def heat(
     grid: int,
     top: float | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
-    """A map over a picture: the picture in grey, each patch tinted by its weight.
+    """A map over an image: the image in grey, each patch tinted by its weight.
 
     Args:
         image: Grey or RGB pixels, of any size.
@@ -39,13 +39,13 @@ def heat(
 
 
 def bar_colours() -> Float[ndarray, "256 3"]:
-    """What `heat` makes of the weights from 0 to the largest, RGB from 0 to 1, where the picture is of medium grey."""
+    """What `heat` makes of the weights from 0 to the largest, RGB from 0 to 1, where the image is of medium grey."""
     return _mix(colour_table(), np.full(256, 0.5))
 
 
 def _mix(tint: Float[ndarray, "*shape 3"], luma: Float[ndarray, "*shape"]) -> Float[ndarray, "*shape 3"]:
     ground = (_DARKEST + (_LIGHTEST - _DARKEST) * luma)[..., None]
-    # Multiplied, the picture's own light and shade stay visible within every colour.
+    # Multiplied, the image's own light and shade stay visible within every colour.
     return (1 - _STRENGTH) * ground + _STRENGTH * tint * (0.6 + 0.4 * ground)
 
 
@@ -61,7 +61,7 @@ def regions(
         image: Grey or RGB pixels, of any size.
         hard_map: Each patch's token.
         grid: Patches along one side.
-        overlooked: Patches that belong to no token: they are left out of the means, and shown as a dim, grey picture.
+        overlooked: Patches that belong to no token: they are left out of the means, and shown as a dim, grey image.
     """
     index = patch_index(image.shape, grid)
     owner = np.where(overlooked, -1, hard_map) if overlooked is not None else hard_map
@@ -83,7 +83,7 @@ def as_rgb(image: UInt8[ndarray, "height width channels"]) -> UInt8[ndarray, "he
 
 
 def patch_index(shape: tuple[int, ...], grid: int) -> Int[ndarray, "height width"]:
-    """The patch that each pixel of a (height, width, ...) picture belongs to."""
+    """The patch that each pixel of a (height, width, ...) image belongs to."""
     rows, columns = (np.arange(length) * grid // length for length in shape[:2])
     return rows[:, None] * grid + columns[None, :]
 

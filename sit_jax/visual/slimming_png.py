@@ -1,4 +1,4 @@
-"""`slimming.png` of a run: where each kept token looks, on a few pictures."""
+"""`slimming.png` of a run: where each kept token looks, on a few images."""
 
 import pathlib
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ def draw_slimming(
     maps: TokenMaps,
     titles: Sequence[str],
 ) -> None:
-    """Draws pictures and, beside each, where every token after the last slimming module looks.
+    """Draws images and, beside each, where every token after the last slimming module looks.
 
     Args:
         path: PNG file to write.
-        pictures: The pictures' pixels.
-        maps: Of these pictures, by a model with slimming modules.
-        titles: One per picture.
+        pictures: The images' pixels.
+        maps: Of these images, by a model with slimming modules.
+        titles: One per image.
     """
     from matplotlib.figure import Figure  # Takes a while to import; no display and no global state.
 

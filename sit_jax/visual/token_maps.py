@@ -1,7 +1,7 @@
-"""Where tokens come from: what every token after a slimming module is made of, as numbers over the picture.
+"""Where tokens come from: what every token after a slimming module is made of, as numbers over the image.
 
 A slimming module makes each of its tokens as a weighted mean of the tokens before it. The product of the modules'
-weights says what share each patch of the picture has in each token. (Attention between the modules mixes tokens too;
+weights says what share each patch of the image has in each token. (Attention between the modules mixes tokens too;
 like the paper's figures, the maps follow the slimming alone.)
 """
 
@@ -24,8 +24,8 @@ class StageMaps(NamedTuple):
 
     Attributes:
         after_block: The module stands behind this block, counted from 1.
-        assignment: Share of each token before it in each token behind it, (batch, tokens, kept); columns sum to one.
-        cumulative: Share of each patch of the picture in each token, (batch, kept, patches); rows sum to one.
+        assignment: Fraction of each token before it in each token behind it, (batch, tokens, kept); columns sum to one.
+        cumulative: Fraction of each patch of the image in each token, (batch, kept, patches); rows sum to one.
     """
 
     after_block: int
@@ -54,10 +54,10 @@ class StageMaps(NamedTuple):
 
 
 class TokenMaps(NamedTuple):
-    """What a model does with a batch of pictures.
+    """What a model does with a batch of images.
 
     Attributes:
-        grid: Patches along one side of the picture; patch `row * grid + column`.
+        grid: Patches along one side of the image; patch `row * grid + column`.
         stages: One per slimming module, in order; empty for a model without.
         attention: One per block: the class token's attention to the block's patch tokens, (batch, tokens), mean over
             the heads. What is missing to one goes to the class token itself (and the distillation token).
@@ -106,7 +106,7 @@ class TokenMaps(NamedTuple):
 
         Args:
             stage: Index into `stages`.
-            index: Of the picture within the batch.
+            index: Of the image within the batch.
             count: How many, at most.
         """
         order = np.argsort(-self.token_attention(stage)[index], kind="stable")
@@ -145,7 +145,7 @@ def _forward(
 def cumulative_maps(
     assignments: Sequence[Float[ndarray, "batch _tokens _kept"]],
 ) -> list[Float[ndarray, "batch _kept patches"]]:
-    """Share of each patch in each token behind each slimming module: the product of the assignments up to there.
+    """Fraction of each patch in each token behind each slimming module: the product of the assignments up to there.
 
     Args:
         assignments: The modules' assignments in order, each (batch, tokens, kept), columns summing to one.

@@ -1,4 +1,4 @@
-"""`sit visualize`: figures and arrays of token maps, picture by picture."""
+"""`sit visualize`: figures and arrays of token maps, image by image."""
 
 import itertools
 import pathlib
@@ -31,13 +31,13 @@ _CLASSES_TOLD = 3
 
 
 class Picture(NamedTuple):
-    """A picture that is to be looked at.
+    """An image that is to be looked at.
 
     Attributes:
         name: What messages and arrays call it.
         title: What its figure is called.
         stem: What its files are called, without a suffix.
-        load: Reads it, and its class by name, empty where nobody says.
+        load: Reads it, and its class by name, empty where no one says.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Picture(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A picture that has been read.
+    """An image that has been read.
 
     Attributes:
         picture: Which one.
         seen: How it looks.
-        label: Its class by name, empty where nobody says.
+        label: Its class by name, empty where no one says.
     """
 
     picture: Picture
@@ -64,11 +64,11 @@ class Ways(NamedTuple):
     """What is written, and how.
 
     Attributes:
-        figures: Folder for a figure per picture; None for no figures.
-        arrays: An .npz file for all pictures, or a folder for one per picture; None for no arrays.
+        figures: Folder for a figure per image; None for no figures.
+        arrays: An .npz file for all images, or a folder for one per image; None for no arrays.
         tokens: Tokens that figures show for each slimming module, at most.
         dpi: Of the figures.
-        batch_size: Pictures that go through the model at a time.
+        batch_size: Images that go through the model at a time.
     """
 
     figures: pathlib.Path | None = FIGURES
@@ -94,13 +94,13 @@ def command(
         words: Files, folders, patterns, or `-`; see `find_pictures`. None where a split is asked for.
         ways: What is written.
         data: `split`, `name` and `data_dir` of a data set; None for what the model was trained on.
-        limit: Pictures at most; all, or `FEW` of a split, where None.
+        limit: Images at most; all, or `FEW` of a split, where None.
         ema: A run's moving average instead of its weights.
         step: Which of a run's checkpoints; the newest where None.
 
     Raises:
         UserError: The model, a word or the data set cannot be opened, or a file cannot be written.
-        PartialFailureError: Some pictures could not be read.
+        PartialFailureError: Some images could not be read.
     """
     if bool(words) == (data["split"] is not None):
         raise UserError("which pictures? Give files, folders or patterns, or else --split")
@@ -123,7 +123,7 @@ def command(
 
 
 def from_files(names: Sequence[str]) -> list[Picture]:
-    """Pictures of their own."""
+    """Images of their own."""
     stems = _different(pathlib.PurePath(name).stem for name in names)
 
     def one(name: str, stem: str) -> Picture:
@@ -133,7 +133,7 @@ def from_files(names: Sequence[str]) -> list[Picture]:
 
 
 def from_split(subject: InspectedModel, data: dict[str, str | None], limit: int) -> list[Picture]:
-    """The first pictures of a split of a data set.
+    """The first images of a split of a data set.
 
     Raises:
         UserError: It cannot be opened.
@@ -154,9 +154,9 @@ def _example(source: Source, index: int, name: str) -> Picture:
 
 
 def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) -> int:
-    """Writes figures and arrays, and names the pictures that cannot be read on standard error.
+    """Writes figures and arrays, and names the images that cannot be read on standard error.
 
-    Every file is whole or not there; one that is there already is replaced. Memory does not grow with the pictures,
+    Every file is whole or not there; one that is there already is replaced. Memory does not grow with the images,
     except for arrays in one file.
 
     Returns:
@@ -191,7 +191,7 @@ def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) 
 def _read(
     subject: InspectedModel, pictures: Sequence[Picture], batch_size: int, progress: Progress
 ) -> Iterator[list[Read]]:
-    """The pictures that can be read, batch by batch."""
+    """The images that can be read, batch by batch."""
     batch: list[Read] = []
     for picture in pictures:
         try:
@@ -220,7 +220,7 @@ def _write_figure(subject: InspectedModel, read: Read, maps: TokenMaps, index: i
     if read.label:
         says = f"labelled {read.label}; {says}"
     assert ways.figures is not None
-    # Never the name of a picture, so that no original is ever replaced.
+    # Never the name of an image, so that no original is ever replaced.
     path = ways.figures / f"{read.picture.stem}.maps.png"
     with writing(path), atomic_replace(path) as part:
         draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)

@@ -15,7 +15,7 @@ _CUBIC = -0.75
 
 
 def resize(weights: Weights, image_size: int, log: Callable[[str], None]) -> Weights:
-    """The same weights for pictures of another size: positions are interpolated, the class token's stays.
+    """The same weights for images of another size: positions are interpolated, the class token's stays.
 
     A student keeps the numbers of tokens that its slimming modules were trained to keep. Reverse modules recover one
     grid only, and are left out.

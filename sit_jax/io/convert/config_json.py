@@ -245,7 +245,7 @@ def _listed(key: str, names: Any) -> list[Any]:
 
 
 def _resize(pictures: Mapping[str, Any]) -> str:
-    """timm squashes pictures to the size before its crop: without a crop, that is stretching."""
+    """timm squashes images to the size before its crop: without a crop, that is stretching."""
     mode, crop = pictures.get("crop_mode") or "center", pictures.get("crop_pct")
     if mode == "squash" and crop not in (None, 1):
         raise ConfigError("crop_mode", f"'squash' is supported without a crop only, but crop_pct is {str(crop)[:50]!r}")

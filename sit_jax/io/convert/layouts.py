@@ -22,7 +22,7 @@ class Source(NamedTuple):
 
 
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
-# As vit_jax/input_pipeline.py of google-research evaluates: the whole picture stretched, pixels from -1 to 1.
+# As vit_jax/input_pipeline.py of google-research evaluates: the whole image stretched, pixels from -1 to 1.
 _GOOGLE_PICTURES: dict[str, Any] = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         source: Key of the original's layout -> where it comes from here.
         plain: Whether all its models are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
         prefixes: What its names begin with; empty where a name can begin with anything.
-        preprocessing: What all its models expect of pictures; None where it differs from model to model.
+        preprocessing: What all its models expect of images; None where it differs from model to model.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
     preprocessing: dict[str, Any] | None = None
 
     def knows(self, name: str) -> bool:
-        """Whether a tensor's name may be one of this layout's; all others are strays."""
+        """Whether a tensor's name may be one of this layout's; all others are unknown names."""
         return not self.prefixes or name.startswith(self.prefixes)
 
 

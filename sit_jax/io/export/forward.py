@@ -13,7 +13,7 @@ Forward = Callable[[Shaped[Array, "batch height width channels"]], Float[Array, 
 
 
 def make_forward(weights: Weights, raw_input: bool) -> Forward:
-    """The function from pictures to logits, its weights within, for any platform.
+    """The function from images to logits, its weights within, for any platform.
 
     Args:
         weights: The model.

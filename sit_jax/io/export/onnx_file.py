@@ -114,7 +114,7 @@ def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
             self.model = model
 
         def forward(self, images: Any) -> Any:
-            """Pictures -> float32 logits."""
+            """Images -> float32 logits."""
             x = model.normalize(images) if raw_input else images.to(model.pos_embed.dtype)
             return model(x).float()
 

@@ -27,7 +27,7 @@ class Loaded(NamedTuple):
     """An artifact that is ready to run.
 
     Attributes:
-        run: Pictures (batch, height, width, channels) of the type `input` says -> logits (batch, classes), for any
+        run: Images (batch, height, width, channels) of the type `input` says -> logits (batch, classes), for any
             batch.
         description: What the model is: `architecture`, `class_names`, `preprocessing`, and `input`, which is `pixels`
             (uint8) or `images` (normalised float32).
@@ -45,13 +45,13 @@ def description_path(path: pathlib.Path) -> pathlib.Path:
 def save(
     path: pathlib.Path, forward: Callable[..., Any], shape: tuple[int, int, int], description: dict[str, Any]
 ) -> None:
-    """Writes a function from pictures to logits for every platform and any batch size.
+    """Writes a function from images to logits for every platform and any batch size.
 
     Args:
         path: The file.
         forward: The function; arrays that it closes over become part of the artifact.
-        shape: Height, width and channels of a picture.
-        description: JSON values; `input` decides the type of the pictures.
+        shape: Height, width and channels of an image.
+        description: JSON values; `input` decides the type of the images.
 
     Raises:
         UserError: There is something at the place already, or it cannot be written.
@@ -100,7 +100,7 @@ def load(path: str | pathlib.Path) -> Loaded:
 
 @contextlib.contextmanager
 def _without_source_files() -> Iterator[None]:
-    """JAX notes at every operation the line that it came from; where the files lie is nobody else's business."""
+    """JAX notes at every operation the line that it came from; where the files lie is no one else's business."""
     options = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
     before = {name: getattr(jax.config, name) for name in options}
     try:
