@@ -166,7 +166,7 @@ assert sorted(loaded) == ["sit_jax", "sit_jax.errors", "sit_jax.io", "sit_jax.io
 def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     file = tmp_path / f"model{suffix}"
     words = ["export", str(folder), str(file), "--format", "original"]
-    assert cli.main([*words, "--with_reverse"]) == 0
+    assert cli.main([*words, "--with_rtsm"]) == 0
     original = to_original(
         {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "reverse": WEIGHTS.reverse}, tiny.STUDENT
     )
@@ -302,7 +302,7 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
         ([folder, tmp_path / "m.txt", "--format", "onnx"], "must end in .onnx"),
         ([folder, tmp_path / "m.txt", "--format", "timm"], "must end in .safetensors or .pth"),
         ([folder, tmp_path / "m.pth", "--format", "timm"], "but this model is slimmed, has a conv4 stem"),
-        ([folder, onnx_place, "--format", "onnx", "--with_reverse"], "--with_reverse"),
+        ([folder, onnx_place, "--format", "onnx", "--with_reverse"], "--with_rtsm"),
         ([folder, nothing, "--format", "folder", "--raw_input"], "--raw_input"),
         ([folder, nothing, "--format", "folder", "--dtype", "float16"], "--dtype"),
         ([folder, nothing, "--format", "folder", "--ema"], "is no run"),

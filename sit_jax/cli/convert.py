@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sit_jax.cli.argument_types import positive
 from sit_jax.cli.runtime import set_log_levels
-from sit_jax.cli.verb import add_verb
+from sit_jax.cli.verb import add_option, add_verb
 
 if TYPE_CHECKING:
     from sit_jax.io.convert.options import Options
@@ -26,7 +26,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument(
         "--num_classes", type=positive, help="replace the heads by zero-initialized ones for this many classes"
     )
-    parser.add_argument("--without_reverse", action="store_true", help="leave out the reverse modules (RTSM)")
+    text = "leave out the reverse modules (RTSM)"
+    add_option(parser, "--without_rtsm", "--without_reverse", action="store_true", help=text)
     parser.add_argument("--ema", action="store_true", help="the moving average, if SOURCE holds one")
     parser.add_argument(
         "--licence", metavar="TEXT", help="license of the weights, for the config.json of a model folder"
@@ -68,7 +69,7 @@ def _options(arguments: argparse.Namespace) -> "Options":
         image_size=arguments.image_size,
         num_classes=arguments.num_classes,
         ema=arguments.ema,
-        reverse=not arguments.without_reverse,
+        reverse=not arguments.without_rtsm,
         licence=arguments.licence,
     )
 

@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from sit_jax.cli.runtime import set_log_levels
-from sit_jax.cli.verb import add_checkpoint, add_verb
+from sit_jax.cli.verb import add_checkpoint, add_option, add_verb
 
 
 def add_parser(verbs: Any) -> None:
@@ -16,7 +16,8 @@ def add_parser(verbs: Any) -> None:
     parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="folder or file to write; must not exist")
     parser.add_argument("--format", required=True, choices=formats, help="output format")
     add_checkpoint(parser)
-    parser.add_argument("--with_reverse", action="store_true", help="include the reverse modules (folder, original)")
+    text = "include the reverse modules (folder, original)"
+    add_option(parser, "--with_rtsm", "--with_reverse", action="store_true", help=text)
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "float16"), help="dtype of the weights (onnx)"
     )
@@ -29,8 +30,7 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     set_log_levels()
     from sit_jax.io.export.export import export_model
 
-    words = {
-        name: getattr(arguments, name) for name in ("ema", "step", "with_reverse", "dtype", "raw_input", "licence")
-    }
-    export_model(arguments.source, arguments.dest, arguments.format, **words)
+    options = {name: getattr(arguments, name) for name in ("ema", "step", "dtype", "raw_input", "licence")}
+    with_rtsm = arguments.with_rtsm
+    export_model(arguments.source, arguments.dest, arguments.format, with_reverse=with_rtsm, **options)
     print(f"Written: {arguments.dest}")

@@ -51,7 +51,7 @@ def export_model(
         raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
     weights = open_weights(source, ema, step, with_reverse)
     if with_reverse and not weights.reverse:
-        raise UserError(f"--with_reverse: {source} holds no reverse modules")
+        raise UserError(f"--with_rtsm: {source} holds no reverse modules")
     if licence is not None:
         weights = weights._replace(metadata={**weights.metadata, "licence": licence})
     if kind == "folder":
@@ -82,7 +82,7 @@ def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: 
     if wanted and dest.suffix not in wanted:
         raise UserError(f"{dest}: the name of a file of format {kind} must end in {' or '.join(wanted)}")
     if with_reverse and kind not in ("folder", "original"):
-        raise UserError(f"--with_reverse: only training needs reverse modules; {kind} does not hold them")
+        raise UserError(f"--with_rtsm: only training needs reverse modules; {kind} does not hold them")
     if dtype != "float32" and kind != "onnx":
         raise UserError(f"--dtype: {kind} is always float32; only onnx can be {dtype}")
     if raw_input and kind not in ("onnx", "stablehlo"):
