@@ -1,0 +1,57 @@
+"""What an earlier version wrote opens and gives the same numbers (tests/earlier/README.md)."""
+
+import pathlib
+import tarfile
+
+import numpy as np
+import pytest
+
+import sit_jax
+from sit_jax.cli import main as cli
+from sit_jax.io.predictor import open_predictor
+from sit_jax.io.runs import read_config
+
+ARCHIVES = sorted(pathlib.Path(__file__).with_name("earlier").glob("*.tar.xz"))
+
+
+@pytest.fixture(params=ARCHIVES, ids=lambda path: path.name, scope="module")
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(request.param) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "ema"),
+    [
+        ("run", "run", False),
+        ("ema", "run", True),
+        ("teacher", "run/teacher", False),
+        ("model", "model", False),
+        ("stablehlo", "model.stablehlo", False),
+    ],
+)
+def test_models_give_the_same_logits(written: pathlib.Path, name: str, place: str, ema: bool) -> None:
+    with np.load(written / "logits.npz") as known:
+        pixels, expected = known["pixels"], known[name]
+    np.testing.assert_allclose(open_predictor(written / place, ema=ema).logits(pixels), expected, rtol=0, atol=1e-5)
+    if place != "model.stablehlo":
+        model = sit_jax.load(written / place, ema=ema)
+        np.testing.assert_allclose(model(pixels), expected, rtol=0, atol=1e-5)
+
+
+def test_keys_that_had_other_names(written: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = read_config(written / "run")
+    assert (config.data.on_decode_error, config.data.val_fraction) == ("skip", 0.25)
+    assert config.optim.decay_like_original
+    assert capsys.readouterr().err == ""
+
+
+def test_checkpoints_are_whole(written: pathlib.Path) -> None:
+    assert cli.main(["checkpoint", "verify", "--workdir", str(written / "run")]) == 0
+
+
+def test_exports_keep_how_images_are_evaluated(written: pathlib.Path) -> None:
+    data = open_predictor(written / "model").data
+    assert (data.on_decode_error, data.val_fraction) == ("skip", 0.25)
