@@ -143,7 +143,7 @@ class Checkpoints:
         return "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
 
     def _describes_itself(self, step: int) -> bool:
-        """Returns whether a checkpoint's metadata is readable; it is not if the process was killed while removing it."""
+        """Returns whether a checkpoint's metadata is readable; it is not after an interrupted removal."""
         try:
             there = self._checkpointer.checkpointables_metadata(step).metadata
             return all(there.get(part) is not None for part in ("model", "training"))
@@ -213,7 +213,7 @@ class SaveSchedule:
 
 
 def checkpoint_parts(state: TrainState) -> dict[str, Any]:
-    """Returns the items of a checkpoint of a state (or its abstract version): `model`, `training` and, if present, `ema`."""
+    """Returns the checkpoint items of a state (or its abstract version): `model`, `training`, and `ema` if present."""
     params = {name: value for name, value in state.params.items() if name != "model"}
     parts: dict[str, Any] = {
         "model": state.variables,

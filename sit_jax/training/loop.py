@@ -275,7 +275,7 @@ def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> No
 
 
 def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
-    """Returns a checkpoint's metadata. The position in the data, a function of the step, is included for information."""
+    """Returns a checkpoint's metadata. It includes the position in the data, a function of the step."""
     return {
         "config": to_dict(config),
         "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
