@@ -37,7 +37,7 @@ class Settings:
 def command(
     names: Sequence[str], teacher: str | None, settings: Settings, as_json: bool, plot: pathlib.Path | None
 ) -> None:
-    """Implementation of `sit benchmark`: times models and prints the result.
+    """Times models and prints the result; implements `sit benchmark`.
 
     Raises:
         UserError: A model cannot be opened, is named twice, or does not fit the device's memory.

@@ -170,7 +170,7 @@ def _stem(arch: Architecture) -> tuple[int, int]:
 
 
 def _reverse(arch: Architecture, tiles: Tiles) -> tuple[int, int]:
-    """Returns parameters and MAC of the reverse modules: an MLP over tokens and an MLP over channels."""
+    """Returns parameters and MAC of the RTSMs: an MLP over tokens per channel, and one over channels per token."""
     patches, dim = arch.num_patches, arch.dim
     params = macs = 0
     wide, out = tiles.padded_lanes(4 * patches), tiles.padded_lanes(patches)

@@ -17,7 +17,7 @@ def prepare_batch(spec: InputSpec, batch: dict[str, Any], step: jax.Array) -> di
 
     Args:
         spec: `Config.inputs` of the run.
-        batch: `image`, uint8 or already normalised float (batch, height, width, channels); `label`, class indices
+        batch: `image`, uint8 or already normalized float (batch, height, width, channels); `label`, class indices
             (batch,) or distributions (batch, classes); with label maps also `map_classes`, `map_values`, `crop`
             and `flipped` (see `token_labels.patch_labels`).
         step: Number of optimizer steps done; together with the seed it determines all random choices.

@@ -34,7 +34,7 @@ _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
 def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
-    """Returns the evaluation preprocessing of a configuration."""
+    """Returns the evaluation preprocessing of a configuration; mean and std per channel, averaged for grey images."""
     return {
         "mean": _per_channel(data.mean, channels),
         "std": _per_channel(data.std, channels),

@@ -151,7 +151,7 @@ class Checkpoints:
             return False
 
     def metadata(self) -> dict[str, Any]:
-        """Metadata of the newest checkpoint; empty if there is none, or if it is of an older version."""
+        """Returns the metadata of the newest checkpoint; empty if there is none, or if it is of an older version."""
         if self.latest_step is None:
             return {}
         return dict(self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata or {})

@@ -55,7 +55,7 @@ class Extensions(NamedTuple):
     Attributes:
         model: The module to train, which replaces that of the configuration; see `make_train_spec`.
         losses: Custom loss terms by name; see `make_train_spec`.
-        source: Function from a split to a source, which replaces the data set of the configuration.
+        source: Mapping from split to source, which replaces the data set of the configuration.
         callbacks: Functions that are called in every process.
     """
 

@@ -193,7 +193,7 @@ def scan_metrics(workdir: pathlib.Path) -> MetricLines:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`, oldest first, without damaged lines.
+    """Returns the lines of a run's `metrics.jsonl`, oldest first, without damaged or incomplete lines.
 
     Raises:
         RunError: The file cannot be read.

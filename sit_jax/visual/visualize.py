@@ -87,7 +87,7 @@ def command(
     ema: bool = False,
     step: int | None = None,
 ) -> None:
-    """Implementation of `sit visualize`.
+    """Writes figures and arrays of token maps; implements `sit visualize`.
 
     Args:
         source: A run directory or a model folder.
