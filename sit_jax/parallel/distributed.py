@@ -276,7 +276,7 @@ def abort_after_failure(code: int) -> None:
     """Exits a failed process of several with its exit code, although the others may not know of the failure.
 
     Otherwise it would wait for them at a barrier, and they for it in a collective, for minutes. If all processes fail,
-    this returns and the process exits as usual; otherwise the missing heartbeat tells the others.
+    this returns and the process exits as usual; otherwise the missing heartbeat informs the others.
     """
     if jax.process_count() == 1:
         return
