@@ -1,1 +1,1 @@
-"""What a model costs, how fast it is, and where its tokens look."""
+"""Cost counting, planning, benchmarking, prediction and summaries of models."""

@@ -1,6 +1,6 @@
-"""How fast models run here: measured side by side, so that a busy machine slows all of them alike.
+"""Benchmarking: models are timed in turns, so that other load on the machine slows all of them equally.
 
-The protocol is written down in docs/benchmarks.md; every figure of `sit benchmark` and of a run's report is made here.
+The protocol is documented in docs/benchmarks.md. `sit benchmark` and a run's report use this module for all timings.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ Forward = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """What is timed.
+    """A computation to time.
 
     Attributes:
-        run: Starts the computation on an input buffer and returns its result, which may be still on its way.
-        buffers: Inputs that lie where the computation wants them; each call takes the next one.
+        run: Starts the computation on an input buffer and returns its result, which may be asynchronous.
+        buffers: Input buffers on the device of the computation; each call uses the next one.
     """
 
     run: Forward
@@ -31,37 +31,37 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """The times of one contender.
+    """Timings of one computation.
 
     Attributes:
-        latencies: Seconds from the start of a call to its result, of every call.
-        turns: Seconds per call of each turn whose calls are started one after the other and waited for at its end.
+        latencies: Seconds from the start of each call to its result.
+        turns: Seconds per call of each turn whose calls are started without waiting, except at the end.
     """
 
     latencies: list[float]
     turns: list[float]
 
     def latency(self, share: float = 0.5) -> float:
-        """The latency in seconds that this share of the calls does not exceed."""
+        """Returns the latency in seconds that this fraction of the calls does not exceed."""
         return float(np.quantile(self.latencies, share))
 
     @property
     def seconds(self) -> float:
-        """Seconds per call, the median turn."""
+        """Seconds per call, the median over the turns."""
         return statistics.median(self.turns)
 
     def speed_over(self, other: "Times") -> float:
-        """How many times faster than another: the median over the rounds, each turn beside the other's."""
+        """Returns the speed-up over another computation: the median over the rounds of the ratio of their turns."""
         return statistics.median(b / a for a, b in zip(self.turns, other.turns, strict=True))
 
 
 def time_interleaved(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
-    """Times contenders in turns, A B A B ..., after three calls of each to warm up.
+    """Times computations in turns, A B A B ..., after three warm-up calls of each.
 
     Args:
-        contenders: Name -> what is timed; compiled already.
-        rounds: Turns of each.
-        seconds: A turn lasts about so long: one half waiting for every call, the other for the last one.
+        contenders: Name -> computation; compiled already.
+        rounds: Number of turns of each.
+        seconds: Approximate duration of a turn: in one half each call is waited for, in the other only the last one.
     """
     calls = {}
     for name, timed in contenders.items():
@@ -79,15 +79,15 @@ def time_interleaved(contenders: Mapping[str, Timed], rounds: int = 9, seconds: 
 def measure_throughput(
     forwards: Mapping[str, Forward], images: np.ndarray, rounds: int = 15, min_seconds: float = 0.05
 ) -> dict[str, float]:
-    """Images per second of each model on the same batch; see `time_interleaved`.
+    """Returns the images per second of each model on the same batch; see `time_interleaved`.
 
     Args:
-        forwards: Name -> function from a batch of images to anything; jitted here.
+        forwards: Name -> function of a batch of images; jitted here.
         images: One batch, (batch, height, width, channels).
-        rounds: Turns of each model.
-        min_seconds: A turn's length.
+        rounds: Number of turns of each model.
+        min_seconds: Duration of a turn.
     """
-    # Copies, so that no call finds the last one's input in the cache.
+    # Copies, so that no call finds the input of the previous one in the cache.
     buffers = [jax.device_put(np.array(images)) for _ in range(2)]
     compiled = {
         name: Timed(jax.jit(forward).lower(buffers[0]).compile(), buffers) for name, forward in forwards.items()
@@ -97,12 +97,12 @@ def measure_throughput(
 
 
 def product_rate(dtype: str, seconds: float = 0.5) -> float:
-    """FLOP/s of large matrix products on the first device: what this machine can do, as measured."""
+    """Returns the measured FLOP/s of large matrix products on the first device."""
     on_cpu = jax.default_backend() == "cpu"
     side = 1024 if on_cpu else 8192
     draws = [np.random.default_rng(seed).standard_normal((side, side), np.float32) for seed in range(2)]
     factors = [jax.device_put(jax.numpy.asarray(x, dtype)) for x in draws]
-    # XLA for CPUs multiplies bfloat16 in bfloat16 where the result is float32, as the models have it, else in float32.
+    # XLA for CPUs multiplies bfloat16 in bfloat16 if the result is float32, as in the models; otherwise in float32.
     result = jax.numpy.float32 if on_cpu else None
     multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=result)).lower(*factors).compile()
     timed = Timed(lambda pair: multiply(*pair), [factors, factors[::-1]])
@@ -120,7 +120,7 @@ def _each(timed: Timed, calls: int) -> list[float]:
 
 
 def _all(timed: Timed, calls: int) -> float:
-    """Seconds per call."""
+    """Returns the seconds per call."""
     begun = time.perf_counter()
     for index in range(calls):
         result = timed.run(timed.buffers[index % len(timed.buffers)])

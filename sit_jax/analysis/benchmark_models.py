@@ -1,4 +1,4 @@
-"""What `sit benchmark` times: named models, runs, model folders and exported files, opened and made ready."""
+"""Models that `sit benchmark` times: named models, runs, model folders and exported files."""
 
 import dataclasses
 import functools
@@ -28,12 +28,12 @@ _BUFFERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A model that is compiled for a batch size.
+    """A model compiled for a batch size.
 
     Attributes:
-        timed: What is timed.
-        compile_s: Seconds that compiling took; None where nothing is compiled here.
-        memory_bytes: What the compiled program needs at most, weights included; None where no one says.
+        timed: The computation to time.
+        compile_s: Compile time in seconds; None if nothing is compiled here.
+        memory_bytes: Largest memory use of the compiled program, including weights; None if not known.
     """
 
     timed: Timed
@@ -43,13 +43,13 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkModel:
-    """A model that can be timed.
+    """A model to benchmark.
 
     Attributes:
-        name: As it was given.
-        arch: Its shape.
-        top1: Its accuracy, share of 1, where its run has written one down.
-        ready: Batch size and type of the products -> the compiled model. Exported files keep their own type.
+        name: The given name.
+        arch: Its architecture.
+        top1: Its accuracy, fraction of 1, if its run recorded one.
+        ready: Batch size and type of the matrix products -> the compiled model. Exported files keep their own type.
     """
 
     name: str
@@ -59,7 +59,7 @@ class BenchmarkModel:
 
     @property
     def gmac(self) -> float | None:
-        """Billions of multiply-accumulates per image; None for convolutional models, which are not counted."""
+        """Billions of multiply-accumulates (GMAC) per image; None for convolutional models, which are not counted."""
         return count_cost(self.arch).gmac if isinstance(self.arch, Architecture) else None
 
 
@@ -67,7 +67,7 @@ def open_benchmark_model(name: str) -> BenchmarkModel:
     """Opens a named model (with random weights), a run, a model folder, an ONNX file or a StableHLO artifact.
 
     Raises:
-        UserError: It is none of these, or damaged, or a package is missing that it needs.
+        UserError: The name is none of these, the files are damaged, or a required package is missing.
     """
     if name in VARIANTS:
         shape = VARIANTS[name]
@@ -139,7 +139,7 @@ def _images(arch: Architecture | RegNetArchitecture, batch: int) -> list[np.ndar
 
 
 def _random_variables(arch: Architecture) -> dict[str, Any]:
-    """Weights of a size that keeps every activation finite; what they are makes no difference to the speed."""
+    """Returns weights of a scale that keeps all activations finite; their values do not affect the speed."""
     rng = np.random.default_rng(0)
 
     def leaf(path: tuple[Any, ...], x: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""`sit benchmark`: models timed side by side, as a table, as JSON and as an image."""
+"""`sit benchmark`: times models in turns and reports the result as a table, as JSON and as an image."""
 
 import dataclasses
 import json
@@ -19,13 +19,13 @@ from sit_jax.io.atomic_write import atomic_create
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How models are timed.
+    """Settings of a benchmark.
 
     Attributes:
-        batch_sizes: Images at a time.
-        dtype: Type of the products.
-        seconds: What each model's turns take together, at each batch size.
-        rounds: Turns of each model.
+        batch_sizes: Batch sizes to time.
+        dtype: Type of the matrix products.
+        seconds: Total duration of each model's turns, for each batch size.
+        rounds: Number of turns of each model.
     """
 
     batch_sizes: Sequence[int]
@@ -37,7 +37,7 @@ class Settings:
 def command(
     names: Sequence[str], teacher: str | None, settings: Settings, as_json: bool, plot: pathlib.Path | None
 ) -> None:
-    """Times models and prints the result; the work of `sit benchmark`.
+    """Times models and prints the result; implements `sit benchmark`.
 
     Raises:
         UserError: A model cannot be opened, is named twice, or does not fit the device's memory.
@@ -58,11 +58,11 @@ def command(
 
 
 def benchmark(contenders: Sequence[BenchmarkModel], settings: Settings) -> dict[str, Any]:
-    """Times models side by side; the first is what the others are compared with.
+    """Times models in turns; the first model is the reference.
 
     Returns:
-        JSON values: `device`, `jax`, `date`, `dtype`, `product_flops` (FLOP/s of matrix products as measured),
-        `published_flops` (None where not known) and `rows`, one for each model and batch size.
+        JSON values: `device`, `jax`, `date`, `dtype`, `product_flops` (measured FLOP/s of matrix products),
+        `published_flops` (None if not known) and `rows`, one per model and batch size.
     """
     device = jax.devices()[0]
     published = published_flops(device.device_kind) if settings.dtype == "bfloat16" else None
@@ -119,7 +119,7 @@ def _row(contender: BenchmarkModel, batch: int, ready: Compiled, times: Times) -
 
 
 def _compared(contender: BenchmarkModel, reference: BenchmarkModel, times: dict[str, Times]) -> dict[str, Any]:
-    """Speed and cost over the reference's, and what of the saved cost became speed."""
+    """Returns speed and cost relative to the reference, and the fraction of the cost saving that became speed."""
     speedup = times[contender.name].speed_over(times[reference.name])
     mine, theirs = contender.gmac, reference.gmac
     ratio = theirs / mine if mine is not None and theirs is not None else None
@@ -127,10 +127,10 @@ def _compared(contender: BenchmarkModel, reference: BenchmarkModel, times: dict[
 
 
 def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws accuracy, or GMAC where not every model's accuracy is known, over the best throughput of each model.
+    """Plots accuracy (GMAC if the accuracy of a model is not known) against the best throughput of each model.
 
     Raises:
-        UserError: The file is there already or cannot be written.
+        UserError: The file exists already or cannot be written.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Looks into checkpoints: what there is, what is in it, whether it can be trusted. One CPU opens those of any mesh."""
+"""Lists, inspects and verifies checkpoints. A single CPU can open checkpoints of any mesh."""
 
 import contextlib
 import datetime
@@ -32,12 +32,12 @@ class Entry(NamedTuple):
     """One checkpoint of a run.
 
     Attributes:
-        step: Optimizer steps done.
-        time: When it was written whole, ISO 8601 in UTC.
-        metrics: The evaluation of its weights; empty without one.
+        step: Number of optimizer steps done.
+        time: When its writing was completed, ISO 8601 in UTC.
+        metrics: Metrics of the evaluation of its weights; empty if there is none.
         best: Whether it is the best by accuracy.
-        newest: Whether a resumed run goes on from it.
-        bytes: On disk.
+        newest: Whether a resumed run starts from it.
+        bytes: Size on disk.
     """
 
     step: int
@@ -52,10 +52,10 @@ class ArrayEntry(NamedTuple):
     """One array of a checkpoint.
 
     Attributes:
-        name: Its path, the part first: `model/params/blocks_0/attn/qkv/kernel`.
+        name: Its path, starting with the item: `model/params/blocks_0/attn/qkv/kernel`.
         shape: Its shape.
-        dtype: Its type's name.
-        written_from: How it lay on the devices that wrote it, where Orbax noted it.
+        dtype: Name of its type.
+        written_from: Its sharding on the devices that wrote it, if Orbax recorded it.
     """
 
     name: str
@@ -65,19 +65,19 @@ class ArrayEntry(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes in memory."""
+        """Size in memory."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Contents(NamedTuple):
-    """What one checkpoint holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        step: Optimizer steps done.
-        metadata: What it says about itself: `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the
-            metrics of the steps since the last line that was written (`window`); empty in older ones.
-        metrics: The evaluation of its weights.
-        arrays: Every array.
+        step: Number of optimizer steps done.
+        metadata: Its metadata: `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the metrics of the
+            steps since the last line that was written (`window`); empty in older checkpoints.
+        metrics: Metrics of the evaluation of its weights.
+        arrays: All arrays.
     """
 
     step: int
@@ -87,10 +87,10 @@ class Contents(NamedTuple):
 
 
 def list_checkpoints(folder: pathlib.Path) -> list[Entry]:
-    """The whole checkpoints of a run, oldest first.
+    """Returns the complete checkpoints of a run, oldest first.
 
     Raises:
-        RunError: There is none.
+        RunError: There is no checkpoint.
     """
     with open_checkpoints(folder) as checkpointer:
         found = list(checkpointer.checkpoints)
@@ -112,20 +112,20 @@ def list_checkpoints(folder: pathlib.Path) -> list[Entry]:
 def _disk_size(folder: pathlib.Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # A run that goes on may remove it meanwhile.
+        with contextlib.suppress(FileNotFoundError):  # A running training may remove it meanwhile.
             total += path.stat().st_size if path.is_file() else 0
     return total
 
 
 def read_contents(folder: pathlib.Path, step: int | None = None) -> Contents:
-    """What a checkpoint holds, without reading its arrays.
+    """Returns the contents of a checkpoint, without reading its arrays.
 
     Args:
-        folder: The run's folder.
-        step: Which checkpoint; the newest where None.
+        folder: The run directory.
+        step: Step of the checkpoint; the newest if None.
 
     Raises:
-        RunError: There is no such checkpoint, or its own description is damaged.
+        RunError: There is no such checkpoint, or its metadata is damaged.
     """
     with silent_threads(), open_checkpoints(folder, step) as checkpointer:
         chosen = checkpointer.latest.step if step is None else step
@@ -142,7 +142,7 @@ def _contents(checkpointer: Any, step: int, metrics: dict[str, float], folder: p
             for part, tree in parts.items()
             for name, leaf in _leaves(tree, part)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # Whatever a damaged file leads to.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # A damaged file raises many types.
         raise RunError(f"checkpoint {step} in {folder} is damaged: {one_line(error)}") from None
     if not arrays:
         raise RunError(f"checkpoint {step} in {folder} is damaged: it describes no array")
@@ -150,13 +150,13 @@ def _contents(checkpointer: Any, step: int, metrics: dict[str, float], folder: p
 
 
 class Verdict(NamedTuple):
-    """What verifying a checkpoint found.
+    """Result of verifying a checkpoint.
 
     Attributes:
-        step: The checkpoint.
-        arrays: Arrays read.
+        step: Step of the checkpoint.
+        arrays: Number of arrays read.
         bytes: Their size in memory.
-        problems: What is wrong, one line each; empty for a good checkpoint.
+        problems: Problems, one line each; empty for a valid checkpoint.
     """
 
     step: int
@@ -166,16 +166,16 @@ class Verdict(NamedTuple):
 
 
 def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
-    """Reads every array of a checkpoint: all must be readable, finite, and of the sizes that the configuration says.
+    """Reads every array of a checkpoint and checks that it is readable, finite, and of the configured shape.
 
-    Memory stays at about half a GiB, or the largest array.
+    Memory use is about half a GiB, or the size of the largest array.
 
     Args:
-        folder: The run's folder.
-        step: Which checkpoint; the newest where None.
+        folder: The run directory.
+        step: Step of the checkpoint; the newest if None.
 
     Raises:
-        RunError: There is no such checkpoint, or its own description is damaged.
+        RunError: There is no such checkpoint, or its metadata is damaged.
     """
     with silent_threads():
         return _verify(folder, step)
@@ -203,7 +203,7 @@ def _verify(folder: pathlib.Path, step: int | None) -> Verdict:
 
 
 def _groups(sizes: list[int]) -> Iterator[list[int]]:
-    """Indices in order, in groups of at most `_READ_AT_ONCE` bytes or of one."""
+    """Yields the indices in order, in groups of at most `_READ_AT_ONCE` bytes or of one array."""
     group: list[int] = []
     for index, size in enumerate(sizes):
         if group and sum(sizes[i] for i in group) + size > _READ_AT_ONCE:
@@ -215,7 +215,7 @@ def _groups(sizes: list[int]) -> Iterator[list[int]]:
 
 
 def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[int]) -> dict[int, str]:
-    """What is wrong with some arrays of a part, by their index."""
+    """Returns the problems of arrays of an item, by their index."""
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     leaves, structure = jax.tree.flatten(described)
     wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
@@ -227,7 +227,7 @@ def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[i
         if len(group) == 1:
             return {group[0]: f"cannot be read: {one_line(error)}"}
         found: dict[int, str] = {}
-        for index in group:  # Each by itself tells which; a few are enough.
+        for index in group:  # Reading each array separately identifies the damaged ones; a few are enough.
             if len(found) < _FEW:
                 found |= _read(checkpointer, step, part, described, [index])
         return found
@@ -242,9 +242,9 @@ def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[i
 
 
 def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
-    """Arrays that the run's configuration has otherwise, or that are missing or left over."""
+    """Yields arrays whose shape differs from the run's configuration, or that are missing or unexpected."""
     state = abstract_state(make_train_spec(workdir.read_config(folder), steps_per_epoch=1))
-    # The optimizer's structure has other names on disk: of its arrays only the sizes are compared.
+    # The optimizer's structure has other names on disk, so only the sizes of its arrays are compared.
     expected = {
         name: tuple(leaf.shape)
         for part, tree in checkpoint_parts(state).items()
@@ -266,7 +266,7 @@ def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
 
 
 def describe_problems(verdict: Verdict) -> str:
-    """A verdict's problems in one line: the first few, and how many more."""
+    """Returns a verdict's problems in one line: the first few, and the number of others."""
     shown = "; ".join(verdict.problems[:_FEW])
     more = len(verdict.problems) - _FEW
     return shown + (f"; and {more} more" if more > 0 else "")
@@ -286,7 +286,7 @@ def print_list(entries: list[Entry]) -> None:
 
 
 def print_contents(contents: Contents) -> None:
-    """Prints what a checkpoint holds on standard output."""
+    """Prints the contents of a checkpoint on standard output."""
     print(f"step {contents.step}")
     for name, value in contents.metadata.items():
         if name not in ("config", "window"):

@@ -1,4 +1,4 @@
-"""Chips by their published figures, and the slices that a TPU topology's name stands for."""
+"""Published specifications of chips, and the slices that TPU topology names describe."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ from sit_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip, by the tables of Google's Cloud TPU documentation (read November 2026).
+    """A chip, with figures from Google's Cloud TPU documentation (read November 2026).
 
     Attributes:
-        name: The generation as topologies name it.
+        name: Name of the generation in topologies.
         flops: Peak bfloat16 FLOP/s.
-        memory_bytes: High-bandwidth memory.
-        memory_rate: Its bandwidth in bytes/s.
-        link_rate: What a chip sends to its neighbours, all links together, in bytes/s.
+        memory_bytes: High-bandwidth memory in bytes.
+        memory_rate: Memory bandwidth in bytes/s.
+        link_rate: Bandwidth from a chip to its neighbours, over all links, in bytes/s.
     """
 
     name: str
@@ -36,7 +36,7 @@ CHIPS = {
     )
 }
 
-# How JAX calls a device -> peak bfloat16 FLOP/s without sparsity, by the makers' data sheets (read November 2026).
+# JAX's device kind -> peak bfloat16 FLOP/s without sparsity, from the makers' data sheets (read November 2026).
 _PUBLISHED = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -55,7 +55,7 @@ _PUBLISHED = {
 
 
 def published_flops(device_kind: str) -> float | None:
-    """A device's published peak in bfloat16 FLOP/s; None for processors, and for chips that are not in the table."""
+    """Returns a device's published peak in bfloat16 FLOP/s; None for CPUs and for chips that are not in the table."""
     return _PUBLISHED.get(device_kind)
 
 
@@ -64,9 +64,9 @@ class Topology:
     """Devices to plan for: `v5e:16x16`, or `cpu:8` for virtual devices of this machine.
 
     Attributes:
-        name: As given.
-        chip: The chip; None for virtual devices, of which nothing is published.
-        devices: How many.
+        name: The given name.
+        chip: The chip; None for virtual devices, which have no published figures.
+        devices: Number of devices.
     """
 
     name: str
@@ -75,10 +75,10 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads a topology's name.
+    """Parses a topology's name.
 
     Raises:
-        ConfigError: It is not of the form CHIP:SIZES, or there is no such chip.
+        ConfigError: The name is not of the form CHIP:SIZES, or there is no such chip.
     """
     kind, _, sizes = name.partition(":")
     numbers = sizes.split("x")

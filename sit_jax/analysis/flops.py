@@ -1,7 +1,7 @@
-"""Multiply-accumulates and parameters of a model, counted from its shape alone.
+"""Counts multiply-accumulates and parameters of a model from its architecture.
 
-Counted are the products: convolutions, linear layers, attention's two products, slimming's two. Norms, softmax, GELU
-and additions are not, as in the paper and in the usual counters. One image, batch size plays no role.
+Convolutions, linear layers and the matrix products of attention and slimming are counted. Norms, softmax, GELU and
+additions are not, as in the paper and in common counters. The counts are per image, independent of the batch size.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ class Cost:
 
     Attributes:
         macs: Part (`stem`, `attention`, `mlp`, `slimming`, `head`) -> MAC of one forward pass.
-        params: Parameters of the model as it is deployed.
+        params: Parameters of the deployed model.
         reverse_params: Parameters of the training-only reverse modules.
         reverse_macs: MAC of the reverse modules per image.
     """
@@ -32,28 +32,28 @@ class Cost:
 
     @property
     def gmac(self) -> float:
-        """Billions of multiply-accumulates of one forward pass."""
+        """Billions of multiply-accumulates (GMAC) of one forward pass."""
         return sum(self.macs.values()) / 1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Sizes that token axes are padded to. The default is none.
+    """Tile sizes to which token axes are padded; by default, there is no padding.
 
     Attributes:
-        rows: Of an array's last axis but one.
-        lanes: Of its last axis.
+        rows: Tile size of an array's second-last axis.
+        lanes: Tile size of its last axis.
     """
 
     rows: int = 1
     lanes: int = 1
 
     def padded_rows(self, tokens: int) -> int:
-        """Tokens on the last axis but one, as they are stored."""
+        """Returns the padded number of tokens on the second-last axis."""
         return -(-tokens // self.rows) * self.rows
 
     def padded_lanes(self, tokens: int) -> int:
-        """Tokens on the last axis, as they are stored."""
+        """Returns the padded number of tokens on the last axis."""
         return -(-tokens // self.lanes) * self.lanes
 
 
@@ -62,7 +62,7 @@ TPU_TILES = Tiles(8, 128)
 
 
 def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
-    """Counts a model's cost; products over token axes as large as the tiles make them."""
+    """Counts a model's cost, with token axes padded to tiles."""
     stem_macs, stem_params = _stem(arch)
     dim, hidden, prefix = arch.dim, int(arch.dim * arch.mlp_ratio), arch.num_prefix_tokens
     attention = mlp = 0
@@ -75,7 +75,7 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
         slimming_params = sum(math.prod(leaf.shape) for leaf in reducer_params(arch).values())
     for block, kept in arch.slimming.items():
         rows, lanes = tiles.padded_rows(arch.block_input_tokens[block]), tiles.padded_lanes(kept)
-        if arch.reducer != "slim":  # The product with the assignment alone: what else it computes is not known.
+        if arch.reducer != "slim":  # Only the product with the assignment; the reducer's other costs are not known.
             slimming_macs += rows * lanes * dim
             continue
         slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes) + rows * lanes * dim
@@ -101,10 +101,12 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
 
 
 def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
-    """Multiply-accumulates of a train step per image: the student's forward pass and twice that backward, once more
-    what is recomputed (`remat`), the reverse modules (never recomputed) likewise, and the teachers' forward passes.
+    """Counts the multiply-accumulates of a train step per image.
 
-    Convolutional teachers are not counted here, see `plan`.
+    They are those of the student's forward pass and twice that for the backward pass, once more for recomputed parts
+    (`remat`), the same for the reverse modules (never recomputed), and the teachers' forward passes.
+
+    Convolutional teachers are not included; see `plan`.
     """
     arch = config.model.architecture
     if not isinstance(arch, Architecture):
@@ -123,15 +125,15 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
 
 
 def padding(config: Config, tiles: Tiles = TPU_TILES) -> float:
-    """Fraction of a train step's products that is padding of token axes, where each image's tokens are padded."""
+    """Returns the fraction of a train step's products that is padding of token axes, which are padded per image."""
     return 1 - count_step_macs(config) / count_step_macs(config, tiles)
 
 
 def fuller_token_counts(arch: Architecture, tiles: Tiles = TPU_TILES) -> dict[int, tuple[int, ...]]:
-    """Kept tokens that do not fill their tiles -> the nearest smaller and larger counts that do.
+    """Returns kept tokens that do not fill their tiles -> the nearest smaller and larger counts that do.
 
-    A count fills its tiles where it makes full rows together with the class token and other prefix tokens. Left out are
-    the whole grid, which the image size sets, and what would leave the range between the stages beside it.
+    A count fills its tiles if, together with the class token and other prefix tokens, it is a multiple of the rows. The
+    whole grid, which the image size determines, and counts outside the range of the adjacent stages are excluded.
     """
     counts, prefix, rows = arch.token_counts, arch.num_prefix_tokens, tiles.rows
 
@@ -168,7 +170,7 @@ def _stem(arch: Architecture) -> tuple[int, int]:
 
 
 def _reverse(arch: Architecture, tiles: Tiles) -> tuple[int, int]:
-    """Parameters and MAC of the reverse modules: an MLP over tokens for every channel, one over channels per token."""
+    """Returns parameters and MAC of the RTSMs: an MLP over tokens per channel, and one over channels per token."""
     patches, dim = arch.num_patches, arch.dim
     params = macs = 0
     wide, out = tiles.padded_lanes(4 * patches), tiles.padded_lanes(patches)

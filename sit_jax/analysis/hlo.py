@@ -1,6 +1,6 @@
-"""Reads a compiled program's text: its collectives and its memory traffic, loops counted as often as they run.
+"""Parses the text of a compiled program for its collectives and memory traffic, with loop trip counts.
 
-The compiler's own `cost_analysis` counts the body of a loop once, which for a looped transformer misses most of it.
+The compiler's `cost_analysis` counts a loop body once, and thus misses most of a transformer with looped blocks.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ _BITS = {"pred": 8, "token": 0, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "c64": 64, "
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
-# These name or rearrange buffers, or run other computations, which are counted by themselves; nothing moves.
+# These rename or rearrange buffers, or call other computations, which are counted separately; no data are moved.
 _FREE = frozenset(
     {
         "parameter",
@@ -30,11 +30,11 @@ _FREE = frozenset(
         "async-start",
     }
 )
-# Custom calls that only name buffers anew.
+# Custom calls that only rename buffers.
 _FREE_CALLS = ('custom_call_target="ConcatBitcast"',)
-# Asynchronous instructions whose result holds their operands besides what they write.
+# Asynchronous instructions whose result contains their operands in addition to the output.
 _WITH_OPERANDS = frozenset({"copy-start", "all-gather-start", "collective-permute-start"})
-# The second half of an asynchronous pair; the first half counts.
+# The second half of an asynchronous pair; the first half is counted.
 _SECOND_HALF = re.compile(r"-(done|update)$")
 
 
@@ -43,10 +43,10 @@ class Collective:
     """Collectives of one kind over groups of one size.
 
     Attributes:
-        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+        kind: Number of devices in each group.
         group: Devices in each group.
-        runs: How often a step runs one.
-        bytes: Bytes of its result (of its operand for reduce-scatter) on each device, summed over a step.
+        runs: Number of executions per step.
+        bytes: Bytes of its result (of its operand for reduce-scatter) on each device, per step.
     """
 
     kind: str
@@ -56,17 +56,17 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that each device must send at least, by the bandwidth-optimal algorithm."""
+        """Minimum number of bytes that each device sends, by the bandwidth-optimal algorithm."""
         share = (self.group - 1) / self.group
         return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
 
 
 class Traffic(NamedTuple):
-    """What a step moves.
+    """Data transfers of a step.
 
     Attributes:
         collectives: Between devices.
-        memory_bytes: Between a device and its main memory: operands read and results written by every kernel.
+        memory_bytes: Transfers between a device and its main memory: operands read and results written by every kernel.
     """
 
     collectives: tuple[Collective, ...]
@@ -83,11 +83,11 @@ class _Instruction(NamedTuple):
 
 
 def read_traffic(text: str, devices: int) -> Traffic:
-    """The traffic of a compiled program.
+    """Returns the traffic of a compiled program.
 
     Args:
         text: `compiled.as_text()`.
-        devices: Devices that the program runs on.
+        devices: Number of devices that run the program.
     """
     computations, entry = _parse(text)
     found: dict[tuple[str, int], list[int]] = {}
@@ -127,7 +127,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             inner, attributes = _split_operands(match[5])
             operands = tuple(re.findall(r"%([\w.\-]+)", inner)) or tuple(re.findall(r"\b([a-z][\w\-]*\.\d+)\b", inner))
             if match[4] in ("constant", "parameter"):
-                attributes = inner  # A value, or a number: no operands.
+                attributes = inner  # A literal value or a number: no operands.
             computations[current].append(
                 _Instruction(match[2], match[3], match[4], operands, attributes, bool(match[1]))
             )
@@ -135,7 +135,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _split_operands(rest: str) -> tuple[str, str]:
-    """What stands in the brackets of an instruction, and what stands behind them."""
+    """Returns the operands of an instruction, and the text after its closing bracket."""
     depth = 1
     for position, character in enumerate(rest):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -145,7 +145,7 @@ def _split_operands(rest: str) -> tuple[str, str]:
 
 
 def _calls(computations: dict[str, list[_Instruction]], entry: str, times: int = 1) -> Iterator[tuple[str, int]]:
-    """Every computation that runs by itself (not inside a kernel), and how often."""
+    """Yields each computation that is run separately (not within a kernel), and its number of executions."""
     yield entry, times
     for instruction in computations[entry]:
         if instruction.opcode == "while":
@@ -165,7 +165,7 @@ def _attribute(instruction: _Instruction, key: str) -> str:
 
 
 def _trip_count(attributes: str, condition: list[_Instruction]) -> int:
-    """How often a loop runs: what the compiler noted, or a counter's bound; 1 where it depends on data."""
+    """Returns the trip count of a loop: the compiler's annotation, or a counter's bound; 1 if it depends on data."""
     noted = re.search(r"known_trip_count[^\d]*(\d+)", attributes)
     if noted:
         return int(noted[1])
@@ -176,7 +176,7 @@ def _trip_count(attributes: str, condition: list[_Instruction]) -> int:
 
 
 def _arrays(type_text: str) -> list[tuple[int, bool]]:
-    """(bytes, whether it lies in main memory) of each array of a type; space 1 is the fast memory on the chip."""
+    """Returns (bytes, whether it is in main memory) of each array of a type; space 1 is the chip's fast memory."""
     found = []
     for name, shape, layout in _ARRAY.findall(type_text):
         bits = _BITS.get(name) or int((re.findall(r"\d+", name) or ["0"])[0])
@@ -190,12 +190,12 @@ def _size(type_text: str) -> int:
 
 
 def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[str, list[_Instruction]]) -> int:
-    """Bytes of main memory that one kernel reads and writes; of a slice, only the slice."""
+    """Returns the bytes of main memory that one kernel reads and writes; for a slice, only those of the slice."""
     operands = [types.get(name, "") for name in instruction.operands]
     match instruction.opcode:
         case "dynamic-slice" | "slice" | "gather":
             return 2 * _size(instruction.type)
-        case "slice-start":  # Its result: (operand, slice, context). Either may lie in the chip's own memory.
+        case "slice-start":  # Its result is (operand, slice, context). Either may be in the chip's own memory.
             arrays = _arrays(instruction.type)
             (_, operand_in_main), (size, slice_in_main) = arrays[:2]
             return size * (operand_in_main + slice_in_main)
@@ -227,7 +227,7 @@ def _moved_by_fusion(instruction: _Instruction, operands: list[str], body: list[
                     moved += _whole(user.type)
         else:
             moved += _size(operand)
-    # A result that an update was written into is the operand's own memory.
+    # A result that is updated in place uses the memory of its operand.
     return moved + (2 * updated if updated else _size(instruction.type))
 
 
@@ -249,8 +249,11 @@ def _payload(instruction: _Instruction, types: dict[str, str], kind: str) -> int
 
 
 def _group_size(attributes: str, kind: str, devices: int) -> int:
-    """Devices in a group, in each of the notations: `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=4,'b'=2] {'b'}`, and the
-    last with an order of devices between: `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}`."""
+    """Returns the number of devices in a group.
+
+    The notations are `{{0,1},{2,3}}`, `[4,2]<=[8]`, `mesh['a'=4,'b'=2] {'b'}`, and the last one with an order of
+    devices, `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}`.
+    """
     if kind == "collective-permute":
         return 2
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)

@@ -1,4 +1,4 @@
-"""`sit models`: the named models and what they cost."""
+"""`sit models`: lists the named models with their costs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from sit_jax.models.variants import VARIANTS
 
 
 def list_costs() -> list[dict[str, Any]]:
-    """JSON values of every named model: parameters, GMAC per image (`macs` by kind of module), tokens, pixels."""
+    """Returns JSON values of all named models: parameters, GMAC (`macs` by kind of module), tokens, image size."""
     rows: list[dict[str, Any]] = []
     for name, arch in VARIANTS.items():
         cost = count_cost(arch)
@@ -19,7 +19,7 @@ def list_costs() -> list[dict[str, Any]]:
 
 
 def print_costs(rows: Sequence[dict[str, Any]], verbose: bool) -> None:
-    """Prints them as a table; `verbose` adds the GMAC of each kind of module."""
+    """Prints the rows as a table; `verbose` adds the GMAC of each kind of module."""
     from rich.console import Console
     from rich.table import Table
 

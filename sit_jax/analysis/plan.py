@@ -1,6 +1,6 @@
-"""What a run would need on devices that are not here: the true train step, compiled ahead of time.
+"""Plans a run for devices that are not available: compiles the actual train step ahead of time.
 
-For TPU slices by libtpu's compiler, which needs no TPU; for virtual devices by XLA's for CPUs.
+TPU slices use the compiler of libtpu, which needs no TPU; virtual devices use XLA's for CPUs.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from sit_jax.parallel import sharding
 from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
 SECONDS_PER_DAY = 86400.0
-# Compilations spent on the largest batch that fits; each takes minutes.
+# Number of compilations to find the largest batch that fits; each takes minutes.
 _TRIES = 3
 
 _NO_CHIP = {
@@ -38,21 +38,21 @@ _NO_CHIP = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-# The two cores of a v4 chip work as one device, as on a real slice; the later chips are described so by default.
+# The two cores of a v4 chip are one device, as on a real slice; later chips are described so by default.
 _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on each device while a step runs.
+    """Bytes of memory on each device during a step.
 
     Attributes:
         arguments: State, teachers and the batch.
-        temporaries: Activations, gradients and what else lives within a step.
-        outputs: New arrays; the state is written over the old one and not counted twice.
+        temporaries: Activations, gradients and other values within a step.
+        outputs: New arrays; the state is donated and not counted twice.
         program: The compiled code.
         peak: The most at any moment.
-        available: What the chip has; None for virtual devices.
+        available: Memory of the chip; None for virtual devices.
     """
 
     arguments: int
@@ -65,17 +65,17 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time that a step can take, by the chip's published peaks.
+    """Lower bound of the step time, from the chip's published peak rates.
 
     Attributes:
-        compute_s: The products alone.
-        memory_s: Moving the operands and results of every kernel through the chip's memory.
-        network_s: The collectives.
+        compute_s: Time of the matrix products.
+        memory_s: Time of reading the operands and writing the results of every kernel in the chip's memory.
+        network_s: Time of the collectives.
         binds: The largest of the three: `compute`, `memory` or `network`.
-        step_s: That one; overlap is taken to be perfect.
-        images_per_s: Over all devices.
-        days: For the configuration's epochs, evaluation not counted; None where the number of examples is not known.
-        chip_hours: Days times devices.
+        step_s: The largest of the three times, which assumes perfect overlap.
+        images_per_s: Images per second, over all devices.
+        days: Days for the configuration's epochs, without evaluation; None if the number of examples is not known.
+        chip_hours: Days multiplied by the number of devices, in hours.
     """
 
     compute_s: float
@@ -90,25 +90,25 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `sit plan` says.
+    """Result of `sit plan`.
 
     Attributes:
         topology: The devices.
-        devices: How many.
-        mesh: Sizes of the axes.
-        batch_size: Examples per step, over all devices.
-        steps: Steps in all; None where the number of examples is not known.
-        fits: Whether the compiler found room for the step.
-        largest_batch: The largest batch found to fit in a few tries, where this one does not; None if none did.
-        memory: None where it does not fit.
-        needed_bytes: What the compiler asked for where it does not fit.
-        flops: Of a step on each device, counted from the architectures: two per multiply-accumulate.
-        padding: Fraction of the TPU's products that is padding, where token counts do not fill tiles of 8 by 128.
+        devices: Number of devices.
+        mesh: Sizes of the mesh axes.
+        batch_size: Global batch size.
+        steps: Total number of steps; None if the number of examples is not known.
+        fits: Whether the step fits in memory, by the compiler.
+        largest_batch: If the batch does not fit, the largest batch found to fit in a few tries; None if there is none.
+        memory: Memory of a step; None if it does not fit.
+        needed_bytes: Memory that the compiler requested if the step does not fit.
+        flops: FLOPs of a step on each device, counted from the architectures: two per multiply-accumulate.
+        padding: Fraction of the TPU's products that is padding, if token counts do not fill tiles of 8 by 128.
         fuller_token_counts: Kept tokens that leave rows of their tiles empty -> the nearest counts that fill them.
-        memory_bytes: Moved between each device and its memory in a step.
-        collectives: Of a step.
-        bound: None for virtual devices and where it does not fit.
-        compile_s: Seconds that compiling took here.
+        memory_bytes: Bytes transferred between each device and its memory in a step.
+        collectives: Collectives of a step.
+        bound: Lower bound of the step time; None for virtual devices and if the step does not fit.
+        compile_s: Compile time in seconds.
     """
 
     topology: str
@@ -130,7 +130,7 @@ class Plan:
 
 
 class _TooLargeError(Exception):
-    """The compiler found no room; `needed` bytes of `available` if it said so."""
+    """The step does not fit: the compiler needs `needed` bytes of `available`, if it stated them."""
 
     def __init__(self, needed: int | None) -> None:
         super().__init__()
@@ -138,16 +138,16 @@ class _TooLargeError(Exception):
 
 
 def plan(config: Config, topology: Topology, examples: int | None = None, progress: Any = None) -> Plan:
-    """Compiles a run's train step for a topology and reads its cost from the program.
+    """Compiles a run's train step for a topology and reads its cost from the compiled program.
 
     Args:
-        config: The run's configuration, with its numbers of classes settled.
+        config: The run's configuration, with the numbers of classes resolved.
         topology: The devices.
-        examples: Training examples, for the number of steps; None if not known.
+        examples: Number of training examples, for the number of steps; None if not known.
         progress: Called with a line of text before each compilation.
 
     Raises:
-        ConfigError: The mesh does not fit the devices, or batches or heads do not fit the mesh.
+        ConfigError: The mesh does not match the devices, or batches or heads are not divisible by the mesh axes.
         UserError: The compiler for TPUs is not installed.
     """
     arch = config.model.architecture
@@ -189,18 +189,18 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Raises:
-        UserError: libtpu is not installed, or knows no such slice.
-        ConfigError: There are not so many virtual devices.
+        UserError: libtpu is not installed, or does not know the slice.
+        ConfigError: There are fewer virtual devices.
     """
     if topology.chip is None:
         devices = jax.devices("cpu")
         if len(devices) < topology.devices:
             raise ConfigError("--topology", f"{topology.name}, but JAX was started with {len(devices)} CPU devices")
         return list(devices[: topology.devices])
-    # Compiling needs no chip, so several processes of a machine may do it at a time, and nothing need be looked for.
+    # Compiling needs no chip: several processes of a machine may compile at a time, and devices need not be detected.
     for name, value in _NO_CHIP.items():
         os.environ.setdefault(name, value)
     try:
@@ -221,7 +221,7 @@ def topology_devices(topology: Topology) -> list[Any]:
 
 
 def libtpu_requirement() -> str:
-    """What the installed JAX requires of libtpu, as pip takes it."""
+    """Returns the version requirement of the installed JAX for libtpu, in pip's syntax."""
     wanted = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
     return wanted[0].partition(";")[0].strip() if wanted else "libtpu"
 
@@ -241,12 +241,12 @@ def _compile(config: Config, mesh: Mesh) -> Any:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-    """Keeps programs for devices that are not here out of JAX's cache on disk: it could not load them again."""
+    """Keeps programs for unavailable devices out of JAX's persistent cache, which could not load them again."""
     from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # It asks for the setting once.
+    compilation_cache.reset_cache()  # The cache reads the setting only once.
     try:
         yield
     finally:
@@ -255,7 +255,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def _cnn_teacher_flops(config: Config) -> float:
-    """FLOPs of the convolutional teacher's forward pass on one image; it has no loops, so the compiler can count."""
+    """Returns the FLOPs of the CNN teacher's forward pass on one image, by the compiler, as it has no loops."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     if spec.cnn_teacher is None:
         return 0.0
@@ -267,13 +267,13 @@ def _cnn_teacher_flops(config: Config) -> float:
 
 
 def _fixed(state: Any, teachers: Any) -> int:
-    """Bytes on each device that do not grow with the batch."""
+    """Returns the bytes on each device that do not depend on the batch size."""
     leaves = jax.tree.leaves((state, teachers))
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """State, batch and teachers of a run's train step as shapes with shardings."""
+    """Returns state, batch and teachers of a run's train step as shapes with shardings."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(spec).items()}
     arch, count = config.model.architecture, config.batch_size
@@ -298,7 +298,7 @@ def _memory(compiled: Any, chip: Chip | None) -> Memory:
     arguments, temporaries = int(stats.argument_size_in_bytes), int(stats.temp_size_in_bytes)
     outputs = int(stats.output_size_in_bytes - stats.alias_size_in_bytes)
     program = int(stats.generated_code_size_in_bytes)
-    # Where the backend reports a peak it is of arguments and temporaries alone; code lies beside them.
+    # If the backend reports a peak, it includes arguments and temporaries only; the code is added.
     peak = arguments + temporaries + outputs + program
     return Memory(arguments, temporaries, outputs, program, peak, chip.memory_bytes if chip else None)
 
@@ -327,7 +327,7 @@ def _bound(topology: Topology, config: Config, flops: float, traffic: Traffic, s
 
 
 def _needed(message: str, fixed: int) -> int | None:
-    """The bytes that the compiler asked for, in either of its wordings; the second leaves arguments (`fixed`) out."""
+    """Returns the bytes that the compiler requested, from either message; the second excludes arguments (`fixed`)."""
     amount = r"([\d.]+)([KMGT])"
     match = re.search(rf"Used {amount} of", message)
     temporaries = re.search(rf"required for HLO temporaries \({amount}\)", message)
@@ -339,7 +339,7 @@ def _needed(message: str, fixed: int) -> int | None:
 
 
 def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, log: Any) -> int | None:
-    """A batch whose step compiles, and nearly the largest: guessed from what the compiler asked for, and tried."""
+    """Finds a nearly maximal batch whose step compiles, starting from an estimate by the requested bytes."""
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
     per_unit = config.batch_size // unit
     state, _, teachers = abstract_arguments(config, mesh)
@@ -347,7 +347,7 @@ def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | 
     if needed and chip and needed > fixed:
         guess = min(per_unit - 1, int(per_unit * (chip.memory_bytes - fixed) / (needed - fixed)))
     fits, fails = 0, per_unit
-    # The step's memory is nearly linear in the batch, so the first guess is near, and a few tries close the bounds.
+    # Memory is nearly linear in the batch size, so the estimate is close and a few tries narrow the bounds.
     for _ in range(_TRIES):
         if fails - fits <= max(1, fails // 20):
             break

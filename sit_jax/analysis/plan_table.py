@@ -1,4 +1,4 @@
-"""`sit plan` on the command line: a configuration in, a table out."""
+"""`sit plan`: plans a configuration and prints the plan as tables."""
 
 import sys
 
@@ -12,22 +12,22 @@ from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
 
-# So that a run on ImageNet can be planned where ImageNet is not.
+# Allows planning a run on ImageNet without the data set.
 _EXAMPLES = {"imagenet2012": 1_281_167}
 _CLASSES = {"imagenet2012": 1000}
 _GIB = 2**30
 
 
 def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
-    """Plans a run; says on standard error what takes long, and what had to be assumed.
+    """Plans a run; reports slow operations and assumptions on standard error.
 
     Args:
         config: The run's configuration.
         topology: The devices.
-        examples: Training examples; looked up where None.
+        examples: Number of training examples; looked up if None.
 
     Raises:
-        UserError: The configuration cannot be planned there.
+        UserError: The configuration cannot be planned for the topology.
     """
     if not isinstance(config.model.architecture, Architecture):
         raise ConfigError("model", "only vision transformers can be planned")

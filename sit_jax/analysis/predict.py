@@ -1,4 +1,4 @@
-"""`sit predict`: the most likely classes of images, in order, however many there are."""
+"""`sit predict`: predicts the top classes of images, in order, for any number of images."""
 
 import collections
 import concurrent.futures
@@ -19,16 +19,16 @@ from sit_jax.training.progress import Progress
 Style = Literal["table", "jsonl", "csv"]
 _THREADS = 4
 
-# The name in earlier documentation.
+# Name in earlier documentation.
 read_file = read_picture
 
 
 class Prediction(NamedTuple):
-    """What a model says of one image.
+    """Prediction for one image.
 
     Attributes:
-        picture: The file.
-        classes: Indices of the most likely classes, most likely first.
+        picture: The image file.
+        classes: Indices of the top classes, most likely first.
         names: Their names.
         probabilities: Their probabilities.
     """
@@ -42,22 +42,22 @@ class Prediction(NamedTuple):
 def predict(
     predictor: Predictor, pictures: Sequence[str], top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction | ImageDecodeError]:
-    """Predictions in the order of the images; an error in the place of one that cannot be read.
+    """Yields predictions in the order of the images, or an error for an image that cannot be read.
 
-    Files are read a batch ahead, and no more than that is held at a time.
+    Files are read one batch ahead, which bounds the memory.
 
     Args:
         predictor: The model.
-        pictures: Files.
-        top: most likely classes to tell, all where there are fewer.
-        batch_size: Images that go through the model at a time.
+        pictures: Image files.
+        top: Number of top classes to return; all if there are fewer.
+        batch_size: Number of images per batch.
     """
     waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
     readable = 0
     for name, pixels in _read(predictor, pictures, ahead=2 * batch_size):
         waiting.append((name, pixels))
         readable += not isinstance(pixels, ImageDecodeError)
-        # So that a folder of broken files is told of as it is read.
+        # Errors of a folder of unreadable files are then reported during reading.
         if readable == batch_size or len(waiting) == 4 * batch_size:
             yield from _answer(predictor, waiting, top, batch_size)
             waiting, readable = [], 0
@@ -73,12 +73,12 @@ def run_predict(
     out: TextIO,
     reader_gone: Callable[[TextIO], bool] = lambda _: False,
 ) -> None:
-    """Writes predictions as they come, and names the images that cannot be read on standard error.
+    """Writes predictions as they are computed, and reports unreadable images on standard error.
 
-    Ends early where `reader_gone(out)` says that no one reads on, as after `| head`.
+    Stops early if `reader_gone(out)` is True, because the reader has closed the pipe, as with `| head`.
 
     Raises:
-        PartialFailureError: Some could not be read.
+        PartialFailureError: Some images could not be read.
     """
     skipped = 0
     write = _WRITERS[style](out, predictor.class_names)
@@ -103,7 +103,7 @@ def run_predict(
 def _read(
     predictor: Predictor, pictures: Sequence[str], ahead: int
 ) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
-    """Pixels of each image in order, at most `ahead` of them read and not yet asked for."""
+    """Yields the pixels of each image in order, with at most `ahead` images read in advance."""
     arch = predictor.arch
     transform = EvalTransform(predictor.data, arch.image_size, arch.in_channels)
 
@@ -132,7 +132,7 @@ def _answer(
     pixels = [x for _, x in pictures if not isinstance(x, ImageDecodeError)]
     rows: Iterator[np.ndarray] = iter(())
     if pixels:
-        # The last batch is filled up, so that nothing is compiled for it.
+        # The last batch is padded, so that it needs no compilation.
         batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
         batch[: len(pixels)] = pixels
         rows = iter(softmax(predictor.logits(batch))[: len(pixels)])
@@ -152,11 +152,11 @@ def _rows(prediction: Prediction) -> Iterator[tuple[int, str, float]]:
 
 
 def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], None]:
-    """One line per image: the file, then class and probability, most likely first."""
+    """Returns a writer of one line per image: the file, then class and probability, most likely first."""
     name_width, file_width = min(24, max(map(len, class_names))), 0
 
     def write(prediction: Prediction) -> None:
-        # Lines go out as they come: the column grows with the longest name so far.
+        # Lines are written immediately: the column width is that of the longest name so far.
         nonlocal file_width
         file_width = max(file_width, len(prediction.picture))
         cells = [f"{name:<{name_width}} {probability:>6.1%}" for _, name, probability in _rows(prediction)]
@@ -166,7 +166,7 @@ def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], No
 
 
 def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
-    """One object per image."""
+    """Returns a writer of one JSON object per image."""
 
     def write(prediction: Prediction) -> None:
         rows = [{"class": index, "name": name, "probability": share} for index, name, share in _rows(prediction)]
@@ -176,7 +176,7 @@ def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
 
 
 def _csv(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
-    """One row per image and class, with a heading."""
+    """Returns a writer of one row per image and class, with a header."""
     table = csv.writer(out, lineterminator="\n")
     table.writerow(("picture", "rank", "class", "name", "probability"))
 

@@ -1,4 +1,4 @@
-"""What a finished run came to: summary.json, a table, curves.png and slimming.png."""
+"""Summarizes a finished run: summary.json, a table, curves.png and slimming.png."""
 
 import pathlib
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     """Evaluates and times a finished run's student and its teacher, and writes the summary and the images.
 
     Returns:
-        What `summary.json` holds: `student` and, where there is one, `teacher`, each with `top1` (share of 1),
+        The contents of `summary.json`: `student` and, if there is one, `teacher`, each with `top1` (fraction of 1),
         `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
-        None where the number below is 0 or a number is missing.
+        None if its denominator is 0 or a value is missing.
     """
     models, folders = trained_models(folder)
     config, variables = models["student"]
@@ -73,11 +73,10 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[str, Any]]], dict[str, pathlib.Path]]:
-    """A run's `student` and, where there is one, its `teacher`: configuration and variables, and the folders of their
-    runs.
+    """Returns configuration and variables of a run's `student` and, if any, its `teacher`, and their run directories.
 
     Raises:
-        UserError: The weights of one cannot be read.
+        UserError: The weights of a model cannot be read.
     """
     config, variables = run.trained_variables(folder)
     models, folders = {"student": (config, variables)}, {"student": folder}
@@ -93,9 +92,9 @@ class Teacher(NamedTuple):
     """A run's teacher.
 
     Attributes:
-        config: Its model, and the student's data.
-        variables: Its variables, heads in the order of the student's classes.
-        folder: Its run; None where its weights are of another program, which have no curves.
+        config: Its model, with the student's data.
+        variables: Its variables, with the heads in the order of the student's classes.
+        folder: Its run directory; None for weights of another framework, which have no curves.
     """
 
     config: Config
@@ -104,10 +103,10 @@ class Teacher(NamedTuple):
 
 
 def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
-    """The teacher of a run; None for a run without one.
+    """Returns the teacher of a run, or None for a run without a teacher.
 
     Args:
-        folder: The run's folder.
+        folder: The run directory.
         config: The run's configuration.
 
     Raises:
@@ -119,7 +118,7 @@ def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
         return Teacher(*run.trained_variables(folder / "teacher"), folder / "teacher")
     place = pathlib.Path(config.teacher.run) if is_own_run(config.teacher.run) else None
     variables = given_teacher(config.teacher, "teacher", run_class_names(config, folder))
-    # Whatever data it was trained on, it is compared on the student's.
+    # The teacher is evaluated on the student's data, independent of its own training data.
     return Teacher(config.teacher_run(config.teacher), variables, place)
 
 
@@ -156,7 +155,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
-    """Draws loss terms and accuracy of one or several runs over their epochs into `curves.png`."""
+    """Plots loss terms and accuracy of one or several runs against their epochs, in `curves.png`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(runs), 7), layout="constrained")
@@ -191,7 +190,7 @@ def _draw_examples(
     images: np.ndarray,
     class_names: Sequence[str],
 ) -> None:
-    """Draws where the student's kept tokens look, on the first images of the evaluation split."""
+    """Draws the token maps of the student's kept tokens, for the first images of the evaluation split."""
     arch = config.model.architecture
     if not isinstance(arch, Architecture) or not arch.is_slimmed:
         return

@@ -1,4 +1,4 @@
-"""Configurations as `ml_collections.ConfigDict`s: how the pages in `configs/` write them, and how they are read."""
+"""Configurations as `ml_collections.ConfigDict`s, as config files in `configs/` write them, and their validation."""
 
 import dataclasses
 import difflib
@@ -40,10 +40,10 @@ _SECTIONS = {
 
 
 def named_model(name: str, **overrides: Any) -> ConfigDict:
-    """The `model` section of a ConfigDict for a named variant, every field spelled out so that each can be overridden.
+    """Returns the `model` section of a ConfigDict for a named variant, with all fields, so that each can be overridden.
 
     Raises:
-        ConfigError: Unknown name or field, or an impossible combination.
+        ConfigError: The name or a field is unknown, or the combination is invalid.
     """
     compute = {
         key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "attention", "scan") if key in overrides
@@ -52,13 +52,13 @@ def named_model(name: str, **overrides: Any) -> ConfigDict:
 
 
 def model_section(architecture: Architecture | RegNetArchitecture, **compute: Any) -> ConfigDict:
-    """The `model` section of a ConfigDict for any architecture."""
+    """Returns the `model` section of a ConfigDict for an architecture."""
     fields = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name != "architecture"}
     return ConfigDict({**fields, **dataclasses.asdict(architecture), **compute})
 
 
 def defaults(section: type) -> ConfigDict:
-    """A ConfigDict of a section's defaults, for configs to write their differences into."""
+    """Returns a ConfigDict with a section's defaults, for configs to modify."""
     values = {}
     for field in dataclasses.fields(section):
         if field.default is not dataclasses.MISSING:
@@ -69,8 +69,7 @@ def defaults(section: type) -> ConfigDict:
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:
-    """The same configuration with every key that it leaves to its default written out, so that each can be overridden
-    on the command line."""
+    """Returns a configuration with all default values filled in, so that each can be overridden on the command line."""
     filled = ConfigDict(_rename_keys(config.to_dict()))
     for name, section in _SECTIONS.items():
         filled[name] = ConfigDict({**defaults(section).to_dict(), **filled.get(name, ConfigDict()).to_dict()})
@@ -85,20 +84,20 @@ def with_defaults(config: ConfigDict) -> ConfigDict:
     for holder in (filled, filled.get("teacher"), filled.get("cnn_teacher")):
         model = holder.get("model") if holder is not None else None
         if model is not None and model.get("keep_ratio", 0.0) is None:
-            # ml_collections overrides a None only where it knows the type.
+            # ml_collections can override a None only if it knows the type.
             model["keep_ratio"] = config_dict.placeholder(float)
     return filled
 
 
 def from_config_dict(config: ConfigDict | Mapping[str, Any], quiet: bool = False) -> Config:
-    """Checks a ConfigDict and freezes it.
+    """Validates a ConfigDict and converts it to a frozen `Config`.
 
     Args:
         config: The values.
-        quiet: Say nothing about keys that had another name, as in the config of a run from before.
+        quiet: Whether to omit messages about renamed keys, as in the config of an older run.
 
     Raises:
-        ConfigError: An unknown key, a value of the wrong type or out of range, or values that contradict each other;
+        ConfigError: A key is unknown, a value has the wrong type or is out of range, or values contradict each other;
             the message begins with the key.
     """
     values = _rename_keys(config.to_dict() if isinstance(config, ConfigDict) else config, quiet)
@@ -114,8 +113,10 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any], quiet: bool = False
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON values, architecture fields standing in the model sections; the inverse of
-    `from_config_dict`."""
+    """Returns the configuration as JSON values, with architecture fields in the model sections.
+
+    This is the inverse of `from_config_dict`.
+    """
     values = _ADAPTER.dump_python(config, mode="json")
     for holder in (values, values["teacher"], values["cnn_teacher"]):
         if holder is not None:
@@ -124,21 +125,21 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
-# (section, key) that had another name -> the name now.
+# (section, key) of renamed keys -> new name.
 _RENAMED = {
     ("optim", "faithful"): "decay_like_original",
     ("data", "on_broken"): "on_decode_error",
     ("data", "held_out"): "val_fraction",
 }
-# Keys of which None is a value.
+# Keys that may be None.
 _NULLABLE = ("keep_ratio", "teacher", "cnn_teacher")
 
 
 def check_keys(known: Any, overrides: Sequence[str]) -> None:
-    """Checks that `--config.KEY=VALUE` words name keys that there are, which ml_collections tells in words of its own.
+    """Checks that the keys of `--config.KEY=VALUE` arguments exist, with clearer errors than those of ml_collections.
 
     Raises:
-        ConfigError: One is not there; the message names it, and the nearest of its section.
+        ConfigError: A key does not exist; the message names it, and the closest key of its section.
     """
     for word in overrides:
         if not word.startswith("--config.") or "[" in word:
@@ -156,9 +157,9 @@ def check_keys(known: Any, overrides: Sequence[str]) -> None:
 
 
 def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
-    """Sets the keys of `--config.KEY=None` words to None where None is a value of theirs; drops removed keys.
+    """Sets the keys of `--config.KEY=None` arguments to None if None is a valid value; drops removed keys.
 
-    ml_collections reads such a word as text. All other words are returned, in order.
+    ml_collections would read these values as text. The other arguments are returned, in order.
     """
     rest = []
     for word in overrides:
@@ -172,7 +173,7 @@ def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
         for part in parents:
             section = section.get(part) if isinstance(section, ConfigDict) else None
         if word.endswith("=None") and last in _NULLABLE and isinstance(section, ConfigDict) and last in section:
-            # A section cannot be assigned to where it was, nor a number to None, unless its key is new.
+            # A section cannot be assigned to an existing key, nor None to a number, so the key is deleted first.
             del section[last]
             section[last] = config_dict.placeholder(float) if last == "keep_ratio" else None
         else:
@@ -181,7 +182,7 @@ def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
 
 
 def _rename_keys(values: Mapping[str, Any], quiet: bool = False, section: str = "") -> dict[str, Any]:
-    """The same values under the keys' names of today."""
+    """Returns the values with renamed keys replaced by their new names."""
     same: dict[str, Any] = {}
     renamed: dict[str, Any] = {}
     for key, value in values.items():
@@ -194,7 +195,7 @@ def _rename_keys(values: Mapping[str, Any], quiet: bool = False, section: str = 
 
 
 def _new_name(key: str, quiet: bool = False) -> str:
-    """The name of a key today; a line on stderr where it is another one."""
+    """Returns the current name of a key; prints a line on stderr if the key was renamed."""
     *parents, last = key.split(".")
     new = _RENAMED.get((parents[-1] if parents else "", last))
     if new is None:
@@ -219,7 +220,7 @@ def _split_model(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(error: ValidationError) -> str:
-    """One line for all that is wrong: `optim.lrr: there is no such key; did you mean lr?`."""
+    """Returns all problems in one line: `optim.lrr: there is no such key; did you mean lr?`."""
     lines = []
     for problem in error.errors():
         parts = [str(p) for p in problem["loc"] if str(p) not in ("architecture", "vit", "regnet")]

@@ -1,4 +1,4 @@
-"""Finds and runs config files."""
+"""Finds and loads config files."""
 
 import difflib
 import importlib.util
@@ -12,10 +12,11 @@ from sit_jax.errors import ConfigError, UserError, one_line
 
 
 def get_config(path: str) -> ConfigDict:
-    """What a config file's `get_config` returns, with all defaults filled in; to change, and for `sit_jax.train`.
+    """Returns the ConfigDict of a config file's `get_config`, with all defaults filled in, for `sit_jax.train`.
 
     Args:
-        path: A file, or the name of a config of this package, such as `digits`; behind a colon an argument.
+        path: A file, or the name of a config of this package, such as `digits`; optionally followed by a colon and an
+            argument.
 
     Raises:
         ConfigError: There is no such config, or its file raises an error.
@@ -30,7 +31,7 @@ def get_config(path: str) -> ConfigDict:
         with old_names():
             spec.loader.exec_module(module)
         config: ConfigDict = module.get_config(*([argument] if argument else []))
-    except Exception as error:  # Whatever a user's own Python file does.
+    except Exception as error:  # A user's Python file may raise any error.
         if isinstance(error, UserError | TypeError | ValueError):
             raise ConfigError("--config", f"{path}: {one_line(error)}") from None
         raise ConfigError("--config", f"{path} raises {type(error).__name__}: {one_line(error)}") from None
@@ -38,11 +39,11 @@ def get_config(path: str) -> ConfigDict:
 
 
 def _find(config: str) -> pathlib.Path:
-    """The file of a config: a path, or the name of one that the package brings along."""
+    """Returns the file of a config: a path, or the name of a config that is included in the package."""
     if pathlib.Path(config).is_file():
         return pathlib.Path(config)
     package = pathlib.Path(__file__).parents[1]
-    # Installed, the configs are in the package; in a checkout they are beside it.
+    # The configs are in the installed package; in a checkout, they are next to it.
     folders = (package / "configs", package.parent / "configs")
     files = {file.stem: file for folder in folders for file in folder.glob("*.py")}
     if config in files:

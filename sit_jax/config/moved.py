@@ -1,4 +1,4 @@
-"""Lets config files of users import modules under the names that these had before."""
+"""Lets config files of users import modules under their former names."""
 
 import contextlib
 import importlib
@@ -26,7 +26,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 @contextlib.contextmanager
 def old_names() -> Iterator[None]:
-    """Finds modules under their former names while a config file is read, and names the new ones on stderr."""
+    """Resolves former module names while a config file is loaded, and prints the new ones on stderr."""
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:

@@ -1,6 +1,6 @@
-"""The paper's training recipe on ImageNet, as ConfigDicts that the pages in `configs/` start from.
+"""The paper's training recipe on ImageNet, as ConfigDicts that the config files in `configs/` are based on.
 
-Source: section 4.1 of 'Self-slimmed Vision Transformer' and the training scripts of the original.
+Reference: section 4.1 of 'Self-slimmed Vision Transformer' and the original's training scripts.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from sit_jax.config.config_dict import defaults, named_model
 
 
 def imagenet(batch_size: int = 1024) -> ConfigDict:
-    """Data, augmentation and mixing on ImageNet, for teachers and students alike; no model and no optimizer yet."""
+    """Returns data, augmentation and mixing on ImageNet, for teachers and students; without model and optimizer."""
     config = ConfigDict()
     config.seed = 0
     config.data = defaults(DataConfig)
@@ -41,13 +41,13 @@ def imagenet(batch_size: int = 1024) -> ConfigDict:
 
 
 def distillation(student: str, teacher: str, teacher_run: str, drop_path: float) -> ConfigDict:
-    """Feature recalibration distillation of a named student from a named teacher on ImageNet.
+    """Returns the config for distilling a named student from a named teacher on ImageNet.
 
     Args:
         student: Name of the slimmed variant.
         teacher: Name of its un-slimmed teacher.
-        teacher_run: Folder of the teacher's run.
-        drop_path: The student's stochastic depth.
+        teacher_run: Run directory of the teacher.
+        drop_path: Stochastic depth rate of the student.
     """
     config = imagenet()
     config.model = named_model(student, drop_path=drop_path, dtype="bfloat16")
@@ -69,12 +69,12 @@ def distillation(student: str, teacher: str, teacher_run: str, drop_path: float)
 
 
 def teacher(name: str, drop_path: float, mode: str) -> ConfigDict:
-    """Training of a named teacher on ImageNet.
+    """Returns the config for training a named teacher on ImageNet.
 
     Args:
-        name: The teacher's name.
-        drop_path: Its stochastic depth.
-        mode: `finetune` takes 30 epochs from the run that `init` names; `scratch` takes LV-ViT's 300.
+        name: Name of the teacher.
+        drop_path: Stochastic depth rate of the teacher.
+        mode: `finetune` trains for 30 epochs from the run that `init` names; `scratch` trains for LV-ViT's 300.
     """
     config = imagenet()
     config.model = named_model(name, drop_path=drop_path, dtype="bfloat16")
@@ -98,7 +98,7 @@ def teacher(name: str, drop_path: float, mode: str) -> ConfigDict:
 
 
 def token_labelling(config: ConfigDict, label_maps: str) -> ConfigDict:
-    """Adds LV-ViT's token labelling to a teacher's training: MixToken instead of mixup and cutmix, and dense labels."""
+    """Adds LV-ViT's token labelling to a teacher's config: MixToken instead of mixup and CutMix, and dense labels."""
     config.data.label_maps = label_maps
     config.loss.token_label = 0.5
     config.mix.mixup = 0.0

@@ -1,7 +1,7 @@
 """The configuration of a run, as frozen dataclasses.
 
-Configs are written as `ml_collections.ConfigDict`s (one page each, in `configs/`) and become a `Config` once, at the
-door, by `from_config_dict`. Everything behind the door can trust its values.
+Configs are written as `ml_collections.ConfigDict`s (one file each, in `configs/`). `from_config_dict` validates them
+once, when they are loaded, and returns a `Config`.
 """
 
 import dataclasses
@@ -34,16 +34,16 @@ def _require(condition: bool, field: str, problem: str) -> None:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ModelConfig:
-    """A model and how it is computed.
+    """A model and its computation.
 
     Attributes:
-        architecture: The model's shape. In a ConfigDict its fields stand directly in the `model` section.
-        name: The variant that the fields came from, if any; a label.
-        drop_path: Stochastic depth of the last block, growing linearly from 0 at the first.
-        dtype: Type of the products. Softmax, norms, losses and the stored weights are float32 whatever this says.
-        remat: Recompute each block in the backward pass instead of keeping its activations.
-        attention: How softmax attention is computed: `xla`, `cudnn` (fused, on NVIDIA GPUs, in bfloat16), `plain` (by
-            autodiff, also in forward mode), or `auto`: `cudnn` where the GPU has it, else `xla`.
+        architecture: The model's architecture. In a ConfigDict, its fields are directly in the `model` section.
+        name: Name of the variant that the fields are from, if any; only a label.
+        drop_path: Stochastic depth rate of the last block; it grows linearly from 0 in the first block.
+        dtype: Type of the matrix products. Softmax, norms, losses and the stored weights are always float32.
+        remat: Whether to recompute each block in the backward pass to save activation memory.
+        attention: Implementation of softmax attention: `xla`, `cudnn` (fused, on NVIDIA GPUs, in bfloat16), `plain`
+            (with autodiff, also in forward mode), or `auto`: `cudnn` if the GPU supports it, otherwise `xla`.
     """
 
     architecture: Annotated[Architecture | RegNetArchitecture, Field(discriminator="family")]
@@ -56,26 +56,29 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
-    """AdamW, its schedule, and what stands around it.
+    """AdamW, its schedule, gradient processing and weight averaging.
 
     Attributes:
         lr: Peak learning rate of the model.
-        lr_batch_size: The batch size that `lr` is meant for: it is scaled in proportion to the run's; 0 for no scaling.
-        min_lr: Where the cosine ends, for every parameter group.
-        rtsm_lr_scale: Peak learning rate of the reverse modules over that of the model.
-        warmup_epochs: Linear warm-up from 0, before the cosine.
+        lr_batch_size: Batch size that `lr` is meant for: the rate is scaled in proportion to the run's batch size; 0
+            for no scaling.
+        min_lr: Final learning rate of the cosine, for every parameter group.
+        rtsm_lr_scale: Peak learning rate of the reverse modules, relative to that of the model.
+        warmup_epochs: Epochs of linear warm-up from 0, before the cosine.
         cooldown_epochs: Epochs at `min_lr` after the cosine, in addition to the run's `epochs`.
-        schedule_per: Whether the rate changes every step, or every epoch as in the original.
-        weight_decay: Decoupled weight decay, times the learning rate.
+        schedule_per: Whether the rate changes every `step`, or every `epoch` as in the original.
+        weight_decay: Decoupled weight decay, multiplied by the learning rate.
         b1: Decay of the first moment.
         b2: Decay of the second moment.
-        eps: Added to the root of the second moment.
-        clip_norm: Gradients are scaled down to this global norm; 0 leaves them alone.
-        grad_dtype: Type of the kernels' gradients between devices. `bfloat16` halves what devices send each
-            other and needs `model.dtype` bfloat16; micro-batches are added up in float32 all the same.
-        accumulate_steps: Micro-batches that a batch is split into; their gradients are averaged.
-        ema_decay: Decay of the exponential moving average of the weights, kept and evaluated beside them; 0 for none.
-        decay_like_original: Decay what the original decays: also the TSM scale and the norms and biases of the RTSMs.
+        eps: Added to the square root of the second moment.
+        clip_norm: Largest global norm of the gradients, which are scaled down to it; 0 for no clipping.
+        grad_dtype: Type in which devices exchange the gradients of kernels. `bfloat16` halves the communication and
+            needs `model.dtype` bfloat16; micro-batches are still summed in float32.
+        accumulate_steps: Gradient-accumulation steps: micro-batches per batch, whose gradients are averaged.
+        ema_decay: Decay of the exponential moving average of the weights, which is also stored and evaluated; 0 for
+            none.
+        decay_like_original: Whether to decay what the original decays: also the TSM scale and the norms and biases of
+            the RTSMs.
     """
 
     lr: Annotated[float, Gt(0)] = 4e-4
@@ -101,14 +104,14 @@ class LossConfig:
     """Weights of the loss terms; a term with weight 0 is not computed.
 
     Attributes:
-        token: Weight of the token distillation (needs a teacher).
-        logits: Weight of the logits distillation (needs a teacher).
+        token: Weight of token distillation (needs a teacher).
+        logits: Weight of logits distillation (needs a teacher).
         hard: Weight of the CNN teacher's hard labels (needs `cnn_teacher` and a distillation token).
         token_label: Weight of token labelling, LV-ViT's dense labels per patch (needs `data.label_maps` and
             `model.aux_head`).
-        temperature: Temperature of the logits distillation.
-        label_smoothing: Fraction of a label spread over all classes.
-        extra: Weights of loss terms of one's own, by their names; see `sit_jax.train`.
+        temperature: Temperature of logits distillation.
+        label_smoothing: Fraction of each label that is spread over all classes.
+        extra: Weights of custom loss terms, by name; see `sit_jax.train`.
     """
 
     token: NonNegative = 0.0
@@ -121,24 +124,24 @@ class LossConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term looks at the un-slimmed teacher."""
+        """Whether any term uses the un-slimmed teacher."""
         return self.token > 0 or self.logits > 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherConfig:
-    """Where a teacher comes from: a finished run, or a training of its own before the student's.
+    """The source of a teacher: a finished run, or a training before the student's.
 
     Attributes:
-        model: The teacher.
-        run: Folder of the run whose last checkpoint is the teacher; empty to train one with the fields below.
-        init: Where that training's first weights come from: `random`, or the folder of a run.
+        model: The teacher's model.
+        run: Run directory whose last checkpoint is the teacher; empty to train one with the fields below.
+        init: Initial weights of that training: `random`, or a run directory.
         epochs: Epochs of the cosine.
-        batch_size: Examples per step.
-        optim: Optimizer and schedule.
-        label_smoothing: Fraction of a label spread over all classes.
-        match_classes: How the classes of a given teacher are matched with those of the data: by their `names`, where
-            both have names, or by `index`, for the same classes under other names.
+        batch_size: Number of examples per step.
+        optim: Optimizer and schedule of that training.
+        label_smoothing: Fraction of each label that is spread over all classes.
+        match_classes: How to match the classes of a given teacher with those of the data: by `names`, if both have
+            names, or by `index`, for the same classes with other names.
     """
 
     model: ModelConfig
@@ -156,12 +159,12 @@ class TeacherConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MeshConfig:
-    """How the devices are arranged; one of the sizes may be -1, the rest.
+    """Sizes of the device mesh; one of them may be -1, for the remaining devices.
 
     Attributes:
-        data: Groups of devices that hold copies of the weights and split the batch.
-        fsdp: Devices that split the batch and every large array of the state and the teachers.
-        tensor: Devices that split attention heads and the MLPs' hidden units.
+        data: Number of groups of devices that replicate the weights and split the batch.
+        fsdp: Number of devices that split the batch and every large array of the state and the teachers.
+        tensor: Number of devices that split attention heads and the hidden units of MLPs.
     """
 
     data: int = -1
@@ -177,13 +180,13 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class CheckpointConfig:
-    """When checkpoints are written, and how many stay. The last step's is always written.
+    """When to write checkpoints, and how many to keep. The last step is always saved.
 
     Attributes:
-        every_epochs: Epochs between two checkpoints; 0 for none at the ends of epochs.
+        every_epochs: Epochs between two checkpoints; 0 for none at the end of epochs.
         every_steps: Steps between two checkpoints; 0 for none.
-        every_minutes: Minutes after which another one is due; 0 for none.
-        keep: The newest ones that stay; the best by accuracy stays besides.
+        every_minutes: Minutes between two checkpoints; 0 for none.
+        keep: Number of newest checkpoints to keep; the best one by accuracy is also kept.
     """
 
     every_epochs: Annotated[int, Ge(0)] = 1
@@ -194,11 +197,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogConfig:
-    """What is written down while a run goes on.
+    """Logging during a run.
 
     Attributes:
         every_steps: Steps between two lines of training metrics.
-        tensorboard: Whether TensorBoard events are written beside the JSON lines.
+        tensorboard: Whether to write TensorBoard events in addition to the JSON lines.
     """
 
     every_steps: Count = 20
@@ -207,27 +210,26 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Config:
-    """One run: a model trained on a data set, with or without teachers.
+    """A run: a model trained on a data set, with or without teachers.
 
     Attributes:
-        model: The model that is trained.
+        model: The model to train.
         data: The data set and how it is read.
-        augment: How training images are varied.
-        mix: How the images of a batch are mixed with one another.
-        seed: Everything random follows from it.
-        epochs: Epochs of the cosine; `optim.cooldown_epochs` come on top.
-        batch_size: Examples per step, over all devices.
-        eval_batch_size: Examples per evaluation step, over all devices.
-        eval_every_epochs: Epochs between two evaluations; there is always one at the end.
-        init: Where the first weights come from: `teacher` (random where there is none), `random`, or the folder of
-            a run.
+        augment: Augmentation of training images.
+        mix: How the images of a batch are mixed with each other.
+        seed: Seed of all random choices.
+        epochs: Epochs of the cosine; `optim.cooldown_epochs` are added.
+        batch_size: Global batch size.
+        eval_batch_size: Global batch size of the evaluation.
+        eval_every_epochs: Epochs between two evaluations; the last step is always evaluated.
+        init: Initial weights: `teacher` (random if there is none), `random`, or a run directory.
         optim: Optimizer and schedule.
         loss: Weights of the loss terms.
         teacher: The un-slimmed teacher, if any.
         cnn_teacher: The convolutional teacher of the distillation token, if any.
-        mesh: How the devices are arranged.
-        checkpoint: When checkpoints are written.
-        log: What is written down.
+        mesh: Sizes of the device mesh.
+        checkpoint: When to write checkpoints.
+        log: Logging during the run.
     """
 
     model: ModelConfig
@@ -276,7 +278,7 @@ class Config:
                 _require(mine == theirs, f"teacher.model.{name}", f"is {theirs}, but the student's is {mine}")
 
     def teacher_run(self, teacher: TeacherConfig) -> "Config":
-        """The configuration of the run that trains a teacher of this one."""
+        """Returns the configuration of the run that trains one of the teachers."""
         return dataclasses.replace(
             self,
             model=teacher.model,
@@ -291,13 +293,13 @@ class Config:
 
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
-        """The teachers that there are, by the name of their section."""
+        """The teachers of the run, by the name of their section."""
         both = {"teacher": self.teacher, "cnn_teacher": self.cnn_teacher}
         return {name: teacher for name, teacher in both.items() if teacher is not None}
 
     @property
     def inputs(self) -> InputSpec:
-        """What the input pipeline takes of the configuration."""
+        """Parameters of the input pipeline."""
         arch = self.model.architecture
         return InputSpec(
             data=self.data,
@@ -316,14 +318,14 @@ class Config:
 
     @property
     def scaled_optim(self) -> OptimConfig:
-        """The optimizer with its rate scaled to the run's batch."""
+        """The optimizer section with the learning rate scaled to the run's batch size."""
         optim = self.optim
         if not optim.lr_batch_size:
             return optim
         return dataclasses.replace(optim, lr=optim.lr * self.batch_size / optim.lr_batch_size, lr_batch_size=0)
 
     def with_classes(self, num_classes: int) -> "Config":
-        """The configuration with this many classes wherever a model leaves them to the data (`num_classes` 0)."""
+        """Returns the configuration with this number of classes in all models whose `num_classes` is 0."""
 
         def resolve(model: ModelConfig) -> ModelConfig:
             arch = model.architecture

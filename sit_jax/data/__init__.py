@@ -1,1 +1,1 @@
-"""Data: sources, transforms, and the Grain pipelines made of them."""
+"""Data sets, transforms and Grain input pipelines."""

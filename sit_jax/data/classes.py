@@ -1,4 +1,4 @@
-"""Class names of a model against those of a data set: the same order, another order, or other classes."""
+"""Maps the class names of a model to those of a data set."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -10,18 +10,18 @@ from sit_jax.errors import UserError, listed
 
 
 def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what: str, other: str) -> list[int] | None:
-    """The index in `names` of each of the `wanted` names; None where both are in the same order.
+    """Returns the index in `names` of each name in `wanted`, or None if both have the same order.
 
-    Names that are only numbers, 0, 1, 2, ..., say nothing but the index, and match everything.
+    Names that are only numbers (0, 1, 2, ...) carry no information beyond the index and match any names.
 
     Args:
-        names: Class names by index, or None where they are unknown.
-        wanted: The names to find among them, or None where they are unknown.
-        what: What has `names`, for messages.
-        other: What has the `wanted` ones, for messages.
+        names: Class names by index, or None if they are unknown.
+        wanted: The names to find in `names`, or None if they are unknown.
+        what: What `names` belongs to, for messages.
+        other: What `wanted` belongs to, for messages.
 
     Raises:
-        UserError: They are other classes; the message lists the differences.
+        UserError: The two sides have different classes; the message lists the differences.
     """
     if names is None or wanted is None or _are_numbers(names) or _are_numbers(wanted) or list(names) == list(wanted):
         return None
@@ -36,10 +36,10 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
 
 
 def reorder_heads(variables: dict[str, Any], order: Sequence[int] | None, heads: Collection[str]) -> dict[str, Any]:
-    """A model's variables with the outputs of its heads in another order.
+    """Returns a model's variables with the outputs of its heads reordered.
 
     Args:
-        variables: The model's.
+        variables: The model's variables.
         order: Old index of each new output; None for no change.
         heads: Names of the parameters whose width is the number of classes.
     """
@@ -54,33 +54,33 @@ def reorder_heads(variables: dict[str, Any], order: Sequence[int] | None, heads:
 
 
 def match_classes(source: Source, names: Sequence[str] | None, what: str) -> Source:
-    """The source with labels that are indices of a model's class names.
+    """Returns the source with its labels mapped to the indices of a model's class names.
 
     Args:
         source: A split of a data set.
-        names: The model's class names, or None where they are unknown.
+        names: The model's class names, or None if they are unknown.
         what: The model, for messages.
 
     Raises:
-        ConfigError: The data set has other classes.
+        ConfigError: The data set has different classes.
     """
     order = class_order(names, source.class_names, what, "the data set")
     return source if order is None or names is None else ReorderedSource(source, tuple(names), tuple(order))
 
 
 class ReorderedSource:
-    """A source whose classes are numbered as in a model.
+    """A source whose class indices are those of a model.
 
     Attributes:
         class_names: The model's class names, by index.
-        multi_label: Whether several classes, or none, may be right.
+        multi_label: Whether an image may have several correct classes, or none.
     """
 
     def __init__(self, source: Source, class_names: Sequence[str], order: Sequence[int]) -> None:
         """Wraps a source.
 
         Args:
-            source: The source.
+            source: The source to wrap.
             class_names: The model's class names, by index.
             order: The model's index of each class of the source.
         """

@@ -1,6 +1,6 @@
-"""The parts of a configuration that describe data; `sit_jax.config.schema` puts them into a whole.
+"""Data sections of the configuration; `sit_jax.config.schema` combines them into a `Config`.
 
-They stand apart since loader processes read them, and those must not wait for the models to be imported.
+They are in a module of their own because loader processes import them, and those must not import the models.
 """
 
 import dataclasses
@@ -29,27 +29,29 @@ class DataConfig:
     """The data set and how it is read.
 
     Attributes:
-        name: `digits` (scikit-learn's handwritten digits), `folder` (your own images), `synthetic` (noise, to try a
-            machine; `synthetic/10` has 10 classes), or the name of any tfds image classification data set, such as
-            `imagenet2012` or `cifar100`.
-        data_dir: For `folder` the folder of images; else where tfds keeps prepared data sets, empty for tfds's own
-            default (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
-        train_split: Split to train on, in tfds's syntax (`train`, `train[:99%]`).
+        name: `digits` (scikit-learn's handwritten digits), `folder` (a folder of images), `synthetic` (generated noise,
+            to test a machine; `synthetic/10` has 10 classes), or the name of any tfds image classification data set,
+            such as `imagenet2012` or `cifar100`.
+        data_dir: For `folder`, the folder of images; otherwise the folder of prepared tfds data sets. Empty for the
+            default of tfds (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
+        train_split: Split to train on, in the syntax of tfds (`train`, `train[:99%]`).
         eval_split: Split to evaluate on.
-        val_fraction: Fraction of each class that a folder without `train` and `val` in it gives to `val`.
-        resize: How a training or evaluation image becomes a square: `stretch` it (crop nothing), or `crop`:
-            random resized crop in training, resize and centre crop in evaluation.
-        crop_fraction: Fraction of the shorter side that the centre crop leaves.
-        interpolation: Filter of every resize.
-        resampler: What resizes training images, neither with aliasing: `opencv` blurs before it shrinks and takes a
-            sixth of the time; `pillow` widens the filter, as timm's transforms do. Evaluation is always Pillow's.
-        mean: Mean of the channels, of values from 0 to 1, that is taken off; averaged over channels for grey images.
-        std: Standard deviation that they are divided by.
-        on_decode_error: What an unreadable image does: `error` stops and names it, `skip` counts it and goes on.
-        max_pixels: Images of more pixels are not decoded.
-        workers: Processes that read and vary images; 0 for threads of this one.
-        threads: Threads in each of them.
-        label_maps: Folder of dense labels for token labelling, as `sit data label` writes it; empty for none.
+        val_fraction: Fraction of each class used as `val` if the folder has no `train` and `val` subfolders.
+        resize: How an image becomes a square: `stretch` (no cropping) or `crop` (random resized crop in training,
+            resize and centre crop in evaluation).
+        crop_fraction: Fraction of the shorter side that the centre crop keeps.
+        interpolation: Filter of all resizes.
+        resampler: Library that resizes training images, both with antialiasing: `opencv` applies a low-pass filter
+            first and is six times faster; `pillow` widens the filter, as timm's transforms do. Evaluation always uses
+            Pillow.
+        mean: Per-channel mean that is subtracted, for values from 0 to 1; averaged over channels for grey images.
+        std: Per-channel standard deviation that the result is divided by.
+        on_decode_error: How to handle an image that cannot be decoded: `error` stops and names it, `skip` counts and
+            skips it.
+        max_pixels: Images with more pixels than this are rejected.
+        workers: Number of loader processes; 0 uses threads of the main process.
+        threads: Threads per loader process.
+        label_maps: Folder of dense labels for token labelling, as written by `sit data label`; empty for none.
     """
 
     name: Annotated[str, Field(min_length=1)] = "digits"
@@ -72,21 +74,21 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AugmentConfig:
-    """How training images are varied, in this order.
+    """Augmentations of training images, in the order in which they are applied.
 
     Attributes:
-        crop_scale: Fraction of the image's area that a random resized crop takes (with `data.resize` `crop`).
-        crop_ratio: Width over height of that crop.
-        max_rotation: Images are turned by up to this many degrees.
-        max_shift: ... and moved by up to this share of their side in each direction.
-        max_zoom: ... and scaled by up to this share up or down.
+        crop_scale: Range of the area fraction of a random resized crop (with `data.resize` `crop`).
+        crop_ratio: Range of the aspect ratio (width over height) of that crop.
+        max_rotation: Largest rotation, in degrees.
+        max_shift: Largest shift in each direction, as a fraction of the side.
+        max_zoom: Largest relative change of scale, up or down.
         flip: Probability of a horizontal flip.
-        rand_augment: timm's string, such as `rand-m9-mstd0.5-inc1`; empty for none.
-        color_jitter: Brightness, contrast and saturation change by up to this share; 0 for none.
+        rand_augment: RandAugment policy in timm's syntax, such as `rand-m9-mstd0.5-inc1`; empty for none.
+        color_jitter: Largest relative change of brightness, contrast and saturation; 0 for none.
         erase: Probability of random erasing.
-        erase_mode: What fills the erased box: noise per `pixel`, one `rand` colour, or the mean colour (`const`).
-        erase_count: Boxes at most.
-        repeats: Differently varied views of each image in a batch (repeated augmentation).
+        erase_mode: Fill of the erased box: noise per `pixel`, one `rand` colour, or the mean colour (`const`).
+        erase_count: Largest number of erased boxes.
+        repeats: Differently augmented views of each image in a batch (repeated augmentation).
     """
 
     crop_scale: Range = (0.08, 1.0)
@@ -115,16 +117,16 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class MixConfig:
-    """How the images of a batch are mixed with one another, on the device.
+    """How the images of a batch are mixed with each other, on the device.
 
     Attributes:
-        mixup: Parameter of the Beta distribution that mixup's share is drawn from; 0 for no mixup.
-        cutmix: The same for cutmix's area; 0 for no cutmix.
-        probability: Fraction of the batches (or pairs, or images: `mode`) that are mixed at all.
-        switch: Where both are on, the probability of cutmix instead of mixup.
+        mixup: Alpha of the Beta distribution of mixup's mixing weight; 0 disables mixup.
+        cutmix: Alpha of the Beta distribution of CutMix's area; 0 disables CutMix.
+        probability: Probability that a batch (or pair, or image: see `mode`) is mixed.
+        switch: Probability of CutMix instead of mixup if both are enabled.
         mode: Whether the choices are drawn once per `batch`, per `pair` of images, or per image (`element`).
-        mix_token: Parameter of the Beta distribution for MixToken, cutmix on the grid of patch tokens behind the stem;
-            0 for none. It takes the place of the other two.
+        mix_token: Alpha of the Beta distribution of MixToken, which is CutMix on the grid of patch tokens after the
+            stem; 0 disables it. It replaces mixup and CutMix.
     """
 
     mixup: NonNegative = 0.0
@@ -141,21 +143,21 @@ class MixConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """What the input pipeline takes of a run's configuration (`Config.inputs`).
+    """Parameters of the input pipeline, derived from a run's configuration (`Config.inputs`).
 
     Attributes:
         data: The data set and how images are read.
         image_size: Height and width of the model's input in pixels.
-        channels: Of the model's input.
-        num_classes: Classes of the model.
-        augment: How training images are varied.
+        channels: Channels of the model's input.
+        num_classes: Number of classes of the model.
+        augment: Augmentation of training images.
         mix: Mixup, CutMix and MixToken.
-        grid_size: Patches along one side, for labels per patch; 1 for models without patches.
+        grid_size: Patches along one side, for per-patch labels; 1 for models without patches.
         batch_size: Examples in a global training batch.
         eval_batch_size: Examples in a global evaluation batch.
-        seed: Decides order and augmentation.
-        label_smoothing: Fraction of a label spread over all classes.
-        patch_labels: Whether the loss takes a label for each patch.
+        seed: Seed of the order and the augmentation.
+        label_smoothing: Fraction of each label that is spread over all classes.
+        patch_labels: Whether the loss uses a label per patch.
     """
 
     data: DataConfig

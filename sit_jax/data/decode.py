@@ -1,4 +1,4 @@
-"""From a file's bytes to pixels, whatever the file turns out to be."""
+"""Image decoding."""
 
 import io
 import warnings
@@ -11,14 +11,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from sit_jax.errors import ImageDecodeError, one_line
 
-# Images beyond `max_pixels` are refused here by name; Pillow's own warning would come on top.
+# Images beyond `max_pixels` are rejected by name; Pillow's warning would be redundant.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # Tags of EXIF and TIFF.
 _ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0
-# The byte of a PNG file that says how many bits a sample has.
+# Offset of the byte of a PNG file that holds the bits per sample.
 _PNG_BIT_DEPTH = 24
-# Formats whose samples Pillow scales to 16 bits where it opens them as 32-bit integers.
+# Formats whose samples Pillow scales to 16 bits when it opens them as 32-bit integers.
 _SCALED_TO_16 = ("PNG", "PPM")
 _END_OF_JPEG = b"\xff\xd9"
 _BACKGROUND = "white"
@@ -36,36 +36,36 @@ _SUFFIXES = {
 
 
 def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int = 80_000_000) -> np.ndarray:
-    """Decodes an image, turned upright by its EXIF or XMP orientation; the first frame of an animation.
+    """Decodes an image and applies its EXIF or XMP orientation; of an animation, the first frame.
 
-    Transparent pixels are laid on white, samples of more than 8 bits scaled to 8, CMYK and palettes become RGB.
-    Pixels whose range the file does not give (floats, signed integers, 32-bit integers) are refused.
+    Transparent pixels are composited on white, samples of more than 8 bits are scaled to 8, CMYK and palette images are
+    converted to RGB. Pixels of unknown range (floats, signed integers, 32-bit integers) are rejected.
 
     Args:
         encoded: The file's bytes.
         channels: 1 for grey, 3 for RGB.
-        name: What messages call the image.
-        max_pixels: More than these are not decoded.
+        name: Name of the image in messages.
+        max_pixels: Images with more pixels than this are not decoded.
 
     Returns:
         Pixels, uint8 (height, width, channels).
 
     Raises:
-        ImageDecodeError: The bytes are not an image, or a damaged one, or one of too many pixels or of unknown range.
+        ImageDecodeError: The data are not an image, are damaged, or have too many pixels or pixels of unknown range.
     """
     return _read(encoded, channels, name, max_pixels)[0]
 
 
 def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
-    """What is unusual about an image, each with what `decode` makes of it; empty for a plain one.
+    """Returns descriptions of what is unusual about an image and how `decode` handles it; empty for a plain image.
 
     Args:
         encoded: The file's bytes.
-        name: Its file name, for the suffix.
+        name: The file name, for its suffix.
         max_pixels: As for `decode`.
 
     Raises:
-        ImageDecodeError: `decode` would raise it.
+        ImageDecodeError: As for `decode`.
     """
     pixels, found = _read(encoded, 3, name, max_pixels)
     height, width, _ = pixels.shape
@@ -83,7 +83,7 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
 
 
 def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np.ndarray, list[str]]:
-    """The pixels, and what was unusual about them with what was done: written down where it is done."""
+    """Returns the pixels and descriptions of what was unusual about them and how it was handled."""
     if not encoded:
         raise ImageDecodeError(f"{name}: is empty")
     done: list[str] = []
@@ -100,9 +100,9 @@ def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np
                 pixels = _decode_jpeg(encoded, channels)
             else:
                 bits = _bits_per_sample(image, encoded)
-                if isinstance(image, TiffImageFile):  # Loading turns the pixels and forgets the orientation.
+                if isinstance(image, TiffImageFile):  # Loading rotates the pixels and drops the orientation.
                     turned_by_pillow = _orientation(image)
-                image.load()  # Before the orientation is read: that loads a PNG, and passes over what is wrong with it.
+                image.load()  # Before the orientation is read: that loads a PNG and ignores its errors.
                 orientation = _orientation(image)
                 pixels = np.asarray(_to_channels(image, bits, done).convert("L" if channels == 1 else "RGB"))
             if max(orientation, turned_by_pillow) > 1:
@@ -112,20 +112,22 @@ def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np
         raise
     except UnidentifiedImageError:
         raise ImageDecodeError(f"{name}: cannot be read: no picture in a known format") from None
-    except Exception as error:  # Decoders of damaged files raise anything, from SyntaxError to struct.error.
+    except Exception as error:  # Decoders of damaged files raise many types, from SyntaxError to struct.error.
         raise ImageDecodeError(f"{name}: cannot be read: {one_line(error, 200)}") from None
     return pixels[:, :, None] if pixels.ndim == 2 else pixels, done
 
 
 def _is_plain_jpeg(image: Image.Image, encoded: bytes) -> bool:
-    """Whether OpenCV may decode it: that is faster, but fills up what is missing of a truncated file without a word,
-    and has its own idea of CMYK."""
+    """Returns whether OpenCV may decode the image.
+
+    OpenCV is faster, but silently fills in the missing part of a truncated file and converts CMYK differently.
+    """
     complete = encoded.rstrip(b"\x00").endswith(_END_OF_JPEG)
     return image.format == "JPEG" and image.mode in ("RGB", "L") and complete
 
 
 def _decode_jpeg(encoded: bytes, channels: int) -> np.ndarray:
-    # OpenCV knows the orientation in EXIF only; Pillow that in XMP, too.
+    # OpenCV reads the orientation from EXIF only; Pillow also from XMP.
     flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE)
     pixels: np.ndarray | None = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     if pixels is None:
@@ -134,7 +136,7 @@ def _decode_jpeg(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
-    """A loaded image of 8 bits per sample without transparency; adds to `done` what is done to it."""
+    """Converts a loaded image to 8 bits per sample without transparency; appends each conversion to `done`."""
     mode = image.mode
     deep_grey = mode.startswith("I;16") or (mode == "I" and image.format in _SCALED_TO_16)
     if mode in ("I", "F") and not deep_grey:
@@ -163,7 +165,7 @@ def _from_deep_grey(image: Image.Image, bits: int, done: list[str]) -> Image.Ima
     samples = np.asarray(image).astype(np.int64)
     grey = (samples >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
-        grey = 255 - grey  # Pillow does so for 8 bits only.
+        grey = 255 - grey  # Pillow inverts 8-bit images only.
     elif not grey.any():
         done.append(f"{bits}-bit with values below {1 << (bits - 8)} only: black")
     if "transparency" in image.info:
@@ -172,7 +174,7 @@ def _from_deep_grey(image: Image.Image, bits: int, done: list[str]) -> Image.Ima
 
 
 def _scale_transparent_colour(image: Image.Image, bits: int) -> None:
-    """A PNG's transparent colour has as many bits as its samples, but Pillow has scaled those to 8 bits."""
+    """Scales a PNG's transparent colour to 8 bits, as Pillow has scaled the samples."""
     colour = image.info.get("transparency")
     if image.format != "PNG" or image.mode not in ("L", "RGB") or colour is None:
         return
@@ -183,7 +185,7 @@ def _scale_transparent_colour(image: Image.Image, bits: int) -> None:
 
 
 def _bits_per_sample(image: Image.Image, encoded: bytes) -> int:
-    """Bits per sample that the file declares; 8 where only whole bytes are possible, and for palettes."""
+    """Returns the bits per sample that the file declares; 8 for palettes and formats with whole bytes only."""
     if image.format == "PNG" and image.mode != "P":
         return encoded[_PNG_BIT_DEPTH]
     if isinstance(image, TiffImageFile):
@@ -202,13 +204,13 @@ def _orientation(image: Image.Image) -> int:
     try:
         value: Any = image.getexif().get(_ORIENTATION, 1)
         return value if value in range(1, 9) else 1
-    except Exception:  # A broken EXIF block says nothing about the pixels.
+    except Exception:  # A damaged EXIF block does not affect the pixels.
         return 1
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Turns pixels that are stored in one of EXIF's orientations, 1 to 8."""
+    """Rotates or flips pixels that are stored in one of EXIF's orientations, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         pixels = cv2.transpose(pixels)
-    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's codes: 0 swaps top and bottom, 1 left and right.
+    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's flip codes: 0 is vertical, 1 is horizontal.
     return cv2.flip(pixels, flips[orientation]) if orientation in flips else pixels

@@ -1,4 +1,4 @@
-"""The training batch as the loss takes it, made from the loader's on the device; a pure function."""
+"""Prepares training batches for the loss, on the device; pure functions."""
 
 from typing import Any
 
@@ -13,18 +13,18 @@ from sit_jax.data.token_labels import patch_labels
 
 
 def prepare_batch(spec: InputSpec, batch: dict[str, Any], step: jax.Array) -> dict[str, jax.Array]:
-    """Normalises, erases, mixes, and turns labels into distributions.
+    """Normalizes, erases and mixes images, and converts labels to distributions.
 
     Args:
         spec: `Config.inputs` of the run.
-        batch: `image`, uint8 or already normalised float (batch, height, width, channels); `label`, class indices
+        batch: `image`, uint8 or already normalized float (batch, height, width, channels); `label`, class indices
             (batch,) or distributions (batch, classes); with label maps also `map_classes`, `map_values`, `crop`
             and `flipped` (see `token_labels.patch_labels`).
-        step: Optimizer steps done; with the seed it decides every random choice.
+        step: Number of optimizer steps done; together with the seed it determines all random choices.
 
     Returns:
         `image`, float32; `label` (batch, classes); with label maps `patch_label` (batch, patches, classes); with
-        MixToken `token_mix`, True for patches that are the partner's, (batch, patches).
+        MixToken `token_mix`, True for patches that come from the partner image, (batch, patches).
     """
     images, labels = batch["image"], batch["label"]
     if images.dtype == jnp.uint8:

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits as a tfds data set: 1,797 grey images of 8x8 pixels, no network needed."""
+"""scikit-learn's handwritten digits as a tfds data set: 1,797 grey images of 8x8 pixels, without a download."""
 
 import io
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-# Every fifth image is held out. The collection is sorted by writer, so this keeps every writer in both splits.
+# Every fifth image is held out. The images are sorted by writer, so both splits contain every writer.
 HELD_OUT_EVERY = 5
 
 
 class SitDigits(tfds.core.GeneratorBasedBuilder):
-    """The digits, split into `train` (1,438 images) and `test` (359)."""
+    """tfds builder of the digits, with the splits `train` (1,438 images) and `test` (359)."""
 
     name = "sit_digits"
     VERSION = tfds.core.Version("1.0.0")
@@ -37,12 +37,12 @@ class SitDigits(tfds.core.GeneratorBasedBuilder):
         }
 
     def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict[str, Any]]]:
-        from sklearn.datasets import load_digits  # Only needed to prepare: it takes a second to import.
+        from sklearn.datasets import load_digits  # Only needed to prepare the data; the import takes a second.
 
         digits = load_digits()
         for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             if (index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) == held_out:
-                # The collection's grey levels are 0 to 16. Encoded bytes keep tfds from importing TensorFlow.
+                # The grey levels are 0 to 16. Encoded bytes keep tfds from importing TensorFlow.
                 encoded = io.BytesIO()
                 Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(encoded, format="PNG")
                 encoded.seek(0)

@@ -1,4 +1,4 @@
-"""Images in folders named after their classes."""
+"""Image folders with one subfolder per class."""
 
 import contextlib
 import glob
@@ -14,14 +14,14 @@ _STDIN = "-"
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 TRAIN, HELD_OUT = "train", "val"
-# Other names that people give the held-out part.
+# Other common names of the validation split.
 _HELD_OUT_NAMES = (HELD_OUT, "valid", "validation", "test")
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
 @contextlib.contextmanager
 def _listing() -> Iterator[None]:
-    """Turns the error of a folder that cannot be listed into a UserError that names the folder."""
+    """Converts the error of a folder that cannot be listed to a UserError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -32,13 +32,13 @@ class FolderSource:
     """A split of a folder of images.
 
     `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val` (or `valid`, `validation`,
-    `test`); with the classes in `root` itself, every class gives a fraction of its images, spread evenly over their
-    sorted names, to `val`. Classes are numbered by name. Folders within a class belong to it.
+    `test`). If the classes are in `root` itself, a fraction of each class, spread evenly over the sorted file names, is
+    `val`. Classes are numbered by name. Subfolders of a class belong to that class.
 
     Attributes:
         class_names: Names of the classes, by index.
-        files: The images' paths and labels, sorted.
-        base: The folder that holds the classes.
+        files: Paths and labels of the images, sorted.
+        base: The folder that contains the classes.
     """
 
     multi_label = False
@@ -50,10 +50,10 @@ class FolderSource:
         Args:
             root: The folder.
             split: `train`, `val`, or a part of one, such as `train[:90%]`.
-            val_fraction: Fraction of each class that goes to `val` where the folder has no splits.
+            val_fraction: Fraction of each class used as `val` if the folder has no splits.
 
         Raises:
-            UserError: No such folder or split, no images in it, or a folder that cannot be listed.
+            UserError: There is no such folder or split, it contains no images, or a folder cannot be listed.
         """
         if not root.is_dir():
             raise UserError(f"data.data_dir: there is no folder {root}")
@@ -64,7 +64,7 @@ class FolderSource:
         present = [x for x in (TRAIN, *_HELD_OUT_NAMES) if (root / x).is_dir()]
         has_splits = TRAIN in present
         if has_splits and name in _HELD_OUT_NAMES and name not in present:
-            name = next((x for x in present if x != TRAIN), name)  # Whatever the held-out part is called.
+            name = next((x for x in present if x != TRAIN), name)  # The name of the validation split in this folder.
         if name not in (present if has_splits else (TRAIN, *_HELD_OUT_NAMES)):
             raise UserError(f"split {name!r} of {root}: there are {', '.join(present) or 'train, val'}")
         base = root / (TRAIN if has_splits else "")
@@ -76,7 +76,7 @@ class FolderSource:
         else:
             by_class = [_part(paths, val_fraction, name != TRAIN) for paths in by_class]
         everything = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
-        # Sorted by class, a slice would hold a few classes only: take the images of all classes in turn.
+        # Sorted by class, a slice would contain only a few classes: interleave the classes.
         everything = _interleave(by_class) if match[2] or match[3] else everything
         start, stop = (_bound(match[i], len(everything)) for i in (2, 3))
         self.files: Sequence[tuple[str, int]] = everything[start:stop]
@@ -94,7 +94,7 @@ class FolderSource:
 
     @property
     def ignored(self) -> list[str]:
-        """Files among the images that are none by their suffix, sorted."""
+        """Files in the folder that are not images by their suffix, sorted."""
         found = (path for name in self.class_names for path in (self.base / name).rglob("*"))
         return sorted(str(path) for path in found if path.is_file() and not _is_picture(path.name))
 
@@ -117,7 +117,7 @@ def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
 
 @_listing()
 def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The images in a folder and the folders within, sorted; hidden ones are passed over.
+    """Returns the images in a folder and its subfolders, sorted; hidden files are skipped.
 
     Raises:
         UserError: A folder cannot be listed.
@@ -139,7 +139,7 @@ def _is_picture(name: str) -> bool:
 
 
 def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) -> list[pathlib.Path]:
-    """Every class is cut by itself, so that small ones are in both parts; adding images moves few others."""
+    """Splits each class separately, so that both parts contain small classes; adding images moves few others."""
     crossed = [int((i + 1) * val_fraction) > int(i * val_fraction) for i in range(len(paths))]
     return [path for path, out in zip(paths, crossed, strict=True) if out == wants_held_out]
 
@@ -160,14 +160,14 @@ def _bound(text: str | None, length: int) -> int | None:
 
 
 def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
-    """The images that words on the command line mean, in their order.
+    """Returns the images that command-line arguments refer to, in order.
 
     Args:
         words: Files, folders (all images within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
         lines: One file per line.
 
     Raises:
-        UserError: A word means nothing that is there.
+        UserError: An argument matches no file.
     """
     found: list[str] = []
     for word in words:
@@ -178,10 +178,10 @@ def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
             if not inside:
                 raise UserError(f"{word}: holds no pictures")
             found += inside
-        elif os.path.lexists(word):  # A dead link, too: reading it fails, as it does for one in a folder.
+        elif os.path.lexists(word):  # Also a dangling link: reading it fails, as it does for one in a folder.
             found.append(word)
         else:
-            # A pattern that the shell left alone; a file may well have brackets in its name, so this comes last.
+            # A pattern that the shell did not expand. Checked last, as file names may contain brackets.
             matches = sorted(x for x in glob.glob(word, recursive=True) if not os.path.isdir(x))
             if not matches:
                 raise UserError(f"{word}: there is no such file, folder or match")

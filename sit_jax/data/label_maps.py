@@ -1,4 +1,4 @@
-"""Dense labels for token labelling: for every training image, the most likely classes at each place of a grid."""
+"""Dense labels for token labelling: the top classes at each position of a grid, for every training image."""
 
 import json
 import pathlib
@@ -14,16 +14,16 @@ _CLASSES, _VALUES, _ABOUT = "classes.npy", "values.npy", "about.json"
 class LabelMaps:
     """A folder of dense labels, in the order of the training split, read through memory maps.
 
-    `classes.npy` is uint16 (examples, grid, grid, top), `values.npy` float16 of the same shape: the `top` most likely
-    classes at each place of the whole, unflipped image, and their probabilities. What they leave to 1 is spread over
-    all classes when used.
+    `classes.npy` is uint16 (examples, grid, grid, top), `values.npy` is float16 of the same shape: the `top` classes at
+    each position of the whole, unflipped image, and their probabilities. The remaining probability is spread over all
+    classes when the labels are used.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
         """Opens the folder.
 
         Raises:
-            UserError: It is not there, or not whole.
+            UserError: The folder does not exist or is incomplete.
         """
         self._folder = folder
         self._open()
@@ -42,7 +42,7 @@ class LabelMaps:
             raise UserError(f"data.label_maps: {folder} is not whole; make it again: sit data label")
 
     def __getstate__(self) -> dict[str, pathlib.Path]:
-        return {"folder": self._folder}  # Every process opens its own memory map.
+        return {"folder": self._folder}  # Each process opens its own memory map.
 
     def __setstate__(self, state: dict[str, pathlib.Path]) -> None:
         self._folder = state["folder"]
@@ -52,11 +52,11 @@ class LabelMaps:
         return len(self._classes)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Classes, int32, and probabilities, float32, of an image, each (grid, grid, top)."""
+        """Returns the classes, int32, and probabilities, float32, of an image, each (grid, grid, top)."""
         return self._classes[index].astype(np.int32), self._values[index].astype(np.float32)
 
     def check(self, examples: int, num_classes: int) -> None:
-        """Raises a ConfigError where they were made for another data set."""
+        """Raises a ConfigError if the labels were made for another data set."""
         if len(self) != examples:
             raise ConfigError("data.label_maps", f"has {len(self)} maps, but data.train_split has {examples} examples")
         theirs = self._about.get("num_classes")
@@ -65,13 +65,13 @@ class LabelMaps:
 
 
 class LabelMapWriter:
-    """Writes a folder of label maps; it counts as one only when closed without an error."""
+    """Writes a folder of label maps; the folder is valid only after `close`."""
 
     def __init__(self, folder: pathlib.Path, examples: int, grid: int, top: int, num_classes: int) -> None:
-        """Makes the folder and room for all maps.
+        """Creates the folder and allocates all maps.
 
         Raises:
-            UserError: It exists already or cannot be written.
+            UserError: The folder exists already or cannot be written.
         """
         if (folder / _ABOUT).exists():
             raise UserError(f"{folder} holds label maps already; choose another --output")
@@ -83,12 +83,12 @@ class LabelMapWriter:
             self._values = np.lib.format.open_memmap(folder / _VALUES, mode="w+", dtype=np.float16, shape=shape)
 
     def write(self, start: int, classes: np.ndarray, values: np.ndarray) -> None:
-        """Stores the maps of some images, the first of which has the index `start`."""
+        """Writes the maps of consecutive images; `start` is the index of the first one."""
         self._classes[start : start + len(classes)] = classes
         self._values[start : start + len(values)] = values
 
     def close(self) -> None:
-        """Makes the folder count; without this it is refused when opened."""
+        """Marks the folder as complete; `LabelMaps` rejects it otherwise."""
         self._classes.flush()
         self._values.flush()
         (self._folder / _ABOUT).write_text(json.dumps(self._about) + "\n")

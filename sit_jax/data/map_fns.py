@@ -1,6 +1,6 @@
-"""What a loader does with a position in the stream of examples.
+"""Functions that map a stream position to an example.
 
-Loader processes unpickle these, so nothing here imports the models.
+Loader processes unpickle these functions, so this module must not import the models.
 """
 
 import dataclasses
@@ -14,21 +14,21 @@ from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ImageDecodeError, UserError
 
-# So many broken images in a row are no accident.
+# After this many consecutive unreadable images, loading stops.
 _MOST_BROKEN_IN_A_ROW = 100
 _MOST_LABELS = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainExamples:
-    """Position in the global stream -> training example.
+    """Maps a position in the global stream to a training example.
 
     Attributes:
-        source: Where images come from.
-        order: Which image stands where.
-        transform: What becomes of it.
+        source: Source of the images.
+        order: Maps positions to image indices.
+        transform: Transform applied to each image.
         maps: Dense labels, or None.
-        skip_broken: Whether the next image of the source stands in for one that cannot be read.
+        skip_broken: Whether an image that cannot be read is replaced with the next one of the source.
     """
 
     source: Source
@@ -38,7 +38,7 @@ class TrainExamples:
     skip_broken: bool
 
     def __call__(self, position: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The example; raises ImageDecodeError for one that cannot be read."""
+        """Returns the example; raises an ImageDecodeError if it cannot be read."""
         index = self.order(int(position))
         for skipped in range(_MOST_BROKEN_IN_A_ROW):
             place = (index + skipped) % len(self.source)
@@ -57,11 +57,11 @@ class TrainExamples:
 
 @dataclasses.dataclass(frozen=True)
 class EvalExamples:
-    """Position -> evaluation example with its `mask`.
+    """Maps a position to an evaluation example with its `mask`.
 
     Attributes:
-        source: Where images come from; positions beyond its end give examples with mask 0.
-        transform: What becomes of them.
+        source: Source of the images; positions beyond its end give examples with mask 0.
+        transform: Transform applied to each image.
         skip_broken: Whether an image that cannot be read gets mask 0.
     """
 
@@ -70,13 +70,13 @@ class EvalExamples:
     skip_broken: bool
 
     def __call__(self, position: int) -> dict[str, Any]:
-        """The example; raises ImageDecodeError for one that cannot be read."""
+        """Returns the example; raises an ImageDecodeError if it cannot be read."""
         if position >= len(self.source):
             return self._nothing()
         try:
             stored = self.source[int(position)]
             if stored.label < 0:
-                return self._nothing()  # ReaL has images without a right class: they do not count.
+                return self._nothing()  # ReaL has images without a correct class; they are not counted.
             example = self.transform(stored)
         except ImageDecodeError as error:
             if not self.skip_broken:
@@ -94,7 +94,7 @@ class EvalExamples:
 
 
 def start_worker(index: int, count: int) -> None:
-    """Runs first in a loader process: Ctrl-C is for the process that asked for the run."""
+    """Initializes a loader process: only the main process handles Ctrl-C."""
     import signal
 
     del index, count

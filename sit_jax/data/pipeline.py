@@ -1,4 +1,4 @@
-"""Grain pipelines: batches as a function of (seed, step), with no state that would have to be saved."""
+"""Grain pipelines: batches are a function of (seed, step), so there is no state to save."""
 
 import dataclasses
 import pathlib
@@ -19,20 +19,20 @@ from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ConfigError, RunError, UserError
 
 HostBatch = dict[str, np.ndarray]
-# Closing it ends the readers.
+# A stream of batches; closing it stops the readers.
 Stream = Generator[HostBatch, None, None]
 
-# Positions in the endless stream; more than any run reaches.
+# Number of positions in the endless stream; more than any run reaches.
 _ENDLESS = 2**50
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Which share of every global batch this process reads.
+    """The part of every global batch that this process reads.
 
     Attributes:
-        index: This process.
-        count: All processes.
+        index: Index of this process.
+        count: Number of processes.
     """
 
     index: int = 0
@@ -40,14 +40,14 @@ class Hosts:
 
     @classmethod
     def here(cls) -> "Hosts":
-        """This process's share under jax.distributed."""
+        """Returns the part of this process under jax.distributed."""
         return cls(jax.process_index(), jax.process_count())
 
     def share(self, name: str, batch_size: int) -> int:
-        """Examples of a global batch that each process reads.
+        """Returns the number of examples of a global batch that each process reads.
 
         Raises:
-            ConfigError: They do not divide.
+            ConfigError: The batch size is not divisible by the number of processes.
         """
         if batch_size % self.count:
             raise ConfigError(name, f"{batch_size} examples do not divide over {self.count} processes")
@@ -55,24 +55,24 @@ class Hosts:
 
 
 class TrainData:
-    """The training batches of a run.
+    """Training batches of a run.
 
     Attributes:
-        source: The split that they are read from.
-        steps_per_epoch: Full batches in an epoch. What is left over comes in the next one: no example is lost.
+        source: The split that the batches are read from.
+        steps_per_epoch: Full batches per epoch. The remaining examples are in the next epoch, so none is lost.
     """
 
     def __init__(self, spec: InputSpec, hosts: Hosts | None = None, source: Source | None = None) -> None:
         """Opens the training split.
 
         Args:
-            spec: What is read and how; `Config.inputs` of a run.
-            hosts: The share to read; this process's if not given.
-            source: A source of one's own in the place of the data set that `spec` names.
+            spec: What to read and how; `Config.inputs` of a run.
+            hosts: The part to read; that of this process by default.
+            source: A custom source that replaces the data set that `spec` names.
 
         Raises:
             UserError: The data cannot be prepared or read.
-            ConfigError: The batch is larger than the data set, or the model has another number of classes.
+            ConfigError: The batch is larger than the data set, or the number of classes differs from the model's.
         """
         self.source = source if source is not None else open_source(spec.data, spec.data.train_split)
         check_classes(spec, self.source)
@@ -90,7 +90,7 @@ class TrainData:
         order = TrainOrder(len(self.source), spec.batch_size, spec.augment.repeats, spec.seed)
         transform = TrainTransform(spec.data, spec.augment, spec.image_size, spec.channels)
         skip = spec.data.on_decode_error == "skip"
-        # The order and the choices depend on the seed and the position in the global stream, nothing else.
+        # Order and random choices depend only on the seed and the position in the global stream.
         self._examples = (
             grain.MapDataset.range(_ENDLESS)
             .seed(spec.seed)
@@ -98,11 +98,11 @@ class TrainData:
         )
 
     def batches(self, start_step: int = 0) -> Stream:
-        """The endless stream of this process's share of the batches, from a step on; readers run ahead of it.
+        """Returns the endless stream of this process's part of the batches, starting at a step; readers prefetch.
 
-        Each holds uint8 `image` (share, height, width, channels), int32 `label` (share,), `crop` and `flipped` (see
-        `TrainTransform`), int32 `skipped` (share,): broken images that others stand in for; with label maps also
-        `map_classes` and `map_values`.
+        Each batch has uint8 `image` (share, height, width, channels), int32 `label` (share,), `crop` and `flipped` (see
+        `TrainTransform`), int32 `skipped` (share,): the number of unreadable images that were replaced; with label maps
+        also `map_classes` and `map_values`.
 
         Raises:
             UserError: While iterating: an image cannot be read.
@@ -114,11 +114,11 @@ class TrainData:
 
 
 def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) -> Stream:
-    """This process's share of the whole evaluation split, once and in order.
+    """Returns this process's part of the whole evaluation split, once and in order.
 
-    Every process yields as many batches. `mask` is 0 on examples that fill up the last ones, and on broken images
-    where `data.on_decode_error` is `skip`. `label` is (share,), or (share, labels) filled up with -1 for a source with
-    several right classes.
+    All processes yield the same number of batches. `mask` is 0 for padding examples, and for unreadable images if
+    `data.on_decode_error` is `skip`. `label` is (share,), or (share, labels) padded with -1 for a source with several
+    correct classes.
 
     Raises:
         UserError: While iterating: an image cannot be read.
@@ -127,7 +127,7 @@ def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) ->
     hosts = hosts or Hosts.here()
     share = hosts.share("eval_batch_size", spec.eval_batch_size)
     transform = EvalTransform(spec.data, spec.image_size, spec.channels)
-    # Filled up to whole global batches, so that no process is a step ahead of another.
+    # Padded to whole global batches, so that all processes take the same number of steps.
     total = -(-len(source) // spec.eval_batch_size) * spec.eval_batch_size
     examples = EvalExamples(source, transform, spec.data.on_decode_error == "skip")
     batches = grain.MapDataset.range(total).map(examples).batch(share, drop_remainder=True)
@@ -135,25 +135,25 @@ def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) ->
 
 
 def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
-    """Iterates over a Grain data set of batches with readers running ahead.
+    """Iterates over a Grain data set of batches with prefetching.
 
     Args:
         batches: A `grain.MapDataset`.
-        workers: Processes that read; 0 for threads of this one.
-        threads: Threads in each.
+        workers: Number of loader processes; 0 uses threads of this process.
+        threads: Threads per process.
 
     Raises:
-        UserError: What a transform raises.
+        UserError: Raised by a transform.
         RunError: A process died.
     """
-    # At most two finished batches per reader wait, so memory stays bounded however slow the steps are.
+    # At most two finished batches per reader are queued, so memory stays bounded if the steps are slow.
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     dataset = batches.to_iter_dataset(options)
     if workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to its processes, and insists on parsed ones.
+            flags.FLAGS.mark_as_parsed()  # Grain passes its flags to its processes and requires parsed ones.
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=start_worker
         )
@@ -165,7 +165,7 @@ def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
             except StopIteration:
                 return
             except UserError as error:
-                raise type(error)(str(error)) from None  # Without the traceback of another process.
+                raise type(error)(str(error)) from None  # Without the traceback of the loader process.
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error):
                     raise
@@ -179,7 +179,7 @@ def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
 
 
 def check_classes(spec: InputSpec, source: Source) -> None:
-    """Raises a ConfigError where the model's head does not fit the data set."""
+    """Raises a ConfigError if the model's head does not match the data set."""
     mine, theirs = spec.num_classes, len(source.class_names)
     if mine != theirs:
         raise ConfigError("model.num_classes", f"is {mine}, but the data set has {theirs} classes")

@@ -1,6 +1,6 @@
-"""Makes data sets readable at random: downloads, folders and TFRecord copies become ArrayRecord.
+"""Prepares data sets for random access: converts downloads, folders and TFRecord copies to ArrayRecord.
 
-tfds writes into a temporary folder and renames it when whole, so what is cut off is never taken for a data set.
+tfds writes to a temporary folder and renames it when it is complete, so an interrupted preparation leaves no data set.
 """
 
 import io
@@ -23,7 +23,7 @@ from sit_jax.errors import ImageDecodeError, UserError, one_line
 
 
 class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """tfds's builder of data sets without a class of their own, which would ask TensorFlow what its examples are."""
+    """A tfds builder for data sets without a builder class, which does not need TensorFlow to infer the features."""
 
     def _split_generators(self, dl_manager: Any) -> Any:
         return self._split_datasets
@@ -47,18 +47,18 @@ def _folder_examples(
 
 
 def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.Path:
-    """Turns a folder of images into a tfds data set of ArrayRecord files.
+    """Converts a folder of images to a tfds data set of ArrayRecord files.
 
     Args:
         root: The folder; see `FolderSource`.
-        name: What the data set is to be called; lower case with underscores.
-        data: Where it goes (`data_dir`), the share held out, and what a broken image does.
+        name: Name of the new data set; lower case with underscores.
+        data: Output folder (`data_dir`), validation fraction, and handling of unreadable images.
 
     Returns:
-        The folder it lies in.
+        The folder of the new data set.
 
     Raises:
-        UserError: A wrong name, a data set of that name, no images, a broken image, or a full disk.
+        UserError: The name is invalid or taken, there are no images, an image is damaged, or the disk is full.
     """
     if not name.isidentifier() or name != name.lower():
         raise UserError(f"--name: {name!r} must be lower-case letters, digits and underscores")
@@ -85,11 +85,12 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
 
 
 def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
-    """Downloads and converts a data set that tfds knows, or makes the embedded digits.
+    """Downloads and converts a data set of tfds, or prepares the digits.
 
     Args:
-        data: Its name and where it goes.
-        manual_dir: Where the files lie that must be downloaded by hand (ImageNet's tars); empty for tfds's default.
+        data: Name and output folder of the data set.
+        manual_dir: Folder of the files that must be downloaded manually (ImageNet's tars); empty for the default of
+            tfds.
 
     Raises:
         UserError: There is no such data set, files are missing, TensorFlow is needed and missing, or the disk is full.
@@ -107,15 +108,15 @@ def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
 
 
 def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
-    """Turns a prepared tfds data set of TFRecord files into one of ArrayRecord, with tfds's own converter.
+    """Converts a prepared tfds data set of TFRecord files to ArrayRecord, with the converter of tfds.
 
     Args:
         source: The version's folder, such as `~/tensorflow_datasets/imagenet2012/5.1.0`.
-        data_dir: Where the copy goes, under the same name and version.
+        data_dir: Folder of the copy, which gets the same name and version.
 
     Raises:
-        UserError: No such data set, a copy that is there already, the converter's packages are missing, or the disk is
-            full.
+        UserError: There is no such data set, the copy exists already, the packages of the converter are missing, or the
+            disk is full.
     """
     if not (source / "dataset_info.json").is_file():
         raise UserError(f"--from_tfrecord: {source} is no prepared tfds data set: it has no dataset_info.json")
@@ -128,8 +129,8 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     target = base / builder.info.full_name
     if target.exists():
         raise UserError(f"{target} exists already; choose another --data_dir")
-    # The converter is sound only where the copy comes to lie beside the original: in a folder of links to it, which
-    # becomes the data set when whole.
+    # The converter is correct only if the copy is in the folder of the original. Hence it runs in a folder of links to
+    # the original, which becomes the data set when it is complete.
     scratch = base / f"incomplete.{builder.info.name}"
     partial = scratch / builder.info.full_name
     try:

@@ -1,6 +1,6 @@
-"""What happens to a batch on the device before the model sees it: pixels are normalised, boxes are erased.
+"""Normalization and random erasing of a batch, on the device.
 
-Bytes are a quarter of floats on the way to the device, and the hosts' cores are what a loader runs out of first.
+uint8 images need a quarter of the transfer that float32 images need, and host cores are a loader's first bottleneck.
 """
 
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 
 from sit_jax.data.config import AugmentConfig, DataConfig
 
-# timm's random erasing: share of the area, and height over width, of an erased box.
+# timm's random erasing: area fraction and aspect ratio (height over width) of an erased box.
 _AREA = (0.02, 1 / 3)
 _RATIO = (0.3, 1 / 0.3)
 _ATTEMPTS = 10
@@ -18,7 +18,7 @@ _ATTEMPTS = 10
 def normalize(
     images: UInt8[Array, "batch height width channels"], data: DataConfig
 ) -> Float[Array, "batch height width channels"]:
-    """Float32 images, standardised by `data.mean` and `data.std` (their mean over the channels for grey images)."""
+    """Returns float32 images, normalized with `data.mean` and `data.std` (averaged over channels for grey images)."""
     mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
     if images.shape[-1] == 1:
         mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
@@ -29,10 +29,10 @@ def normalize(
 def random_erasing(
     key: Array, images: Float[Array, "batch height width channels"], augment: AugmentConfig
 ) -> Float[Array, "batch height width channels"]:
-    """Erases boxes of normalised images at random, each image by itself, with timm's rules.
+    """Erases random boxes of normalized images, independently for each image, by timm's rules.
 
-    An image is erased with probability `augment.erase`: one box, or 1 to `erase_count` of them that share the area.
-    Filled is normal noise per pixel (`pixel`) or per box and channel (`rand`), or 0, the mean colour (`const`).
+    An image is erased with probability `augment.erase`: one box, or 1 to `erase_count` boxes that share the area. The
+    fill is normal noise per pixel (`pixel`) or per box and channel (`rand`), or 0, the mean colour (`const`).
     """
     batch, height, width, channels = images.shape
     whether, how_many, boxes, noise = jax.random.split(key, 4)
@@ -54,7 +54,7 @@ def random_erasing(
 def _box_mask(
     key: Array, count: Float[Array, " batch"] | Array, height: int, width: int
 ) -> Bool[Array, "batch height width"]:
-    """True inside one random box per image; the first of ten drawn ones that fits, none where none does."""
+    """Returns masks of one random box per image: the first of ten drawn boxes that fits; empty if none fits."""
     batch = count.shape[0]
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
     shape = (batch, _ATTEMPTS)
@@ -66,7 +66,7 @@ def _box_mask(
     fits = (tall < height) & (wide < width)
     first = fits.argmax(axis=1)[:, None]
     tall, wide = (jnp.take_along_axis(x, first, axis=1)[:, 0] for x in (tall, wide))
-    # Uniform over all whole positions at which the box lies inside.
+    # Uniform over all integer positions at which the box is inside the image.
     top = jnp.floor(jax.random.uniform(top_key, (batch,)) * (height - tall + 1))
     left = jnp.floor(jax.random.uniform(left_key, (batch,)) * (width - wide + 1))
     rows, columns = jnp.arange(height)[None, :], jnp.arange(width)[None, :]

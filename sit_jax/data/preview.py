@@ -1,4 +1,4 @@
-"""Draws training images as the model gets them: varied, erased, mixed."""
+"""Draws training images as the model receives them: augmented, erased and mixed."""
 
 import pathlib
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ _COLUMNS = 8
 
 
 def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0) -> int:
-    """Writes a grid of the first images of a training batch, with their labels.
+    """Writes a grid of the first images of a training batch with their labels.
 
     Args:
-        spec: `Config.inputs` of a run, its classes settled.
+        spec: `Config.inputs` of a run, with the number of classes resolved.
         path: PNG file to write.
-        count: Images, at most a batch.
-        step: Which batch.
+        count: Number of images, at most a batch.
+        step: Step of the batch.
 
     Returns:
-        Images drawn.
+        The number of images drawn.
 
     Raises:
         UserError: The data cannot be read, or the file cannot be written.
@@ -55,7 +55,7 @@ def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0
 
 
 def _title(label: np.ndarray, names: Sequence[str]) -> str:
-    """The class, or the two that a mixed label is made of with their shares."""
+    """Returns the class name, or the two names and fractions of a mixed label."""
     floor = label.min()
     order = np.argsort(-label)[:2]
     mixed = label[order[1]] - floor > 1e-3

@@ -1,6 +1,6 @@
-"""RandAugment in timm's grammar: names, ranges and sign rules are those of timm's `auto_augment.py`.
+"""RandAugment in timm's syntax; names, ranges and sign rules are those of timm's `auto_augment.py`.
 
-Magnitudes run from 0 to 10. An operation is a function of (image, argument); the argument follows from the magnitude.
+Magnitudes are in [0, 10]. An operation is a function of (image, argument); the argument depends on the magnitude.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from PIL import Image, ImageEnhance, ImageOps
 from sit_jax.errors import ConfigError
 
 MAX_LEVEL = 10.0
-# Of the side that a translation moves along.
+# Fraction of the side length along which a translation moves.
 MAX_TRANSLATION = 0.45
-# Above this, `mstd` means: uniform between 0 and the magnitude.
+# If `mstd` exceeds this, the magnitude is uniform between 0 and `m`.
 _UNIFORM_STD = 100.0
 _SOLARIZE_ADD_BELOW = 128
 
@@ -27,16 +27,17 @@ Argument = float
 
 @dataclasses.dataclass(frozen=True)
 class RandAugmentSpec:
-    """What a string such as `rand-m9-mstd0.5-inc1` says.
+    """A parsed policy string such as `rand-m9-mstd0.5-inc1`.
 
     Attributes:
         magnitude: `m`, from 0 to 10.
         num_layers: `n`, operations per image.
-        magnitude_std: `mstd`, standard deviation of each operation's magnitude; infinite for uniform below it.
-        magnitude_max: `mmax`, upper bound of the drawn magnitude.
-        increasing: `inc`, whether a larger magnitude always means a stronger change.
-        probability: `p`, with which each chosen operation is carried out.
-        weighted: `w`, whether operations are drawn by timm's weights (without replacement) or uniformly (with).
+        magnitude_std: `mstd`, standard deviation of each operation's magnitude; infinite for uniform in [0, magnitude].
+        magnitude_max: `mmax`, upper bound of the sampled magnitude.
+        increasing: `inc`, whether the strength increases with the magnitude for all operations.
+        probability: `p`, probability of applying each selected operation.
+        weighted: `w`, whether operations are sampled with timm's weights (without replacement) or uniformly (with
+            replacement).
     """
 
     magnitude: float = MAX_LEVEL
@@ -49,17 +50,17 @@ class RandAugmentSpec:
 
     @property
     def operations(self) -> tuple[str, ...]:
-        """Names of the operations that are drawn from."""
+        """Names of the operations to sample from."""
         if self.weighted:
             return tuple(_WEIGHTS)
         return tuple(name + "Increasing" if self.increasing and name in _SIGNED else name for name in _NAMES)
 
 
 def parse_rand_augment(text: str) -> RandAugmentSpec:
-    """Reads timm's string: `rand`, then any of `m9`, `n2`, `mstd0.5`, `mmax10`, `inc1`, `p0.5`, `w0`, joined by dashes.
+    """Parses timm's string: `rand`, then any of `m9`, `n2`, `mstd0.5`, `mmax10`, `inc1`, `p0.5`, `w0`, joined by `-`.
 
     Raises:
-        ConfigError: A part that is not of this grammar, or a value out of range.
+        ConfigError: The string has an unknown part, or a value is out of range.
     """
     head, *parts = text.split("-")
     if head != "rand":
@@ -98,14 +99,14 @@ def parse_rand_augment(text: str) -> RandAugmentSpec:
 def rand_augment(
     image: Image.Image, rng: np.random.Generator, spec: RandAugmentSpec, resample: Image.Resampling, fill: Fill
 ) -> Image.Image:
-    """Carries out `spec.num_layers` random operations.
+    """Applies `spec.num_layers` random operations.
 
     Args:
         image: Grey or RGB image.
         rng: Source of the random choices.
-        spec: What to draw.
+        spec: The parsed policy.
         resample: Filter of the geometric operations.
-        fill: Colour of what comes in from outside, one value per channel.
+        fill: Colour of pixels outside the image, one value per channel.
     """
     names = spec.operations
     weights = np.array(list(_WEIGHTS.values())) if spec.weighted else None
@@ -119,7 +120,7 @@ def rand_augment(
 
 
 def draw_magnitude(spec: RandAugmentSpec, rng: np.random.Generator) -> float:
-    """The magnitude of one operation, within 0 and `spec.magnitude_max`."""
+    """Returns the magnitude of one operation, in [0, `spec.magnitude_max`]."""
     magnitude = spec.magnitude
     if math.isinf(spec.magnitude_std):
         magnitude = rng.uniform(0.0, magnitude)
@@ -129,7 +130,7 @@ def draw_magnitude(spec: RandAugmentSpec, rng: np.random.Generator) -> float:
 
 
 def draw_argument(name: str, magnitude: float, rng: np.random.Generator) -> Argument:
-    """The operation's argument at a magnitude: degrees, factor, share of a side, bits, or threshold."""
+    """Returns the argument of an operation at a magnitude: degrees, factor, fraction of a side, bits, or threshold."""
     share = magnitude / MAX_LEVEL
     sign = -1.0 if rng.random() < 0.5 else 1.0
     match name:
@@ -159,7 +160,7 @@ def draw_argument(name: str, magnitude: float, rng: np.random.Generator) -> Argu
 def apply_operation(
     image: Image.Image, name: str, argument: Argument, resample: Image.Resampling, fill: Fill
 ) -> Image.Image:
-    """Carries out one operation; see `rand_augment` for `resample` and `fill`."""
+    """Applies one operation; see `rand_augment` for `resample` and `fill`."""
     base = name.removesuffix("Increasing")
     if base in _ENHANCERS:
         return _ENHANCERS[base](image).enhance(argument)
@@ -182,7 +183,7 @@ def apply_operation(
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
     if bits >= 8:
         return image
-    # Pillow before 13 took 0 bits, which magnitude 10 asks for, and made the image black.
+    # Before version 13, Pillow accepted 0 bits, the value at magnitude 10, and returned a black image.
     return ImageOps.posterize(image, bits) if bits else image.point([0] * 256 * len(image.getbands()))
 
 
@@ -208,7 +209,7 @@ _NAMES = (
     "TranslateXRel",
     "TranslateYRel",
 )
-# Of these `inc1` takes the variant whose strength grows with the magnitude.
+# With `inc1`, these are replaced with variants whose strength increases with the magnitude.
 _SIGNED = frozenset({"Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness"})
 _WEIGHTS: Mapping[str, float] = {
     "Rotate": 0.3,

@@ -2,10 +2,10 @@
 
 import jax
 
-# One stream per use of randomness. A key is a function of (seed, stream, step), so none is stored in a checkpoint.
+# One stream per use of randomness. Keys are a function of (seed, stream, step), so checkpoints store none.
 STREAMS = {"init": 0, "drop_path": 1, "erase": 2, "mix": 3}
 
 
 def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
-    """The random key of a stream at a step."""
+    """Returns the random key of a stream at a step."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)

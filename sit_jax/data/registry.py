@@ -1,4 +1,4 @@
-"""Opens the data set that a configuration names."""
+"""Opens the data set of a configuration."""
 
 import pathlib
 
@@ -11,14 +11,14 @@ from sit_jax.errors import ConfigError
 
 
 def open_source(data: DataConfig, split: str) -> Source:
-    """Opens a split of the data set of a configuration; the embedded digits are prepared where they are not yet.
+    """Opens a split of a configuration's data set; prepares the digits if necessary.
 
     Args:
-        data: Names the data set.
-        split: tfds split, or the split of a folder.
+        data: The data section.
+        split: A tfds split, or the split of a folder.
 
     Raises:
-        UserError: The data set is not there or not readable, the folder cannot be written, or there is no such split.
+        UserError: The data set is missing or not readable, the folder cannot be written, or there is no such split.
     """
     if "://" in data.data_dir:
         raise ConfigError("data.data_dir", f"{data.data_dir} is no folder; mount the bucket, as launch/README.md says")

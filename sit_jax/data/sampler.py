@@ -1,28 +1,28 @@
-"""Which example stands at which place of the endless stream of training batches."""
+"""Maps positions in the endless stream of training examples to example indices."""
 
 import dataclasses
 
 from grain.experimental import index_shuffle
 
-# Of the permutation's cipher; Grain's own shuffles use as many.
+# Rounds of the cipher of the permutation; Grain's shuffles use the same number.
 _ROUNDS = 4
 _MASK = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOrder:
-    """A map from the position in the global stream of examples to the example's index in the source.
+    """A map from positions in the global stream to example indices in the source.
 
     Positions `batch * batch_size` to `(batch + 1) * batch_size - 1` make up a global batch. The map is a pure function,
-    so neither the number of hosts and loader processes nor a restart changes it. Every pass over the source is a
-    permutation of its own; with `repeats`, a batch holds several views of each image, and a pass takes as many
-    times longer: no image is left out.
+    so it does not depend on the number of hosts and loader processes or on restarts. Each pass over the source uses a
+    different permutation. With `repeats`, a batch has several views of each image, and a pass takes that many times
+    longer; no image is left out.
 
     Attributes:
         length: Examples in the source.
         batch_size: Examples in a global batch.
-        repeats: Views of each image in a batch. Where they do not divide the batch, the last view of some is missing.
-        seed: Decides the permutations.
+        repeats: Views of each image in a batch. If they do not divide the batch size, some images have one view fewer.
+        seed: Seed of the permutations.
     """
 
     length: int
@@ -32,13 +32,13 @@ class TrainOrder:
 
     @property
     def pictures_per_batch(self) -> int:
-        """Different images in a batch."""
+        """Number of different images in a batch."""
         return -(-self.batch_size // self.repeats)
 
     def __call__(self, position: int) -> int:
-        """The index in the source of the example at a position."""
+        """Returns the index in the source of the example at a position."""
         batch, place = divmod(position, self.batch_size)
-        # Views of an image stand far apart, so that they fall on different devices.
+        # Views of an image are far apart, so that they are on different devices.
         number = batch * self.pictures_per_batch + place % self.pictures_per_batch
         lap, index = divmod(number, self.length)
         seed = (self.seed * 0x9E3779B1 + lap * 0x85EBCA77) & _MASK

@@ -1,6 +1,6 @@
-"""What a source of images is: a sequence of (encoded bytes, label) with class names.
+"""Image sources: sequences of (encoded bytes, label) with class names.
 
-Sources travel to loader processes by pickle, and open their files there.
+Sources are pickled to loader processes and open their files there.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from sit_jax.errors import ImageDecodeError, UserError, one_line
 
 
 class Example(NamedTuple):
-    """One image as it is stored.
+    """One stored image.
 
     Attributes:
         image: Encoded bytes (PNG, JPEG).
-        label: Class index; -1 where no class is right.
-        name: File or record that it came from, for messages.
-        labels: All right classes where a source has `multi_label`; else empty.
+        label: Class index; -1 if no class is correct.
+        name: File or record of the image, for messages.
+        labels: All correct classes if the source has `multi_label`; empty otherwise.
     """
 
     image: bytes
@@ -29,27 +29,27 @@ class Example(NamedTuple):
 
 
 def read_picture(path: str, label: int = -1, name: str = "") -> Example:
-    """Reads an image's file.
+    """Reads an image file.
 
     Args:
         path: The file.
         label: Its class index; -1 if unknown.
-        name: What messages call it; the path if empty.
+        name: Name in messages; the path if empty.
 
     Raises:
-        ImageDecodeError: The file cannot be read, whatever the reason.
+        ImageDecodeError: The file cannot be read, for any reason.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
             os.set_blocking(file.fileno(), True)
             return Example(file.read(), label, name or path)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte in it.
+    except (OSError, ValueError) as error:  # ValueError: the path contains a null byte.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageDecodeError(f"{name or path}: cannot be read: {reason}") from None
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    """Opens a pipe that nothing writes to, too, instead of waiting for a writer; such a pipe is empty."""
+    """Opens a file without blocking; a pipe without a writer is read as empty."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -58,7 +58,7 @@ class Source(Protocol):
 
     Attributes:
         class_names: Names of the classes, by index.
-        multi_label: Whether several classes, or none, may be right.
+        multi_label: Whether an image may have several correct classes, or none.
     """
 
     class_names: Sequence[str]
@@ -67,13 +67,13 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """The stored image; raises a ImageDecodeError if only this one cannot be read, else a UserError."""
+        """Returns the stored image; raises an ImageDecodeError if only this one cannot be read, else a UserError."""
         ...
 
 
 @contextlib.contextmanager
 def writing(place: object, key: str = "") -> Iterator[None]:
-    """Turns what a full disk or a folder without permission raises into a UserError that names the place.
+    """Converts the errors of a full disk or a missing permission to a UserError that names the place.
 
     Args:
         place: What is written.
@@ -83,12 +83,12 @@ def writing(place: object, key: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # Not the file system: a download that failed.
+        if error.errno is None:  # Not a file system error, but a failed download.
             reason = one_line(error)
             raise UserError(f"{prefix}{place} cannot be prepared: {type(error).__name__}: {reason}") from None
         raise UserError(f"{prefix}{place} cannot be written: {error.strerror or error}") from None
     except RuntimeError as error:
-        # The ArrayRecord writer is C++ and says so in its own way.
+        # The ArrayRecord writer is C++ and has its own messages.
         match = re.search(r"(?:write|open|close|flush)\(\) failed: ([^;]+)", str(error))
         if match is None:
             raise

@@ -1,4 +1,4 @@
-"""Images out of nothing: to try a machine, a launcher or the speed of a step without a data set."""
+"""Synthetic images, to test a machine, a launcher or the step time without a data set."""
 
 import functools
 import io
@@ -11,7 +11,7 @@ from PIL import Image
 from sit_jax.data.sources import Example
 from sit_jax.errors import UserError
 
-# As many as ImageNet has.
+# The number of classes of ImageNet.
 _SIZES = {"train": 1_281_167, "val": 50_000, "test": 50_000, "validation": 50_000}
 _CLASSES = 1000
 _SIDE = 256
@@ -20,7 +20,7 @@ _SPLIT = re.compile(r"([a-z]+)(?:\[:(\d+)\])?")
 
 
 class SyntheticSource:
-    """A split of `synthetic` (1000 classes) or `synthetic/N`: some JPEGs of coloured noise over and over.
+    """A split of `synthetic` (1000 classes) or `synthetic/N`; a few JPEG images of coloured noise, repeated.
 
     Attributes:
         class_names: Names of the classes, by index.
@@ -30,10 +30,10 @@ class SyntheticSource:
     multi_label = False
 
     def __init__(self, name: str, split: str) -> None:
-        """Opens a split: `train`, or the first of it, `train[:6400]`; so `val`, `validation` and `test`.
+        """Opens a split: `train`, `val`, `validation` or `test`, or its first examples, as in `train[:6400]`.
 
         Raises:
-            UserError: There is no such split, or the name says no number of classes.
+            UserError: There is no such split, or the name has no valid number of classes.
         """
         classes = name.partition("/")[2] or str(_CLASSES)
         if not classes.isdecimal() or not 1 <= int(classes) <= 100_000:

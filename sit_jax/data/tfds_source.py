@@ -13,9 +13,9 @@ import numpy as np
 from sit_jax.data.sources import Example, writing
 from sit_jax.errors import ImageDecodeError, UserError, one_line
 
-# ImageNet ReaL gives an image several right classes; tfds calls them so.
+# ImageNet ReaL has several correct classes per image; this is the feature's name in tfds.
 _LABEL_KEYS = ("label", "real_label")
-# ArrayRecord's messages: a record's checksum is wrong; the index at the end of the file cannot be read.
+# Messages of ArrayRecord: the checksum of a record is wrong; the index at the end of the file cannot be read.
 _DAMAGED_RECORD, _SHARD_INDEX = "Corrupted Riegeli/records file: chunk", "RiegeliPostscript"
 
 
@@ -26,7 +26,7 @@ class TfdsSource:
         """Opens a split of a prepared builder; `split` takes tfds's syntax, such as `train[:90%]`.
 
         Raises:
-            UserError: There is no such split, or it holds no images with class labels.
+            UserError: There is no such split, or it has no images with class labels.
         """
         import tensorflow_datasets as tfds
 
@@ -62,10 +62,11 @@ class TfdsSource:
         name = f"{self._name}, example {index}"
         try:
             record = self._records[int(index)]
-        except Exception as error:  # The reader of a damaged or missing shard raises what it likes.
+        except Exception as error:  # The reader of a damaged or missing shard raises many types of errors.
             reason = one_line(error)
-            # If the shard's index is readable and this record's checksum is wrong, the shard's other records are fine.
-            # A shard that cannot be opened is never skipped: an evaluation of the rest would look like one of all.
+            # If the shard's index is readable and only this record's checksum is wrong, the shard's other records are
+            # valid. A shard that cannot be opened is never skipped: an evaluation of the rest would look like one of
+            # all.
             if reason.startswith(_DAMAGED_RECORD) and _SHARD_INDEX not in reason:
                 raise ImageDecodeError(f"{name}: cannot be read: its record is damaged: {reason}") from None
             raise UserError(f"{name} cannot be read from its shard: {reason}") from None
@@ -80,7 +81,7 @@ class TfdsSource:
 
 
 def prepared(name: str, data_dir: str) -> Any:
-    """The builder of a data set that is prepared in a folder; a UserError where it is not."""
+    """Returns the builder of a prepared data set; raises a UserError if it is not prepared."""
     builder = find_builder(name, data_dir)
     with quiet_tfds():
         prepared = builder.is_prepared()
@@ -93,10 +94,10 @@ def prepared(name: str, data_dir: str) -> Any:
 
 
 def find_builder(name: str, data_dir: str) -> Any:
-    """The tfds builder of a data set that tfds knows, or of one that lies prepared in `data_dir`.
+    """Returns the tfds builder of a data set that tfds knows, or that is prepared in `data_dir`.
 
     Raises:
-        UserError: Neither knows it.
+        UserError: Neither is the case.
     """
     import tensorflow_datasets as tfds
 
@@ -108,7 +109,7 @@ def find_builder(name: str, data_dir: str) -> Any:
         pass
     try:
         with quiet_tfds():
-            # Prepared by somebody else's builder, or in another format than ArrayRecord.
+            # Prepared by another builder, or in another format than ArrayRecord.
             return tfds.builder(name, data_dir=folder, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
         known = "digits, folder, synthetic, or a name from https://www.tensorflow.org/datasets/catalog"
@@ -120,21 +121,21 @@ def find_builder(name: str, data_dir: str) -> Any:
 
 
 def prepared_digits(data_dir: str) -> Any:
-    """The builder of the digits, prepared where they are not yet."""
-    from sit_jax.data.digits import SitDigits  # Imports tfds, which takes seconds.
+    """Returns the builder of the digits; prepares them if necessary."""
+    from sit_jax.data.digits import SitDigits  # This imports tfds, which takes seconds.
 
     folder = pathlib.Path(data_dir).expanduser() if data_dir else None
     where = folder or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     with writing(where, "data.data_dir"), quiet_tfds():
         builder = SitDigits(data_dir=folder, file_format="array_record")
-        # Prepared in a temporary folder and renamed when whole, so a run that was cut off leaves nothing usable.
+        # Prepared in a temporary folder and renamed when complete, so an interrupted run leaves no partial data set.
         builder.download_and_prepare()
     return builder
 
 
 @contextlib.contextmanager
 def quiet_tfds() -> Iterator[None]:
-    """tfds greets every preparation with progress bars and notes on its own state."""
+    """Suppresses the progress bars and notes that tfds prints for each preparation."""
     import tensorflow_datasets as tfds
 
     logger = logging.getLogger("absl")

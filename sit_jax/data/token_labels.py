@@ -1,14 +1,14 @@
-"""Token labelling: a stored map of likely classes becomes a soft label per patch of the image as it was cropped.
+"""Token labelling: converts a label map to a soft label per patch of the cropped image.
 
-Source: 'All Tokens Matter: Token Labeling for Training Better Vision Transformers' (LV-ViT, NeurIPS 2021). The region
-is aligned on the device, as two small products per image.
+Reference: 'All Tokens Matter: Token Labeling for Training Better Vision Transformers' (LV-ViT, NeurIPS 2021). The
+    region is aligned on the device, with two small matrix products per image.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-# Points per patch and axis that the map is read at; their mean is the patch's label (RoI align).
+# Sampling points per patch and axis; their mean is the patch's label (RoI align).
 _SAMPLES = 2
 
 
@@ -21,16 +21,16 @@ def patch_labels(
     num_classes: int,
     smoothing: float = 0.0,
 ) -> Float[Array, "batch patches classes"]:
-    """A distribution over the classes for every patch, row by row.
+    """Returns a class distribution for every patch, in row-major order.
 
     Args:
-        classes: most likely classes at each place of the whole image.
-        values: Their probabilities; what they leave to 1 is spread over all classes.
-        crop: Left, top, right, bottom of the training crop as shares of the image.
+        classes: Top classes at each position of the whole image.
+        values: Their probabilities; the remaining probability is spread over all classes.
+        crop: Left, top, right, bottom of the training crop as fractions of the image.
         flipped: Whether the crop was mirrored.
-        grid: Patches along a side of the crop.
-        num_classes: All classes.
-        smoothing: Fraction of a label spread over all classes.
+        grid: Patches along one side of the crop.
+        num_classes: Number of classes.
+        smoothing: Fraction of each label that is spread over all classes.
     """
     side = classes.shape[1]
     rest = (1.0 - values.sum(axis=-1, keepdims=True)) / num_classes
@@ -46,9 +46,9 @@ def patch_labels(
 def _alignment(
     start: Float[Array, " batch"], stop: Float[Array, " batch"], side: int, grid: int
 ) -> Float[Array, "batch grid side"]:
-    """Weights of the map's places along one axis in each patch: bilinear reads at evenly spaced points, averaged."""
+    """Returns the weights of the map's positions along one axis for each patch: averaged bilinear samples."""
     points = (jnp.arange(grid * _SAMPLES) + 0.5) / (grid * _SAMPLES)
-    # Place k of the map covers [k, k + 1); its value stands in the middle.
+    # Position k of the map covers [k, k + 1); its value is at the centre.
     where = (start[:, None] + points[None, :] * (stop - start)[:, None]) * side - 0.5
     where = jnp.clip(where, 0.0, side - 1.0)
     weights = jnp.maximum(0.0, 1.0 - jnp.abs(where[..., None] - jnp.arange(side)[None, None, :]))

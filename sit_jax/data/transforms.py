@@ -1,7 +1,6 @@
-"""From an image's bytes to the uint8 array that goes to the device; every random choice comes from the generator
-passed in.
+"""Transforms from encoded images to uint8 arrays; all random choices use the generator that is passed in.
 
-Nothing here imports the models: loader processes start with this module.
+This module must not import the models: loader processes import it first.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ from sit_jax.data.decode import decode
 from sit_jax.data.rand_augment import RandAugmentSpec, parse_rand_augment, rand_augment
 from sit_jax.data.sources import Example
 
-# Loader workers are the parallelism; OpenCV's own threads would fight over the same cores.
+# The loader workers provide the parallelism; OpenCV's threads would compete for the same cores.
 cv2.setNumThreads(0)
 
 RESAMPLING = {
@@ -28,9 +27,9 @@ RESAMPLING = {
 }
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 _CROP_ATTEMPTS = 10
-# Crops that keep less than one part in so many of the resized image are resized alone.
+# Crops that keep less than this fraction of the resized image are resized separately.
 _MOST_RESIZED = 64
-# Beyond so many pixels per pixel of the result, Pillow takes block means first: its filter weighs every single pixel.
+# Above this ratio of source to result pixels, Pillow averages blocks first: its filter weighs every single pixel.
 _REDUCING_GAP = 1000.0
 
 # Left, top, width, height in pixels.
@@ -39,11 +38,11 @@ Box = tuple[int, int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class TrainTransform:
-    """Decodes and varies a training image.
+    """Decodes and augments a training image.
 
     Attributes:
-        data: How images are read.
-        augment: How they are varied.
+        data: The data section.
+        augment: The augmentation section.
         size: Pixels per side of the result.
         channels: 1 or 3.
     """
@@ -58,8 +57,10 @@ class TrainTransform:
         object.__setattr__(self, "_spec", spec)
 
     def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
-        """One example as uint8 `image` (height, width, channels), int32 `label`, and where its pixels come from:
-        float32 `crop` (left, top, right, bottom as shares of the image) and bool `flipped`."""
+        """Returns uint8 `image` (height, width, channels), int32 `label`, float32 `crop` and bool `flipped`.
+
+        `crop` is (left, top, right, bottom) as fractions of the image.
+        """
         pixels = decode(example.image, self.channels, example.name, self.data.max_pixels)
         augment = self.augment
         height, width = pixels.shape[:2]
@@ -95,10 +96,10 @@ class TrainTransform:
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """Decodes an evaluation image and cuts its centre out, or stretches it.
+    """Decodes an evaluation image and center-crops or stretches it.
 
     Attributes:
-        data: How images are read.
+        data: The data section.
         size: Pixels per side of the result.
         channels: 1 or 3.
     """
@@ -108,7 +109,7 @@ class EvalTransform:
     channels: int
 
     def __call__(self, example: Example) -> dict[str, Any]:
-        """One example as uint8 `image` (height, width, channels) and int32 `label`."""
+        """Returns uint8 `image` (height, width, channels) and int32 `label`."""
         image = to_pillow(decode(example.image, self.channels, example.name, self.data.max_pixels))
         resample = RESAMPLING[self.data.interpolation]
         if self.data.resize == "crop":
@@ -125,14 +126,14 @@ def random_crop_box(
     scale: Sequence[float] = (0.08, 1.0),
     ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """The box of Inception's random resized crop, with torchvision's rules.
+    """Returns the box of Inception's random resized crop, by torchvision's rules.
 
     Args:
-        width: Of the image, in pixels.
-        height: Of the image.
+        width: Width of the image in pixels.
+        height: Height of the image.
         rng: Source of the random choices.
-        scale: Smallest and largest share of the area, drawn uniformly.
-        ratio: Smallest and largest width over height, drawn uniformly in the logarithm.
+        scale: Smallest and largest area fraction, sampled uniformly.
+        ratio: Smallest and largest aspect ratio (width over height), sampled uniformly on a log scale.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_ATTEMPTS):
@@ -142,7 +143,7 @@ def random_crop_box(
         if 0 < box_width <= width and 0 < box_height <= height:
             left, top = rng.integers(0, width - box_width + 1), rng.integers(0, height - box_height + 1)
             return int(left), int(top), box_width, box_height
-    # No box fits: the largest one in the middle whose ratio is allowed.
+    # No sampled box fits: use the largest centred box with an allowed ratio.
     box_width, box_height = width, height
     if width / height < ratio[0]:
         box_height = min(height, max(1, round(width / ratio[0])))
@@ -152,7 +153,7 @@ def random_crop_box(
 
 
 def resize_box(pixels: np.ndarray, box: Box, size: int, data: DataConfig) -> Image.Image:
-    """Cuts a box out and makes it a square of `size` pixels, without aliasing; see `DataConfig.resampler`."""
+    """Crops a box and resizes it to a square of `size` pixels with antialiasing; see `DataConfig.resampler`."""
     left, top, width, height = box
     if data.resampler == "pillow":
         edges = (left, top, left + width, top + height)
@@ -162,13 +163,15 @@ def resize_box(pixels: np.ndarray, box: Box, size: int, data: DataConfig) -> Ima
 
 
 def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
-    """OpenCV's resize behind a low-pass filter, which it lacks: within two levels (root mean square) of Pillow's result
-    on photographs, in a sixth of its time."""
+    """Resizes with OpenCV after a low-pass filter, which OpenCV's resize lacks.
+
+    On photographs, the result is within two levels (root mean square) of Pillow's, in a sixth of the time.
+    """
     height, width = pixels.shape[:2]
     while min(height, width) >= 2 * size:
         height, width = height // 2, width // 2
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-    # What must be blurred is what a scale of s would fold over; below 2, three taps hold that Gaussian.
+    # The filter removes what a scale of s would alias; below 2, a 3-tap kernel represents that Gaussian.
     sigmas = [0.5 * math.sqrt(max(0.0, (length / size) ** 2 - 1)) for length in (width, height)]
     taps = [3 if sigma > 0 else 1 for sigma in sigmas]
     if max(taps) > 1:
@@ -177,10 +180,10 @@ def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
 
 
 def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to `int(size / fraction)` and cuts the centre square out, as torchvision does.
+    """Resizes the shorter side to `int(size / fraction)` and crops the centre square, as torchvision does.
 
-    Of a very long image only the square is resized, to the same pixels within a level: all of 1 x 60,000 pixels would
-    take 12 GB at 224 pixels.
+    For very long images only the square is resized, to the same pixels within one level: resizing all of 1 x 60,000
+    pixels to 224 pixels would take 12 GB.
     """
     scaled, left, top = _scaled_centre(*image.size, size, fraction)
     if scaled[0] * scaled[1] > _MOST_RESIZED * size**2:
@@ -191,7 +194,7 @@ def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.
 def resize_part(
     image: Image.Image, box: tuple[float, float, float, float], size: int, resample: Image.Resampling
 ) -> Image.Image:
-    """Resizes a part of an image to a square; pixels around the part count as far as the filter reaches.
+    """Resizes a part of an image to a square; pixels around the part contribute within the support of the filter.
 
     Args:
         image: The image.
@@ -199,8 +202,8 @@ def resize_part(
         size: Pixels per side of the result.
         resample: The filter.
     """
-    # Pillow holds boxes in float32, which is whole pixels far from the corner: so first, the part with its surroundings
-    # is cut out. No filter reaches further than Lanczos, three pixels of the image or of the result.
+    # Pillow stores boxes in float32, which is whole pixels far from the corner, so the part and its surroundings are
+    # cropped first. No filter reaches further than Lanczos, three pixels of the image or of the result.
     reach = [3 * max(1.0, (box[axis + 2] - box[axis]) / size) + 1 for axis in (0, 1)]
     left, top = (max(0, math.floor(box[axis] - reach[axis])) for axis in (0, 1))
     right, bottom = (min(image.size[axis], math.ceil(box[axis + 2] + reach[axis])) for axis in (0, 1))
@@ -210,14 +213,14 @@ def resize_part(
 
 
 def centre_box(width: int, height: int, size: int, fraction: float) -> tuple[float, float, float, float]:
-    """What `center_crop` leaves of an image: left, top, right, bottom in the image's own pixels, with fractions."""
+    """Returns the box that `center_crop` keeps: left, top, right, bottom in the image's own pixels, with fractions."""
     scaled, left, top = _scaled_centre(width, height, size, fraction)
     across, down = width / scaled[0], height / scaled[1]
     return left * across, top * down, (left + size) * across, (top + size) * down
 
 
 def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple[tuple[int, int], int, int]:
-    """Width and height to resize to, and where the square then begins."""
+    """Returns the width and height to resize to, and the top left corner of the square."""
     shorter = int(size / fraction)
     if width <= height:
         scaled = (shorter, max(shorter, int(shorter * height / width)))
@@ -229,20 +232,20 @@ def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple
 def random_affine(
     image: Image.Image, rng: np.random.Generator, max_rotation: float, max_shift: float, max_zoom: float
 ) -> Image.Image:
-    """Turns, moves and scales an image about its centre; what comes in from outside is black.
+    """Rotates, shifts and scales an image about its centre; pixels outside the image are black.
 
     Args:
         image: The image.
         rng: Source of the random choices.
         max_rotation: Degrees in either direction.
-        max_shift: Fraction of the side in either direction, for each axis on its own.
-        max_zoom: Share by which it grows or shrinks.
+        max_shift: Fraction of the side in either direction, independently for each axis.
+        max_zoom: Largest relative change of scale.
     """
     angle, zoom = np.radians(rng.uniform(-max_rotation, max_rotation)), 1.0 + rng.uniform(-max_zoom, max_zoom)
     shift_x, shift_y = rng.uniform(-max_shift, max_shift, 2) * image.size
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     centre_x, centre_y = (image.width - 1) / 2, (image.height - 1) / 2
-    # Pillow asks for the inverse: the source position of every output pixel.
+    # Pillow takes the inverse map: the source position of each output pixel.
     offset_x = centre_x - cos * (centre_x + shift_x) - sin * (centre_y + shift_y)
     offset_y = centre_y + sin * (centre_x + shift_x) - cos * (centre_y + shift_y)
     matrix = (cos, sin, offset_x, -sin, cos, offset_y)
@@ -259,18 +262,18 @@ def color_jitter(image: Image.Image, rng: np.random.Generator, strength: float) 
 
 
 def fill_colour(mean: Sequence[float], channels: int) -> tuple[int, ...]:
-    """The data set's mean as 8-bit levels, for pixels that come in from outside."""
+    """Returns the data set's mean as 8-bit levels, to fill pixels outside the image."""
     levels = tuple(min(255, round(255 * value)) for value in mean)
     return levels if channels == 3 else (round(sum(levels) / len(levels)),)
 
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:
-    """A uint8 array (height, width, channels) or (height, width) as a Pillow image."""
+    """Converts a uint8 array (height, width, channels) or (height, width) to a Pillow image."""
     return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
 def _affine_filter(interpolation: str) -> Image.Resampling:
-    """Pillow's geometric transforms know no Lanczos filter; bicubic is the next."""
+    """Returns Pillow's filter; bicubic instead of Lanczos, which its geometric transforms do not support."""
     return Image.Resampling.BICUBIC if interpolation == "lanczos" else RESAMPLING[interpolation]
 
 

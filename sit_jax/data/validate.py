@@ -1,4 +1,4 @@
-"""Reads every image of a data set once and says what is unusual or broken, and what happens to it."""
+"""Reads every image of a data set and reports unusual and unreadable ones."""
 
 import concurrent.futures
 import dataclasses
@@ -18,15 +18,15 @@ _SHOWN_PER_KIND = 10
 
 @dataclasses.dataclass
 class CheckReport:
-    """What was found in one split.
+    """Result of checking one split.
 
     Attributes:
         split: The split.
-        pictures: Images read.
-        per_class: Class name -> images.
-        unusual: What is unusual and what happens to it -> names of the images.
-        broken: Messages of images that cannot be read.
-        ignored: Files among the images that are none by their suffix.
+        pictures: Number of images read.
+        per_class: Class name -> number of images.
+        unusual: Unusual property and how it is handled -> names of the images.
+        broken: Messages of the images that cannot be read.
+        ignored: Files in the folder that are not images by their suffix.
     """
 
     split: str
@@ -37,7 +37,7 @@ class CheckReport:
     ignored: list[str]
 
     def lines(self, on_decode_error: str, everything: bool = False) -> list[str]:
-        """The report as text; at most ten names of a kind unless `everything`."""
+        """Returns the report as text lines; at most ten names per kind unless `everything`."""
         counts = sorted(self.per_class.values())
         spread = f"{counts[0]} to {counts[-1]} per class" if counts else "no classes"
         lines = [f"{self.split}: {self.pictures} pictures, {len(counts)} classes, {spread}"]
@@ -61,7 +61,7 @@ class CheckReport:
 
 
 def check_data(data: DataConfig, threads: int) -> list[CheckReport]:
-    """Checks the training and the evaluation split of a data set, with a progress bar on standard error.
+    """Checks the training and evaluation splits of a data set, with a progress bar on standard error.
 
     Raises:
         UserError: The data set cannot be opened.
@@ -87,7 +87,7 @@ def _check(split: str, source: Source, max_pixels: int, threads: int) -> CheckRe
             return example.name, example.label, error
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        # Handed out piece by piece: a million futures at once would take gigabytes.
+        # Submitted in batches: a million futures at once would take gigabytes.
         for start in range(0, len(source), 4096):
             block = range(start, min(start + 4096, len(source)))
             looked: Any = pool.map(look, block)

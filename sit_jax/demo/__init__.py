@@ -1,1 +1,1 @@
-"""`sit demo`: a page on this machine that shows what slimming does to an image."""
+"""`sit demo`: a local page that shows what slimming does to an image."""

@@ -1,9 +1,9 @@
-"""A student that passes on fewer tokens than it was trained to, with the weights it has.
+"""Runs a student with fewer tokens than it was trained with, without changing its weights.
 
-Each kept token has a column of its own in the assignment, a softmax over the tokens before it that knows nothing of the
-other columns; and no weight behind a slimming module depends on how many tokens come. So columns can be cut off a
-module, and for the same input it makes the others' tokens as before. More than the trained number cannot be had: each
-column has its own weights. Nothing was trained for fewer, so accuracy falls.
+Each kept token has its own column in the assignment, a softmax over the input tokens that is independent of the other
+columns, and no weight after a slimming module depends on the number of tokens. Thus columns can be removed from a
+module, and for the same input its other tokens do not change. More tokens than trained are not possible, since each
+column has its own weights. The model was not trained for fewer tokens, so the accuracy decreases.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ _SHARES = (0.8, 0.6, 0.4)
 
 
 class Keep(NamedTuple):
-    """How many tokens each slimming module passes on.
+    """Number of tokens that each slimming module keeps.
 
     Attributes:
-        label: For the page.
-        counts: One per module, in order.
+        label: Label on the page.
+        counts: One number per module, in order.
     """
 
     label: str
@@ -27,10 +27,10 @@ class Keep(NamedTuple):
 
 
 def keeps(arch: Architecture) -> tuple[Keep, ...]:
-    """The trained numbers of tokens, then smaller ones: those of a smaller keep ratio, at least one per module.
+    """Returns the trained token counts, then smaller ones: those of a smaller keep ratio, at least one per module.
 
     Args:
-        arch: A slimmed model's shape.
+        arch: A slimmed model's architecture.
     """
     trained = arch.token_counts[1:]
     found = {trained: "as trained"}
@@ -42,19 +42,19 @@ def keeps(arch: Architecture) -> tuple[Keep, ...]:
 
 
 def tokens_in_words(counts: tuple[int, ...]) -> str:
-    """`(8, 4)` -> `8/4 tokens`, `(1,)` -> `1 token`."""
+    """Formats token counts: `(8, 4)` -> `8/4 tokens`, `(1,)` -> `1 token`."""
     return f"{'/'.join(map(str, counts))} {'token' if counts == (1,) else 'tokens'}"
 
 
 def with_fewer_tokens(
     arch: Architecture, params: dict[str, Any], counts: tuple[int, ...]
 ) -> tuple[Architecture, dict[str, Any]]:
-    """The shape and the parameters of a model whose slimming modules make only the first of their tokens.
+    """Returns architecture and parameters of a model whose slimming modules output only the first of their tokens.
 
     Args:
-        arch: A slimmed model's shape.
+        arch: A slimmed model's architecture.
         params: Its parameters.
-        counts: Tokens behind each slimming module, at most what it makes.
+        counts: Number of tokens after each slimming module, at most the trained number.
     """
     fewer = dict(params)
     for block, count in zip(arch.slimming, counts, strict=True):

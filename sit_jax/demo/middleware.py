@@ -1,7 +1,7 @@
-"""What of Gradio's server the page needs, and nothing more.
+"""Middleware that restricts Gradio's server to what the page needs.
 
-Gradio lets whoever calls its endpoints name files and addresses, which it then checks or fetches. The page names none
-but what it uploaded itself.
+Clients of Gradio's endpoints can name files and URLs, which Gradio checks or fetches. This page names only files that
+it uploaded itself.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# What the page asks for. All else is closed: Gradio has some forty endpoints more, and gains some with each version.
+# Endpoints that the page uses. All others are closed: Gradio has some forty more, and new versions add more.
 _READ = {
     *("", "config", "theme.css", "robots.txt", "favicon.ico", "manifest.json", "startup-events"),
     *("queue/data", "upload_progress"),
@@ -23,18 +23,19 @@ _READ_BELOW = ("assets/", "static/", "svelte/", "heartbeat/")
 _WRITTEN = {"upload", "queue/join", "cancel", "reset"}
 _FILES = ("file=", "file/")
 _MAX_EVENT = 1_000_000
-# What a form adds to the file in it, in bytes; and how many of the largest files may lie there at a time.
+# Extra bytes of a form in addition to its file, and the number of largest files that the folder may hold at a time.
 _FORM, _MOST_UPLOADS = 100_000, 50
 
 
 class Guard:
-    """ASGI middleware: closes endpoints that the page does not use, bounds uploads, and refuses requests that name
-    other files than uploaded ones.
+    """ASGI middleware that closes unused endpoints, limits uploads, and rejects requests that name other files.
+
+    Only uploaded files may be named in a request.
 
     Args:
-        app: The application behind it.
+        app: The wrapped application.
         uploads: Folder of uploaded files and drawn images.
-        max_bytes: Largest file that may be uploaded.
+        max_bytes: Largest size of an uploaded file.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], uploads: pathlib.Path, max_bytes: int) -> None:
@@ -43,7 +44,7 @@ class Guard:
         self._max_bytes = max_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Hands a request on, or answers it: 403, and for uploads 411 (no length), 413 (too large) or 507 (full)."""
+        """Forwards a request, or responds with 403, and for uploads 411 (no length), 413 (too large) or 507 (full)."""
         if scope["type"] == "http":
             path = scope["path"].lstrip("/").removeprefix("gradio_api/").lstrip("/")
             if path.startswith(_FILES) and not self._is_upload(path[len(_FILES[0]) :]):
@@ -53,7 +54,7 @@ class Guard:
             if scope["method"] == "POST" and path.rstrip("/") == "upload":
                 refusal = await self._refuses_upload(dict(scope["headers"]))
                 if refusal is not None:
-                    # The rest is read and dropped: who is cut off while sending does not hear the answer.
+                    # The rest is read and discarded: a client whose upload is cut off does not receive the response.
                     while (await receive()).get("more_body"):
                         pass
                     return await _refuse(send, *refusal)
@@ -65,7 +66,7 @@ class Guard:
         return await self._app(scope, receive, send)
 
     async def _refuses_upload(self, headers: dict[bytes, bytes]) -> tuple[int, str] | None:
-        """Status and reason; None where the upload may come."""
+        """Returns status and reason, or None if the upload is allowed."""
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or b"transfer-encoding" in headers:
             return 411, "uploads must say how long they are"
@@ -100,7 +101,7 @@ def _is_open(method: str, path: str) -> bool:
 
 
 def _size(folder: pathlib.Path) -> int:
-    """Bytes of the files in a folder, some of which may be deleted meanwhile."""
+    """Returns the total size in bytes of the files in a folder, some of which may be deleted meanwhile."""
     total = 0
     for path in folder.rglob("*"):
         try:
@@ -121,7 +122,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """A request's body; None where it is too large for an event, or cut off."""
+    """Reads a request's body; returns None if it is too large for an event, or incomplete."""
     body = b""
     while True:
         message = await receive()

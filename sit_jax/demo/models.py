@@ -1,4 +1,4 @@
-"""The models of the demo: opened once, asked image by image, timed side by side."""
+"""Models of the demo: opened once, applied to single images, and timed in turns."""
 
 import collections
 import dataclasses
@@ -20,19 +20,19 @@ from sit_jax.io.inference import inference_model
 from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
 from sit_jax.visual.token_maps import TokenMaps
 
-# Images of more pixels are not decoded, whatever the models' configurations allow: anyone may drop any file here.
+# Images with more pixels are not decoded, independent of the models' configurations, since the page takes any file.
 MAX_PIXELS = 40_000_000
 _ROUNDS, _SECONDS = 9, 2.0
 
 
 class DemoModel:
-    """One model of the page.
+    """A model of the page.
 
     Attributes:
-        name: The folder, as it was given.
-        subject: The model.
-        keeps: How many tokens its slimming modules can pass on, the trained numbers first; empty without such modules.
-        labels: Its classes' names; where classes share one, with their numbers behind it.
+        name: The given folder.
+        subject: The model for visualization.
+        keeps: Selectable token counts of its slimming modules, the trained ones first; empty without such modules.
+        labels: Its class names; duplicates have their index appended.
     """
 
     def __init__(self, name: str, subject: InspectedModel) -> None:
@@ -44,24 +44,24 @@ class DemoModel:
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(subject.class_names)]
 
     def preprocess(self, example: Example) -> ModelInput:
-        """What the model gets of an image.
+        """Preprocesses an image for the model.
 
         Raises:
-            ImageDecodeError: It cannot be read, or has too many pixels.
+            ImageDecodeError: The image cannot be read, or has too many pixels.
         """
         return self.subject.preprocess(example)
 
     def maps(self, seen: ModelInput, keep: Keep | None) -> TokenMaps:
-        """What the model makes of one image."""
+        """Returns the token maps of one image."""
         return self._with(keep).maps(seen.pixels[None])
 
     def forward(self, seen: ModelInput, keep: Keep | None) -> Callable[[], Any]:
-        """The bare forward pass over one image, pixels to logits, as it would be served."""
+        """Returns a function that runs the forward pass on one image, from pixels to logits, as in deployment."""
         run, pixels = self._forward(keep), seen.pixels[None]
         return lambda: jax.block_until_ready(run(pixels))
 
     def likeliest(self, maps: TokenMaps, top: int = 5) -> dict[str, float]:
-        """Label -> probability, most likely first."""
+        """Returns label -> probability of the top classes, most likely first."""
         values = maps.probabilities[0]
         return {self.labels[index]: float(values[index]) for index in np.argsort(-values, kind="stable")[:top]}
 
@@ -85,7 +85,7 @@ class DemoModels(NamedTuple):
 
     Attributes:
         students: Models with slimming modules.
-        teachers: What they are compared with.
+        teachers: Models to compare the students with.
     """
 
     students: dict[str, DemoModel]
@@ -97,10 +97,10 @@ def open_demo_models(students: Sequence[pathlib.Path], teachers: Sequence[pathli
 
     Args:
         students: Folders of runs or models, with slimming modules.
-        teachers: The same, of any transformers; where empty, the teachers that lie in the students' runs.
+        teachers: Folders of any transformers; if empty, the teachers in the students' run directories are used.
 
     Raises:
-        UserError: One cannot be opened, a student is not slimmed, or there is no teacher.
+        UserError: A model cannot be opened, a student is not slimmed, or there is no teacher.
     """
     teachers = teachers or [own for own in (path / "teacher" for path in students) if own.is_dir()]
     if not teachers:
@@ -113,7 +113,7 @@ def open_demo_models(students: Sequence[pathlib.Path], teachers: Sequence[pathli
 
 
 def milliseconds(runs: Sequence[Callable[[], Any]]) -> list[float]:
-    """Median time of each function, taking turns, after a first call that compiles."""
+    """Returns the median time of each function, timed in turns, after a first call that compiles."""
     for run in runs:
         run()
     times: list[list[float]] = [[] for _ in runs]

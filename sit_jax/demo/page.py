@@ -1,4 +1,4 @@
-"""The page itself, made of Gradio's components."""
+"""The page of the demo, built from Gradio components."""
 
 import html
 import pathlib
@@ -18,7 +18,7 @@ from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
 _MOST_TOKENS_SHOWN = 24
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Sessions whose images stay in memory, and seconds for which files and sessions are kept.
+# Number of sessions whose images are kept in memory, and seconds for which files and sessions are kept.
 SESSIONS, KEPT_SECONDS = 50, 3600
 _HEAD = """# What slimming does to a picture
 A student passes on fewer and fewer tokens. Drop a picture: both models say what is on it, and below stands where the
@@ -32,12 +32,13 @@ _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"
 
 
 class Looked(NamedTuple):
-    """What a session keeps of its last image. Stages are drawn when the slider asks: all of them together take tens
-    of megabytes.
+    """State of a session: its last image.
+
+    Stages are drawn when the slider requests them: all of them together need tens of megabytes.
 
     Attributes:
-        seen: The image.
-        maps: What the student made of it.
+        seen: The preprocessed image.
+        maps: The student's token maps.
     """
 
     seen: ModelInput
@@ -45,23 +46,23 @@ class Looked(NamedTuple):
 
 
 class _Words(gr.themes.Font):
-    """A font that is on the reader's machine: nothing is loaded for it."""
+    """A font of the user's machine, which needs no download."""
 
     def stylesheet(self) -> dict[str, Any]:
         return {"url": None, "css": None}
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's default look in the reader's own fonts."""
+    """Returns Gradio's default theme with the user's own fonts."""
     return gr.themes.Default(font=[_Words(x) for x in _SERIF_FREE], font_mono=[_Words(x) for x in _MONOSPACE])
 
 
 def build_page(contest: DemoModels, max_mb: int) -> gr.Blocks:
-    """The page, not served yet.
+    """Builds the page without serving it.
 
     Args:
         contest: The models.
-        max_mb: Largest file, for the label; the server enforces it.
+        max_mb: Largest file size, for the label; the server enforces it.
     """
     students, teachers = list(contest.students), list(contest.teachers)
     with gr.Blocks(title="sit demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
@@ -102,7 +103,7 @@ def build_page(contest: DemoModels, max_mb: int) -> gr.Blocks:
         def choose(name: str) -> Sequence[Any]:
             return gr.Radio(**_keep_control(contest.students[name])), _keep_reason(contest.students[name])
 
-        # Who moves on while an answer is under way wants the answer to the last question.
+        # If the user proceeds during a prediction, only the result of the last request is shown.
         private: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
         inputs, shown = [file, teacher, student, keep], [slider, text, picture, tokens]
         outputs = [*answers, costs, looked, *shown]
@@ -113,11 +114,11 @@ def build_page(contest: DemoModels, max_mb: int) -> gr.Blocks:
 
 
 def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | None) -> Sequence[Any]:
-    """What all components show of one image; the keep control by its label."""
+    """Returns the values of all components for one image; the keep control is given by its label."""
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is no picture; give one of {', '.join(_SUFFIXES)}")
-    example = read_picture(path, name=file.name)  # Messages on the page do not name the server's folders.
+    example = read_picture(path, name=file.name)  # Messages on the page must not contain folders of the server.
     keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
     ways: list[tuple[DemoModel, Keep | None]] = [(teacher, None), (student, keep)]
     seen = [model.preprocess(example) for model, _ in ways]
@@ -131,8 +132,11 @@ def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | Non
 
 
 def _at(looked: Looked | None, index: float) -> Sequence[Any]:
-    """What the slider shows at a place: how many tokens there are; the image, or the tokens' patches as regions; and
-    image and caption of each token, those first that the class token attends to most."""
+    """Returns the number of tokens at a slider position, their image, and image and caption of each token.
+
+    The image is the input or, after slimming, the tokens' patches as regions. The tokens are sorted by class attention,
+    in decreasing order.
+    """
     if looked is None:
         return "", None, []
     seen, maps = looked

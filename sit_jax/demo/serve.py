@@ -1,4 +1,4 @@
-"""Opens the models, serves the page and waits."""
+"""Opens the models and serves the page."""
 
 import errno
 import os
@@ -24,17 +24,17 @@ def serve(
 
     Args:
         students: Folders of slimmed models.
-        teachers: Folders of what they are compared with; empty for the teachers that lie in the students' runs.
-        host: Address to listen at.
-        port: Port to listen at.
-        max_mb: Largest file that the page takes, in megabytes.
+        teachers: Folders of models to compare them with; empty for the teachers in the students' run directories.
+        host: Address to listen on.
+        port: Port to listen on.
+        max_mb: Largest file size that the page accepts, in megabytes.
 
     Raises:
-        UserError: A model cannot be opened, Gradio is not installed, the port is taken, or the page does not start.
+        UserError: A model cannot be opened, Gradio is not installed, the port is in use, or the page does not start.
     """
     _check_address(host, port)
     contest = open_demo_models(students, teachers)
-    # Left alone, SIGTERM ends the process at once, and the uploads stay.
+    # By default, SIGTERM ends the process at once, which would leave the uploaded files.
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tempfile.TemporaryDirectory(prefix="sit_demo_") as folder:
@@ -50,20 +50,20 @@ def serve(
 
 
 def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_mb: int) -> Any:
-    """Starts serving the page; returns Gradio's `Blocks`, whose `close` ends it.
+    """Starts serving the page; returns Gradio's `Blocks`, whose `close` stops it.
 
     Args:
         contest: The models.
-        folder: Where uploaded files and drawn images lie; the page reads nothing else.
-        host: Address to listen at.
-        port: Port to listen at.
-        max_mb: Largest file that the page takes, in megabytes.
+        folder: Folder of uploaded files and drawn images; the page reads no other files.
+        host: Address to listen on.
+        port: Port to listen on.
+        max_mb: Largest file size that the page accepts, in megabytes.
 
     Raises:
         UserError: Gradio is not installed, or does not start.
     """
-    # Read when Gradio is imported, and while it runs: it calls no one but its own page, for which it would ask a proxy
-    # that the environment names, and keeps its files where they are cleaned up.
+    # Read when Gradio is imported and while it runs: it connects only to its own page, for which it would use the proxy
+    # of the environment, and stores its files where they are cleaned up.
     os.environ |= {
         "GRADIO_ANALYTICS_ENABLED": "False",
         "GRADIO_SHARE": "False",
@@ -106,7 +106,8 @@ def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
             app_kwargs={"middleware": [guard], "openapi_url": None, "docs_url": None},
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
-        # Of several lines the first says what failed. Gradio's ValueError is that its own page does not answer.
+        # In a message of several lines, the first states the error. Gradio's ValueError means that its own page does
+        # not respond.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Gradio cannot serve the page at {host}:{port}: {reason}") from error
     return page

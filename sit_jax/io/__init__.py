@@ -1,1 +1,1 @@
-"""Files: runs, model folders, weights of other programs, exports."""
+"""File input and output: runs, model folders, weights of other frameworks, exports."""

@@ -1,4 +1,4 @@
-"""Outputs are whole or not there: they are written beside their place and renamed."""
+"""Atomic output: files and folders are written to a temporary sibling and renamed."""
 
 import contextlib
 import json
@@ -14,14 +14,14 @@ from sit_jax.errors import UserError
 
 @contextlib.contextmanager
 def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
-    """Gives a temporary sibling to write a file or a folder to, and renames it when the block ends well.
+    """Yields a temporary sibling to write a file or folder to, and renames it if the block succeeds.
 
     Args:
         path: The file or folder.
-        replace: Whether an older one makes way.
+        replace: Whether to replace an existing file or folder.
 
     Raises:
-        UserError: There is something at the place already, or it cannot be written; then nothing is left behind.
+        UserError: The path exists or cannot be written; temporary files are then removed.
     """
     if not replace and (path.exists() or path.is_symlink()):
         raise UserError(f"{path}: is there already; remove it or choose another place")
@@ -34,12 +34,12 @@ def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib
 
 @contextlib.contextmanager
 def atomic_replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary sibling to write to, and puts it in the place of an older one when the block ends well.
+    """Yields a temporary sibling to write to, and replaces an existing file or folder with it if the block succeeds.
 
-    Only a folder takes the place of a folder.
+    A folder can only be replaced with a folder.
 
     Raises:
-        OSError: It cannot be written; then nothing is left behind, and what was there is as it was.
+        OSError: The path cannot be written; temporary files are then removed, and the old file or folder is unchanged.
     """
     part, old = (path.with_name(f".{path.name}.{word}") for word in ("part", "old"))
     try:
@@ -48,7 +48,7 @@ def atomic_replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield part
         if part.is_dir() and path.is_dir() and not path.is_symlink():
             _remove(old)
-            path.rename(old)  # A folder cannot be renamed onto another one.
+            path.rename(old)  # A folder cannot be renamed to an existing one.
         part.replace(path)
     finally:
         with contextlib.suppress(OSError):
@@ -59,7 +59,7 @@ def atomic_replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_safetensors(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
-    """Writes float32 tensors, one at a time: the library's own writer wants all of them at once.
+    """Writes float32 tensors one at a time; the library's own writer needs all of them in memory.
 
     Args:
         path: The file.
@@ -84,7 +84,7 @@ def write_safetensors(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]],
 
 
 def require_torch(path: pathlib.Path) -> None:
-    """Raises a UserError where PyTorch, which writes `.pth` files, is not installed."""
+    """Raises a UserError if PyTorch, which writes `.pth` files, is not installed."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -92,10 +92,10 @@ def require_torch(path: pathlib.Path) -> None:
 
 
 def write_torch(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes PyTorch's own kind of file.
+    """Writes a PyTorch file with `torch.save`.
 
     Raises:
-        OSError: It cannot be written. PyTorch raises a RuntimeError of many lines where the disk is full.
+        OSError: The file cannot be written. (On a full disk, PyTorch itself raises a RuntimeError of many lines.)
     """
     import torch
 
@@ -104,7 +104,7 @@ def write_torch(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> Non
         with path.open("wb") as file:
             torch.save(tensors, file)
     except RuntimeError as error:
-        # What the operating system said comes first; PyTorch then fails to end the file that it began.
+        # The operating system's error is first; PyTorch then fails to finish the file.
         first = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(first, "strerror", None) or (str(first).splitlines() or ["PyTorch gives up"])[0][:200]
         raise OSError(reason) from None

@@ -1,4 +1,4 @@
-"""Reads checkpoints of runs through Orbax, onto any device or mesh."""
+"""Restores checkpoints of runs with Orbax, onto any device or mesh."""
 
 import contextlib
 import gc
@@ -21,23 +21,23 @@ NO_SCORE = -1.0
 
 
 def best_step(checkpoints: Iterable[Any]) -> int | None:
-    """The step of the best of Orbax's descriptions of checkpoints by accuracy, the earliest of equals.
+    """Returns the step of the checkpoint with the best accuracy, the earliest of equals.
 
-    None where no checkpoint has an evaluation that is finite.
+    The argument has Orbax's checkpoint infos. The result is None if no checkpoint has a finite evaluation.
     """
     scored = [(found, -int(c.step)) for c in checkpoints if (found := score(c.metrics)) > NO_SCORE]
     return -max(scored)[1] if scored else None
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
-    """Accuracy of an evaluation; below every accuracy where there is none, or where it is not finite."""
+    """Returns the accuracy of an evaluation, or `NO_SCORE` if there is none or a value is not finite."""
     values = metrics or {}
     return values.get(BEST_BY, NO_SCORE) if all(map(math.isfinite, values.values())) else NO_SCORE
 
 
 @contextlib.contextmanager
 def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator[Any]:
-    """Orbax's checkpointer over a run's folder, for reading; nothing there is changed.
+    """Opens Orbax's checkpointer of a run directory for reading; nothing is modified.
 
     Raises:
         RunError: There is no checkpoint, or none of that step.
@@ -56,17 +56,17 @@ def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator
 def load_variables(
     workdir: pathlib.Path, abstract: dict[str, Any], ema: bool = False, step: int | None = None
 ) -> dict[str, Any]:
-    """Reads a model's variables, without the optimizer, onto the default device.
+    """Restores a model's variables, without the optimizer state, onto the default device.
 
     Args:
-        workdir: The run's folder.
+        workdir: The run directory.
         abstract: Shapes and types of `{'params': ..., 'batch_stats': ...}`.
-        ema: Read the moving average instead of the weights.
-        step: Which checkpoint; the newest where None.
+        ema: Restore the moving average instead of the weights.
+        step: Step of the checkpoint; the newest if None.
 
     Raises:
-        RunError: There is no checkpoint, or it is of another model, or it holds no moving average.
-        NotFiniteError: It holds weights that are not finite.
+        RunError: There is no checkpoint, it is of another model, or it contains no moving average.
+        NotFiniteError: The weights are not finite.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
@@ -95,10 +95,10 @@ def _check_finite(tree: Any, where: str) -> None:
 
 
 def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
-    """Reads the reverse modules' parameters; see `load_variables`, which finds out first whether there is such a step.
+    """Restores the parameters of the reverse modules; call `load_variables` first, which checks that the step exists.
 
     Raises:
-        RunError: The checkpoint holds no such reverse modules.
+        RunError: The checkpoint contains no such reverse modules.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
@@ -115,7 +115,7 @@ def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) 
 
 
 def latest_step(workdir: pathlib.Path) -> int:
-    """The step of a run's newest checkpoint, of which there must be one."""
+    """Returns the step of a run's newest checkpoint; raises an error if there is none."""
     with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
         latest = checkpointer.latest
         assert latest is not None, "there is no checkpoint"
@@ -124,7 +124,7 @@ def latest_step(workdir: pathlib.Path) -> int:
 
 @contextlib.contextmanager
 def silent_threads() -> Iterator[None]:
-    """TensorStore's reads of a damaged file fail by the hundred, each with a traceback; one error is raised."""
+    """Suppresses the hundreds of tracebacks of TensorStore's reads of a damaged file; one error is raised."""
     loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     for logger in loggers:
@@ -133,7 +133,7 @@ def silent_threads() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # What no one waited for complains when it is collected.
+        gc.collect()  # Futures that were not awaited log their errors when they are garbage-collected.
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""A model and its weights as a function from images to logits."""
+"""Inference: converts a model and its weights to a function from images to logits."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from sit_jax.ops.attention import choose
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
 
-# From so many rows on, XLA's own products in float32 are faster than its library's on a CPU.
+# From this number of rows on, XLA's own float32 matrix products are faster on CPU than those of its library.
 _MANY_ROWS = 1024
 
 
@@ -26,9 +26,10 @@ class InferenceModel(NamedTuple):
     Attributes:
         apply: `(weights, images) -> logits`: normalized images (batch, height, width, channels) to float32
             (batch, classes). Pure, not jitted.
-        weights: What it takes: the model's variables with BatchNorm folded, kernels in the type of the products.
-        tokens: Patch tokens of an image.
-        dtype: Type of the products, by its name.
+        weights: The weights argument of `apply`: the model's variables with BatchNorm folded and kernels cast to
+            `dtype`.
+        tokens: Number of patch tokens of an image.
+        dtype: Name of the type of the matrix products.
     """
 
     apply: Callable[[Any, Array], Array]
@@ -37,11 +38,11 @@ class InferenceModel(NamedTuple):
     dtype: str
 
     def jitted(self, batch: int, before: Callable[[Any], Array] | None = None) -> Any:
-        """The jitted `(weights, inputs) -> logits` for so many images at a time.
+        """Returns the jitted `(weights, inputs) -> logits` for a batch size.
 
         Args:
-            batch: Images.
-            before: Turns the inputs into normalized images, compiled with the model.
+            batch: The batch size.
+            before: Converts the inputs to normalized images; compiled with the model.
         """
 
         def run(weights: Any, inputs: Any) -> Array:
@@ -51,7 +52,7 @@ class InferenceModel(NamedTuple):
         return jax.jit(run, compiler_options=cpu_options(library) if jax.default_backend() == "cpu" else None)
 
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
-        """The jitted function from inputs to logits, its weights on the device.
+        """Returns the jitted function from inputs to logits, with the weights on the device.
 
         Args:
             before: See `jitted`.
@@ -64,7 +65,7 @@ class InferenceModel(NamedTuple):
         rows = self.tokens
 
         def call(inputs: Any) -> Array:
-            # Compiler options belong to the outermost compilation, which is another one inside a trace.
+            # Compiler options apply only to the outermost compilation, which inside a trace is another one.
             if _traced(weights) or _traced(inputs):
                 return apply(weights, inputs if before is None else before(inputs))
             with jax.ensure_compile_time_eval():
@@ -79,16 +80,16 @@ def inference_model(
     """Prepares a model for inference.
 
     Args:
-        arch: The model's shape.
-        variables: `{'params': ..., 'batch_stats': ...}` as `init` gives and checkpoints hold them.
-        dtype: Type of the products, `float32` or `bfloat16`.
-        attention: Name of the softmax attention, `auto` for the fastest of this process's default device.
+        arch: The model's architecture.
+        variables: `{'params': ..., 'batch_stats': ...}`, as returned by `init` and stored in checkpoints.
+        dtype: Type of the matrix products, `float32` or `bfloat16`.
+        attention: Name of the softmax attention; `auto` selects the fastest one for the default device.
     """
     if isinstance(arch, RegNetArchitecture):
         module = build_model(arch, dtype=dtype)
         return InferenceModel(lambda weights, images: module.apply(weights, images)[0], variables, 1, dtype)
     if attention == "auto":
-        # Without a backward pass, derivatives by hand have no use.
+        # Without a backward pass, the custom derivatives are not needed.
         fastest = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
         attention = "plain" if fastest == "xla" else fastest
     module = build_model(arch, dtype=dtype, attention=attention).clone(batch_norm=False)
@@ -107,7 +108,7 @@ def _traced(tree: Any) -> bool:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Probabilities (batch, classes) of logits, in float64.
+    """Returns the probabilities (batch, classes) of logits, in float64.
 
     Raises:
         NotFiniteError: A logit is not finite.

@@ -1,4 +1,4 @@
-"""Model folders: `model.safetensors` in the PyTorch original's names and layouts, and `config.json`."""
+"""Model folders: `model.safetensors` with the names and layouts of the PyTorch original, and `config.json`."""
 
 import dataclasses
 import functools
@@ -22,25 +22,26 @@ from sit_jax.io.weights import Weights
 from sit_jax.models.architecture import Architecture
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# Whoever has PyTorch needs nothing but the folder.
+# PyTorch users need nothing but the folder.
 TORCH_MODULE = pathlib.Path(__file__).with_name("export") / "torch_model.py"
 FORMAT, VERSION = "sit_jax", 1
-# The entries of config.json that describe the file itself; all others are the model's `metadata`.
+# Entries of config.json that describe the file itself; all others are the model's `metadata`.
 _OWN = ("format", "format_version", "architecture", "kept_tokens")
 
 _ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
 
 
 def save_folder(path: pathlib.Path, weights: Weights, with_reverse: bool = False) -> None:
-    """Writes a model folder, whole or not at all, with a copy of the PyTorch module beside the weights.
+    """Writes a model folder atomically, with a copy of the PyTorch module next to the weights.
 
     Args:
-        path: The folder; must not be there yet.
+        path: The folder; must not exist.
         weights: The model.
         with_reverse: Also write the reverse modules, which only training needs.
 
     Raises:
-        UserError: The folder is there already or cannot be written, or `with_reverse` and the model has none.
+        UserError: The folder exists or cannot be written, or the model has no reverse modules and `with_reverse` is
+            set.
     """
     if with_reverse and not weights.reverse:
         raise UserError(f"{path}: the model holds no reverse modules that could be written")
@@ -52,11 +53,11 @@ def save_folder(path: pathlib.Path, weights: Weights, with_reverse: bool = False
 
 
 def load_folder(path: pathlib.Path) -> Weights:
-    """Reads a model folder; reverse modules where it holds them.
+    """Reads a model folder, with the reverse modules if it has them.
 
     Raises:
-        UserError: It is no model folder, or one that is damaged: a file missing or truncated, another architecture's
-            weights, a tensor missing, left over or of another shape, or values that are not finite.
+        UserError: The path is not a model folder, or the folder is damaged: a file is missing or truncated, the weights
+            are of another architecture, a tensor is missing, unexpected or has another shape, or values are not finite.
     """
     config = read_json(path / CONFIG)
     arch, metadata = read_description(config, path / CONFIG)
@@ -70,7 +71,7 @@ def load_folder(path: pathlib.Path) -> Weights:
 
 
 def is_folder(path: pathlib.Path) -> bool:
-    """Whether a path is a model folder, rather than a run's."""
+    """Returns whether a path is a model folder and not a run directory."""
     if not (path / CONFIG).is_file():
         return False
     try:
@@ -81,7 +82,7 @@ def is_folder(path: pathlib.Path) -> bool:
 
 
 def write_weights(path: pathlib.Path, weights: Weights, with_reverse: bool) -> None:
-    """Writes the weights' file in the original's layout; see `save_folder`."""
+    """Writes the weights file in the original's layout; see `save_folder`."""
     arrays = flatten_dict({"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse})
     table = name_table(weights.arch, with_reverse)
     tensors = (entry.to_torch(np.asarray(arrays[entry.path], np.float32)) for entry in table)
@@ -90,8 +91,8 @@ def write_weights(path: pathlib.Path, weights: Weights, with_reverse: bool) -> N
 
 @functools.cache
 def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of every tensor in the original's layout, in the order of `name_table`."""
-    # The layout's function applied to arrays of one value that only look large.
+    """Returns key -> shape of every tensor in the original's layout, in the order of `name_table`."""
+    # The layout functions are applied to broadcast arrays of one value, which need no memory.
     ours = {
         path: np.broadcast_to(np.float32(0), x.shape)
         for path, x in flatten_dict(expected_shapes(arch, reverse)).items()
@@ -100,20 +101,20 @@ def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, .
 
 
 def describe(arch: Architecture, metadata: dict[str, Any]) -> dict[str, Any]:
-    """What a model is, as JSON values: the contents of `config.json`."""
+    """Returns the description of a model as JSON values: the contents of `config.json`."""
     own = {"format": FORMAT, "format_version": VERSION, "architecture": dataclasses.asdict(arch)}
     return {**own, "kept_tokens": list(arch.token_counts), **metadata}
 
 
 def read_description(values: dict[str, Any], where: object) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture and the model's `metadata` of a description; the inverse of `describe`.
+    """Returns the architecture and `metadata` that a description holds; the inverse of `describe`.
 
     Args:
         values: The JSON values.
         where: The file, for messages.
 
     Raises:
-        UserError: They describe no model, or one of a later version of the format.
+        UserError: The values are not a model description, or are of a later version of the format.
     """
     if values.get("format") != FORMAT:
         raise UserError(f'{where}: describes no model of sit_jax: "format" is {values.get("format")!r}')
@@ -135,10 +136,10 @@ def read_description(values: dict[str, Any], where: object) -> tuple[Architectur
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        UserError: The file is missing or holds something else.
+        UserError: The file is missing or is not a JSON object.
     """
     try:
         values = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Whatever maps images to logits: a run, a model folder, an ONNX file, a StableHLO artifact."""
+"""Predictors: models that map images to logits, from a run, a model folder, an ONNX file or a StableHLO artifact."""
 
 import dataclasses
 import pathlib
@@ -27,13 +27,13 @@ Logits = Callable[[np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A model that is ready to be asked.
+    """A model ready for prediction.
 
     Attributes:
         logits: uint8 images (batch, height, width, channels) of the model's size -> float32 (batch, classes).
-        arch: The model's shape.
+        arch: The model's architecture.
         data: How images are read.
-        metadata: What else is known, such as `class_names`; see `Weights.metadata`.
+        metadata: Other metadata, such as `class_names`; see `Weights.metadata`.
     """
 
     logits: Logits
@@ -43,17 +43,17 @@ class Predictor:
 
     @property
     def class_names(self) -> list[str]:
-        """The classes' names; their numbers where no names are known."""
+        """The class names; the class indices as text if no names are known."""
         return class_names(self.metadata, self.arch)
 
 
 def open_weights(
     source: pathlib.Path, ema: bool = False, step: int | None = None, with_reverse: bool = False
 ) -> Weights:
-    """The weights of a run or of a model folder, every entry of their preprocessing filled in.
+    """Returns the weights of a run or a model folder, with all entries of their preprocessing set.
 
     Raises:
-        UserError: It is neither, or damaged; or `ema` or `step` is asked of a model folder.
+        UserError: The path is neither, or is damaged; or `ema` or `step` is given for a model folder.
     """
     _check_source(source)
     if source.is_file():
@@ -71,11 +71,11 @@ def open_predictor(source: pathlib.Path, ema: bool = False, step: int | None = N
 
     Args:
         source: The folder or file.
-        ema: A run's moving average instead of its weights.
-        step: Which of a run's checkpoints; the newest where None.
+        ema: Use a run's moving average instead of its weights.
+        step: Step of the run's checkpoint; the newest if None.
 
     Raises:
-        UserError: It is none of these, or damaged, or a package is missing that it needs.
+        UserError: The path is none of these, or is damaged, or a required package is missing.
     """
     _check_source(source)
     if source.is_dir():
@@ -93,14 +93,14 @@ def open_predictor(source: pathlib.Path, ema: bool = False, step: int | None = N
 
 
 class Opened(NamedTuple):
-    """A run or a model folder that has been read.
+    """The contents of a run or a model folder.
 
     Attributes:
-        arch: The model's shape.
-        variables: Its variables, NumPy's or JAX's.
+        arch: The model's architecture.
+        variables: Its variables, NumPy or JAX arrays.
         data: How images are read.
-        metadata: What else is known; see `Weights.metadata`.
-        dtype: Type of the products.
+        metadata: Other metadata; see `Weights.metadata`.
+        dtype: Type of the matrix products.
     """
 
     arch: Architecture | RegNetArchitecture
@@ -111,10 +111,10 @@ class Opened(NamedTuple):
 
 
 def open_folder(source: pathlib.Path, ema: bool = False, step: int | None = None) -> Opened:
-    """Reads a run or a model folder; the arguments are those of `open_predictor`.
+    """Reads a run or a model folder; takes the arguments of `open_predictor`.
 
     Raises:
-        UserError: It is neither, or damaged; or `ema` or `step` is asked of a model folder.
+        UserError: The path is neither, or is damaged; or `ema` or `step` is given for a model folder.
     """
     if is_run(source):
         config, variables = trained_variables(source, ema, step)
@@ -126,17 +126,17 @@ def open_folder(source: pathlib.Path, ema: bool = False, step: int | None = None
 
 
 def class_names(metadata: dict[str, Any], arch: Architecture | RegNetArchitecture) -> list[str]:
-    """The classes' names; their numbers where no names are known."""
+    """Returns the class names; the class indices as text if no names are known."""
     return metadata.get("class_names") or [str(index) for index in range(arch.num_classes)]
 
 
 def is_run(source: pathlib.Path) -> bool:
-    """Whether a folder is a run's, or at least no model folder."""
+    """Returns whether a path is a folder other than a model folder, such as a run directory."""
     return source.is_dir() and not is_folder(source)
 
 
 class Described(Protocol):
-    """A model that says how images are read, and what else is known about it."""
+    """A model with image preprocessing and metadata."""
 
     @property
     def data(self) -> DataConfig: ...
@@ -146,10 +146,10 @@ class Described(Protocol):
 
 
 def evaluation_data(predictor: Described, changes: dict[str, Any]) -> DataConfig:
-    """The data that a model is evaluated on: what it was trained for, with some fields of `DataConfig` changed.
+    """Returns the data section for evaluating a model: that of its training, with some fields changed.
 
     Raises:
-        UserError: The model does not say what it was trained for, and the changes name no data set.
+        UserError: The model does not store its training data, and the changes name no data set.
     """
     provenance = predictor.metadata.get("provenance")
     known = isinstance(provenance, dict) and "data" in provenance
@@ -166,7 +166,7 @@ def _jitted(arch: Architecture | RegNetArchitecture, variables: dict[str, Any], 
 def _described(
     path: pathlib.Path, run: Callable[[Any], Any], description: dict[str, Any], channels_last: bool
 ) -> Predictor:
-    """A predictor over an exported function and what its file says about it."""
+    """Returns a predictor for an exported function and its description."""
     arch, metadata = read_description(description, path)
     data = data_config(metadata, path)
     takes = metadata.pop("input", None)

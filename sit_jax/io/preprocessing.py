@@ -1,4 +1,4 @@
-"""How an image becomes a model's input, as plain values that travel with an exported model."""
+"""Image preprocessing as plain values, which are part of an exported model."""
 
 import math
 import pathlib
@@ -15,7 +15,7 @@ from sit_jax.data.registry import open_source
 from sit_jax.errors import UserError
 from sit_jax.io.runs import read_class_names
 
-# What models for ImageNet expect, and what is taken where a description is silent.
+# Preprocessing of ImageNet models; the default for missing entries of a description.
 IMAGENET: dict[str, Any] = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
@@ -24,17 +24,17 @@ IMAGENET: dict[str, Any] = {
     "resize": "crop",
 }
 
-# Keys of the data section that decide which images a model is evaluated on.
+# Keys of the data section that determine the images for evaluation.
 _EVALUATED = ("eval_split", "val_fraction", "on_decode_error", "max_pixels")
 
-# As models written by earlier versions have them.
+# The preprocessing of models written by earlier versions.
 _FORMER = {"held_out": "val_fraction", "on_broken": "on_decode_error"}
 
 _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
 def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
-    """The evaluation preprocessing of a configuration; mean and deviation per channel, averaged for grey images."""
+    """Returns the evaluation preprocessing of a configuration; mean and std per channel, averaged for grey images."""
     return {
         "mean": _per_channel(data.mean, channels),
         "std": _per_channel(data.std, channels),
@@ -44,15 +44,15 @@ def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
     }
 
 
-# Below this a deviation is none, and in float32 it may be zero.
+# Smallest valid standard deviation; in float32, a smaller one may be zero.
 _SMALLEST_STD = 1e-9
 
 
 def check_about(metadata: dict[str, Any], num_classes: int, where: object) -> None:
-    """Raises a UserError where a description of a model holds what no image or class can be described by.
+    """Raises a UserError if a model's metadata has values that are not valid for images or classes.
 
     Args:
-        metadata: See `Weights.metadata`.
+        metadata: Number of classes of the model.
         num_classes: The model's classes.
         where: The file, for messages.
     """
@@ -81,7 +81,7 @@ def _are_numbers(values: Any, above: float) -> bool:
 
 
 def settled(metadata: dict[str, Any], channels: int) -> dict[str, Any]:
-    """A model's `metadata` with every entry of `preprocessing` there, ImageNet's where it is silent."""
+    """Returns a model's `metadata` with all entries of `preprocessing` set; missing ones are ImageNet's."""
     given = metadata.get("preprocessing") or {}
     filled = {**IMAGENET, **given}
     for name in ("mean", "std"):
@@ -90,22 +90,22 @@ def settled(metadata: dict[str, Any], channels: int) -> dict[str, Any]:
 
 
 def assumptions(metadata: dict[str, Any]) -> str:
-    """What is taken of `IMAGENET`, since a model's `metadata` is silent: `name value, ...`; empty where it says all."""
+    """Returns the entries of `IMAGENET` used as defaults: `name value, ...`; empty if the `metadata` is complete."""
     given = metadata.get("preprocessing") or {}
     return ", ".join(f"{name} {value}" for name, value in IMAGENET.items() if name not in given)
 
 
 def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
-    """The data section that reads images as a model's `metadata` says.
+    """Returns the data section with the image preprocessing of a model's `metadata`.
 
     Raises:
-        UserError: The description holds impossible values; `where` names it.
+        UserError: The metadata has invalid values; the message contains `where`.
     """
     values = {**IMAGENET, **(metadata.get("preprocessing") or {})}
     for name in ("mean", "std"):
         numbers = values[name]
         if isinstance(numbers, Sequence) and len(numbers) == 1:
-            values[name] = list(numbers) * 3  # Grey: DataConfig averages them again.
+            values[name] = list(numbers) * 3  # Grey images: DataConfig averages the values again.
     provenance = metadata.get("provenance")
     if isinstance(provenance, dict) and "data" in provenance:
         provenance = {_FORMER.get(name, name): value for name, value in provenance.items()}
@@ -119,7 +119,7 @@ def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
 
 
 def about_run(config: Config, folder: pathlib.Path, step: int, ema: bool) -> dict[str, Any]:
-    """What is known about a run's model: class names, preprocessing, provenance; see `Weights.metadata`."""
+    """Returns the metadata of a run's model: class names, preprocessing, provenance; see `Weights.metadata`."""
     metadata: dict[str, Any] = {
         "preprocessing": preprocessing_of(config.data, config.model.architecture.in_channels),
         "provenance": {
@@ -136,20 +136,20 @@ def about_run(config: Config, folder: pathlib.Path, step: int, ema: bool) -> dic
 
 
 def run_class_names(config: Config, folder: pathlib.Path) -> list[str] | None:
-    """The class names of a run, by index; None, with a line that says why, where nothing tells them.
+    """Returns the class names of a run, by index, or None, with a line that states the reason, if they are unknown.
 
     Args:
         config: The run's configuration.
-        folder: The run's folder.
+        folder: The run directory.
 
     Raises:
-        RunError: The file that holds them is damaged.
+        RunError: The file of class names is damaged.
     """
     names = read_class_names(folder)
     if names is not None:
         return names
     try:
-        # Runs of older versions do not hold them; their data may still be there.
+        # Runs of older versions do not store them, but their data may still exist.
         return [str(name) for name in open_source(config.data, config.data.eval_split).class_names]
     except UserError as error:
         print(f"class names of {folder} are unknown: {error}", file=sys.stderr)

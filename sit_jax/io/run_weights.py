@@ -1,4 +1,4 @@
-"""The weights of a finished run, for every writer."""
+"""Reads the weights of a run, for all writers."""
 
 import pathlib
 from typing import Any
@@ -21,13 +21,13 @@ def run_weights(
     """Reads the weights of a run's checkpoint.
 
     Args:
-        folder: The run's folder.
-        ema: The moving average instead of the weights.
-        step: Which checkpoint; the newest where None.
-        with_reverse: Also the reverse modules.
+        folder: The run directory.
+        ema: Read the moving average instead of the weights.
+        step: Step of the checkpoint; the newest if None.
+        with_reverse: Also read the reverse modules.
 
     Raises:
-        UserError: There is no such checkpoint, the model is no vision transformer, or it was trained without reverse
+        UserError: There is no such checkpoint, the model is not a vision transformer, or it was trained without reverse
             modules.
     """
     arch = read_config(folder).model.architecture

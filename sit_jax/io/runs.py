@@ -1,4 +1,4 @@
-"""The folder of a run: what identifies it, and whether a run may start in it."""
+"""Run directories: their configuration and class names, and whether a run may start in them."""
 
 import contextlib
 import json
@@ -20,20 +20,20 @@ CONFIG = "config.json"
 CLASS_NAMES = "class_names.json"
 SUMMARY = "summary.json"
 
-# What may differ between a run and its continuation.
+# Sections that may differ between a run and its continuation.
 _FREE = ("log", "checkpoint", "mesh", "data.data_dir", "data.workers", "data.threads")
 
 
 def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> None:
-    """Makes a folder this configuration's, or finds that it already is.
+    """Claims a run directory for a configuration, or verifies that it has this configuration.
 
     Raises:
-        RunError: The folder cannot be written, holds another configuration's run, or holds this one's and `resume`
-            is False.
+        RunError: The folder cannot be written, contains the run of another configuration, or contains this run and
+            `resume` is False.
     """
     path = workdir / CONFIG
     if path.exists():
-        # Read and written anew: a run of an older version lacks the keys that have come since, all at their defaults.
+        # Converted to the current format: a run of an older version lacks newer keys, which are all at their defaults.
         difference = _difference(to_dict(read_config(workdir)), to_dict(config))
         if difference:
             raise RunError(f"{workdir} holds another configuration's run ({difference}); choose another --workdir")
@@ -41,7 +41,7 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
             raise RunError(
                 f"{workdir} already holds this run; pass --resume to go on with it, or choose another --workdir"
             )
-        with writing(workdir):  # Better now than at the first checkpoint.
+        with writing(workdir):  # Fails here instead of at the first checkpoint.
             tempfile.TemporaryFile(dir=workdir).close()
         return
     if (workdir / FOLDER).exists():
@@ -52,10 +52,10 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-    """The configuration of the run in a folder.
+    """Returns the configuration of a run directory.
 
     Raises:
-        RunError: There is no run in it.
+        RunError: The folder is not a run directory.
     """
     path = workdir / CONFIG
     if not path.is_file():
@@ -67,10 +67,10 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) -> None:
-    """Writes the class names of a run's data beside its configuration, or finds that they are the same.
+    """Writes the class names of a run's data next to its configuration, or verifies that they are the same.
 
     Raises:
-        RunError: The folder cannot be written, or the run began with other classes, or with another order of them.
+        RunError: The folder cannot be written, or the run started with other classes or another order of them.
     """
     known = read_class_names(workdir)
     if known is None:
@@ -83,7 +83,7 @@ def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) ->
 
 
 def read_class_names(workdir: pathlib.Path) -> list[str] | None:
-    """The class names of the run in a folder, by index; None for a run of an older version, which has no such file.
+    """Returns the class names of a run, by index, or None for a run of an older version, which does not store them.
 
     Raises:
         RunError: The file is damaged.
@@ -99,7 +99,7 @@ def read_class_names(workdir: pathlib.Path) -> list[str] | None:
 
 @contextlib.contextmanager
 def writing(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns what the file system refuses into a RunError that names the run's folder."""
+    """Converts file system errors to a RunError that names the run directory."""
     try:
         yield
     except OSError as error:
@@ -108,7 +108,7 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON so that the file is either the old one or the whole new one."""
+    """Writes JSON atomically."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
@@ -124,7 +124,7 @@ def _read(path: pathlib.Path) -> Any:
 
 
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:
-    """The first key in which two configurations differ, as text; empty where they are the same run."""
+    """Returns the first key in which two configurations differ, as text; empty if they describe the same run."""
     if where in _FREE:
         return ""
     if isinstance(theirs, dict) and isinstance(mine, dict):
@@ -139,12 +139,12 @@ def _difference(theirs: Any, mine: Any, where: str = "") -> str:
 def trained_variables(
     folder: pathlib.Path, ema: bool = False, step: int | None = None
 ) -> tuple[Config, dict[str, Any]]:
-    """The configuration and the model's variables of a run.
+    """Returns the configuration and the model's variables of a run.
 
     Args:
-        folder: The run's folder.
-        ema: The moving average instead of the weights.
-        step: Which checkpoint; the newest where None.
+        folder: The run directory.
+        ema: Read the moving average instead of the weights.
+        step: Step of the checkpoint; the newest if None.
 
     Raises:
         RunError: There is no run, no checkpoint, or no moving average in it.

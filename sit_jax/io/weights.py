@@ -1,4 +1,4 @@
-"""A model's weights together with what one must know to use them: what every reader returns and every writer takes."""
+"""A model's weights with their metadata: the return type of all readers and the input type of all writers."""
 
 from typing import Any, NamedTuple
 
@@ -6,15 +6,15 @@ from sit_jax.models.architecture import Architecture
 
 
 class Weights(NamedTuple):
-    """A model, its weights and what is known about it.
+    """A model with its weights and metadata.
 
     Attributes:
-        arch: The model's shape.
-        params: The model's parameters, NumPy float32, named and laid out as Linen has them.
-        batch_stats: BatchNorm's running statistics; empty where the model has none.
-        reverse: The reverse modules' parameters; empty where there are none.
+        arch: The model's architecture.
+        params: Parameters, NumPy float32, with Linen's names and layouts.
+        batch_stats: BatchNorm's running statistics; empty if the model has none.
+        reverse: Parameters of the reverse modules; empty if there are none.
         metadata: JSON values: `class_names`, `preprocessing` (`mean`, `std`, `interpolation`, `crop_fraction`,
-            `resize`), `provenance`, `licence`; any may be missing.
+            `resize`), `provenance`, `licence`; each is optional.
     """
 
     arch: Architecture

@@ -1,4 +1,4 @@
-"""Models: Flax Linen modules, and the plain numbers that describe them."""
+"""Models: Flax Linen modules and their architectures."""
 
 from typing import Any
 
@@ -27,17 +27,18 @@ def build_model(
     remat: bool = False,
     attention: str = "auto",
 ) -> Any:
-    """The module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
+    """Returns the module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
 
     Args:
-        arch: The model's shape.
-        drop_path: Stochastic depth of the last block (transformers only).
-        dtype: Type of the products, `float32` or `bfloat16`.
-        remat: Recompute blocks in the backward pass (transformers only).
+        arch: The model's architecture.
+        drop_path: Stochastic depth rate of the last block (transformers only).
+        dtype: Type of the matrix products, `float32` or `bfloat16`.
+        remat: Whether to recompute blocks in the backward pass (transformers only).
         attention: Name of the softmax attention (transformers only); see `sit_jax.ops.attention`.
 
     Raises:
-        ConfigError: The number of classes was left open, there is no such reducer, or the attention does not run here.
+        ConfigError: The number of classes is not set, there is no such reducer, or the device does not support the
+            attention.
     """
     if arch.num_classes == 0:
         raise ConfigError("num_classes", "is 0, left to the data; say how many classes the model has")
@@ -50,7 +51,7 @@ def build_model(
 
 
 def reducer_params(arch: Architecture) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Path -> shape and type of every parameter of a model's reducers."""
+    """Returns path -> shape and type of every parameter of a model's reducers."""
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
     params = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)["params"]
     return {
@@ -61,5 +62,5 @@ def reducer_params(arch: Architecture) -> dict[tuple[str, ...], jax.ShapeDtypeSt
 
 
 def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:
-    """The training-only reverse modules of a slimmed architecture; `dtype` is that of `build_model`."""
+    """Returns the training-only reverse modules of a slimmed architecture; for `dtype` see `build_model`."""
     return ReverseSlimming(arch, dtype=jnp.dtype(dtype))

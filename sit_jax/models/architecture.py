@@ -1,4 +1,4 @@
-"""What a model is, as plain numbers: read by the modules, the cost counter, the converters and the configs alike."""
+"""Architectures as plain values, used by the modules, the cost counter, the converters and the configs."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,45 +8,47 @@ from sit_jax.errors import ConfigError
 
 Stem = Literal["patch", "conv4", "conv6", "conv7"]
 
-# The strided convolutions of the conv stems always reduce by this factor, whatever patch_size says.
+# The total stride of the conv stems' strided convolutions, independent of patch_size.
 CONV_STEM_STRIDE = 16
-# No model is larger in any direction; what claims to be is damaged.
+# Upper limit of all sizes; larger values indicate damaged data.
 _LARGEST, _DEEPEST = 2**20, 2**12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The shape of a vision transformer, slimmed (`stage_blocks` given) or not (`stage_blocks` empty).
+    """Architecture of a vision transformer, with slimming (`stage_blocks` is set) or without (`stage_blocks` is empty).
 
-    A slimmed model is cut into stages; a token slimming module stands after every stage but the last. Stage `i`
-    works on `token_counts[i]` patch tokens: `int(N * keep_ratio**i)` of the grid's `N` (the original's rule), or what
-    `kept_tokens` says.
+    A slimmed model has stages; a token slimming module follows every stage except the last. Stage `i` has
+    `token_counts[i]` patch tokens: `int(N * keep_ratio**i)` of the grid's `N` (the original's rule), or the value in
+    `kept_tokens`.
 
     Attributes:
-        family: Tells this shape from a RegNet's.
+        family: Distinguishes this architecture from a RegNet.
         image_size: Height and width of the input in pixels.
         in_channels: Channels of the input image.
-        num_classes: Width of the classification head. 0 leaves it to the data: a run fills it in before it builds a
-            model.
+        num_classes: Width of the classification head. 0 means that the data determines it: a run sets it before it
+            builds a model.
         stem: `patch` is one strided convolution (ViT, DeiT); `conv4` and `conv6` are the 3x3 stems with BatchNorm of
             the paper's models; `conv7` is LV-ViT's, a 7x7 convolution, two 3x3 ones and a patch projection.
         stem_width: Channels of the `conv7` stem's convolutions; the other stems follow from `dim`.
         patch_size: Pixels per side of a patch. The conv stems reduce by 16 and accept nothing else.
         dim: Width of a token.
-        depth: Number of transformer blocks.
+        depth: Embedding dimension (width of a token).
         num_heads: Attention heads; divides `dim`.
         mlp_ratio: Hidden width of a block's MLP over `dim`.
-        qkv_bias: Whether the query, key and value projections have a bias.
-        residual_scale: Residual branches are divided by this (LV-ViT's `skip_lam`).
-        layer_scale: Whether residual branches are multiplied by a learned factor per channel (CaiT, DeiT-III).
+        qkv_bias: Hidden width of a block's MLP, relative to `dim`.
+        residual_scale: Whether the query, key and value projections have a bias.
+        layer_scale: Whether residual branches are multiplied by a learned scale per channel (CaiT, DeiT-III).
         norm_eps: Epsilon of every LayerNorm in the blocks and before the head.
-        distillation_token: A second learned token and head, trained on a CNN teacher's hard labels (DeiT).
-        aux_head: The per-token head of token-labelled teachers; only token labelling trains or uses it.
+        distillation_token: Whether there is a second learned token with a head, trained on a CNN teacher's hard labels
+            (DeiT).
+        aux_head: Whether there is the per-patch head of token-labelled teachers; only token labelling trains or uses
+            it.
         stage_blocks: Blocks per stage; empty for a model without slimming.
-        keep_ratio: Fraction of the tokens that each stage keeps of the one before.
-        reducer: What reduces the patch tokens between stages: `slim` (token slimming, the paper's), another registered
-            name, or `MODULE:CLASS`.
-        kept_tokens: Explicit patch tokens per stage, the first being the whole grid; overrides `keep_ratio`.
+        keep_ratio: Fraction of the tokens that each stage keeps of the previous one.
+        reducer: Module that reduces the patch tokens between stages: `slim` (token slimming, of the paper), another
+            registered name, or `MODULE:CLASS`.
+        kept_tokens: Explicit patch tokens per stage, the first of which is the whole grid; overrides `keep_ratio`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -124,27 +126,27 @@ class Architecture:
 
     @property
     def grid_size(self) -> int:
-        """Patches along one side of the image."""
+        """Number of patches along one side of the image."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patch tokens before any slimming."""
+        """Number of patch tokens before any slimming."""
         return self.grid_size**2
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens that are not patches: the class token and, where there is one, the distillation token."""
+        """Number of tokens that are not patches: the class token and, if there is one, the distillation token."""
         return 2 if self.distillation_token else 1
 
     @property
     def is_slimmed(self) -> bool:
-        """Whether any token slimming module is in the model."""
+        """Whether the model has a token slimming module."""
         return len(self.stage_blocks) > 1
 
     @property
     def token_counts(self) -> tuple[int, ...]:
-        """Patch tokens in each stage; one stage of all tokens without slimming."""
+        """Patch tokens in each stage; a single stage with all tokens if there is no slimming."""
         if self.kept_tokens:
             return self.kept_tokens
         ratio = 1.0 if self.keep_ratio is None else self.keep_ratio
@@ -152,24 +154,24 @@ class Architecture:
 
     @property
     def slimming(self) -> dict[int, int]:
-        """Block index -> tokens kept by the slimming module behind that block, in order."""
+        """Block index -> tokens kept by the slimming module after that block, in order."""
         ends = [sum(self.stage_blocks[: stage + 1]) - 1 for stage in range(len(self.stage_blocks) - 1)]
         return dict(zip(ends, self.token_counts[1:], strict=False))
 
     @property
     def block_input_tokens(self) -> tuple[int, ...]:
-        """Patch tokens that each block works on."""
+        """Number of patch tokens in the input of each block."""
         blocks = self.stage_blocks or (self.depth,)
         return tuple(n for n, repeats in zip(self.token_counts, blocks, strict=True) for _ in range(repeats))
 
     @property
     def block_output_tokens(self) -> tuple[int, ...]:
-        """Patch tokens after each block and the slimming module behind it: what the reverse modules receive."""
+        """Number of patch tokens after each block and its slimming module: the input of the reverse modules."""
         return tuple(self.slimming.get(block, n) for block, n in enumerate(self.block_input_tokens))
 
     @property
     def first_reversed_block(self) -> int:
-        """Index of the first block with a reverse module; the depth where nothing is slimmed."""
+        """Index of the first block with a reverse module; the depth if there is no slimming."""
         return min(self.slimming, default=self.depth)
 
     @property
@@ -185,11 +187,11 @@ class Architecture:
 
     @property
     def stem_projection(self) -> int:
-        """Side of the strided projection that ends the stem; 0 for the stems that end with a BatchNorm."""
+        """Patch size of the strided projection that ends the stem; 0 for stems that end with a BatchNorm."""
         return {"patch": self.patch_size, "conv7": self.patch_size // 2}.get(self.stem, 0)
 
     def without_slimming(self) -> "Architecture":
-        """The teacher's shape: the same model with no slimming module and no distillation token."""
+        """Returns the teacher's architecture: the same without slimming modules and without distillation token."""
         plain: dict[str, Any] = {"stage_blocks": (), "keep_ratio": None, "kept_tokens": (), "reducer": "slim"}
         return dataclasses.replace(self, **plain, distillation_token=False)
 
@@ -199,10 +201,10 @@ def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Archit
 
     Args:
         values: Field name -> value.
-        where: Prefix of the field's name in messages, such as `model.`.
+        where: Prefix of the field names in messages, such as `model.`.
 
     Raises:
-        ConfigError: An unknown field or an impossible value; the message begins with the field's name.
+        ConfigError: A field is unknown or has an invalid value; the message begins with the field's name.
     """
     known = sorted(field.name for field in dataclasses.fields(Architecture))
     for name in values:

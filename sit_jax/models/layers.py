@@ -1,6 +1,6 @@
-"""The parts of a transformer block: linear layer, normalization, attention, MLP.
+"""Layers of a transformer block: linear layer, normalization, attention, MLP.
 
-Everything takes a `dtype` for the products and keeps softmax, statistics and parameters in float32.
+`dtype` is the type of the matrix products; softmax, statistics and parameters are always float32.
 """
 
 from typing import Any
@@ -16,15 +16,16 @@ from sit_jax.ops.attention import ATTENTION
 from sit_jax.ops.linear import dot_general, keep_kernels
 
 TOKEN_INIT = nn.initializers.normal(0.02)
-# Glorot's rule, as ViT and big_vision have it: it fits narrow models too, for which the original's 0.02 is too small.
+# Glorot initialization, as in ViT and big_vision; it also suits narrow models, for which the original's 0.02 is too
+# small.
 DENSE_INIT = nn.initializers.xavier_uniform()
 
-# As CaiT and DeiT-III have it for models of up to 24 blocks.
+# As in CaiT and DeiT-III for models of up to 24 blocks.
 LAYER_SCALE_INIT = 1e-4
 
 
 class Dense(nn.Dense):
-    """Flax's linear layer, with float32 sums, bias and weight gradients whatever the `dtype` of the product."""
+    """Flax's linear layer, with float32 sums, bias and weight gradients for every `dtype` of the product."""
 
     dtype: Any = jnp.float32
     kernel_init: Any = DENSE_INIT
@@ -33,17 +34,17 @@ class Dense(nn.Dense):
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        """The product in `dtype`."""
+        """Computes the product in `dtype`."""
         return super().__call__(inputs).astype(self.dtype)
 
 
 def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
-    """LayerNorm in float32; the fast variance would lose digits on large means."""
+    """Returns a LayerNorm in float32, without the fast variance, which is inaccurate for large means."""
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Exact GELU, as in PyTorch; Flax's default is the tanh approximation."""
+    """Computes exact GELU, as in PyTorch; Flax's default is the tanh approximation."""
     value = x.astype(jnp.float32)
     return (value * (0.5 + 0.5 * jax.lax.erf(value * 0.5**0.5))).astype(x.dtype)
 
@@ -52,11 +53,11 @@ class Attention(nn.Module):
     """Multi-head self-attention with softmax in float32.
 
     Attributes:
-        num_heads: Heads; divides the width.
+        num_heads: Number of heads; divides the width.
         qkv_bias: Whether queries, keys and values have a bias.
-        dtype: Type of the products.
+        dtype: Type of the matrix products.
         implementation: Name of the softmax attention; see `sit_jax.ops.attention`.
-        needs: What a reducer wants to know besides the result; see `sit_jax.models.reducers.base`.
+        needs: Values that a reducer needs in addition to the result; see `sit_jax.models.reducers.base`.
     """
 
     num_heads: int
@@ -69,11 +70,11 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "batch tokens dim"], queries: int | None = None
     ) -> tuple[Float[Array, "batch queries dim"], Float[Array, "batch tokens size"] | None, Array | None]:
-        """Attends to all tokens from the first `queries` of them, or from all.
+        """Attends from the first `queries` tokens, or from all, to all tokens.
 
         Returns:
             The result; the keys (mean over heads) and the class token's attention (batch, tokens; mean over heads),
-            each None unless `needs` has it.
+            each None if it is not in `needs`.
         """
         batch, tokens, dim = x.shape
         head_dim = dim // self.num_heads
@@ -90,12 +91,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between.
+    """Two linear layers with exact GELU between them.
 
     Attributes:
-        hidden_dim: Features between the layers.
-        out_dim: Features of the result.
-        dtype: Type of the products.
+        hidden_dim: Hidden width.
+        out_dim: Output width.
+        dtype: Type of the matrix products.
     """
 
     hidden_dim: int
@@ -109,17 +110,17 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose residual branches are divided by the residual scale.
+    """A pre-norm transformer block whose residual branches are divided by the residual scale.
 
-    With layer scale they are first multiplied by a learned factor per channel.
+    With layer scale, the branches are first multiplied by a learned scale per channel.
 
     Attributes:
-        arch: The model's shape.
-        dtype: Type of the products.
+        arch: The model's architecture.
+        dtype: Type of the matrix products.
         attention: Name of the softmax attention; see `sit_jax.ops.attention`.
-        drop_path: Stochastic depth: rate at which an example loses a residual branch in training.
-        reducer: Class of the token reducer behind the block or inside it, or None.
-        kept: Patch tokens that it keeps.
+        drop_path: Stochastic depth: the probability of dropping an example's residual branch in training.
+        reducer: Class of the token reducer after the block or inside it, or None.
+        kept: Number of patch tokens that the reducer keeps.
     """
 
     arch: Architecture
@@ -137,16 +138,17 @@ class Block(nn.Module):
         train: bool = False,
         used: int | None = None,
     ) -> tuple[Float[Array, "batch used dim"], Cues | None, Reduced | None]:
-        """Transforms the tokens. Training takes rng `drop_path`.
+        """Transforms the tokens. Training needs the rng `drop_path`.
 
         Args:
             x: Prefix tokens, then patch tokens.
             mass: Patches merged into each patch token so far; for blocks with a reducer.
-            train: Whether drop path is on.
-            used: Only so many first tokens are computed; all where None.
+            train: Whether drop path is enabled.
+            used: Number of first tokens to compute; all if None.
 
         Returns:
-            The tokens; the cues for a reducer behind the block; what a reducer inside the block did. None without one.
+            The tokens; the cues for a reducer after the block; the result of a reducer inside the block. None if there
+            is none.
         """
         arch, prefix, reducer = self.arch, self.arch.num_prefix_tokens, self.reducer
         needs = reducer.needs if reducer else frozenset()

@@ -17,18 +17,18 @@ from sit_jax.models.vit import Outputs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegNetArchitecture:
-    """The shape of a RegNetY.
+    """Architecture of a RegNetY.
 
     Attributes:
-        family: Tells this shape from a vision transformer's.
+        family: Distinguishes this architecture from a vision transformer.
         image_size: Height and width of the input in pixels.
         in_channels: Channels of the input image.
-        num_classes: Width of the classification head; 0 leaves it to the data.
+        num_classes: Width of the classification head; 0 means that the data determines it.
         stem_width: Channels of the stride-2 stem.
         widths: Channels of each stage; each halves the resolution.
         depths: Blocks of each stage.
         group_width: Channels per group of the 3x3 convolutions; divides every width.
-        squeeze_ratio: Width of the squeeze-and-excitation bottleneck over the block's input width.
+        squeeze_ratio: Width of the squeeze-and-excitation bottleneck, relative to the block's input width.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -95,8 +95,8 @@ class RegNetY(nn.Module):
     """RegNetY: a stride-2 stem, then stages of bottleneck blocks with grouped convolutions and squeeze-excitation.
 
     Attributes:
-        arch: The model's shape.
-        dtype: Type of the products; logits are float32.
+        arch: The model's architecture.
+        dtype: Type of the convolutions; logits are float32.
     """
 
     arch: RegNetArchitecture
@@ -106,8 +106,10 @@ class RegNetY(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> tuple[Float[Array, "batch classes"], Outputs]:
-        """Returns logits (batch, classes) in float32 and `Outputs`, of which only `patch_logits` is there: the head at
-        every place of the last map."""
+        """Returns logits (batch, classes) in float32, and `Outputs` with only `patch_logits`.
+
+        `patch_logits` is the output of the head at every position of the last feature map.
+        """
         arch = self.arch
         x = images.astype(self.dtype)
         x = jax.nn.relu(_ConvNorm(arch.stem_width, 3, 2, dtype=self.dtype, name="stem")(x, train))

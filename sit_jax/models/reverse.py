@@ -1,4 +1,4 @@
-"""Reverse token slimming (RTSM), which training alone needs: section 3.2 of the paper."""
+"""Reverse token slimming (RTSM), used only in training: section 3.2 of the paper."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ Error = Callable[[Array, Array], Array]
 
 
 class ReverseTokenSlimming(nn.Module):
-    """RTSM: recovers the full grid of N tokens from K kept ones, with an MLP over tokens, then one over channels.
+    """RTSM: recovers the full grid of N tokens from K kept tokens, with an MLP over tokens and an MLP over channels.
 
     Attributes:
-        num_tokens: Number N of tokens that come out.
-        dtype: Type of the products.
+        num_tokens: Number N of output tokens.
+        dtype: Type of the matrix products.
     """
 
     num_tokens: int
@@ -38,13 +38,13 @@ class ReverseTokenSlimming(nn.Module):
 
 
 class ReverseSlimming(nn.Module):
-    """One RTSM per block from the first slimmed block on; blocks before it already hold the full grid.
+    """One RTSM per block from the first slimmed block on; the blocks before it have the full grid already.
 
-    A module of its own with its own parameters: what is deployed has no trace of it.
+    This is a separate module with its own parameters, so that deployed models do not include it.
 
     Attributes:
-        arch: The student's shape.
-        dtype: Type of the products.
+        arch: The student's architecture.
+        dtype: Type of the matrix products.
     """
 
     arch: Architecture
@@ -61,12 +61,12 @@ class ReverseSlimming(nn.Module):
         return (*tokens[:first], *(modules[block](tokens[block]) for block in blocks))
 
     def errors(self, tokens: Sequence[Array], targets: Sequence[Array], error: Error) -> list[Array]:
-        """How far each block's recovered tokens are from the teacher's, one block worked off after the other.
+        """Returns the error of each block's recovered tokens against the teacher's, computed sequentially.
 
         Args:
             tokens: Each block's patch tokens, (batch, tokens, dim).
-            targets: The teacher's, (batch, patches, dim); they get no gradient.
-            error: (recovered, target) -> a scalar. The same function for the same thing, since it is compared.
+            targets: Patch tokens of each block of the teacher, (batch, patches, dim); they get no gradient.
+            error: Maps (recovered, target) to a scalar. Pass the same function object each time, since it is compared.
         """
         first = self.arch.first_reversed_block
         module = ReverseTokenSlimming(self.arch.num_patches, self.dtype, parent=None)
@@ -75,7 +75,7 @@ class ReverseSlimming(nn.Module):
             recovered: Any = module.apply({"params": params}, x)
             return error(recovered, jax.lax.stop_gradient(target))
 
-        # So a block's recovered tokens are freed before the next block's are computed.
+        # This frees a block's recovered tokens before the next block's are computed.
         recovery_error = with_eager_grad(recovery_error)
         found = [error(mine, theirs) for mine, theirs in zip(tokens[:first], targets, strict=False)]
         for block in range(first, self.arch.depth):

@@ -1,4 +1,4 @@
-"""Stems, which turn an image into patch tokens, and their BatchNorm."""
+"""Stems, which map an image to patch tokens, and their BatchNorm."""
 
 import functools
 from typing import Any
@@ -15,9 +15,9 @@ CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm as PyTorch keeps it: the running variance is the unbiased one, which `flax.linen.BatchNorm` has biased.
+    """BatchNorm as in PyTorch: the running variance is unbiased, whereas that of `flax.linen.BatchNorm` is biased.
 
-    Under `jit` a batch sharded over a mesh gives the statistics of the global batch.
+    Under `jit`, a batch that is sharded over a mesh has the statistics of the global batch.
 
     Attributes:
         dtype: Type of the result; statistics are float32.
@@ -55,17 +55,17 @@ class BatchNorm(nn.Module):
 
 
 class Stem(nn.Module):
-    """The convolutions before the first block.
+    """The stem: the layers before the first block.
 
-    `conv4` has four 3x3 convolutions of stride 2, `conv6` two more of stride 1 (the paper's models). Each is followed
-    by BatchNorm, and by GELU but for the last. `conv7` has one 7x7 convolution of stride 2 and two 3x3 ones, each
-    followed by BatchNorm and ReLU, and a projection of 8x8 patches (`4_2` in LV-ViT's token-labelling repository).
-    `patch` is the projection alone: one strided convolution (ViT's patch embedding).
+    `conv4` has four 3x3 convolutions of stride 2, `conv6` has two more of stride 1 (the paper's models). Each is
+    followed by BatchNorm and, except for the last, by GELU. `conv7` has one 7x7 convolution of stride 2 and two 3x3
+    ones, each followed by BatchNorm and ReLU, and a projection of 8x8 patches (`4_2` in LV-ViT's token-labelling
+    repository). `patch` is only the projection: one strided convolution (ViT's patch embedding).
 
     Attributes:
-        arch: The model's shape.
-        dtype: Type of the products.
-        batch_norm: False where BatchNorm is folded into the convolutions, which then have a bias.
+        arch: The model's architecture.
+        dtype: Type of the matrix products.
+        batch_norm: False if BatchNorm is folded into the convolutions, which then have a bias.
     """
 
     arch: Architecture
@@ -91,10 +91,10 @@ class Stem(nn.Module):
 
 
 def fold_batch_norm(params: dict[str, Any], batch_stats: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a ViT without BatchNorm that computes the same in evaluation.
+    """Returns the parameters of an equivalent ViT without BatchNorm, for evaluation.
 
     Args:
-        params: The model's.
+        params: Parameters of the model.
         batch_stats: Its running statistics.
     """
     if not batch_stats:

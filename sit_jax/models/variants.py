@@ -1,4 +1,4 @@
-"""The named models: the paper's five students and their teachers, DeiT and its slimmed students."""
+"""Named models: the paper's five students and their teachers, DeiT and its slimmed students."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ _LVVIT = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-
 _CONV4 = {"stem": "conv4", "image_size": 224, "residual_scale": 2.0, **_LVVIT}
 _CONV6 = {"stem": "conv6", "image_size": 288, "residual_scale": 3.0, **_LVVIT}
 
-# Size -> shape, blocks per stage at keep ratio 0.5 (table 1 of the paper).
+# Size -> architecture, blocks per stage at keep ratio 0.5 (table 1 of the paper).
 _PAPER: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "tiny": ({"dim": 320, "depth": 14, "num_heads": 5, **_CONV4}, (1, 1, 1, 11)),
     "xsmall": ({"dim": 384, "depth": 16, "num_heads": 6, **_CONV4}, (1, 1, 1, 13)),
@@ -41,15 +41,15 @@ VARIANTS: Mapping[str, Architecture] = _all_variants()
 
 
 def list_models() -> list[str]:
-    """Names of all variants: the paper's students, their teachers, DeiT and its students."""
+    """Returns the names of all variants: the paper's students, their teachers, DeiT and its students."""
     return list(VARIANTS)
 
 
 def get_architecture(name: str, **overrides: Any) -> Architecture:
-    """The architecture of a named variant, with some fields changed.
+    """Returns the architecture of a named variant, with some fields overridden.
 
     Raises:
-        ConfigError: Unknown name or field, or an impossible combination.
+        ConfigError: The name or a field is unknown, or the combination is invalid.
     """
     if name not in VARIANTS:
         close = difflib.get_close_matches(name, VARIANTS, n=1)

@@ -1,4 +1,4 @@
-"""The vision transformer, slimmed or not, and what every model here returns."""
+"""The vision transformer, with or without slimming, and the outputs of all models."""
 
 from typing import Any, NamedTuple
 
@@ -15,14 +15,14 @@ from sit_jax.models.stems import Stem
 
 
 class Outputs(NamedTuple):
-    """What a forward pass leaves besides its logits; `jit` prunes what is unused.
+    """Outputs of a forward pass in addition to the logits; `jit` prunes the unused ones.
 
     Attributes:
-        tokens: Each block's patch tokens, (batch, tokens, dim), after the reducer behind the block.
+        tokens: Each block's patch tokens, (batch, tokens, dim), after the block's reducer.
         assignments: Each reducer's assignment, (batch, tokens, kept), in order; TSM's columns sum to one.
-        distillation_logits: Logits of the distillation head, (batch, classes), or None where there is none.
+        distillation_logits: Logits of the distillation head, (batch, classes), or None if there is none.
         patch_logits: Logits of the auxiliary head for every patch, (batch, patches, classes), float32; None without
-            that head, and in a slimmed model, whose tokens are no patches any more.
+            that head, and in a slimmed model, whose tokens are not patches.
     """
 
     tokens: tuple[Array, ...]
@@ -32,18 +32,18 @@ class Outputs(NamedTuple):
 
 
 class ViT(nn.Module):
-    """A vision transformer with class token, learned positions, any of the stems, and a token reducer between stages.
+    """A vision transformer with class token, learned positions, any stem, and optional token reducers between stages.
 
-    A slimmed model has the parameters of its un-slimmed teacher under the same names, and `slimming_{block}`. So a
-    teacher's parameters fit into its student unchanged. Class and distillation tokens skip the reducers.
+    A slimmed model has the parameters of its un-slimmed teacher under the same names, and `slimming_{block}`. Thus the
+    parameters of a teacher can initialize its student. Class and distillation tokens bypass the reducers.
 
     Attributes:
-        arch: The model's shape.
-        drop_path: Stochastic depth of the last block; it grows linearly from 0 at the first.
-        dtype: Type of the products: float32 or bfloat16. Softmax, norms and logits stay float32.
-        remat: Recompute each block's activations in the backward pass instead of keeping them.
+        arch: The model's architecture.
+        drop_path: Stochastic depth rate of the last block; it grows linearly from 0 in the first block.
+        dtype: Type of the matrix products: float32 or bfloat16. Softmax, norms and logits are always float32.
+        remat: Whether to recompute each block's activations in the backward pass.
         attention: Name of the softmax attention; see `sit_jax.ops.attention`.
-        batch_norm: False where BatchNorm is folded into the stem's convolutions; see `fold_batch_norm`.
+        batch_norm: False if BatchNorm is folded into the stem's convolutions; see `fold_batch_norm`.
     """
 
     arch: Architecture
@@ -61,19 +61,19 @@ class ViT(nn.Module):
         token_mix: Bool[Array, "batch patches"] | None = None,
         logits_only: bool = False,
     ) -> tuple[Float[Array, "batch classes"], Outputs]:
-        """Runs the model.
+        """Applies the model.
 
         Args:
-            images: Normalised images, NHWC, of the architecture's size and channels.
-            train: Batch statistics and drop path (rng `drop_path`) where True.
-            token_mix: True where a patch behind the stem is replaced by that of the image at the mirrored place of the
-                batch (LV-ViT's MixToken).
-            logits_only: The last block computes the prefix tokens only: the last of `Outputs.tokens` is empty, and
-                there are no patch logits.
+            images: Normalized images, NHWC, of the architecture's size and channels.
+            train: Whether to use batch statistics and drop path (rng `drop_path`).
+            token_mix: True for patches to replace, after the stem, with those of the image at the mirrored position of
+                the batch (LV-ViT's MixToken).
+            logits_only: Whether the last block computes only the prefix tokens: the last of `Outputs.tokens` is then
+                empty, and there are no patch logits.
 
         Returns:
-            Logits (batch, classes) in float32 and `Outputs`. With a distillation token the logits are the class head's
-            in training and the mean of both heads in evaluation.
+            Logits (batch, classes) in float32, and `Outputs`. With a distillation token, the logits are those of the
+            class head in training, and the mean of both heads in evaluation.
         """
         arch, prefix_tokens, slimming = self.arch, self.arch.num_prefix_tokens, self.arch.slimming
         labels_patches = arch.aux_head and not arch.is_slimmed and not logits_only
@@ -102,7 +102,7 @@ class ViT(nn.Module):
             logits = logits if train else (logits + distillation_logits) / 2
         patch_logits = self._head("aux_head", normed[:, prefix_tokens:]) if labels_patches else None
         if arch.aux_head and arch.is_slimmed and self.is_initializing():
-            # A slimmed model carries its teacher's for the checkpoints' sake.
+            # A slimmed model keeps the head of its teacher for checkpoint compatibility.
             self._head("aux_head", normed[:, 0])
         return logits, Outputs(tuple(tokens), tuple(assignments), distillation_logits, patch_logits)
 
@@ -112,7 +112,7 @@ class ViT(nn.Module):
         train: bool,
         token_mix: Bool[Array, "batch patches"] | None,
     ) -> Float[Array, "batch tokens dim"]:
-        """The prefix tokens and the patch tokens, positions added."""
+        """Returns the prefix tokens and the patch tokens, with positions added."""
         arch, batch = self.arch, images.shape[0]
         expected = (arch.image_size, arch.image_size, arch.in_channels)
         if images.shape[1:] != expected:

@@ -1,1 +1,1 @@
-"""Functions with derivatives written by hand, each beside the plain function that it must equal."""
+"""Functions with custom derivatives, each with an equivalent plain function as a reference."""

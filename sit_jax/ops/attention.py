@@ -1,4 +1,4 @@
-"""Softmax attention by name."""
+"""Implementations of softmax attention, selected by name."""
 
 import functools
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def plain_attention(
     key: Float[Array, "batch heads others size"],
     value: Float[Array, "batch heads others size"],
 ) -> Float[Array, "batch heads tokens size"]:
-    """Attention with softmax in float32, by autodiff.
+    """Computes attention with softmax in float32, with autodiff.
 
-    The sum of the exponentials divides the result, which is smaller than the weights.
+    The sum of the exponentials divides the result, which is smaller than the attention weights.
     """
     return _forward(query, key, value)[0]
 
@@ -43,9 +43,9 @@ def attention(
     key: Float[Array, "batch heads others size"],
     value: Float[Array, "batch heads others size"],
 ) -> Float[Array, "batch heads tokens size"]:
-    """`plain_attention` whose backward pass reads the array of scores half as often as autodiff's.
+    """Computes `plain_attention` with a custom backward pass that reads the scores half as often as autodiff does.
 
-    It takes the weighted mean of the weights' gradient from the result (Dao et al., FlashAttention, appendix B.2).
+    It computes the weighted mean of the weights' gradient from the result (Dao et al., FlashAttention, appendix B.2).
     """
     return _forward(query, key, value)[0]
 
@@ -66,23 +66,23 @@ attention.defvjp(_forward, _attention_backward)
 
 
 def cudnn_attention(query: Array, key: Array, value: Array) -> Array:
-    """cuDNN's fused attention, for GPUs that have it, in bfloat16."""
+    """Computes attention with cuDNN's fused kernel, on GPUs that support it, in bfloat16."""
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
     return mixed.transpose(0, 2, 1, 3)
 
 
 def choose(name: str, dtype: Any, num_heads: int, head_dim: int) -> str:
-    """The attention that a model runs with: a name of `ATTENTION`.
+    """Returns the name in `ATTENTION` of the attention that a model uses.
 
     Args:
-        name: A name, or `auto` for cuDNN's attention where this process's default device has it, else XLA's.
-        dtype: Type of the products.
-        num_heads: Heads.
+        name: A name, or `auto` for cuDNN's attention if the default device supports it, otherwise XLA's.
+        dtype: Type of the matrix products.
+        num_heads: Number of heads.
         head_dim: Width of a head.
 
     Raises:
-        ConfigError: cuDNN's attention is asked for where it does not run.
+        ConfigError: cuDNN's attention is requested but not supported.
     """
     if name not in ("auto", "cudnn"):
         return name
@@ -101,7 +101,7 @@ def _why_no_cudnn(dtype: str, num_heads: int, head_dim: int) -> str:
     example = jax.ShapeDtypeStruct((2, num_heads, 197, head_dim), jnp.bfloat16)
     try:
         jax.jit(cudnn_attention).lower(example, example, example).compile()
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # No cuDNN, an old one, or an old GPU.
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # No cuDNN, or a cuDNN or GPU that is too old.
         return one_line(error, 200)
     return ""
 

@@ -1,4 +1,4 @@
-"""Scalar functions whose gradients are computed together with their value."""
+"""Scalar functions whose gradients are computed together with their values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,14 @@ Scalar = Callable[..., Float[Array, ""]]
 
 
 def with_eager_grad(function: Scalar) -> Scalar:
-    """The same function, which computes its gradients in the forward pass.
+    """Returns an equivalent function that computes its gradients in the forward pass.
 
-    The gradient of a scalar is known up to a factor as soon as its value is. So what the function computes on the way
-    is freed before the next one runs, and nothing is recomputed. `function` itself is the plain twin.
+    The gradient of a scalar is known up to a factor as soon as its value is. Thus the residuals of the function are
+    freed before the next one runs, and nothing is recomputed. `function` itself is the plain reference.
 
     Args:
-        function: Of pytrees of floats to a float32 scalar; what must not get a gradient is behind `stop_gradient`.
+        function: Maps pytrees of floats to a float32 scalar; apply `stop_gradient` to inputs that must not get a
+            gradient.
     """
     wrapped = jax.custom_jvp(function)
 

@@ -1,4 +1,4 @@
-"""The product of a linear layer in mixed precision, with weight gradients in float32."""
+"""The matrix product of a linear layer in mixed precision, with weight gradients in float32."""
 
 from typing import Any
 
@@ -9,46 +9,46 @@ from jaxtyping import Array
 
 
 def keep_kernels(*arrays: Any, dtype: Any, inexact: bool = True) -> list[Any]:
-    """Flax's `promote_dtype` for a linear layer with `dot_general`: casts the inputs, leaves kernel and bias float32.
+    """Replaces Flax's `promote_dtype` for `dot_general`: casts the inputs, leaves kernel and bias float32.
 
     Args:
-        *arrays: Inputs, kernel and bias, or None for no bias.
-        dtype: Type of the product's operands.
-        inexact: As for Flax's function.
+        *arrays: Inputs, kernel and bias, the last of which may be None.
+        dtype: Type of the operands of the product.
+        inexact: As in Flax's function.
     """
     inputs, *params = arrays
     return [*promote_dtype(inputs, dtype=dtype, inexact=inexact), *params]
 
 
 def cast_kernels(tree: Any, dtype: str) -> Any:
-    """Variables with their kernels in the type of the products; the rest of them keeps its type."""
+    """Returns variables with kernels cast to the type of the matrix products; the others keep their type."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.asarray(x, dtype) if path[-1].key == "kernel" else x, tree
     )
 
 
 def plain_dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
-    """`dot_general` by autodiff: in bfloat16 the kernel's gradient is rounded to bfloat16."""
+    """Computes `dot_general` with autodiff: in bfloat16, the kernel's gradient is rounded to bfloat16."""
     return jnp.tensordot(x, kernel.astype(x.dtype), 1, precision=precision, preferred_element_type=jnp.float32)
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
-    """The product of a layer's inputs with its kernel over the inputs' last axis, float32.
+    """Computes the product of a layer's inputs with its kernel over the inputs' last axis, in float32.
 
-    The operands have the type of the inputs in all three products, those of the backward pass included. Sums are
-    float32, and the kernel's gradient is rounded to the kernel's type alone: not at all for float32 parameters.
-    Autodiff rounds it to the inputs' type, or has float32 operands.
+    The operands have the type of the inputs in all three products, including those of the backward pass. Sums are
+    float32, and the kernel's gradient is rounded only to the kernel's type, so not at all for float32 parameters.
+    Autodiff rounds it to the inputs' type, or uses float32 operands.
 
     Args:
         x: Inputs, (..., inputs).
         kernel: (inputs, outputs), float32 or the type of the inputs.
-        dimensions: Always those of a linear layer.
-        precision: Of float32 products.
+        dimensions: Dimension numbers; must be those of a linear layer.
+        precision: Precision of float32 products.
     """
     if x.dtype != jnp.float32:
         return _product(x, kernel)
-    # One matrix of rows: for the kernel's gradient XLA for CPUs transposes inputs of several leading axes, and computes
-    # what they are made from once more while it does.
+    # Flattened to a matrix: for the kernel's gradient, XLA for CPUs transposes inputs with several leading axes, and
+    # recomputes the operations that produce them.
     rows = plain_dot_general(x.reshape(-1, x.shape[-1]), kernel, dimensions, precision)
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 

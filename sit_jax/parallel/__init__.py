@@ -1,1 +1,1 @@
-"""Meshes, placement of arrays, and several processes."""
+"""Device meshes, sharding, and multi-process execution."""

@@ -1,4 +1,4 @@
-"""Many processes, one computation: how they find one another, and which of them writes."""
+"""Multi-process execution: connects the processes of a run, and coordinates writing and stopping."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,9 @@ import numpy as np
 
 from sit_jax.errors import ConfigError, MissingProcessError, RunError, UserError, one_line
 
-# Long enough for machines that come up one after another, short enough to notice that one does not.
+# Long enough for machines that start one after another, short enough to report a missing one soon.
 ARRIVAL_TIMEOUT_S = 50.0
-# A process that is silent for so long is dead, and the others end.
+# A process that sends no heartbeat for this long is considered dead, and the others exit.
 HEARTBEAT_TIMEOUT_S = 30
 _MESSAGE_BYTES = 2000
 _HELLO, _GO = "sit_jax", "go"
@@ -27,12 +27,12 @@ _HELLO, _GO = "sit_jax", "go"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How the processes of a run find one another.
+    """How the processes of a run connect to each other.
 
     Attributes:
-        coordinator: `host:port` of process 0; empty to find everything out.
+        coordinator: `host:port` of process 0; empty for auto-detection.
         count: Number of processes; 0 if not given.
-        index: This process; -1 if not given.
+        index: Index of this process; -1 if not given.
     """
 
     coordinator: str = ""
@@ -58,12 +58,12 @@ class Processes:
 
 
 class Found(NamedTuple):
-    """Processes that something else than this command's options started.
+    """Processes that a launcher started, without options of this command.
 
     Attributes:
-        launcher: What started them: `Cloud TPU`, `SLURM` or `Open MPI`.
-        processes: How they find one another.
-        local_devices: The accelerators that are this process's; None leaves it to JAX.
+        launcher: The launcher: `Cloud TPU`, `SLURM` or `Open MPI`.
+        processes: How the processes connect to each other.
+        local_devices: Indices of the local accelerators of this process; None leaves the choice to JAX.
     """
 
     launcher: str
@@ -75,14 +75,14 @@ _LAUNCHERS = {"gcetpu": "Cloud TPU", "gketpu": "Cloud TPU", "slurm": "SLURM", "o
 
 
 def find_processes() -> Found | None:
-    """The processes around this one, by JAX's own detection; None where it is alone.
+    """Detects the processes of the launcher with JAX's cluster detection; returns None for a single process.
 
-    That asks the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set.
+    The detection queries the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set.
 
     Raises:
-        RunError: Something is there, but does not say enough.
+        RunError: There is a launcher, but its information is incomplete.
     """
-    # Not public, but the only code that knows every cloud's ways; pyproject.toml keeps JAX to tested versions.
+    # Private API, but the only code that detects all launchers; pyproject.toml restricts JAX to tested versions.
     from jax._src.clusters import ClusterEnv
 
     clusters = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method and kind.name in _LAUNCHERS]
@@ -97,15 +97,17 @@ def find_processes() -> Found | None:
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
         processes = Processes(address, count, cluster.get_process_id())
-    except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: what the metadata server did not answer.
+    except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: the metadata server did not answer.
         reason = one_line(error)
         raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
     return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
 
 
 def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
-    """All GPUs of a SLURM node with one task; JAX would take the first alone. None where tasks share a node, or where
-    JAX is told already."""
+    """Returns all GPUs of a SLURM node with one task, since JAX would take only the first.
+
+    The result is None if tasks share a node, or if JAX's devices are already set.
+    """
     if "JAX_LOCAL_DEVICE_IDS" in variables:
         return None
     per_node = re.findall(r"(\d+)(?:\(x\d+\))?", variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
@@ -114,16 +116,16 @@ def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
 
 
 def initialize(processes: Processes) -> None:
-    """Joins the other processes, where there are any; must come before anything asks JAX for devices.
+    """Connects to the other processes, if there are any; must be called before JAX devices are accessed.
 
     Raises:
-        MissingProcessError: They did not all arrive within a minute; the message says who is missing.
-        RunError: They cannot join one another for another reason.
+        MissingProcessError: Processes did not connect within a minute; the message lists the missing ones.
+        RunError: The processes cannot connect for another reason.
     """
     found = Found("given coordinator", processes) if processes.coordinator else find_processes()
     if found is None:
         return
-    # jax.distributed ends the process with a stack trace where somebody is missing, and does not say who.
+    # If a process is missing, jax.distributed aborts with a stack trace and does not name it.
     wait_for_processes(found.processes)
     try:
         jax.distributed.initialize(
@@ -147,8 +149,9 @@ def wait_for_processes(processes: Processes) -> None:
     """Waits until every process has reported to process 0, on the port that the coordinator will use afterwards.
 
     Raises:
-        MissingProcessError: Not all did within `ARRIVAL_TIMEOUT_S`; everyone who did is told who is missing.
-        RunError: The port is taken.
+        MissingProcessError: Processes did not report within `ARRIVAL_TIMEOUT_S`; all others raise this error with the
+            missing ones.
+        RunError: The port is in use.
     """
     deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
     if processes.count == 1:
@@ -184,12 +187,12 @@ def _count_the_others(processes: Processes, deadline: float) -> str:
         for connection in arrived.values():
             with contextlib.suppress(OSError):
                 connection.sendall(f"{answer}\n".encode())
-                connection.recv(1)  # The other side closes first: so the port is free at once.
+                connection.recv(1)  # The other side closes first, so that the port is free at once.
     return answer
 
 
 def _greeting(connection: socket.socket, count: int) -> int | None:
-    """The index that a process reports, or None where somebody else knocks."""
+    """Returns the index that a process reports, or None for a connection of another program."""
     with contextlib.suppress(OSError, ValueError):
         word, index, theirs = connection.makefile().readline().split()
         if word == _HELLO and int(theirs) == count and 0 < int(index) < count:
@@ -201,7 +204,7 @@ def _report(processes: Processes, deadline: float) -> str:
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(processes.address, timeout=5.0) as connection:
             connection.sendall(f"{_HELLO} {processes.index} {processes.count}\n".encode())
-            # Process 0 answers at its own deadline at the latest, which may lie behind this one.
+            # Process 0 answers by its own deadline, which may be later than that of this process.
             connection.settimeout(ARRIVAL_TIMEOUT_S + 5.0)
             answer = connection.makefile().readline().strip()
             if answer:
@@ -211,20 +214,20 @@ def _report(processes: Processes, deadline: float) -> str:
 
 
 def is_process_0() -> bool:
-    """Whether this is the process that writes."""
+    """Returns whether this is process 0, which writes the outputs."""
     return bool(jax.process_index() == 0)
 
 
 class PreemptionMonitor:
-    """Whether the command was told to end: SIGTERM here, or a preemption notice to any of the processes.
+    """Detects a request to stop: SIGTERM in this process, or a preemption notice in any process.
 
-    One answer for a whole command, which may train a teacher and then its student: a notice that comes between them, or
-    at the teacher's last step, counts for the student. Contexts may be nested; the outermost one begins anew.
+    One monitor is used for a whole command, which may train a teacher and then its student: a request between the two,
+    or at the teacher's last step, stops the student. Contexts may be nested; the outermost one resets the monitor.
     """
 
     _depth = 0
     _requested = False
-    # The sync point of jax.distributed wants a number that only grows, over all of a command's loops.
+    # The sync point of jax.distributed needs a step that only increases, over all loops of a command.
     _asked = 0
 
     def __init__(self) -> None:
@@ -234,7 +237,7 @@ class PreemptionMonitor:
         PreemptionMonitor._depth += 1
         if PreemptionMonitor._depth == 1:
             PreemptionMonitor._requested = False
-            # Under jax.distributed its own handler is in place, which agrees with the others on a step.
+            # Under jax.distributed, its own handler is installed, which agrees on a step with the other processes.
             if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
                 self._former = signal.signal(signal.SIGTERM, self._request)
         return self
@@ -250,11 +253,11 @@ class PreemptionMonitor:
 
     @property
     def requested(self) -> bool:
-        """Whether the end was asked for, and agreed on, before."""
+        """Whether a stop was requested and agreed on before."""
         return PreemptionMonitor._requested
 
     def should_stop(self) -> bool:
-        """Whether to save and end after this step; the same answer in all processes. To be asked at every step."""
+        """Returns whether to save and stop after this step, equal in all processes. Must be called at every step."""
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
@@ -265,15 +268,15 @@ class PreemptionMonitor:
         return PreemptionMonitor._requested
 
 
-# How long a process that fails waits for the others to fail as well.
+# How long a failing process waits for the others to fail as well.
 PARTING_S = 10.0
 
 
 def abort_after_failure(code: int) -> None:
-    """Ends a process of several that failed, with its exit code, though the others may not know of the failure.
+    """Exits a failed process of several with its exit code, although the others may not know of the failure.
 
-    Left to itself it would wait for them at a barrier, and they for it in a collective, for minutes. Where all fail
-    alike this returns, and the process ends as usual; else the others notice by its silence.
+    Otherwise it would wait for them at a barrier, and they for it in a collective, for minutes. If all processes fail,
+    this returns and the process exits as usual; otherwise the missing heartbeat informs the others.
     """
     if jax.process_count() == 1:
         return
@@ -288,7 +291,7 @@ def abort_after_failure(code: int) -> None:
 
 
 def broadcast_from_process_0(value: bool) -> bool:
-    """What process 0 decided, in all processes."""
+    """Returns process 0's value in all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -297,10 +300,10 @@ def broadcast_from_process_0(value: bool) -> bool:
 
 
 def run_on_process_0(work: Callable[[], None]) -> None:
-    """Does something in process 0 only; what goes wrong there is raised in all of them.
+    """Runs a function in process 0 only, and raises its errors in all processes.
 
     Raises:
-        RunError: The work raised a UserError.
+        RunError: The function raised a UserError.
     """
     if jax.process_count() == 1:
         work()

@@ -1,7 +1,7 @@
-"""The mesh, and where on it everything lies: one rule over names and shapes.
+"""The device mesh and the sharding of arrays, by one rule over names and shapes.
 
-- `data` splits the batch; weights are copies.
-- `fsdp` splits the batch as well, and every large array of the state and of the teachers.
+- `data` splits the batch; weights are replicated.
+- `fsdp` splits the batch, and also every large array of the state and of the teachers.
 - `tensor` splits attention heads, hidden units of the MLPs, and those of the reverse modules' token MLPs.
 """
 
@@ -20,34 +20,34 @@ from sit_jax.models.architecture import Architecture
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# Smaller arrays are copies: gathering them costs more than they weigh.
+# Smaller arrays are replicated: gathering them costs more than the memory that sharding saves.
 _SMALLEST_SPLIT = 4096
-# Layers by where `tensor` splits them: their outputs (the heads of qkv, hidden units), or the inputs that fit those.
+# Layers that `tensor` splits along their outputs (the heads of qkv, hidden units), or along the matching inputs.
 _SPLIT_OUTPUT = frozenset({"qkv", "fc1"})
 _SPLIT_INPUT = frozenset({"proj", "fc2"})
-# Both layers of the slimming modules are small, and their scores are few: they are not split by `tensor`.
+# Both layers of the slimming modules are small and have few scores: `tensor` does not split them.
 _NOT_SPLIT = "slimming_"
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of devices.
+    """Returns a mesh of devices.
 
     Args:
-        config: Sizes of the axes, -1 for the rest; all devices along `data` if not given.
-        devices: Devices to use; all of them where None.
+        config: Sizes of the axes, with -1 for the remaining devices; by default, all devices are along `data`.
+        devices: The devices to use; all devices if None.
 
     Raises:
-        ConfigError: The sizes do not multiply to the number of devices.
+        ConfigError: The product of the sizes is not the number of devices.
     """
     chosen = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config or MeshConfig(), len(chosen))
-    # Auto axes: under Explicit ones, which jax.make_mesh takes by default, concatenating a class token is an error.
+    # Auto axes: with Explicit ones, the default of jax.make_mesh, concatenating a class token is an error.
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=chosen)  # The torus's neighbours are the mesh's.
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=chosen)  # Mesh neighbours are neighbours in the torus.
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
-    """Sizes of the axes for a number of devices, the -1 filled in."""
+    """Returns the sizes of the axes for a number of devices, with -1 resolved."""
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     text = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
@@ -61,34 +61,34 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Returns the sharding that replicates arrays on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Examples split over the devices."""
+    """Returns the sharding that splits examples over the devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """The sharding of every array of a training state, of optimizer moments, or of a model's variables."""
+    """Returns the sharding of every array of a training state, of optimizer moments, or of a model's variables."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, partition_spec(mesh, _names(path), leaf.shape)), state
     )
 
 
 def place_abstract(mesh: Mesh, tree: Any) -> Any:
-    """Shapes and types with the shardings of `state_shardings`, as a restore or a compilation takes them."""
+    """Returns shapes and types with the shardings of `state_shardings`, for restoring or compiling."""
     shardings = state_shardings(mesh, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """How an array is split: `tensor` by the layer's name, then `fsdp` along the longest dimension that divides.
+    """Returns the partition spec of an array: `tensor` by the layer's name, `fsdp` on the longest divisible axis.
 
     Args:
         mesh: The mesh.
-        names: Names on the way to the array, such as `('params', 'blocks_0', 'attn', 'qkv', 'kernel')`.
+        names: Path of the array, such as `('params', 'blocks_0', 'attn', 'qkv', 'kernel')`.
         shape: The array's shape.
     """
     axes: list[str | None] = [None] * len(shape)
@@ -119,13 +119,13 @@ def _names(path: Sequence[Any]) -> tuple[str, ...]:
 
 
 class Placement(NamedTuple):
-    """One array's place, for `sit train --print_sharding`.
+    """Sharding of one array, for `sit train --print_sharding`.
 
     Attributes:
         name: Path of the array.
         shape: Its shape.
-        spec: How it is split.
-        mib: MiB on each device.
+        spec: Its partition spec.
+        mib: MiB per device.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Placement(NamedTuple):
 
 
 def placements(mesh: Mesh, state: Any) -> Iterator[Placement]:
-    """Where every array of a state (or its abstract twin) lies, in order."""
+    """Yields the sharding of every array of a state (or its abstract version), in order."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         sharding = NamedSharding(mesh, partition_spec(mesh, _names(path), leaf.shape))
         local = sharding.shard_shape(leaf.shape)
@@ -144,11 +144,11 @@ def placements(mesh: Mesh, state: Any) -> Iterator[Placement]:
 
 
 def check_mesh(mesh: Mesh, config: Config) -> None:
-    """Raises a ConfigError where batches or heads do not divide over the mesh, before anything is compiled."""
+    """Raises a ConfigError if batches or heads are not divisible by the mesh axes, before compilation."""
     check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
     check_batch(mesh, "eval_batch_size", config.eval_batch_size)
     tensor = mesh.shape["tensor"]
-    # Processes feed their devices by themselves: the devices that share examples must be one process's.
+    # Each process feeds its own devices, so devices that share examples must belong to one process.
     owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices).reshape(-1, tensor)
     if (owners != owners[:, :1]).any():
         raise ConfigError(
@@ -162,13 +162,13 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
-    """Raises a ConfigError where a batch does not divide over the mesh.
+    """Raises a ConfigError if a batch is not divisible by the mesh axes.
 
     Args:
         mesh: The mesh.
-        name: The config key that holds the batch size.
-        batch_size: Examples per step.
-        parts: Micro-batches that each batch is split into.
+        name: The config key of the batch size.
+        batch_size: Number of examples per step.
+        parts: Number of micro-batches per batch.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (shards * parts):
@@ -177,7 +177,7 @@ def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
 
 
 def place(values: Any, shardings: Any) -> Any:
-    """Copies host values, the same in every process, onto the devices.
+    """Copies host values, which are the same in every process, to the devices.
 
     Args:
         values: Arrays.
@@ -192,11 +192,11 @@ def place(values: Any, shardings: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Moves this process's share of a batch to its devices as part of one global array."""
+    """Transfers this process's part of a batch to its devices, as part of one global array."""
     sharding = batch_sharding(mesh)
 
     def put(x: Any) -> jax.Array:
-        # The whole shape is said, not inferred: a share that does not fit the devices here must be an error.
+        # The global shape is given, not inferred, so that a part that does not match the local devices is an error.
         whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, whole)
 

@@ -1,1 +1,1 @@
-"""`sit report`: how runs went, as one page that needs nothing else."""
+"""`sit report`: reports runs in one self-contained HTML page."""

@@ -1,4 +1,4 @@
-"""The charts of a report, as Plotly's figures; each with its values as a table, for those who do not see it."""
+"""Charts of a report as Plotly figures, each with its values as an accessible table."""
 
 import dataclasses
 import html
@@ -13,13 +13,13 @@ from sit_jax.report.load_run import Line, RunInfo
 
 Scale = Literal["linear", "log", "percent"]
 
-# In this order; other keys of the metrics that are neither of these nor named below are left out.
+# Order of the loss terms; keys of the metrics that are neither listed here nor below are not shown.
 LOSS_TERMS = ("loss", "classification", "token", "logits", "hard", "token_label")
 ACCURACIES = ("top1", "top5", "ema_top1", "ema_top5")
-# More points than pixels slow a page down, and no one sees them.
+# More points than pixels would slow the page down without being visible.
 _MOST_POINTS, _MOST_ROWS = 4000, 100
 _FEW_POINTS = 60
-# More classes are points in a plane: bars would be too thin to tell apart.
+# With more classes, the chart is a scatter plot, since bars would be too thin.
 _MOST_BARS = 30
 
 
@@ -28,9 +28,9 @@ class Series:
     """A curve.
 
     Attributes:
-        name: What it is called.
-        steps: Optimizer steps.
-        values: One per step.
+        name: Name of the curve.
+        steps: Optimizer steps of the values.
+        values: One value per step.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart and what it says.
+    """A chart with its values and description.
 
     Attributes:
-        key: Another for each chart on a page; letters, digits and hyphens.
-        title: A heading.
-        summary: What it shows, in a sentence or two.
-        figure: Plotly's `data` and `layout`, as plain values; colours are the page's business.
-        headings: Of the table of values.
-        rows: Of the table of values, the first cell naming the row.
-        note: What is left out of the chart or the table; empty for nothing.
+        key: A key unique within the page; letters, digits and hyphens.
+        title: Heading of the chart.
+        summary: Description in one or two sentences.
+        figure: Plotly's `data` and `layout`, as plain values; the page sets the colours.
+        headings: Column headings of the table.
+        rows: Rows of the table; the first cell is the row's name.
+        note: What the chart or the table omits; empty for nothing.
     """
 
     key: str
@@ -62,7 +62,7 @@ class Chart:
 
 
 def run_charts(record: RunInfo, key: str) -> list[Chart]:
-    """Loss terms, accuracy, learning rates and gradient norm of one run."""
+    """Returns charts of loss terms, accuracy, learning rates and gradient norm of one run."""
     losses = [*_all_of(record.train, LOSS_TERMS), *_all_of(record.scores, ("loss",), "{} (evaluation)")]
     accuracies = [*_all_of(record.scores, ACCURACIES), *_all_of(record.train, ("accuracy",), "training {}")]
     rates = _all_of(record.train, _with_prefix(record.train, "lr/"))
@@ -77,7 +77,7 @@ def run_charts(record: RunInfo, key: str) -> list[Chart]:
 
 
 def comparing_charts(records: Sequence[RunInfo], key: str) -> list[Chart]:
-    """One chart for each quantity that any of the runs has, the runs' curves over one another."""
+    """Returns one chart per quantity of the runs, with the curves of all runs."""
     charts: list[Chart | None] = []
     for name in ACCURACIES:
         series = _one_of_each([(record.name, record.scores) for record in records], name)
@@ -95,7 +95,7 @@ def comparing_charts(records: Sequence[RunInfo], key: str) -> list[Chart]:
 
 
 def class_chart(findings: EvalReport, key: str) -> Chart | None:
-    """Accuracy of each class: bars, or points in a plane where there are many classes; None without an image."""
+    """Returns a chart of the accuracy of each class: bars, or a scatter plot for many classes; None without images."""
     scores = findings.classes
     if not scores:
         return None
@@ -123,8 +123,8 @@ def class_chart(findings: EvalReport, key: str) -> Chart | None:
 
 
 def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart | None:
-    """A chart of curves over the steps; None where there is nothing to show."""
-    if scale == "log":  # What a logarithm cannot show would leave gaps without a word.
+    """Returns a chart of curves over the steps, or None if there are no values."""
+    if scale == "log":  # Values that a logarithmic axis cannot show would leave gaps.
         series = [_above_zero(one) for one in series]
     series = [one for one in series if one.steps]
     if not series:
@@ -158,7 +158,7 @@ def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart |
 
 
 def _log_axis(series: list[Series]) -> dict[str, Any]:
-    """A logarithmic axis whose labels stand apart: Plotly's own choice of one per digit does not fit."""
+    """Returns a logarithmic axis with sparse labels; Plotly's default of one per digit does not fit."""
     values = [value for one in series for value in one.values]
     decades = math.log10(max(values) / min(values))
     ticks: dict[str, Any] = {} if decades < 1 else {"dtick": "D2"} if decades < 3 else {"dtick": 1}
@@ -169,7 +169,7 @@ def _table(series: list[Series], scale: Scale) -> tuple[list[list[str]], str]:
     columns = [dict(zip(one.steps, one.values, strict=True)) for one in series]
     steps = sorted({step for one in series for step in one.steps})
     every = -(-len(steps) // _MOST_ROWS)
-    # The last step is always there: it is what people look for.
+    # The last step is always included, since it is the most relevant.
     kept = steps[::every] if steps[::every][-1] == steps[-1] else [*steps[::every], steps[-1]]
     rows = [
         [f"{step:,}", *(_show(column[step], scale) if step in column else "" for column in columns)] for step in kept
@@ -182,13 +182,13 @@ def _show(value: float, scale: Scale) -> str:
 
 
 def _all_of(lines: list[Line], names: Iterable[str], label: str = "{}") -> list[Series]:
-    """A curve for each of the names that any line has."""
+    """Returns a curve for each name that any line has."""
     found = [_series(lines, name, label.format(name)) for name in names]
     return [one for one in found if one.steps]
 
 
 def _one_of_each(runs: Sequence[tuple[str, list[Line]]], name: str) -> list[Series]:
-    """One quantity's curve of each run."""
+    """Returns one quantity's curve for each run."""
     return [_series(lines, name, run) for run, lines in runs]
 
 
@@ -207,7 +207,7 @@ def _above_zero(one: Series) -> Series:
 
 
 def _plain(figure: Any) -> dict[str, Any]:
-    """Plotly's `data` and `layout` without its own theme."""
+    """Returns Plotly's `data` and `layout` without its default theme."""
     figure.update_layout(
         template=go.layout.Template(),
         margin={"l": 55, "r": 12, "t": 12, "b": 48},

@@ -1,4 +1,4 @@
-"""What tells several runs apart."""
+"""Compares the configurations of several runs."""
 
 import itertools
 import json
@@ -13,9 +13,9 @@ ABSENT = "\N{EN DASH}"
 
 
 def differences(records: Sequence[RunInfo]) -> dict[str, tuple[str, ...]]:
-    """The keys in which the runs' configurations differ, in the order of the first run's -> one value per run, as text.
+    """Returns the keys in which configurations differ, in the first run's order -> one value per run, as text.
 
-    Runs whose configuration cannot be read are not compared.
+    Runs with unreadable configurations are not compared.
     """
     flat = [flatten(record.values) for record in records]
     keys = dict.fromkeys(key for values in flat for key in values)
@@ -25,13 +25,13 @@ def differences(records: Sequence[RunInfo]) -> dict[str, tuple[str, ...]]:
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, str]:
-    """A nested configuration as `section.key` -> value as text."""
+    """Flattens a nested configuration to `section.key` -> value as text."""
     flat = flatten_dict(dict(values), keep_empty_nodes=True, sep=".")
     return {key: ABSENT if value is empty_node else show(value) for key, value in flat.items()}
 
 
 def show(value: Any) -> str:
-    """A value of a configuration as text."""
+    """Formats a value of a configuration as text."""
     if value is None or value == "" or value == {}:
         return ABSENT
     return value if isinstance(value, str) else json.dumps(value)

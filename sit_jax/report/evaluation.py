@@ -1,4 +1,4 @@
-"""What the trained models say of the evaluation split: per class, what the student lost, where its tokens look."""
+"""Evaluates a run's models for its report: accuracy per class, images that the student lost, and token maps."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -27,12 +27,12 @@ from sit_jax.visual.token_maps import TokenMaps
 
 
 class Verdict(NamedTuple):
-    """What a model says of one image.
+    """Prediction of a model for one image.
 
     Attributes:
         name: The most likely class.
         probability: Its probability.
-        right: Whether that is the image's class; two classes may have one name.
+        right: Whether it is the image's class; different classes may have the same name.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Picture:
     """An image of the evaluation split.
 
     Attributes:
-        index: Its place in the split.
-        file: The file or record that it came from.
-        label: The right class.
-        verdicts: What each model says, by `student` and `teacher`.
-        pixels: As a person wants to see it, uint8 (side, side, channels).
+        index: Index of the image in the split.
+        file: Its file or record.
+        label: Name of its class.
+        verdicts: Prediction of each model, by `student` and `teacher`.
+        pixels: The image in display size, uint8 (side, side, channels).
     """
 
     index: int
@@ -60,13 +60,13 @@ class Picture:
 
 
 class ClassScore(NamedTuple):
-    """How one class fares.
+    """Accuracy of one class.
 
     Attributes:
-        name: The class.
-        pictures: Images of it.
-        student: Fraction of them that the student has right.
-        teacher: Share that the teacher has right; None without one.
+        name: Name of the class.
+        pictures: Number of images.
+        student: Fraction that the student classifies correctly.
+        teacher: Fraction that the teacher classifies correctly; None without a teacher.
     """
 
     name: str
@@ -76,19 +76,19 @@ class ClassScore(NamedTuple):
 
     @property
     def change(self) -> float:
-        """The student's share less the teacher's."""
+        """The student's fraction minus the teacher's."""
         return self.student - (self.student if self.teacher is None else self.teacher)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalReport:
-    """What the newest checkpoint of a run says of its evaluation split.
+    """Evaluation of the newest checkpoint of a run on its evaluation split.
 
     Attributes:
-        classes: All classes that there are images of, in the data's order.
-        outcomes: Images by (student right, teacher right); empty without a teacher.
-        lost: Some of those that the teacher had right and the student has wrong, the surest mistakes first.
-        examples: Images from all over the split, and, in the same order, the batch of `maps`.
+        classes: All classes with images, in the data's order.
+        outcomes: Number of images by (student correct, teacher correct); empty without a teacher.
+        lost: Images that only the teacher classifies correctly, the most confident mistakes first.
+        examples: Images from the whole split, in the order of the batch of `maps`.
         maps: The student's token maps of the examples; None for a model without slimming.
     """
 
@@ -100,13 +100,13 @@ class EvalReport:
 
     @property
     def pictures(self) -> int:
-        """Images looked at."""
+        """Number of evaluated images."""
         return sum(score.pictures for score in self.classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Answers:
-    """The labels of a split and what each model says, in the split's order; label -1 for an image left out."""
+    """The labels of a split and the predictions of each model, in the split's order; label -1 for a skipped image."""
 
     labels: Int[ndarray, " pictures"]
     classes: dict[str, Int[ndarray, " pictures"]]
@@ -117,14 +117,14 @@ class _Answers:
 
 
 def find(record: RunInfo, examples: int) -> EvalReport:
-    """Runs a run's student and its teacher over the evaluation split, with a progress line.
+    """Evaluates a run's student and its teacher on the evaluation split, with progress output.
 
     Args:
-        record: The run. What hinders the teacher alone is told in its `missing`.
-        examples: Images shown of each kind, at most.
+        record: The run. Problems of the teacher alone are added to its `missing`.
+        examples: Largest number of images of each kind.
 
     Raises:
-        UserError: The student has no whole checkpoint, or the data is not at hand.
+        UserError: The student has no complete checkpoint, or the data is not available.
     """
     config, variables = trained_variables(record.folder)
     models = {"student": (config, variables)}
@@ -166,7 +166,7 @@ def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, sourc
 
 
 def _step(config: Config, variables: Any) -> Any:
-    """uint8 pixels -> the most likely class and its probability."""
+    """Returns a jitted map from uint8 pixels to the top-1 class and its probability."""
     model = build_model(config.model.architecture, dtype=config.model.dtype)
 
     @jax.jit
@@ -179,7 +179,7 @@ def _step(config: Config, variables: Any) -> Any:
 
 
 def _subject(config: Config, variables: Any, source: Source) -> InspectedModel | None:
-    """The student as `sit_jax.visual` looks at it; None for a model that has no tokens."""
+    """Returns the student as a model for visualization, or None for a model without tokens."""
     arch = config.model.architecture
     if not isinstance(arch, Architecture):
         return None
@@ -218,7 +218,7 @@ def _outcomes(answers: _Answers) -> dict[tuple[bool, bool], int]:
 
 
 def _lost(answers: _Answers) -> list[int]:
-    """Places of the images that only the teacher has right, those first of which the student is surest."""
+    """Returns the indices of the images that only the teacher classifies correctly, most confident mistakes first."""
     if "teacher" not in answers.classes:
         return []
     lost = np.flatnonzero(answers.right("teacher") & ~answers.right("student"))
@@ -229,7 +229,7 @@ def _lost(answers: _Answers) -> list[int]:
 def _pictures(
     source: Source, subject: InspectedModel | None, data: DataConfig, answers: _Answers, places: list[int]
 ) -> tuple[list[Picture], list[ModelInput]]:
-    """Images at these places of the split, and how they look to the model; broken ones are left out."""
+    """Returns the images at these indices of the split, and their model inputs; unreadable ones are skipped."""
     pictures, seen = [], []
     for index in places:
         if subject is None or answers.labels[index] < 0:

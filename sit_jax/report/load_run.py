@@ -1,4 +1,4 @@
-"""What a run's folder says, finished or not, whole or broken; the model itself is not asked here."""
+"""Loads a run directory, complete or not, without evaluating the model."""
 
 import copy
 import dataclasses
@@ -29,20 +29,20 @@ Line = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class RunInfo:
-    """What a run's folder says about the run.
+    """The contents of a run directory.
 
     Attributes:
-        name: Short, and another for every run on a page.
-        folder: Where it lies.
-        values: Its configuration as it stands in the file; empty where that is missing or damaged.
-        config: The same, checked; None where it cannot be.
-        train: Lines of training metrics, oldest first; finite numbers only.
-        scores: Lines of evaluations, likewise.
-        summary: What `summary.json` says; empty for a run that has not finished.
-        checkpoints: The whole checkpoints, oldest first.
-        metadata: What the newest checkpoint says about itself.
-        teachers: The runs of its teachers, by the name of their section; those without a run of theirs are missing.
-        missing: What is not there, or not whole, in sentences.
+        name: A short name, unique within a report.
+        folder: The run directory.
+        values: The configuration as stored in the file; empty if the file is missing or damaged.
+        config: The validated configuration; None if it is invalid.
+        train: Lines of training metrics, oldest first; only finite numbers.
+        scores: Lines of evaluations, oldest first; only finite numbers.
+        summary: Contents of `summary.json`; empty for a run that is not finished.
+        checkpoints: The complete checkpoints, oldest first.
+        metadata: Metadata of the newest checkpoint.
+        teachers: Runs of its teachers, by the name of their section; only those with their own run.
+        missing: Sentences that state what is missing or damaged.
     """
 
     name: str
@@ -59,18 +59,18 @@ class RunInfo:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its summary."""
+        """Whether the run has a summary."""
         return bool(self.summary)
 
     @property
     def step(self) -> int:
-        """The last step that anything is known of."""
+        """The last known step."""
         lines = [int(line["step"]) for line in (*self.train[-1:], *self.scores[-1:])]
         return max([*lines, *(entry.step for entry in self.checkpoints)], default=0)
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole run; None where no checkpoint tells how long an epoch is."""
+        """Total number of steps; None if no checkpoint records the length of an epoch."""
         data = self.metadata.get("data")
         epoch = finite(data.get("epoch")) if isinstance(data, dict) else None
         if self.config is None or not self.checkpoints or not epoch:
@@ -80,13 +80,13 @@ class RunInfo:
 
     @property
     def last_time(self) -> float | None:
-        """When the last line of metrics was written, in seconds since 1970."""
+        """Time of the last line of metrics, in seconds since 1970."""
         return max((line["time"] for line in (*self.train, *self.scores) if "time" in line), default=None)
 
     def entry(self, name: str) -> dict[str, float | None]:
-        """Top-1, parameters, GMAC and images/s of the `student` (or only model) or the `teacher`; None where unknown.
+        """Returns top-1, parameters, GMAC and images/s of the `student` (or only model) or `teacher`; None if unknown.
 
-        Without a summary, accuracy is that of the last evaluation, and cost is counted from the configuration.
+        Without a summary, the accuracy is that of the last evaluation, and the cost is counted from the configuration.
         """
         stored = self.summary.get(name)
         known = {key: finite(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
@@ -102,7 +102,7 @@ class RunInfo:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the run distils a teacher."""
+        """Whether the run has a teacher."""
         return self._teacher_config is not None
 
     @property
@@ -113,7 +113,7 @@ class RunInfo:
 
     @property
     def training_rate(self) -> float | None:
-        """Images per second in training, evaluations and pauses aside: the median over the lines of metrics."""
+        """Images per second in training, without evaluations and pauses: the median over the lines of metrics."""
         if self.config is None:
             return None
         pairs = zip(self.train, self.train[1:], strict=False)
@@ -126,15 +126,15 @@ class RunInfo:
 
 
 def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
-    """Reads all that a run's folder says. Whatever is missing or damaged is told in `missing`.
+    """Loads a run directory; lists what is missing or damaged in `missing`.
 
     Args:
-        folder: The run's folder.
-        name: What the run is called; its folder's name where empty.
-        is_teacher: A teacher's training comes to no summary of its own.
+        folder: The run directory.
+        name: Name of the run; the folder's name if empty.
+        is_teacher: Whether the run is the training of a teacher, which has no summary.
 
     Raises:
-        UserError: There is no such folder, or it is no run's.
+        UserError: There is no such folder, or it is not a run directory.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
@@ -156,7 +156,7 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
     if wrong:
         missing.append(f"The evaluation of step {', '.join(wrong)} is not finite; its accuracy is left out.")
     if wrong and str(evaluated[-1]["step"]) in wrong and isinstance(summary.get("student"), dict):
-        summary["student"]["top1"] = None  # What older versions counted as right was not.
+        summary["student"]["top1"] = None  # Older versions counted correct predictions differently.
     checkpoints: list[Entry] = []
     metadata: dict[str, Any] = {}
     with silent_threads():
@@ -182,10 +182,10 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
 
 
 def gather_all(folders: list[pathlib.Path]) -> list[RunInfo]:
-    """Reads several runs; each gets a name of its own.
+    """Loads several runs and gives each a unique name.
 
     Raises:
-        UserError: A folder is there twice, or is no run's.
+        UserError: A folder is given twice, or is not a run directory.
     """
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(resolved):
@@ -195,7 +195,7 @@ def gather_all(folders: list[pathlib.Path]) -> list[RunInfo]:
 
 
 def _short_names(folders: list[pathlib.Path]) -> list[str]:
-    """The last parts of the paths, as few as tell all of them apart."""
+    """Returns the last parts of the paths, as few as make them unique."""
     longest = max(len(folder.parts) for folder in folders)
     for count in range(1, longest + 1):
         names = ["/".join(folder.parts[-count:]) for folder in folders]
@@ -205,7 +205,7 @@ def _short_names(folders: list[pathlib.Path]) -> list[str]:
 
 
 def finite(value: Any) -> float | None:
-    """A number that is one; None for anything else that a damaged file may hold."""
+    """Returns a value if it is a finite number, otherwise None, as damaged files may contain any value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
@@ -227,7 +227,7 @@ def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[
             missing.append(f"{name}.run: {place} is not there.")
         elif not teacher.run and not place.exists():
             missing.append(f"The {name}'s training has not begun.")
-        elif not teacher.run or is_own_run(teacher.run):  # Weights of another program have no history.
+        elif not teacher.run or is_own_run(teacher.run):  # Weights of another framework have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
             read = functools.partial(gather, place, name, is_teacher=True)
             record: RunInfo | None = attempt(read, None, missing, f"The {name}")
@@ -238,12 +238,12 @@ def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[
 
 
 def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) -> T:
-    """What a reader of `what` gives; where it fails, `otherwise`, and one more sentence on what is missing."""
+    """Returns the result of `read`; on an error returns `otherwise` and adds a sentence about `what` to `missing`."""
     try:
         return read()
     except UserError as error:
         missing.append(f"{str(error)[:1].upper()}{str(error)[1:]}.")
-    except Exception as error:  # A page that says so is worth more than a traceback, whatever a damaged file leads to.
+    except Exception as error:  # The page reports the error instead of failing, since damaged files raise many types.
         missing.append(f"{what} cannot be read: {type(error).__name__}: {one_line(error, 200)}.")
     return otherwise
 

@@ -1,4 +1,4 @@
-"""The page: what was gathered and found, put into the template, with all that it needs inside."""
+"""Renders the report: inserts the loaded and evaluated runs into the template, with all resources inline."""
 
 import base64
 import dataclasses
@@ -20,24 +20,24 @@ from sit_jax.report.evaluation import EvalReport
 from sit_jax.report.load_run import RunInfo, finite
 from sit_jax.report.pictures import Example, Shown, show_examples, show_picture, stage_titles
 
-# Rows of the table of classes; beyond these only the largest losses and gains are told.
+# Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
 _MOST_CLASSES = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class RunView:
-    """A run as the template takes it.
+    """A run in the form that the template uses.
 
     Attributes:
-        key: Another for each run on the page: `run-1`.
-        record: What its folder says.
-        findings: What its model says; None where it was not asked.
-        charts: Its curves.
-        teacher_charts: Those of its teachers, by the name of their section.
-        classes: Accuracy of each class, as a chart.
+        key: A key unique within the page: `run-1`.
+        record: The contents of the run directory.
+        findings: The evaluation of its model; None if it was not evaluated.
+        charts: Charts of its curves.
+        teacher_charts: Charts of its teachers, by the name of their section.
+        classes: Chart of the accuracy of each class.
         examples: Images with their token maps.
-        stages: What the stages of the token maps are called.
-        lost: Images that the student lost.
+        stages: Titles of the stages of the token maps.
+        lost: Images that only the teacher classifies correctly.
         data: The data set, as (name, value).
         environment: Versions and devices, as (name, value).
         sections: The configuration, as (section, its keys and values).
@@ -58,20 +58,20 @@ class RunView:
 
     @property
     def class_rows(self) -> list[Any]:
-        """The classes, the largest losses first; of very many only the ends."""
+        """The classes, the largest losses first; for many classes, only both ends."""
         scores = sorted(self.findings.classes, key=lambda x: (x.change, x.student)) if self.findings else []
         half = _MOST_CLASSES // 2
         return scores if len(scores) <= _MOST_CLASSES else scores[:half] + scores[-half:]
 
     @property
     def all_charts(self) -> list[Chart]:
-        """Every chart of the run."""
+        """All charts of the run."""
         others = [chart for charts in self.teacher_charts.values() for chart in charts]
         return [*self.charts, *others, *([self.classes] if self.classes else [])]
 
 
 def view_run(key: str, record: RunInfo, findings: EvalReport | None) -> RunView:
-    """Draws and words all that the template shows of a run."""
+    """Prepares all charts, images and texts of a run for the template."""
     maps = findings.maps if findings else None
     return RunView(
         key=key,
@@ -92,11 +92,11 @@ def view_run(key: str, record: RunInfo, findings: EvalReport | None) -> RunView:
 
 
 def render(views: Sequence[RunView], made: datetime.datetime) -> str:
-    """The whole page.
+    """Returns the HTML page.
 
     Args:
-        views: The runs, in their order.
-        made: When the page is made.
+        views: The runs, in order.
+        made: Creation time of the page.
     """
     records = [view.record for view in views]
     several = len(views) > 1
@@ -127,7 +127,7 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sit_jax.report", "templates"),
-        autoescape=True,  # Class names, folders and configurations are whatever somebody wrote.
+        autoescape=True,  # Class names, folders and configurations may contain any text.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -137,29 +137,29 @@ def _environment() -> jinja2.Environment:
 
 
 def percent(value: float | None) -> str:
-    """A fraction of 1."""
+    """Formats a fraction of 1 as a percentage."""
     return ABSENT if value is None else f"{value:.2%}"
 
 
 def count(value: float | None) -> str:
-    """A number without decimals."""
+    """Formats a number without decimals."""
     return ABSENT if value is None else f"{value:,.0f}"
 
 
 def ratio(above: float | None, below: float | None) -> str:
-    """One number over another; nothing where one is missing."""
+    """Formats the ratio of two numbers; empty if one is missing."""
     return ABSENT if above is None or not below else f"{above / below:.2f}"
 
 
 def mac(gmac: float | None) -> str:
-    """Multiply-adds, in the unit that suits them."""
+    """Formats multiply-accumulates with a suitable unit."""
     if gmac is None:
         return ABSENT
     return f"{gmac:.3g} GMAC" if gmac >= 0.1 else f"{gmac * 1e3:.3g} MMAC"
 
 
 def day(seconds: float | None) -> str:
-    """A time in seconds since 1970, in UTC."""
+    """Formats a time in seconds since 1970, in UTC."""
     try:
         when = datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC)
     except (OverflowError, OSError, ValueError):
@@ -233,10 +233,10 @@ def _source(name: str) -> str:
 
 
 def _script(code: str) -> Markup:
-    """Code as it may stand in a page: nothing in it ends the element."""
+    """Escapes code for an HTML script element, so that it cannot end the element."""
     return Markup(code.replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script"))
 
 
 def _hash(code: str) -> str:
-    """What a content security policy calls a script."""
+    """Returns the hash of a script for a content security policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()}'"

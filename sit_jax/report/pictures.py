@@ -1,4 +1,4 @@
-"""Images within the page, and token maps as lists of them, stage by stage."""
+"""Images of the report, and token maps as lists of images per stage."""
 
 import base64
 import dataclasses
@@ -13,7 +13,7 @@ from sit_jax.report.evaluation import EvalReport, Picture
 from sit_jax.visual.pictures import as_rgb, heat, regions
 from sit_jax.visual.token_maps import TokenMaps
 
-# Tokens of a stage whose own maps are shown: those that the class token attends to most.
+# Number of tokens per stage with their own map: those with the most class attention.
 _TOKENS_SHOWN = 4
 _LARGE, _SMALL = 288, 144
 _QUALITY = 82
@@ -21,11 +21,11 @@ _QUALITY = 82
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """An image in the page.
+    """An image of the page.
 
     Attributes:
-        uri: The image itself, as a `data:` address.
-        alt: What is on it.
+        uri: The image as a `data:` URI.
+        alt: Alternative text.
     """
 
     uri: str
@@ -34,13 +34,13 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What one image's tokens are in one stage of the model.
+    """The tokens of one image in one stage of the model.
 
     Attributes:
-        title: The stage and its tokens.
-        regions: The image, each token's patches in their mean colour.
-        tokens: Where single tokens look.
-        text: The numbers.
+        title: Name of the stage and number of its tokens.
+        regions: The image with each token's patches in their mean colour.
+        tokens: Maps of single tokens.
+        text: The numbers as text.
     """
 
     title: str
@@ -54,9 +54,9 @@ class Example:
     """An image of the evaluation split and its token maps.
 
     Attributes:
-        picture: What is known of it.
-        shown: It itself.
-        stages: One per stage, the first being the patches; empty for a model without slimming.
+        picture: The image and its predictions.
+        shown: The image of the page.
+        stages: One per stage, the first of which is the patches; empty for a model without slimming.
     """
 
     picture: Picture
@@ -65,7 +65,7 @@ class Example:
 
 
 def stage_titles(maps: TokenMaps) -> list[str]:
-    """What the stages are called, the first being the patches."""
+    """Returns the titles of the stages, the first of which is the patches."""
     count, patches = len(maps.stages) + 1, maps.grid**2
     titles = [f"Stage 1 of {count}: {_count(patches, 'token')}, one per patch"]
     return titles + [
@@ -75,7 +75,7 @@ def stage_titles(maps: TokenMaps) -> list[str]:
 
 
 def show_examples(findings: EvalReport) -> list[Example]:
-    """The examples with their token maps, drawn."""
+    """Returns the examples with their drawn token maps."""
     return [
         Example(picture, show_picture(picture), _stages(findings.maps, index, picture) if findings.maps else [])
         for index, picture in enumerate(findings.examples)
@@ -83,7 +83,7 @@ def show_examples(findings: EvalReport) -> list[Example]:
 
 
 def show_picture(picture: Picture) -> Shown:
-    """An image by itself."""
+    """Returns an image of the page without token maps."""
     return Shown(data_uri(picture.pixels, _LARGE), f"Picture {picture.index} of the split: {picture.label}")
 
 
@@ -113,7 +113,7 @@ def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
 
 
 def data_uri(pixels: UInt8[ndarray, "height width channels"], side: int) -> str:
-    """An image as a `data:` address, at most `side` pixels wide and high."""
+    """Returns an image as a `data:` URI, at most `side` pixels wide and high."""
     image = Image.fromarray(as_rgb(pixels))
     if max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""The body of `sit report`."""
+"""Implementation of `sit report`."""
 
 import datetime
 import functools
@@ -14,10 +14,10 @@ REPORT, COMPARISON = "report.html", "comparison.html"
 
 
 def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> pathlib.Path:
-    """Where the page goes: what was asked for, else into the run's folder, or beside where the command runs.
+    """Returns the path of the page: `output` if given, otherwise in the run directory, or in the working directory.
 
     Raises:
-        UserError: It is no name for a page.
+        UserError: The path is not a valid name of a page.
     """
     if output is None:
         return folders[0] / REPORT if len(folders) == 1 else pathlib.Path(COMPARISON)
@@ -27,21 +27,21 @@ def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> p
 
 
 def unfinished(folders: Sequence[pathlib.Path]) -> bool:
-    """Whether any of the runs may still be going on, and need the accelerators for itself."""
+    """Returns whether any of the runs may be still running and using the accelerators."""
     return any(not (folder / SUMMARY).is_file() for folder in folders)
 
 
 def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples: int, with_model: bool) -> None:
-    """Writes a page about one run, or about several side by side.
+    """Writes a page about one run, or that compares several runs.
 
     Args:
-        folders: The runs.
-        output: The file to write; an older page is replaced.
-        examples: Images shown of each kind, at most.
-        with_model: Also ask the newest checkpoints, over the whole evaluation split.
+        folders: The run directories.
+        output: The file to write; an existing page is replaced.
+        examples: Largest number of images of each kind.
+        with_model: Whether to also evaluate the newest checkpoints on the whole evaluation split.
 
     Raises:
-        UserError: A folder is no run's, or the page cannot be written.
+        UserError: A folder is not a run directory, or the page cannot be written.
     """
     from sit_jax.data.sources import writing
     from sit_jax.report.evaluation import EvalReport, find
@@ -60,5 +60,5 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
     print("report: writing the page", file=sys.stderr)
     page = render(views, datetime.datetime.now(datetime.UTC))
     with writing(output, key="--output"), atomic_replace(output) as part:
-        # Names of folders, images and classes may hold bytes that are no UTF-8.
+        # Names of folders, images and classes may contain bytes that are not valid UTF-8.
         part.write_text(page, encoding="utf-8", errors="replace")

@@ -1,1 +1,1 @@
-"""Training: the step, the loop and what they need."""
+"""Training: the train step, the training loop, checkpoints and metrics."""

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints through Orbax: in the background, whole or not at all."""
+"""Writes checkpoints of a run with Orbax: asynchronously and atomically."""
 
 import contextlib
 import logging
@@ -23,19 +23,19 @@ _when = ocp.training.save_decision_policies
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest ones and the best by evaluation accuracy.
+    """Checkpoints of one run: the newest ones and the best one by evaluation accuracy.
 
-    Each holds `model` (parameters and BatchNorm statistics), `ema` where there is one, and `training` (everything
-    else), apart from one another so that a model can be read without its optimizer; beside them the metrics, and what
-    it was told about itself: configuration, position in the data, mesh.
+    Each has separate items `model` (parameters and BatchNorm statistics), `ema` if enabled, and `training` (everything
+    else), so that a model can be restored without its optimizer state; also the metrics, and as metadata the
+    configuration, the position in the data and the mesh.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1) -> None:
-        """Opens the checkpoints of a run's folder.
+        """Opens the checkpoints of a run directory.
 
         Args:
-            workdir: The run's folder.
-            keep: The newest checkpoints that stay.
+            workdir: The run directory.
+            keep: Number of newest checkpoints to keep.
         """
         best = _keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         logger = logging.getLogger("absl")
@@ -56,33 +56,33 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step, or None."""
+        """Step of the newest complete checkpoint, or None."""
         latest = self._checkpointer.latest
         return None if latest is None else int(latest.step)
 
     @property
     def best_step(self) -> int | None:
-        """The step of the checkpoint with the best accuracy, or None; the earliest of equals."""
+        """Step of the checkpoint with the best accuracy, the earliest of equals, or None."""
         return best_step(self._checkpointer.checkpoints)
 
     def is_best(self, metrics: dict[str, float]) -> bool:
-        """Whether an evaluation is better than that of every checkpoint so far."""
+        """Returns whether an evaluation is better than those of all checkpoints so far."""
         return score(metrics) > max((score(c.metrics) for c in self._checkpointer.checkpoints), default=NO_SCORE)
 
     def last_before(self, step: int) -> int | None:
-        """The newest checkpoint before a step, or None."""
+        """Returns the newest checkpoint before a step, or None."""
         return max((int(c.step) for c in self._checkpointer.checkpoints if c.step < step), default=None)
 
     def save(self, state: TrainState, metrics: dict[str, float], metadata: dict[str, Any] | None = None) -> None:
-        """Starts writing the state; the arrays may be donated right after.
+        """Starts writing the state asynchronously; the arrays may be donated right after.
 
         Args:
-            state: The training state; a step that is already there is not written again.
-            metrics: Of the evaluation of this very state; empty without one.
-            metadata: JSON values that say what the state is of.
+            state: The training state; a step that exists already is not written again.
+            metrics: Metrics of the evaluation of this state; empty if there is none.
+            metadata: JSON values that describe the state.
 
         Raises:
-            RunError: This checkpoint or the one before could not be written.
+            RunError: This or the previous checkpoint could not be written.
         """
         step = int(state.step)
         if self.latest_step is not None and step <= self.latest_step:
@@ -93,7 +93,7 @@ class Checkpoints:
             )
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """Reads the newest checkpoint.
+        """Restores the newest checkpoint.
 
         Args:
             abstract: Shapes, types and shardings of the state (`jax.ShapeDtypeStruct`s with shardings).
@@ -125,25 +125,25 @@ class Checkpoints:
         return state
 
     def _why_not(self, step: int, model: Any, error: Exception) -> str:
-        """Why a checkpoint cannot be restored: it is another model's, or it is damaged."""
+        """Returns why a checkpoint cannot be restored: it is of another model, or it is damaged."""
         where = f"checkpoint {step} in {self._checkpointer.directory}"
         try:
             there = self._checkpointer.checkpointables_metadata(step).metadata["model"]
             shapes = [sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (there, model)]
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
             shapes = [[], []]
-        if shapes[0] and shapes[0] != shapes[1]:  # None at all where the description itself is unreadable.
+        if shapes[0] and shapes[0] != shapes[1]:  # The first is None if the metadata itself is unreadable.
             return f"{where} is of another model: {one_line(error)}"
         return f"{where} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
 
     def _way_out(self, step: int) -> str:
-        """What to do about a checkpoint that a run cannot go on from."""
+        """Returns advice on a checkpoint from which a run cannot resume."""
         before = sorted((c.step for c in self._checkpointer.checkpoints if c.step < step), reverse=True)
         earlier = next((other for other in before if self._describes_itself(other)), None)
         return "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
 
     def _describes_itself(self, step: int) -> bool:
-        """Whether a checkpoint's own description can be read; one that a killed process was removing has lost it."""
+        """Returns whether a checkpoint's metadata is readable; it is not after an interrupted removal."""
         try:
             there = self._checkpointer.checkpointables_metadata(step).metadata
             return all(there.get(part) is not None for part in ("model", "training"))
@@ -151,13 +151,13 @@ class Checkpoints:
             return False
 
     def metadata(self) -> dict[str, Any]:
-        """What the newest checkpoint says about itself; empty where there is none, or an old one."""
+        """Returns the metadata of the newest checkpoint; empty if there is none, or if it is of an older version."""
         if self.latest_step is None:
             return {}
         return dict(self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata or {})
 
     def close(self) -> None:
-        """Waits for what is being written.
+        """Waits for the checkpoint that is being written.
 
         Raises:
             RunError: It could not be written.
@@ -167,7 +167,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:
-        """Says in one line why a checkpoint cannot be written, in whatever way the storage behind Orbax says it."""
+        """Converts any error of writing a checkpoint, including those of the storage, to a one-line RunError."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -182,21 +182,21 @@ class Checkpoints:
 
 
 class SaveSchedule:
-    """Decides when the next checkpoint is due."""
+    """Decides when to save the next checkpoint."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, check_every: int) -> None:
-        """Starts the clock.
+        """Starts the timer.
 
         Args:
-            config: What was asked for.
+            config: The checkpoint section.
             steps_per_epoch: Steps in an epoch.
-            check_every: Steps between two looks at process 0's clock.
+            check_every: Steps between two checks of process 0's clock.
         """
         self._config, self._epoch, self._check_every = config, steps_per_epoch, check_every
         self._saved_at = time.monotonic()
 
     def now(self, step: int) -> bool:
-        """Whether to save after this step; the same answer in all processes."""
+        """Returns whether to save after this step; the same result in all processes."""
         config = self._config
         epoch, rest = divmod(step, self._epoch)
         by_epoch = config.every_epochs > 0 and rest == 0 and epoch % config.every_epochs == 0
@@ -208,12 +208,12 @@ class SaveSchedule:
         return distributed.broadcast_from_process_0(time.monotonic() - self._saved_at > 60 * config.every_minutes)
 
     def saved(self) -> None:
-        """Starts the clock anew."""
+        """Restarts the timer."""
         self._saved_at = time.monotonic()
 
 
 def checkpoint_parts(state: TrainState) -> dict[str, Any]:
-    """A state (or its abstract twin) as it lies in a checkpoint: `model`, `training` and, where there is one, `ema`."""
+    """Returns the checkpoint items of a state (or its abstract version): `model`, `training`, and `ema` if present."""
     params = {name: value for name, value in state.params.items() if name != "model"}
     parts: dict[str, Any] = {
         "model": state.variables,
@@ -223,12 +223,12 @@ def checkpoint_parts(state: TrainState) -> dict[str, Any]:
 
 
 def _storage_problem(error: BaseException) -> str | None:
-    """What the file system said, wherever it stands in a chain of errors; None where it said nothing."""
+    """Returns the file system's error message from a chain of errors, or None if there is none."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.strerror:
             return seen.strerror
-        number = re.search(r"os_error_code='(\d+)'", str(seen))  # TensorStore's way of handing it on.
+        number = re.search(r"os_error_code='(\d+)'", str(seen))  # The format of TensorStore.
         if number:
             return os.strerror(int(number[1]))
         seen = seen.__cause__ or seen.__context__
@@ -236,7 +236,7 @@ def _storage_problem(error: BaseException) -> str | None:
 
 
 class _SaidElsewhere(logging.Filter):
-    """Drops what Orbax's threads log when they fail: a traceback each, of an error that is raised to the caller too."""
+    """Drops the tracebacks that Orbax's threads log for errors that are also raised to the caller."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,4 +1,4 @@
-"""Writes the dense labels of token labelling with a trained model."""
+"""Generates the dense labels of token labelling with a trained model."""
 
 import dataclasses
 import pathlib
@@ -20,19 +20,19 @@ from sit_jax.models import build_model
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
-    """Labels every image of a training split, place by place, with a run's model.
+    """Predicts dense labels of all images of a training split with a run's model.
 
-    The model is a convolutional one, whose head is applied at every place of its last map, or a transformer with an
-    auxiliary head.
+    The model is either convolutional, with its head applied at each position of the last feature map, or a transformer
+    with an auxiliary head.
 
     Args:
-        run: Folder of the model's run.
+        run: Run directory of the model.
         output: Folder to write; see `LabelMaps`.
-        top: most likely classes stored per place.
-        data: The data set; the run's own if not given.
+        top: Number of top classes stored per position.
+        data: The data set; that of the run if not given.
 
     Returns:
-        Images labelled.
+        Number of labelled images.
 
     Raises:
         UserError: There is no such run, its model has no dense head, or the folder cannot be written.
@@ -44,7 +44,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     check_classes(config.inputs, source)
     forward, grid = _dense_forward(config, variables)
     arch = config.model.architecture
-    # The whole image is labelled, whatever part of it training will crop.
+    # The whole image is labelled, independent of the training crop.
     whole = dataclasses.replace(config.data, resize="stretch", on_decode_error="skip")
     batches = eval_batches(dataclasses.replace(config.inputs, data=whole), source, Hosts())
     size = config.eval_batch_size
@@ -58,7 +58,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
             shape = (count, grid, grid, top)
             stored = np.array(values, np.float16)[:count].reshape(shape)
             readable = batch["mask"][:count] > 0
-            stored[~readable] = 0  # Probabilities of a black image mean nothing; zeros are read as uniform.
+            stored[~readable] = 0  # Probabilities of a black image are meaningless; zeros are read as uniform.
             labelled += int(readable.sum())
             writer.write(start, np.asarray(classes)[:count].reshape(shape), stored)
             progress.update(count)
@@ -73,7 +73,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
 
 
 def _dense_forward(config: Config, variables: dict[str, Any]) -> tuple[Any, int]:
-    """The jitted map from uint8 images to probabilities (batch, places, classes), and places along a side."""
+    """Returns the jitted map from uint8 images to probabilities (batch, positions, classes), and the grid size."""
     arch = config.model.architecture
     model = build_model(arch, dtype=config.model.dtype)
     forward = jax.jit(lambda images: _patch_probabilities(model, variables, normalize(images, config.data)))

@@ -1,4 +1,4 @@
-"""Evaluation over exactly the whole split, on any mesh."""
+"""Evaluation on exactly the whole split, on any mesh."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,7 +19,7 @@ EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
 
 
 def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
-    """The jitted step `(variables, batch, metrics so far) -> metrics`; `batch` is one of `eval_batches`."""
+    """Returns the jitted step `(variables, batch, metrics so far) -> metrics`; `batch` is one of `eval_batches`."""
 
     def eval_step(variables: dict[str, Any], batch: Any, metrics: EvalMetrics) -> EvalMetrics:
         logits, _ = model.apply(variables, normalize(batch["image"], data))
@@ -31,17 +31,17 @@ def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
 def evaluate(
     step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
 ) -> dict[str, float]:
-    """Loss, top-1, top-5 (fractions of 1) and the number of examples of a model over all batches.
+    """Returns loss, top-1 and top-5 (fractions of 1) and the number of examples of a model over all batches.
 
     Args:
         step: See `make_eval_step`.
-        variables: The model's.
+        variables: Variables of the model.
         batches: See `eval_batches`.
-        mesh: Where they are computed.
-        what: What is evaluated, for messages.
+        mesh: The mesh of the computation.
+        what: Name of what is evaluated, for messages.
 
     Raises:
-        RunError: No example counts.
+        RunError: The number of examples is 0.
         NotFiniteError: The loss is not finite.
     """
     metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
@@ -53,16 +53,16 @@ def evaluate(
 def evaluate_predictor(
     predictor: Predictor, data: DataConfig, batch_size: int = 64, match_names: bool = True
 ) -> dict[str, float]:
-    """Loss, top-1, top-5 (fractions of 1) and the number of examples over the whole evaluation split of a data set.
+    """Evaluates a predictor on the whole evaluation split: loss, top-1, top-5 (fractions of 1), number of examples.
 
     Args:
         predictor: The model.
         data: The data set.
-        batch_size: Images at a time.
-        match_names: Match classes by their names where both sides have names; else by index.
+        batch_size: Number of images per batch.
+        match_names: Match classes by name if both sides have names; otherwise by index.
 
     Raises:
-        UserError: The data cannot be read, or has other classes than the model.
+        UserError: The data cannot be read, or has different classes from the model.
     """
     arch = predictor.arch
     spec = InputSpec(
@@ -77,7 +77,7 @@ def evaluate_predictor(
     check_classes(spec, source)
     metrics = EvalMetrics.empty()
     merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))
-    # Where there are several processes, each evaluates all of it: there is no mesh that would sum up their shares.
+    # With several processes, each evaluates the whole split: no mesh combines their results.
     for batch in eval_batches(spec, source, Hosts()):
         metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
     result = metrics.result("evaluation")

@@ -1,4 +1,4 @@
-"""Where a run's first weights and its teachers come from."""
+"""Initializes a run's state and its teachers."""
 
 import pathlib
 import sys
@@ -30,27 +30,27 @@ def initial_state(
     teachers: dict[str, Any],
     class_names: Sequence[str] | None = None,
 ) -> TrainState:
-    """The state that a run begins or goes on with. The order of restoring, first that applies:
+    """Returns the state that a run starts or resumes with, from the first source that applies:
 
-    1. the newest whole checkpoint in the run's own folder: weights, optimizer, moving average, statistics and step;
-    2. the weights that `init` names, the optimizer new: the folder of a run (its newest checkpoint) or one of its
+    1. the newest complete checkpoint of the run: weights, optimizer, moving average, statistics and step;
+    2. the weights that `init` names, with a new optimizer: a run directory (its newest checkpoint) or one of its
        checkpoints, `RUN/checkpoints/STEP`;
     3. or anything else that `sit convert` reads: a model folder, or a file of PyTorch, safetensors or NumPy;
-    4. the teacher's weights, where `init` is `teacher` and there is one;
+    4. the weights of the teacher, if `init` is `teacher` and there is a teacher;
     5. random weights.
 
-    What the weights of 2, 3 and 4 lack by design (see `check_start`) is drawn at random, and listed on stderr.
+    Parameters that the weights of 2, 3 and 4 lack by design (see `check_start`) are random, and are listed on stderr.
 
     Args:
-        spec: The run's functions.
-        checkpoints: The run's own.
-        mesh: Where the state is to live, whatever mesh wrote it.
-        teachers: The teachers' variables by their section's name.
-        class_names: Of the data, by index: heads that `init` names are put into this order, and those for other
-            classes are new. None matches classes by index.
+        spec: The functions of the run.
+        checkpoints: The checkpoints of the run.
+        mesh: The mesh of the state, which may differ from the mesh of the checkpoint.
+        teachers: Variables of the teachers by the name of their section.
+        class_names: Class names of the data, by index: heads of the weights that `init` names are reordered to match,
+            and heads for other classes are new. None matches classes by index.
 
     Raises:
-        UserError: What `init` names cannot be read, or is of another model.
+        UserError: The weights that `init` names cannot be read, or are of another model.
     """
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
@@ -73,7 +73,7 @@ def _check_start_from_teacher(config: Config) -> None:
 
 
 def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
-    """Lists the parts of a model that first weights do not give, and those that the model does not take."""
+    """Lists the parameters that the initial weights lack, and the weights that the model does not use."""
     drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
     drawn += ["reverse modules"] if "reverse" in params else []
     left = sorted(given.keys() - params["model"].keys())
@@ -115,23 +115,24 @@ def _log(line: str) -> None:
 
 
 def is_own_run(path: str) -> bool:
-    """Whether a path is the folder of a run, or of one of its checkpoints, and not weights of another program."""
+    """Returns whether a path is a run directory or one of its checkpoints, and not weights of another framework."""
     from sit_jax.io.convert.run_weights import is_run
 
     return is_run(pathlib.Path(path))
 
 
 def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The variables of a teacher that is trained already: a run's, or any weights that `sit convert` reads.
+    """Returns the variables of a trained teacher: those of a run, or any weights that `sit convert` reads.
 
     Args:
-        teacher: Its section of the configuration.
-        name: That section's name, for messages.
-        class_names: Of the data, by index: the teacher's heads are put into this order. None matches classes by index.
+        teacher: The teacher's section of the configuration.
+        name: Name of that section, for messages.
+        class_names: Class names of the data, by index: the teacher's heads are reordered to match. None matches by
+            index.
 
     Raises:
         UserError: The weights cannot be read, or are of another model than the section describes.
-        ConfigError: The teacher has other classes.
+        ConfigError: The teacher has different classes.
     """
     from sit_jax.io.convert.options import Options
     from sit_jax.io.convert.read import read_weights
@@ -173,12 +174,12 @@ def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
 
 
 def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[str] | None = None) -> None:
-    """Raises a UserError where weights that a configuration names are not there, or are another model's.
+    """Raises a UserError if weights that a configuration names are missing or are of another model.
 
     Args:
         config: The run's configuration.
-        folder: The run's folder; with a checkpoint in it, `init` plays no part any more.
-        class_names: Of the data, by index; None where they do not matter.
+        folder: The run directory; if it contains a checkpoint, `init` is not used.
+        class_names: Class names of the data, by index; None skips the check of the classes.
     """
     from sit_jax.io.preprocessing import run_class_names
 

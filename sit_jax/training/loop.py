@@ -1,4 +1,4 @@
-"""A run from its first weights to its last checkpoint: the only place where training has side effects."""
+"""The training loop: runs training from the initial weights to the last checkpoint; contains all its side effects."""
 
 import contextlib
 import dataclasses
@@ -45,18 +45,18 @@ from sit_jax.training.step import (
 )
 
 Evaluator = Callable[[TrainState], dict[str, float]]
-# Step, `train` or `eval`, and the metrics: means over the steps since the last call, or an evaluation's.
+# Step, `train` or `eval`, and the metrics: averages over the steps since the last call, or those of an evaluation.
 Callback = Callable[[int, str, dict[str, float]], None]
 
 
 class Extensions(NamedTuple):
-    """What a run takes from outside its configuration.
+    """Parts of a run that its configuration does not specify.
 
     Attributes:
-        model: The module that is trained, in the place of the configuration's; see `make_train_spec`.
-        losses: Loss terms by name; see `make_train_spec`.
-        source: Split -> source, in the place of the data set that the configuration names.
-        callbacks: Are called in every process.
+        model: The module to train, which replaces that of the configuration; see `make_train_spec`.
+        losses: Custom loss terms by name; see `make_train_spec`.
+        source: Mapping from split to source, which replaces the data set of the configuration.
+        callbacks: Functions that are called in every process.
     """
 
     model: nn.Module | None = None
@@ -65,7 +65,7 @@ class Extensions(NamedTuple):
     callbacks: Sequence[Callback] = ()
 
     def open(self, data: DataConfig, split: str) -> Source:
-        """The source of a split."""
+        """Returns the source of a split."""
         if self.source is None:
             return open_source(data, split)
         if split not in self.source:
@@ -83,23 +83,23 @@ def run(
     label: str = "train",
     extensions: Extensions = _NONE,
 ) -> dict[str, float]:
-    """Trains a model, its teachers first where they are not given; the result lies in the run's folder.
+    """Trains a model, after its teachers if they are not given; writes the result to the run directory.
 
-    A teacher that is trained here is a run of its own in `folder/teacher` (or `folder/cnn_teacher`).
+    A teacher that is trained here is a separate run in `folder/teacher` (or `folder/cnn_teacher`).
 
     Args:
-        config: What to do.
-        folder: The run's folder.
-        resume: Go on with the run in the folder, if there is one.
-        label: Name of this part of the work in the progress bar.
-        extensions: What comes from outside the configuration.
+        config: The configuration.
+        folder: The run directory.
+        resume: Resume the run in the folder if there is one.
+        label: Label of the progress bar.
+        extensions: Parts that the configuration does not specify.
 
     Returns:
         The metrics of the last evaluation.
 
     Raises:
-        ConfigError: Values that do not fit the data or the devices.
-        RunError: The folder is not free, a checkpoint is of another model, or the loss is not finite.
+        ConfigError: Values do not match the data or the devices.
+        RunError: The folder is in use, a checkpoint is of another model, or the loss is not finite.
     """
     with distributed.PreemptionMonitor():
         return _run(config, folder, resume, label, extensions)
@@ -109,7 +109,7 @@ def _run(config: Config, folder: pathlib.Path, resume: bool, label: str, extensi
     config = resolve_num_classes(config, extensions)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_mesh(mesh, config)
-    # Whatever may be wrong with the inputs shows before the folder is this run's.
+    # Errors in the inputs are raised before the run directory is claimed.
     data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
     eval_source = extensions.open(config.data, config.data.eval_split)
     check_classes(config.inputs, eval_source)
@@ -134,7 +134,7 @@ def _run(config: Config, folder: pathlib.Path, resume: bool, label: str, extensi
 
 
 def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Config:
-    """The configuration with the data set's number of classes wherever a model leaves it open.
+    """Returns the configuration with undetermined numbers of classes set to that of the data set.
 
     Raises:
         UserError: The data cannot be opened.
@@ -146,15 +146,15 @@ def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Confi
 
 
 def print_sharding(config: Config, quiet: bool = False) -> None:
-    """Prints where every array of a run's training state, and of its teachers, would lie on the devices.
+    """Prints the sharding of every array of a run's training state and of its teachers.
 
     Args:
         config: The run's configuration.
-        quiet: Only check; another process prints.
+        quiet: Only validate; another process prints.
 
     Raises:
         UserError: The data cannot be opened.
-        ConfigError: The mesh does not fit the devices, or a batch or the heads do not fit the mesh.
+        ConfigError: The mesh does not match the devices, or a batch or the heads are not divisible by the mesh axes.
     """
     from rich.console import Console
     from rich.table import Table
@@ -190,20 +190,21 @@ def train_loop(
     label: str,
     callbacks: Sequence[Callback] = (),
 ) -> dict[str, float]:
-    """Steps from the state's step to the last one; evaluates, writes metrics and checkpoints on the way.
+    """Trains from the state's step to the last one; evaluates and writes metrics and checkpoints.
 
-    The metrics of a step are read while the next one runs.
+    The metrics of a step are read while the next step runs.
 
     Raises:
-        NotFiniteError: A loss, a gradient, an evaluation or the weights are not finite; they are not saved.
-        PreemptedError: The run was told to end; the newest checkpoint is of the step that it got to.
+        NotFiniteError: A loss, a gradient, an evaluation or the weights are not finite; such a state is not saved.
+        PreemptedError: The run was preempted; the newest checkpoint is of the last step.
     """
     config, epoch = spec.config, data.steps_per_epoch
     total = (config.epochs + config.optim.cooldown_epochs) * epoch
     start = int(state.step)
     step_fn = make_train_step(spec, mesh)
     due = SaveSchedule(config.checkpoint, epoch, config.log.every_steps)
-    # Steps since the last line of metrics: those before a restart count, so that the lines are the same as without one.
+    # Steps since the last line of metrics, including those before a restart, so that a restart does not change the
+    # lines.
     window: list[dict[str, float]] = checkpoints.metadata().get("window", [])
     evaluation: dict[str, float] = {}
     with (
@@ -222,7 +223,7 @@ def train_loop(
                 callback(step, kind, values)
 
         def resolve() -> None:
-            """Reads the pending step's metrics, and stops the run where they are not finite."""
+            """Reads the pending step's metrics; raises an error if they are not finite."""
             nonlocal pending
             if pending is None:
                 return
@@ -230,7 +231,7 @@ def train_loop(
             pending = None
             if not is_finite(values):
                 bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
-                # They come from the weights of the step before, which a checkpoint may hold.
+                # They are computed from the weights of the previous step, which a checkpoint may contain.
                 raise _not_finite(f"step {step}: {bad} is not finite", checkpoints.last_before(step - 1), folder)
             window.append(values)
             progress.update(step, values)
@@ -274,7 +275,7 @@ def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> No
 
 
 def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
-    """What a checkpoint says about itself. The position in the data is a function of the step, and here to be read."""
+    """Returns a checkpoint's metadata. It includes the position in the data, a function of the step."""
     return {
         "config": to_dict(config),
         "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
@@ -297,18 +298,18 @@ def evaluate_run(
     data: DataConfig | None = None,
     match_names: bool = True,
 ) -> dict[str, float]:
-    """Evaluates a run's checkpoint over its evaluation split, or over that of other data; see `trained_variables`.
+    """Evaluates a run's checkpoint on its evaluation split, or on that of other data; see `trained_variables`.
 
     Args:
-        folder: The run's folder.
-        ema: The moving average instead of the weights.
-        step: Which checkpoint; the newest where None.
-        data: The data set; the run's own where None.
-        match_names: Match classes by their names where both sides have names; else by index.
+        folder: The run directory.
+        ema: Evaluate the moving average instead of the weights.
+        step: Step of the checkpoint; the newest if None.
+        data: The data set; that of the run if None.
+        match_names: Match classes by name if both sides have names; otherwise by index.
 
     Raises:
         UserError: There is no such checkpoint or data.
-        ConfigError: The data has other classes than the model.
+        ConfigError: The data has different classes from the model.
     """
     config, variables = trained_variables(folder, ema, step)
     names = run_class_names(config, folder) if match_names else None
@@ -318,18 +319,18 @@ def evaluate_run(
 def evaluate_variables(
     config: Config, variables: dict[str, Any], what: str, class_names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Evaluates a model's variables over the evaluation split of a configuration.
+    """Evaluates a model's variables on the evaluation split of a configuration.
 
     Args:
         config: The configuration.
-        variables: The model's.
-        what: What is evaluated, for messages.
-        class_names: The model's class names, by index; None where classes are matched by index.
+        variables: The model's variables.
+        what: Name of what is evaluated, for messages.
+        class_names: Class names of the model, by index; None matches classes by index.
 
     Raises:
         RunError: No image of the split can be read, or the loss is not finite.
-        UserError: The data is not there.
-        ConfigError: The data has other classes than the model.
+        UserError: The data does not exist.
+        ConfigError: The data has different classes from the model.
     """
     mesh = sharding.make_mesh()
     sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
@@ -366,7 +367,7 @@ def _teacher_variables(
     class_names: Sequence[str],
     extensions: Extensions,
 ) -> Any:
-    """A teacher's frozen variables, on every device; trains it first where no run is named."""
+    """Returns a teacher's frozen variables, replicated on all devices; trains it first if no run is given."""
     if teacher.run:
         variables = given_teacher(teacher, name, class_names)
     else:

@@ -1,4 +1,4 @@
-"""Metrics: how they are summed up, and where they are written."""
+"""Metrics: aggregation, and writing and reading of metric files."""
 
 import contextlib
 import json
@@ -21,20 +21,20 @@ from sit_jax.io.runs import writing
 
 @flax.struct.dataclass
 class EvalMetrics(clu_metrics.Collection):
-    """Loss, top-1 and top-5 accuracy over every example whose mask is 1."""
+    """Loss, top-1 and top-5 accuracy over all examples whose mask is 1."""
 
     loss: clu_metrics.Average.from_output("loss")
     top1: clu_metrics.Average.from_output("top1")
     top5: clu_metrics.Average.from_output("top5")
 
     def result(self, what: str) -> dict[str, float]:
-        """The averages by name, accuracies as fractions of 1, and the number of `examples`.
+        """Returns the averages by name, accuracies as fractions of 1, and the number of `examples`.
 
         Args:
             what: What was evaluated, for messages.
 
         Raises:
-            RunError: No example counts.
+            RunError: The number of examples is 0.
             NotFiniteError: The loss is not finite.
         """
         examples = float(self.top1.count)
@@ -47,15 +47,15 @@ class EvalMetrics(clu_metrics.Collection):
 
 
 def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalMetrics:
-    """The metrics of one batch.
+    """Returns the metrics of one batch.
 
-    Of equal logits the class with the lower index ranks first, as with argmax. Logits with a NaN are wrong.
+    Among equal logits, the class with the lower index ranks first, as with argmax. Logits with a NaN count as wrong.
 
     Args:
         logits: (batch, classes).
-        labels: Class indices, (batch,), or those of all right classes, (batch, labels), padded with -1: the one with
-            the largest logit counts.
-        mask: 1 for examples that count, 0 for those that fill the batch up, (batch,).
+        labels: Class indices, (batch,), or indices of all correct classes, (batch, labels), padded with -1, of which
+            the one with the largest logit is used.
+        mask: 1 for examples that are counted, 0 for padding, (batch,).
     """
     rows = labels[:, None] if labels.ndim == 1 else labels
     scores = jnp.where(rows >= 0, jnp.take_along_axis(logits, rows, axis=1), -jnp.inf)
@@ -67,16 +67,16 @@ def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalM
 
 
 class MetricWriter:
-    """Writes metrics as JSON lines (`metrics.jsonl`) and, where wanted, as TensorBoard events."""
+    """Writes metrics as JSON lines (`metrics.jsonl`) and, optionally, as TensorBoard events."""
 
     def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0, quiet: bool = False) -> None:
-        """Opens the files; lines of steps after `resume_step`, from a run that was cut off, are dropped.
+        """Opens the files and drops lines of steps after `resume_step`, which an interrupted run wrote.
 
         Args:
-            workdir: The run's folder.
-            tensorboard: Whether to write events.
-            resume_step: The step that the run goes on from.
-            quiet: Write nothing at all: another process does.
+            workdir: The run directory.
+            tensorboard: Whether to write TensorBoard events.
+            resume_step: The step from which the run resumes.
+            quiet: Whether to write nothing, because another process writes.
         """
         self._file: Any = None
         self._board: Any = None
@@ -85,7 +85,7 @@ class MetricWriter:
         self._workdir, path = workdir, workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         with writing(workdir):
-            # The whole new file or the old one: lines that a full disk cuts off would be lost for good.
+            # Replaced atomically, since lines cut off by a full disk would be lost.
             shorter = path.with_name(f".{path.name}.part")
             shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
             shorter.replace(path)
@@ -99,17 +99,17 @@ class MetricWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # What a full disk did not take was told when it was written.
+            with contextlib.suppress(OSError):  # Errors of a full disk were reported when the data were written.
                 self._file.close()
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Writes one line of metrics; raises a RunError where the disk does not take it.
+        """Writes one line of metrics; raises a RunError if it cannot be written.
 
         Args:
-            step: Optimizer steps done.
+            step: Number of optimizer steps done.
             kind: `train` or `eval`.
             values: Name -> value.
         """
@@ -125,10 +125,10 @@ class MetricWriter:
 
 
 class _Events:
-    """TensorBoard events, written at once: tensorboardX's thread would die of a full disk, and its queue fill up."""
+    """Writes TensorBoard events synchronously; tensorboardX's thread would die on a full disk and its queue fill up."""
 
     def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # Takes a while to import, and not every run wants it.
+        from tensorboardX.event_file_writer import EventsWriter  # The import is slow, and not all runs need it.
         from tensorboardX.proto import event_pb2
         from tensorboardX.summary import scalar
 
@@ -150,12 +150,12 @@ class _Events:
 
 
 class MetricLines(NamedTuple):
-    """What a run's `metrics.jsonl` holds.
+    """The contents of a run's `metrics.jsonl`.
 
     Attributes:
-        lines: Its lines of metrics, oldest first; each has at least `step` and `kind`.
-        damaged: Numbers, from 1, of lines that are none; they are left out.
-        cut_off: Whether the last of these has no end: it was being written, or a full disk cut it off.
+        lines: Lines of metrics, oldest first; each has at least `step` and `kind`.
+        damaged: Numbers, from 1, of invalid lines, which are skipped.
+        cut_off: Whether the last invalid line is incomplete, because of an interrupted write or a full disk.
     """
 
     lines: list[dict[str, Any]]
@@ -164,7 +164,7 @@ class MetricLines(NamedTuple):
 
 
 def scan_metrics(workdir: pathlib.Path) -> MetricLines:
-    """Reads a run's `metrics.jsonl`, damaged or not; without one there are no lines.
+    """Reads a run's `metrics.jsonl`, skipping damaged lines; a missing file has no lines.
 
     Raises:
         RunError: The file cannot be read.
@@ -193,7 +193,7 @@ def scan_metrics(workdir: pathlib.Path) -> MetricLines:
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`, oldest first, without damaged ones, such as a last line that was cut off.
+    """Returns the lines of a run's `metrics.jsonl`, oldest first, without damaged or incomplete lines.
 
     Raises:
         RunError: The file cannot be read.
@@ -202,11 +202,11 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def warn_of_missing(result: dict[str, float], images: int) -> None:
-    """Says on standard error how many images of a split an evaluation does not count, if any.
+    """Reports on standard error how many images of a split an evaluation did not count, if any.
 
     Args:
-        result: The evaluation.
-        images: Images in the split.
+        result: The metrics of the evaluation.
+        images: Number of images in the split.
     """
     missing = images - round(result["examples"])
     if missing:
@@ -214,7 +214,7 @@ def warn_of_missing(result: dict[str, float], images: int) -> None:
 
 
 def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines of evaluations whose numbers are all finite; runs of older versions may hold others."""
+    """Returns the evaluation lines whose values are all finite; runs of older versions may have others."""
     return [line for line in lines if line["kind"] == "eval" and is_finite(_numbers(line))]
 
 
@@ -223,5 +223,5 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def is_finite(values: dict[str, float]) -> bool:
-    """Whether every metric is a finite number."""
+    """Returns whether all metrics are finite numbers."""
     return all(math.isfinite(value) for value in values.values())

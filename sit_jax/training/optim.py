@@ -1,4 +1,4 @@
-"""AdamW with one schedule per parameter group, and the schedules."""
+"""AdamW with one schedule per parameter group, and the learning-rate schedules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +14,12 @@ Schedule = Callable[[Any], Any]
 
 
 def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoch: int) -> Schedule:
-    """Learning rate as a function of the step: linear warm-up, cosine to the minimum, then the minimum.
+    """Returns the learning rate as a function of the step: linear warm-up, cosine decay to the minimum, then constant.
 
     Args:
-        optim: Minimum, warm-up and whether the rate changes per step or per epoch.
-        peak: Rate at the top of the cosine.
-        epochs: Epochs from the first step to the end of the cosine, warm-up included.
+        optim: Minimum, warm-up, and whether the rate changes per step or per epoch.
+        peak: Peak learning rate.
+        epochs: Epochs from the first step to the end of the cosine, including the warm-up.
         steps_per_epoch: Optimizer steps in an epoch.
     """
 
@@ -28,7 +28,7 @@ def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoc
         progress = jnp.clip((epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs), 0.0, 1.0)
         rate = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         if optim.warmup_epochs > 0:
-            # The first step already moves: a rate of exactly 0 would waste it.
+            # The first step uses a rate above 0; a rate of 0 would waste the step.
             since_start = (epoch + 1) if optim.schedule_per == "epoch" else (step + 1) / steps_per_epoch
             rate = jnp.where(
                 epoch < optim.warmup_epochs, peak * jnp.minimum(1.0, since_start / optim.warmup_epochs), rate
@@ -39,7 +39,7 @@ def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoc
 
 
 def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str, Schedule]:
-    """The schedule of each parameter group: `model`, and `reverse` with its own peak and the same minimum."""
+    """Returns the schedule of each parameter group: `model`, and `reverse` with its own peak and the same minimum."""
     return {
         "model": cosine_schedule(optim, optim.lr, epochs, steps_per_epoch),
         "reverse": cosine_schedule(optim, optim.lr * optim.rtsm_lr_scale, epochs, steps_per_epoch),
@@ -47,9 +47,9 @@ def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str
 
 
 def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """AdamW over `{'model': ..., 'reverse': ...}` parameters.
+    """Returns AdamW over the parameters `{'model': ..., 'reverse': ...}`.
 
-    The token-labelled teachers' auxiliary head never moves, as in the original.
+    As in the original, the auxiliary head of the token-labelled teachers is frozen.
     """
     rates = schedules(optim, epochs, steps_per_epoch)
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
@@ -69,7 +69,7 @@ def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> opt
 
 
 def parameter_groups(params: Params) -> Params:
-    """`model`, `reverse` or `frozen` for every parameter."""
+    """Returns the group of each parameter: `model`, `reverse` or `frozen`."""
 
     def group(path: tuple[Any, ...], _: Any) -> str:
         names = _names(path)
@@ -79,10 +79,10 @@ def parameter_groups(params: Params) -> Params:
 
 
 def decay_mask(params: Params, decay_like_original: bool = False) -> Params:
-    """True for the parameters that weight decay applies to.
+    """Returns True for the parameters that weight decay applies to.
 
-    Undecayed are norms, biases, class and distillation tokens, positions and the slimming scale. The original also
-    decays the slimming scale and everything in the reverse modules; `decay_like_original` does so too.
+    Norms, biases, class and distillation tokens, positions and the slimming scale are not decayed. The original also
+    decays the slimming scale and everything in the reverse modules, as does `decay_like_original`.
     """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:

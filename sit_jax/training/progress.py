@@ -1,4 +1,4 @@
-"""Progress on long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long operations: a progress bar on a terminal, otherwise an occasional line."""
 
 import sys
 import time
@@ -10,10 +10,10 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Shows steps done, loss, images per second and time left, on standard error."""
+    """Shows steps, loss, images per second and remaining time on standard error."""
 
     def __init__(self, label: str, total: int, start: int, batch_size: int, quiet: bool = False) -> None:
-        """Starts at step `start` of `total`; shows nothing where `quiet`."""
+        """Starts at step `start` of `total`; shows nothing if `quiet`."""
         self._quiet = quiet
         self._label, self._batch_size = label, batch_size
         self._total, self._start, self._step = total, start, start
@@ -36,7 +36,7 @@ class Progress:
         if self._quiet:
             return
         if self._begun is None:
-            # The first step compiles; counting it would spoil the rate for minutes.
+            # The first step compiles; including it would distort the rate for minutes.
             self._begun, self._start = time.monotonic(), step
         rate = (step - self._start) * self._batch_size / max(1e-9, time.monotonic() - self._begun)
         shown: dict[str, str] = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
@@ -57,7 +57,7 @@ class Progress:
         self._step = step
 
     def note(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line without breaking the progress bar."""
         if self._quiet:
             return
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""Everything that changes from step to step."""
+"""The training state."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class TrainState:
-    """The training state, a pytree.
+    """The training state, a pytree with everything that changes from step to step.
 
     Attributes:
-        step: Optimizer steps done, int32 scalar.
-        params: `{'model': ..., 'reverse': ...}`, float32; `reverse` is missing where nothing is recovered.
+        step: Number of optimizer steps done, int32 scalar.
+        params: `{'model': ..., 'reverse': ...}`, float32; `reverse` is absent if no tokens are recovered.
         batch_stats: BatchNorm's running statistics; an empty dict without BatchNorm.
-        opt_state: The optimizer's.
-        ema: `{'params': ..., 'batch_stats': ...}`, the moving average of the model; None where switched off.
+        opt_state: State of the optimizer.
+        ema: `{'params': ..., 'batch_stats': ...}`, the moving average of the model; None if disabled.
     """
 
     step: jax.Array
@@ -27,7 +27,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The model's variables, as `apply` takes them."""
+        """Variables of the model, as `apply` takes them."""
         return {"params": self.params["model"], "batch_stats": self.batch_stats}
 
 
@@ -37,12 +37,15 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def has_finite_weights(state: TrainState) -> bool:
-    """Whether all weights, statistics and averages are finite; the same answer in all processes."""
+    """Returns whether all weights, statistics and averages are finite; the same result in all processes."""
     return bool(_all_finite((state.params, state.batch_stats, state.ema)))
 
 
 def update_ema(ema: Any, new: Any, decay: float, step: jax.Array) -> Any:
-    """Moves the average towards the new weights; the first steps use a smaller decay, so that the average does not
-    remember its start for long (`min(decay, (1 + step) / (10 + step))`, as TensorFlow's and timm's do)."""
+    """Updates the moving average towards the new weights.
+
+    The first steps use a smaller decay, `min(decay, (1 + step) / (10 + step))`, so that the initial weights lose their
+    influence quickly, as in TensorFlow and timm.
+    """
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda old, fresh: old * rate + fresh * (1.0 - rate), ema, new)

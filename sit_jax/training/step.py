@@ -1,6 +1,6 @@
-"""The train step: one pure function for plain training, slimming alone, and distillation.
+"""The train step: one pure function for plain training, slimming without a teacher, and distillation.
 
-Distillation is a loss plus a teacher argument: a term whose weight is 0 leaves no trace in the compiled program.
+Distillation adds loss terms and a teacher argument; a term with weight 0 is not part of the compiled program.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,15 +31,15 @@ Step = Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]
 
 
 class LossInputs(NamedTuple):
-    """What a loss term of one's own is given: one (micro-)batch, as the model and its teacher see it.
+    """Inputs of a custom loss term: one (micro-)batch, with the outputs of the model and its teacher.
 
     Attributes:
         images: Normalized and mixed images, (batch, height, width, channels).
         labels: Distributions over the classes, (batch, classes).
-        logits: The student's, (batch, classes).
-        outputs: What else its forward pass leaves; see `sit_jax.models.Outputs`.
-        teacher_logits: The teacher's; None without a teacher.
-        teacher_outputs: The same of the teacher; None without one.
+        logits: Logits of the student, (batch, classes).
+        outputs: Other outputs of the student; see `sit_jax.models.Outputs`.
+        teacher_logits: Logits of the teacher; None without a teacher.
+        teacher_outputs: Other outputs of the teacher; None without a teacher.
     """
 
     images: jax.Array
@@ -54,17 +54,17 @@ Loss = Callable[[LossInputs], jax.Array]
 
 
 class TrainSpec(NamedTuple):
-    """The functions a run is made of; no arrays.
+    """The functions of a run; contains no arrays.
 
     Attributes:
-        model: The module that is trained.
-        reverse: The reverse modules, or None where no token is recovered.
+        model: The module to train.
+        reverse: The reverse modules, or None if no tokens are recovered.
         teacher: The un-slimmed teacher's module, or None.
         cnn_teacher: The convolutional teacher's module, or None.
         optimizer: The optimizer over `{'model': ..., 'reverse': ...}`.
         rates: The learning-rate schedule of each parameter group.
         config: The run's configuration.
-        losses: Loss terms of one's own, by name; weighted by `config.loss.extra`.
+        losses: Custom loss terms by name, weighted by `config.loss.extra`.
     """
 
     model: Any
@@ -83,16 +83,17 @@ def make_train_spec(
     model: nn.Module | None = None,
     losses: Mapping[str, Loss] | None = None,
 ) -> TrainSpec:
-    """Builds modules and optimizer of a run.
+    """Builds the modules and the optimizer of a run.
 
     Args:
         config: The run's configuration.
-        steps_per_epoch: For the schedules.
-        model: A module in the place of the configuration's; called as `sit_jax.ViT` is, returning logits and `Outputs`.
-        losses: Loss terms of one's own: name -> function of `LossInputs` that returns a scalar.
+        steps_per_epoch: Steps per epoch, for the schedules.
+        model: A custom module that replaces that of the configuration; called as `sit_jax.ViT`, returns logits and
+            `Outputs`.
+        losses: Custom loss terms: name -> function of `LossInputs` that returns a scalar.
 
     Raises:
-        ConfigError: `loss.extra` names a term that is not there.
+        ConfigError: `loss.extra` names a term that does not exist.
     """
     losses = losses or {}
     for name in config.loss.extra:
@@ -118,13 +119,13 @@ def make_train_spec(
 
 
 def init_state(spec: TrainSpec, mesh: Mesh, variables: dict[str, Any] | None = None) -> TrainState:
-    """The state before the first step, created in its sharding.
+    """Returns the initial training state, created with its sharding.
 
     Args:
-        spec: The run's functions.
-        mesh: Where the state lives.
-        variables: `{'params': ..., 'batch_stats': ...}` to start the model from; whatever parameter is missing there
-            (a student's slimming modules, say) is drawn at random.
+        spec: The functions of the run.
+        mesh: The mesh of the state.
+        variables: `{'params': ..., 'batch_stats': ...}` to initialize the model with; missing parameters (such as a
+            student's slimming modules) are initialized randomly.
     """
     create = jax.jit(lambda: _fresh_state(spec), out_shardings=sharding.state_shardings(mesh, abstract_state(spec)))
     state = create()
@@ -137,17 +138,17 @@ def init_state(spec: TrainSpec, mesh: Mesh, variables: dict[str, Any] | None = N
 
 
 def abstract_state(spec: TrainSpec) -> TrainState:
-    """Shapes and types of the training state, without computing it."""
+    """Returns the shapes and types of the training state, without computing it."""
     return jax.eval_shape(lambda: _fresh_state(spec))
 
 
 def freeze_teachers(spec: TrainSpec, teachers: dict[str, Any]) -> dict[str, Any]:
-    """The variables of the teachers that a task's step takes, kernels in the type of their products.
+    """Returns the teacher variables that the train step takes, with kernels cast to the type of the matrix products.
 
-    Cast here once, they are not cast in every step, and take half the memory in bfloat16.
+    They are cast here once instead of in every step, and need half the memory in bfloat16.
 
     Args:
-        spec: The run's functions.
+        spec: The functions of the run.
         teachers: Variables by the name of the teacher's section.
     """
     cast = jax.jit(cast_kernels, static_argnums=1)
@@ -155,13 +156,13 @@ def freeze_teachers(spec: TrainSpec, teachers: dict[str, Any]) -> dict[str, Any]
 
 
 def _teacher_models(spec: TrainSpec) -> dict[str, ModelConfig]:
-    """The models of the teachers that a task's step takes, by the name of their section."""
+    """Returns the models of the teachers that the train step takes, by the name of their section."""
     teachers = spec.config.teachers
     return {name: teacher.model for name, teacher in teachers.items() if getattr(spec, name) is not None}
 
 
 def abstract_teachers(spec: TrainSpec) -> dict[str, Any]:
-    """Shapes and types of the variables of the teachers that a task's step takes."""
+    """Returns the shapes and types of the teacher variables that the train step takes."""
     teachers = {}
     for name, model in _teacher_models(spec).items():
         arch = model.architecture
@@ -191,9 +192,9 @@ def _fresh_state(spec: TrainSpec) -> TrainState:
 
 
 def _overlay(mine: Any, theirs: Any) -> Any:
-    """`mine` with a copy of every leaf that `theirs` has, in the sharding of `mine`.
+    """Returns `mine` with each leaf that `theirs` has replaced by a copy, in the sharding of `mine`.
 
-    A copy, since the train step donates the state: an array shared with a teacher would be taken from it.
+    The train step donates the state, so an array shared with a teacher would be deleted.
     """
     if not isinstance(mine, dict):
         if jnp.shape(theirs) != jnp.shape(mine):
@@ -203,16 +204,16 @@ def _overlay(mine: Any, theirs: Any) -> Any:
 
 
 def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
-    """The jitted train step `(state, batch, teachers) -> (state, metrics)`; the old state's memory is reused.
+    """Returns the jitted train step `(state, batch, teachers) -> (state, metrics)`; the state is donated.
 
-    `batch` is the loader's; see `prepare_batch`, which makes it what the loss takes.
-    `teachers` holds the frozen variables under `teacher` and `cnn_teacher`, where the task has them.
+    `batch` is a batch of the loader; `prepare_batch` prepares it for the loss. `teachers` has the frozen variables
+    under `teacher` and `cnn_teacher`, if the run has these teachers.
     Metrics are float32 scalars: `loss`, each term by its name before weighting, `accuracy`, `grad_norm`, and the
     learning rate of each parameter group.
     """
     sharded = sharding.state_shardings(mesh, abstract_state(spec))
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    # The input's sharding comes with the arrays; the output's is pinned, so that the second step compiles to the first.
+    # The input's sharding comes with the arrays. The output's is fixed, so that the second step reuses the compilation.
     return jax.jit(
         lambda state, batch, teachers: train_step(spec, state, batch, teachers),
         donate_argnums=0,
@@ -224,7 +225,7 @@ def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
 def train_step(
     spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any]
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step; a pure function. See `make_train_step`."""
+    """Takes one optimizer step; a pure function. See `make_train_step`."""
     config = spec.config
     key = stream_key(config.seed, "drop_path", state.step)
     prepared = prepare_batch(config.inputs, batch, state.step)
@@ -248,16 +249,16 @@ def train_step(
 def _accumulated_gradients(
     spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any], key: jax.Array
 ) -> tuple[Any, Any, Metrics]:
-    """Gradients, BatchNorm statistics and metrics of a batch, split into micro-batches."""
+    """Returns gradients, BatchNorm statistics and metrics of a batch, accumulated over micro-batches."""
     optim = spec.config.optim
     parts = optim.accumulate_steps
-    # A gradient has the type of what it is taken of.
+    # A gradient has the type of its parameter.
     params = cast_kernels(state.params, optim.grad_dtype)
     gradient = jax.value_and_grad(compute_loss, argnums=1, has_aux=True)
     if parts == 1:
         (_, (stats, metrics)), grads = gradient(spec, params, state.batch_stats, batch, teachers, key)
         return jax.tree.map(lambda x: x.astype(jnp.float32), grads), stats, metrics
-    # Every part takes each parts-th example: so each device works on its own examples, none travels.
+    # Each micro-batch takes every n-th example, so that each device keeps its own examples and none is transferred.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def work(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
@@ -276,7 +277,7 @@ def _accumulated_gradients(
 def compute_loss(
     spec: TrainSpec, params: Any, batch_stats: Any, batch: Batch, teachers: dict[str, Any], key: jax.Array
 ) -> tuple[jax.Array, tuple[Any, Metrics]]:
-    """The loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
+    """Returns the loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
     weights: LossConfig = spec.config.loss
     images, labels = batch["image"], batch["label"]
     mixed = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
@@ -307,7 +308,7 @@ def compute_loss(
 
 
 def _token_distillation(spec: TrainSpec, params: Any, tokens: Any, targets: Any) -> jax.Array:
-    """The mean over all blocks of the error of the student's recovered tokens."""
+    """Returns the mean over all blocks of the error of the student's recovered tokens."""
     if spec.reverse is None:
         return losses.token_distillation(tokens, targets)
     variables = {"params": params["reverse"]}

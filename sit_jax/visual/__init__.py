@@ -1,1 +1,1 @@
-"""Seeing what slimming does: token maps as numbers, as images and as figures."""
+"""Visualization of slimming: token maps as numbers, as images and as figures."""

@@ -1,4 +1,4 @@
-"""Token maps as named arrays, for one's own plots."""
+"""Token maps as named arrays, for custom plots."""
 
 import pathlib
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from sit_jax.visual.token_maps import TokenMaps
 
 
 def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray]:
-    """Everything about one image of a batch, without the batch axis.
+    """Returns all arrays of one image of a batch, without the batch axis.
 
-    `pixels` (size, size, channels) as the model gets them; `logits` and `probabilities` (classes,); `class_attention`
-    (blocks, patches), handed on to the patches; `token_counts` (blocks,), patch tokens that each block works on. For
-    each slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
+    `pixels` (size, size, channels) is the model's input; `logits` and `probabilities` (classes,); `class_attention`
+    (blocks, patches), distributed to the patches; `token_counts` (blocks,), the patch tokens of each block. For each
+    slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
     `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
     """
     blocks = range(1, len(maps.attention) + 1)
@@ -42,15 +42,16 @@ def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray
 def write_arrays(
     path: pathlib.Path, names: Sequence[str], class_names: Sequence[str], pictures: Sequence[dict[str, ndarray]]
 ) -> None:
-    """Writes one compressed .npz file: the arrays of `arrays_of` with the images as first axis.
+    """Writes one compressed .npz file: the arrays of `arrays_of`, with the images as the first axis.
 
     Args:
         path: The file.
-        names: Of the images: `pictures` in the file.
-        class_names: By index; `class_names` in the file.
-        pictures: One per name.
+        names: Names of the images; `pictures` in the file.
+        class_names: Class names by index; `class_names` in the file.
+        pictures: Arrays of one image per name.
     """
-    # Of the images of one model all arrays are alike. Plain text arrays, so that no reader needs pickle.
+    # The arrays of all images of a model have the same shapes. Text is stored as plain arrays, so that no pickle is
+    # needed.
     stacked: dict[str, Any] = {key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]}
     with path.open("wb") as file:
         np.savez_compressed(file, pictures=np.array(names), class_names=np.array(class_names), **stacked)

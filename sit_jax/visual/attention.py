@@ -1,4 +1,4 @@
-"""What the class token attends to, without a change to the model that is deployed."""
+"""The class token's attention, computed without changes to the deployed model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,18 +15,18 @@ from sit_jax.models.layers import Attention
 def apply_watched(
     model: Any, variables: dict[str, Any], images: Float[Array, "batch height width channels"]
 ) -> tuple[Float[Array, "batch classes"], Outputs, tuple[Array, ...]]:
-    """A forward pass that also tells what the class token attends to.
+    """Applies a model and also returns the class token's attention.
 
-    Every attention module's class query is computed a second time beside it; the model itself runs as it always does.
+    The class query of every attention module is computed a second time; the model itself is unchanged.
 
     Args:
-        model: A vision transformer's module, slimmed or not.
+        model: A vision transformer's module, with or without slimming.
         variables: Its variables.
-        images: Normalised images.
+        images: Normalized images.
 
     Returns:
-        Logits, the model's `Outputs`, and for each block the class token's attention to all tokens of that block
-        (batch, tokens), the prefix tokens first; mean over the heads, float32, rows summing to one.
+        Logits, the model's `Outputs`, and for each block the class token's attention to all tokens of the block (batch,
+        tokens), prefix tokens first; mean over the heads, float32, rows sum to one.
     """
     seen: list[Array] = []
     with nn.intercept_methods(_watch(seen)):
@@ -44,7 +44,7 @@ def _watch(seen: list[Array]) -> Callable[..., Any]:
 
 
 def _class_attention(module: Attention, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens"]:
-    """The first token's attention, mean over the heads, by the rule of `Attention`."""
+    """Returns the first token's attention, mean over the heads, as `Attention` computes it."""
     batch, tokens, dim = x.shape
     head_dim = dim // module.num_heads
     layer: Any = module.get_variable("params", "qkv")

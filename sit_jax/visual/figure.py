@@ -1,4 +1,4 @@
-"""One image's token maps as a figure for print."""
+"""Print-quality figures of one image's token maps."""
 
 import dataclasses
 import pathlib
@@ -13,12 +13,12 @@ from numpy import ndarray
 from sit_jax.visual.pictures import as_rgb, bar_colours, heat, regions
 from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
-# Everything in inches and points.
+# Sizes in inches and points.
 _WIDTH, _MARGIN, _GAP = 10.4, 0.25, 0.09
 _BAR, _BAR_ROOM = 0.09, 0.62
 _HEADER, _HEADING, _CAPTION, _BETWEEN = 0.62, 0.26, 0.2, 0.16
 _LARGEST_CELL, _LARGEST_VIEW = 1.25, 2.25
-# Below narrower heat maps only a number fits.
+# Below narrower heat maps, only a number fits.
 _CAPTIONED = 0.95
 _PLOT = (1.9, 0.5)
 _TITLE_SIZE, _HEADING_SIZE, _CAPTION_SIZE = 12, 9, 6.5
@@ -36,21 +36,21 @@ def draw_maps(
     tokens: int = 8,
     dpi: int = 150,
 ) -> None:
-    """Draws what a model does with one image.
+    """Draws the token maps of one image.
 
-    The image and its regions after each slimming module; for each module the tokens that the class token attends to
-    most, as heat maps of the patches that they are made of; the class token's attention block by block; and of how
-    many patches tokens are made. A model without slimming modules gets the image and the attention.
+    The figure has the image and its regions after each slimming module; for each module, heat maps of the tokens with
+    the most class attention; the class token's attention by block; and the effective number of patches of the tokens.
+    For a model without slimming modules, it has the image and the attention.
 
     Args:
         path: PNG file to write.
-        picture: The image as a person wants to see it.
-        maps: Of a batch.
-        index: Of the image within the batch.
+        picture: The image in display size.
+        maps: Token maps of a batch.
+        index: Index of the image in the batch.
         title: The figure's title.
-        says: What the model says of the image, below the title.
-        tokens: Tokens shown for each slimming module, and blocks shown, at most.
-        dpi: Dots per inch; 300 for print.
+        says: The model's prediction, below the title.
+        tokens: Largest number of tokens per slimming module, and of blocks.
+        dpi: Resolution in dots per inch; 300 for print.
     """
     from matplotlib.figure import Figure
 
@@ -66,14 +66,14 @@ def draw_maps(
         top = _draw_tokens(sheet, top, picture, maps, index, stage)
     _draw_attention(sheet, top, picture, maps, index)
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; that is no reason to stop.
+        # Characters that the font lacks are drawn as boxes, without an error.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
         figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
 
 
 @dataclasses.dataclass(frozen=True)
 class _Sheet:
-    """The figure, measured in inches from its lower left corner."""
+    """The figure, with coordinates in inches from the lower left corner."""
 
     tokens: int
     stages: int
@@ -97,27 +97,27 @@ class _Sheet:
         return 2 * _MARGIN + _HEADER + self.view + _CAPTION + _BETWEEN + rows - _BETWEEN
 
     def caption(self, name: str, number: int, what: str) -> str:
-        """What stands below a heat map."""
+        """Returns the caption of a heat map."""
         return f"{name} {number}: {what}" if self.cell >= _CAPTIONED else f"{number}"
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         """Writes text."""
-        # Names of files and classes may hold dollar signs, which are no formulas.
+        # Names of files and classes may contain dollar signs, which are not formulas here.
         self.figure.text(x / _WIDTH, y / self.height, text, size=size, parse_math=False, **{"color": _FAINT, **style})
 
     def axes(self, x: float, y: float, width: float, height: float) -> Any:
-        """Axes whose lower left corner is given."""
+        """Returns axes at a lower left corner."""
         return self.figure.add_axes((x / _WIDTH, y / self.height, width / _WIDTH, height / self.height))
 
     def show(self, x: float, top: float, side: float, pixels: ndarray, caption: str) -> None:
-        """An image with its caption below."""
+        """Draws an image with its caption below."""
         axes = self.axes(x, top - side, side, side)
         axes.imshow(pixels, aspect="auto", interpolation="antialiased")
         axes.set_axis_off()
         self.write(x + side / 2, top - side - 0.05, caption, _CAPTION_SIZE, ha="center", va="top", color=_INK)
 
     def bar(self, top: float, largest: float, label: str) -> None:
-        """The colours of a row of heat maps, at its right."""
+        """Draws the colour bar of a row of heat maps, on its right."""
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import ListedColormap, Normalize
 
@@ -128,12 +128,12 @@ class _Sheet:
         bar.ax.tick_params(labelsize=_CAPTION_SIZE, width=0.4, length=2, colors=_INK)
         if self.cell >= _CAPTIONED:
             bar.set_label(label, size=_CAPTION_SIZE, color=_FAINT)
-        else:  # Beside the bar it would run into the next row's.
+        else:  # Next to the bar it would overlap the bar of the next row.
             self.write(_WIDTH - _MARGIN, top + _HEADING, label, _CAPTION_SIZE, ha="right", va="top")
 
 
 def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
-    """The image, the regions after each slimming module, and what the tokens are made of."""
+    """Draws the image, the regions after each slimming module, and the effective number of patches."""
     x, side = _MARGIN, sheet.view
     sheet.show(x, top, side, as_rgb(picture), f"the picture, {maps.grid} x {maps.grid} patches")
     for number, stage in enumerate(maps.stages, start=1):
@@ -187,7 +187,7 @@ def _draw_attention(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps
     counts = [_tokens_of(maps.stage_of(int(block)), maps.grid) for block in blocks]
     captions = [sheet.caption("block", block, f"{count} tokens") for block, count in zip(blocks, counts, strict=True)]
     heading = "Attention of the class token, handed on to the patches that its tokens are made of (mean over heads)"
-    # Early blocks can be sharper by far than those behind the slimming; on one scale these would be black.
+    # Early blocks can be much sharper than those after the slimming, whose maps would be black on a common scale.
     peaks = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return _draw_row(sheet, top, heading, picture, peaks, captions, maps.grid, (1.0, "of each map's largest"))
 
@@ -202,7 +202,7 @@ def _draw_row(
     grid: int,
     scale: tuple[float, str],
 ) -> float:
-    """Heat maps side by side on one scale: what the largest weight of all counts as, and in which unit."""
+    """Draws heat maps next to each other on one scale; the colour bar shows the largest weight and its unit."""
     sheet.write(_MARGIN, top, heading, _HEADING_SIZE, va="top", color=_INK)
     top -= _HEADING
     largest = float(rows.max())

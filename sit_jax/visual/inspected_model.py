@@ -1,4 +1,4 @@
-"""A model that can be looked into: opened from a run or a model folder, with the images as it sees them."""
+"""A model for visualization, opened from a run or a model folder, with its preprocessing."""
 
 import dataclasses
 import pathlib
@@ -20,17 +20,17 @@ from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.visual.token_maps import TokenMaps, token_maps
 
-# A patch is drawn with at least so many pixels, and an image with at least so many on a side.
+# Minimum size of a drawn patch, and minimum side of a drawn image, in pixels.
 _PIXELS_PER_PATCH, _SHOWN_SIDE = 16, 384
 
 
 class ModelInput(NamedTuple):
-    """One image in two sizes.
+    """An image in two sizes.
 
     Attributes:
-        pixels: What the model gets, uint8 (size, size, channels).
-        shown: The same part of the image, as large as a person wants it, uint8 (side, side, channels); `side` is a
-            multiple of the grid's.
+        pixels: The model's input, uint8 (size, size, channels).
+        shown: The same part of the image in display size, uint8 (side, side, channels); `side` is a multiple of the
+            grid size.
     """
 
     pixels: UInt8[ndarray, "size size channels"]
@@ -42,11 +42,11 @@ class InspectedModel:
     """A vision transformer with its weights, its preprocessing and its classes.
 
     Attributes:
-        arch: Its shape.
+        arch: Its architecture.
         variables: Its variables, on the device.
         data: How images are read.
-        metadata: What else is known; see `Weights.metadata`.
-        dtype: Type of the products.
+        metadata: Other metadata; see `Weights.metadata`.
+        dtype: Type of the matrix products.
     """
 
     arch: Architecture
@@ -57,19 +57,19 @@ class InspectedModel:
 
     @property
     def class_names(self) -> list[str]:
-        """The classes' names; their numbers where no names are known."""
+        """The class names; the class indices as text if no names are known."""
         return class_names(self.metadata, self.arch)
 
     def maps(self, pixels: UInt8[ndarray, "batch height width channels"]) -> TokenMaps:
-        """Token maps of images as `see` gives them; compiled once for each batch size."""
+        """Returns the token maps of images from `preprocess`; compiled once per batch size."""
         images = normalize(jax.numpy.asarray(pixels), self.data)
         return token_maps(build_model(self.arch, dtype=self.dtype), self.variables, images)
 
     def preprocess(self, example: Example) -> ModelInput:
-        """Decodes an image, and cuts out (or stretches) what the model sees of it.
+        """Decodes an image, and crops or stretches it to the model's input.
 
         Raises:
-            ImageDecodeError: It cannot be read.
+            ImageDecodeError: The image cannot be read.
         """
         arch, data = self.arch, self.data
         side = arch.grid_size * max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // arch.grid_size))
@@ -77,7 +77,7 @@ class InspectedModel:
         whole = to_pillow(decode(example.image, arch.in_channels, example.name, data.max_pixels))
         box = (0.0, 0.0, float(whole.width), float(whole.height))
         if data.resize == "crop":
-            # The model's own crop to the pixel: its rounding at another size would be another part of the image.
+            # The exact box of the model's crop: its rounding at another size would select another part of the image.
             box = centre_box(whole.width, whole.height, arch.image_size, data.crop_fraction)
         shown = np.asarray(resize_part(whole, box, side, RESAMPLING[data.interpolation]))
         return ModelInput(np.ascontiguousarray(pixels), shown[:, :, None] if shown.ndim == 2 else shown)
@@ -88,11 +88,12 @@ def open_inspected_model(source: pathlib.Path, ema: bool = False, step: int | No
 
     Args:
         source: The folder.
-        ema: A run's moving average instead of its weights.
-        step: Which of a run's checkpoints; the newest where None.
+        ema: Use a run's moving average instead of its weights.
+        step: Step of the run's checkpoint; the newest if None.
 
     Raises:
-        UserError: It is neither, or damaged, an ONNX or StableHLO file, or its model is no vision transformer.
+        UserError: The path is neither, or is damaged, or is an ONNX or StableHLO file, or its model is not a vision
+            transformer.
     """
     if source.is_file():
         raise UserError(f"{source}: gives logits only; give the run's or model's folder that it was exported from")

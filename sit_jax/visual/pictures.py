@@ -1,4 +1,4 @@
-"""Token maps over images, as plain RGB arrays: for figures, HTML pages and the demo alike."""
+"""Token maps drawn over images, as RGB arrays, for figures, HTML pages and the demo."""
 
 import functools
 
@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 
-# Perceptually uniform, rising in lightness throughout, and told apart with any kind of colour blindness.
+# Perceptually uniform, with monotonic lightness, and distinguishable with all types of colour blindness.
 COLOURS = "inferno"
 _LUMA = np.array([0.299, 0.587, 0.114])
-# Under a map the image is grey and soft, so that colour means weight and nothing else.
+# The image below a map is grey and low in contrast, so that only weights have colour.
 _DARKEST, _LIGHTEST = 0.25, 0.95
 _STRENGTH = 0.8
 _LINE = np.array([255, 255, 255], np.uint8)
@@ -23,13 +23,13 @@ def heat(
     grid: int,
     top: float | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
-    """A map over an image: the image in grey, each patch tinted by its weight.
+    """Draws a heat map over an image: the image in grey, with each patch tinted by its weight.
 
     Args:
         image: Grey or RGB pixels, of any size.
-        row: A weight per patch, 0 or more.
+        row: Weight of each patch, 0 or more.
         grid: Patches along one side.
-        top: The weight that gets the brightest colour; the row's largest where None.
+        top: Weight of the brightest colour; the largest weight of the row if None.
     """
     top = float(row.max()) if top is None else top
     level = np.clip(row / top, 0, 1) if top > 0 else np.zeros_like(row)
@@ -39,13 +39,13 @@ def heat(
 
 
 def bar_colours() -> Float[ndarray, "256 3"]:
-    """What `heat` makes of the weights from 0 to the largest, RGB from 0 to 1, where the image is of medium grey."""
+    """Returns the colours of `heat` from weight 0 to the largest, RGB from 0 to 1, for an image of medium grey."""
     return _mix(colour_table(), np.full(256, 0.5))
 
 
 def _mix(tint: Float[ndarray, "*shape 3"], luma: Float[ndarray, "*shape"]) -> Float[ndarray, "*shape 3"]:
     ground = (_DARKEST + (_LIGHTEST - _DARKEST) * luma)[..., None]
-    # Multiplied, the image's own light and shade stay visible within every colour.
+    # Multiplication preserves the light and shade of the image within every colour.
     return (1 - _STRENGTH) * ground + _STRENGTH * tint * (0.6 + 0.4 * ground)
 
 
@@ -55,13 +55,13 @@ def regions(
     grid: int,
     overlooked: Bool[ndarray, " patches"] | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
-    """The patches of every token as a region in the mean colour of its pixels, outlined.
+    """Draws the patches of each token as an outlined region in the mean colour of its pixels.
 
     Args:
         image: Grey or RGB pixels, of any size.
-        hard_map: Each patch's token.
+        hard_map: Token of each patch.
         grid: Patches along one side.
-        overlooked: Patches that belong to no token: they are left out of the means, and shown as a dim, grey image.
+        overlooked: Patches that belong to no token: they are excluded from the means, and shown as a dim, grey image.
     """
     index = patch_index(image.shape, grid)
     owner = np.where(overlooked, -1, hard_map) if overlooked is not None else hard_map
@@ -78,30 +78,30 @@ def regions(
 
 
 def as_rgb(image: UInt8[ndarray, "height width channels"]) -> UInt8[ndarray, "height width 3"]:
-    """Grey or RGB pixels as RGB."""
+    """Converts grey or RGB pixels to RGB."""
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 def patch_index(shape: tuple[int, ...], grid: int) -> Int[ndarray, "height width"]:
-    """The patch that each pixel of a (height, width, ...) image belongs to."""
+    """Returns the index of the patch of each pixel of a (height, width, ...) image."""
     rows, columns = (np.arange(length) * grid // length for length in shape[:2])
     return rows[:, None] * grid + columns[None, :]
 
 
 @functools.cache
 def colour_table() -> Float[ndarray, "256 3"]:
-    """The map's colours from weight 0 to the largest, RGB from 0 to 1."""
-    import matplotlib  # Takes a while.
+    """Returns the colours of the map from weight 0 to the largest, RGB from 0 to 1."""
+    import matplotlib  # The import is slow.
 
     return np.asarray(matplotlib.colormaps[COLOURS](np.arange(256))[:, :3])
 
 
 def _borders(labels: Int[ndarray, "height width"]) -> Bool[ndarray, "height width"]:
-    """Pixels on the line between two regions."""
+    """Returns the pixels on the border between two regions."""
     width = max(1, round(min(labels.shape) / _LINES_PER_SIDE))
     line = np.zeros(labels.shape, bool)
     down, right = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
-    # Half on either side; `width` pixels in all.
+    # Half of the border on either side; `width` pixels in all.
     for shift in range(-(width // 2), width - width // 2):
         rows, columns = np.nonzero(down)
         line[np.clip(rows + 1 + shift, 0, labels.shape[0] - 1), columns] = True

@@ -1,4 +1,4 @@
-"""`slimming.png` of a run: where each kept token looks, on a few images."""
+"""`slimming.png` of a run: token maps of the kept tokens for a few images."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from numpy import ndarray
 from sit_jax.visual.pictures import as_rgb, heat
 from sit_jax.visual.token_maps import TokenMaps
 
-# Columns of a figure beyond this would be too small to see.
+# Maximum number of columns; more would be too small to see.
 _MAX_TOKENS_SHOWN = 8
 
 
@@ -19,15 +19,15 @@ def draw_slimming(
     maps: TokenMaps,
     titles: Sequence[str],
 ) -> None:
-    """Draws images and, beside each, where every token after the last slimming module looks.
+    """Draws images and, next to each, the token maps of all tokens after the last slimming module.
 
     Args:
         path: PNG file to write.
         pictures: The images' pixels.
-        maps: Of these images, by a model with slimming modules.
+        maps: Token maps of these images, by a model with slimming modules.
         titles: One per image.
     """
-    from matplotlib.figure import Figure  # Takes a while to import; no display and no global state.
+    from matplotlib.figure import Figure  # The import is slow; Figure needs no display and no global state.
 
     weights = maps.stages[-1].cumulative
     tokens, rows = min(weights.shape[1], _MAX_TOKENS_SHOWN), len(pictures)

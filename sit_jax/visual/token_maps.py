@@ -1,8 +1,8 @@
-"""Where tokens come from: what every token after a slimming module is made of, as numbers over the image.
+"""Token maps: the weights of the image's patches in each token after a slimming module.
 
-A slimming module makes each of its tokens as a weighted mean of the tokens before it. The product of the modules'
-weights says what share each patch of the image has in each token. (Attention between the modules mixes tokens too;
-like the paper's figures, the maps follow the slimming alone.)
+Each token of a slimming module is a weighted mean of the module's input tokens. The product of the modules' weights is
+the weight of each patch of the image in each token. (Attention between the modules also mixes tokens; like the paper's
+figures, the maps include only the slimming.)
 """
 
 import functools
@@ -20,12 +20,12 @@ from sit_jax.visual.attention import apply_watched
 
 
 class StageMaps(NamedTuple):
-    """The tokens that one slimming module makes.
+    """Token maps of one slimming module.
 
     Attributes:
-        after_block: The module stands behind this block, counted from 1.
-        assignment: Fraction of each token before it in each token behind it, (batch, tokens, kept); columns sum to one.
-        cumulative: Fraction of each patch of the image in each token, (batch, kept, patches); rows sum to one.
+        after_block: The block, counted from 1, that the module follows.
+        assignment: Weight of each input token in each output token, (batch, tokens, kept); columns sum to one.
+        cumulative: Weight of each patch of the image in each token, (batch, kept, patches); rows sum to one.
     """
 
     after_block: int
@@ -34,33 +34,33 @@ class StageMaps(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Tokens behind the module."""
+        """Number of tokens after the module."""
         return self.cumulative.shape[1]
 
     @property
     def hard(self) -> Int[ndarray, "batch patches"]:
-        """The token in which each patch has its largest share; see `hard_assignment`."""
+        """The token in which each patch has its largest weight; see `hard_assignment`."""
         return hard_assignment(self.cumulative)
 
     @property
     def overlooked(self) -> Bool[ndarray, "batch patches"]:
-        """Patches that no token looks at; see `overlooked_patches`."""
+        """Patches with little weight in all tokens; see `overlooked_patches`."""
         return overlooked_patches(self.cumulative)
 
     @property
     def effective_patches(self) -> Float[ndarray, "batch kept"]:
-        """How many patches each token is made of; see `effective_patches`."""
+        """Effective number of patches of each token; see `effective_patches`."""
         return effective_patches(self.cumulative)
 
 
 class TokenMaps(NamedTuple):
-    """What a model does with a batch of images.
+    """Token maps and outputs of a model for a batch of images.
 
     Attributes:
         grid: Patches along one side of the image; patch `row * grid + column`.
-        stages: One per slimming module, in order; empty for a model without.
+        stages: One per slimming module, in order; empty for a model without slimming.
         attention: One per block: the class token's attention to the block's patch tokens, (batch, tokens), mean over
-            the heads. What is missing to one goes to the class token itself (and the distillation token).
+            the heads. The remaining attention is to the class token itself (and the distillation token).
         logits: (batch, classes), float32.
     """
 
@@ -71,28 +71,28 @@ class TokenMaps(NamedTuple):
 
     @property
     def probabilities(self) -> Float[ndarray, "batch classes"]:
-        """Of the classes."""
+        """Probabilities of the classes."""
         return softmax(self.logits)
 
     def stage_of(self, block: int) -> StageMaps | None:
-        """The last slimming module before a block (counted from 1); None where the block works on the patches."""
+        """Returns the last slimming module before a block (counted from 1), or None if there is none."""
         before = [stage for stage in self.stages if stage.after_block < block]
         return before[-1] if before else None
 
     def attention_on_patches(self, block: int) -> Float[ndarray, "batch patches"]:
-        """The class token's attention in a block, handed on to the patches that the block's tokens are made of.
+        """Returns the class token's attention in a block, distributed to the patches of the block's tokens.
 
         Args:
-            block: Counted from 1.
+            block: Index of the block, counted from 1.
 
         Returns:
-            (batch, patches); sums to the attention that the block's patch tokens get together.
+            (batch, patches); sums to the total attention to the block's patch tokens.
         """
         weights, stage = self.attention[block - 1], self.stage_of(block)
         return weights if stage is None else np.einsum("bk,bkp->bp", weights, stage.cumulative)
 
     def token_attention(self, stage: int) -> Float[ndarray, "batch kept"]:
-        """How much the class token attends to each token of a stage: the mean over the blocks that work on them.
+        """Returns the class token's attention to each token of a stage: the mean over the blocks of the stage.
 
         Args:
             stage: Index into `stages`.
@@ -102,26 +102,26 @@ class TokenMaps(NamedTuple):
         return np.mean(self.attention[first:last], axis=0)
 
     def most_attended(self, stage: int, index: int, count: int) -> tuple[int, ...]:
-        """The tokens of a stage that the class token attends to most in the blocks that work on them, most first.
+        """Returns the tokens of a stage with the most class attention in the stage's blocks, in decreasing order.
 
         Args:
             stage: Index into `stages`.
-            index: Of the image within the batch.
-            count: How many, at most.
+            index: Index of the image in the batch.
+            count: Largest number of tokens.
         """
         order = np.argsort(-self.token_attention(stage)[index], kind="stable")
         return tuple(int(token) for token in order[:count])
 
 
 def token_maps(model: Any, variables: dict[str, Any], images: Float[Any, "batch height width channels"]) -> TokenMaps:
-    """Runs a model and says where its tokens come from.
+    """Applies a model to images and returns their token maps.
 
-    Compiled once for each model and batch size.
+    Compiled once per model and batch size.
 
     Args:
         model: A vision transformer's module (`sit_jax.models.build_model`), slimmed or not.
         variables: Its variables.
-        images: Normalised images, (batch, height, width, channels).
+        images: Normalized images, (batch, height, width, channels).
     """
     logits, assignments, attention = jax.device_get(_forward(model, variables, jnp.asarray(images)))
     arch = model.arch
@@ -145,7 +145,7 @@ def _forward(
 def cumulative_maps(
     assignments: Sequence[Float[ndarray, "batch _tokens _kept"]],
 ) -> list[Float[ndarray, "batch _kept patches"]]:
-    """Fraction of each patch in each token behind each slimming module: the product of the assignments up to there.
+    """Returns the weight of each patch in each token after each slimming module: the product of the assignments so far.
 
     Args:
         assignments: The modules' assignments in order, each (batch, tokens, kept), columns summing to one.
@@ -163,26 +163,26 @@ def cumulative_maps(
 
 
 def hard_assignment(cumulative: Float[ndarray, "batch kept patches"]) -> Int[ndarray, "batch patches"]:
-    """The token in which each patch has its largest share; the first of equals.
+    """Returns the token in which each patch has its largest weight; the first one of equals.
 
-    Every patch gets one, also where all shares are next to nothing: `overlooked_patches` tells these.
+    Every patch is assigned, even if all weights are almost zero; see `overlooked_patches` for those.
     """
     return cumulative.argmax(axis=1)
 
 
 def overlooked_patches(cumulative: Float[ndarray, "batch kept patches"]) -> Bool[ndarray, "batch patches"]:
-    """Patches that have less than half an even share, 1 / patches, in every token.
+    """Returns the patches that have less than half of the uniform weight, 1 / patches, in every token.
 
-    A token that does not choose at all gives an even share to each patch. So all tokens have turned away from these,
-    and their largest share says little about where they belong.
+    A token without preferences has the uniform weight for each patch. All tokens give these patches less, so their hard
+    assignment has little meaning.
     """
     return cumulative.max(axis=1) < 0.5 / cumulative.shape[2]
 
 
 def effective_patches(cumulative: Float[ndarray, "batch kept patches"]) -> Float[ndarray, "batch kept"]:
-    """How many patches each token is made of: the exponential of its row's entropy.
+    """Returns the effective number of patches of each token: the exponential of its row's entropy.
 
-    1 where a token is a single patch, the number of patches where it is the mean of all.
+    It is 1 for a token of a single patch, and the number of patches for the mean of all patches.
     """
     shares = cumulative.astype(np.float64)
     logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))

@@ -1,4 +1,4 @@
-"""`sit visualize`: figures and arrays of token maps, image by image."""
+"""`sit visualize`: writes figures and arrays of token maps for images."""
 
 import itertools
 import pathlib
@@ -22,22 +22,22 @@ from sit_jax.visual.figure import draw_maps
 from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
 from sit_jax.visual.token_maps import TokenMaps
 
-# Where figures go if nothing is said.
+# Default folder of the figures.
 FIGURES = pathlib.Path("maps")
-# Of a split, if nothing is said.
+# Default number of images of a split.
 FEW = 16
 _NPZ = ".npz"
 _CLASSES_TOLD = 3
 
 
 class Picture(NamedTuple):
-    """An image that is to be looked at.
+    """An image to visualize.
 
     Attributes:
-        name: What messages and arrays call it.
-        title: What its figure is called.
-        stem: What its files are called, without a suffix.
-        load: Reads it, and its class by name, empty where no one says.
+        name: Name in messages and arrays.
+        title: Title of its figure.
+        stem: Name of its files, without a suffix.
+        load: Reads the image and the name of its class, which is empty if unknown.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Picture(NamedTuple):
 
 
 class Read(NamedTuple):
-    """An image that has been read.
+    """An image that was read.
 
     Attributes:
-        picture: Which one.
-        seen: How it looks.
-        label: Its class by name, empty where no one says.
+        picture: The image's description.
+        seen: The preprocessed image.
+        label: Name of its class, empty if unknown.
     """
 
     picture: Picture
@@ -61,14 +61,14 @@ class Read(NamedTuple):
 
 
 class Ways(NamedTuple):
-    """What is written, and how.
+    """Output settings.
 
     Attributes:
-        figures: Folder for a figure per image; None for no figures.
-        arrays: An .npz file for all images, or a folder for one per image; None for no arrays.
-        tokens: Tokens that figures show for each slimming module, at most.
-        dpi: Of the figures.
-        batch_size: Images that go through the model at a time.
+        figures: Folder of one figure per image; None for no figures.
+        arrays: An .npz file for all images, or a folder of one file per image; None for no arrays.
+        tokens: Largest number of tokens per slimming module in a figure.
+        dpi: Resolution of the figures.
+        batch_size: Number of images per batch.
     """
 
     figures: pathlib.Path | None = FIGURES
@@ -87,19 +87,19 @@ def command(
     ema: bool = False,
     step: int | None = None,
 ) -> None:
-    """The body of `sit visualize`.
+    """Writes figures and arrays of token maps; implements `sit visualize`.
 
     Args:
-        source: A run's folder or a model folder.
-        words: Files, folders, patterns, or `-`; see `find_pictures`. None where a split is asked for.
-        ways: What is written.
-        data: `split`, `name` and `data_dir` of a data set; None for what the model was trained on.
-        limit: Images at most; all, or `FEW` of a split, where None.
-        ema: A run's moving average instead of its weights.
-        step: Which of a run's checkpoints; the newest where None.
+        source: A run directory or a model folder.
+        words: Files, folders, patterns, or `-`; see `find_pictures`. None for images of a split.
+        ways: The output settings.
+        data: `split`, `name` and `data_dir` of a data set; None for the one that the model was trained on.
+        limit: Largest number of images; if None, all, or `FEW` of a split.
+        ema: Use a run's moving average instead of its weights.
+        step: Step of the run's checkpoint; the newest if None.
 
     Raises:
-        UserError: The model, a word or the data set cannot be opened, or a file cannot be written.
+        UserError: The model, an image or the data set cannot be opened, or a file cannot be written.
         PartialFailureError: Some images could not be read.
     """
     if bool(words) == (data["split"] is not None):
@@ -123,7 +123,7 @@ def command(
 
 
 def from_files(names: Sequence[str]) -> list[Picture]:
-    """Images of their own."""
+    """Returns images from files."""
     stems = _different(pathlib.PurePath(name).stem for name in names)
 
     def one(name: str, stem: str) -> Picture:
@@ -133,10 +133,10 @@ def from_files(names: Sequence[str]) -> list[Picture]:
 
 
 def from_split(subject: InspectedModel, data: dict[str, str | None], limit: int) -> list[Picture]:
-    """The first images of a split of a data set.
+    """Returns the first images of a split of a data set.
 
     Raises:
-        UserError: It cannot be opened.
+        UserError: The data set cannot be opened.
     """
     fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
     config = evaluation_data(subject, {key: value for key, value in fields.items() if value is not None})
@@ -154,13 +154,13 @@ def _example(source: Source, index: int, name: str) -> Picture:
 
 
 def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) -> int:
-    """Writes figures and arrays, and names the images that cannot be read on standard error.
+    """Writes figures and arrays, and reports unreadable images on standard error.
 
-    Every file is whole or not there; one that is there already is replaced. Memory does not grow with the images,
-    except for arrays in one file.
+    Files are written atomically and replace existing ones. Memory use does not depend on the number of images, except
+    for arrays in one file.
 
     Returns:
-        How many could be read.
+        Number of images that were read.
 
     Raises:
         UserError: A file cannot be written.
@@ -191,7 +191,7 @@ def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) 
 def _read(
     subject: InspectedModel, pictures: Sequence[Picture], batch_size: int, progress: Progress
 ) -> Iterator[list[Read]]:
-    """The images that can be read, batch by batch."""
+    """Yields the readable images, batch by batch."""
     batch: list[Read] = []
     for picture in pictures:
         try:
@@ -207,7 +207,7 @@ def _read(
 
 
 def _filled(pixels: Sequence[ndarray], batch_size: int) -> ndarray:
-    """A whole batch, so that nothing is compiled for the last one."""
+    """Returns a padded batch, so that the last batch needs no compilation."""
     batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
     batch[: len(pixels)] = pixels
     return batch
@@ -220,7 +220,7 @@ def _write_figure(subject: InspectedModel, read: Read, maps: TokenMaps, index: i
     if read.label:
         says = f"labelled {read.label}; {says}"
     assert ways.figures is not None
-    # Never the name of an image, so that no original is ever replaced.
+    # Never the name of an image file, so that no input is replaced.
     path = ways.figures / f"{read.picture.stem}.maps.png"
     with writing(path), atomic_replace(path) as part:
         draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)
@@ -234,7 +234,7 @@ def _write_arrays(
 
 
 def _different(stems: Iterable[str]) -> list[str]:
-    """The same names; one that was there before gets a number behind it."""
+    """Returns the names with numbers appended to duplicates."""
     taken: dict[str, None] = {}
     for stem in stems:
         numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))

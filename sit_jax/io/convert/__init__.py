@@ -1,1 +1,1 @@
-"""Weights of other frameworks: the only place, with `export`, that knows their names and layouts."""
+"""Weights of other frameworks; only this package and `export` know their names and layouts."""

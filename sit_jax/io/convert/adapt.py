@@ -1,4 +1,4 @@
-"""Fits weights to another resolution or another number of classes."""
+"""Adapts weights to another resolution or number of classes."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from sit_jax.errors import UserError
 from sit_jax.io.weights import Weights
 from sit_jax.models import HEADS
 
-# The cubic kernel's parameter, as PyTorch's bicubic interpolation has it (Pillow and the antialiased one have -0.5).
+# Parameter of the cubic kernel, as in PyTorch's bicubic interpolation (Pillow and the antialiased one use -0.5).
 _CUBIC = -0.75
 
 
 def resize(weights: Weights, image_size: int, log: Callable[[str], None]) -> Weights:
-    """The same weights for images of another size: positions are interpolated, the class token's stays.
+    """Returns the weights for another image size: positions are interpolated, except for the class token's.
 
-    A student keeps the numbers of tokens that its slimming modules were trained to keep. Reverse modules recover one
-    grid only, and are left out.
+    A student keeps the numbers of tokens that its slimming modules were trained with. Reverse modules recover a fixed
+    grid and are removed.
 
     Raises:
-        ConfigError: The patches do not fill that size, or the student keeps more tokens than are there.
+        ConfigError: The patches do not fill that size, or the student keeps more tokens than the new grid has.
     """
     arch = weights.arch
     if image_size == arch.image_size:
@@ -48,10 +48,10 @@ def resize(weights: Weights, image_size: int, log: Callable[[str], None]) -> Wei
 
 
 def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
-    """Bicubic interpolation of a square grid, (rows, columns, dim) -> (size, size, dim), float32.
+    """Interpolates a square grid bicubically, (rows, columns, dim) -> (size, size, dim), float32.
 
-    As `torch.nn.functional.interpolate(mode='bicubic', align_corners=False)`, which DeiT, LV-ViT and the original use:
-    pixel centres are aligned, edges repeat, and nothing is smoothed when the grid shrinks.
+    Equals `torch.nn.functional.interpolate(mode='bicubic', align_corners=False)`, which DeiT, LV-ViT and the original
+    use. Pixel centres are aligned, edges repeat, and there is no antialiasing when the grid shrinks.
     """
     matrix = _cubic_matrix(grid.shape[0], size)
     wide = np.einsum("ij,kl,jlc->ikc", matrix, matrix, grid.astype(np.float64), optimize=True)
@@ -59,7 +59,7 @@ def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cubic_matrix(old: int, new: int) -> np.ndarray:
-    """The weights of each old position in each new one, (new, old)."""
+    """Returns the weight of each old position in each new position, (new, old)."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(centres).astype(int)
     matrix = np.zeros((new, old))
@@ -77,10 +77,10 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def replace_heads(weights: Weights, num_classes: int, log: Callable[[str], None]) -> Weights:
-    """The same weights for another number of classes: every head starts anew, at zero.
+    """Returns the weights for another number of classes, with all heads set to zero.
 
     Raises:
-        UserError: The number is none.
+        UserError: The number is not a valid number of classes.
     """
     if num_classes < 1:
         raise UserError(f"--num_classes: must be at least 1, is {num_classes}")
@@ -96,5 +96,5 @@ def replace_heads(weights: Weights, num_classes: int, log: Callable[[str], None]
 
 
 def empty_head(dim: int, num_classes: int) -> dict[str, np.ndarray]:
-    """A head of zeros: every class is equally likely until it is trained."""
+    """Returns a head of zeros, which predicts all classes with equal probability."""
     return {"kernel": np.zeros((dim, num_classes), np.float32), "bias": np.zeros(num_classes, np.float32)}

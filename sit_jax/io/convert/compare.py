@@ -1,4 +1,4 @@
-"""Compares the model that weights belong to with the one that they are read for."""
+"""Compares the architecture of weights with the model that they are loaded into."""
 
 import dataclasses
 from collections.abc import Collection
@@ -7,12 +7,12 @@ from typing import Any
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 
-# What a model may have in addition to the weights that it starts from: heads of its own, and what is new by design.
+# Fields in which a model may differ from its initial weights: heads, and modules that are new by design.
 _NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens", "reducer")
 
 
 def differences(theirs: Any, mine: Any, ignored: Collection[str] = ()) -> str:
-    """The fields in which two architectures differ: `depth is 2 there and 4 here, ...`; empty where there are none."""
+    """Returns the fields in which two architectures differ (`depth is 2 there and 4 here, ...`), or an empty string."""
     mine_fields, their_fields = _fields(mine), _fields(theirs)
     names = [name for name in mine_fields if name not in ignored]
     if type(theirs) is not type(mine):
@@ -25,7 +25,7 @@ def differences(theirs: Any, mine: Any, ignored: Collection[str] = ()) -> str:
 
 
 def _fields(arch: Any) -> dict[str, Any]:
-    """The fields by what they do: `mlp_ratio` is a hidden width, and only one stem has a width of its own."""
+    """Returns the fields by their effect: `mlp_ratio` as hidden width; stem width only for the stem that has one."""
     fields = dataclasses.asdict(arch)
     if isinstance(arch, Architecture):
         fields["mlp_ratio"] = int(arch.dim * arch.mlp_ratio)
@@ -34,18 +34,18 @@ def _fields(arch: Any) -> dict[str, Any]:
 
 
 def check_start(theirs: Any, mine: Any, where: str) -> None:
-    """Checks that a model can start from the weights of another one.
+    """Checks that a model can start from the weights of another model.
 
-    Both must compute the same but for what is new by design: heads for other classes, slimming modules where the
-    weights have none, an auxiliary head, a distillation token. Of a convolutional network the image size is free too.
+    Both must be the same except for what is new by design: heads for other classes, slimming modules if the weights
+    have none, an auxiliary head, a distillation token. For a convolutional network, the image size may also differ.
 
     Args:
         theirs: The architecture of the weights.
-        mine: The architecture of the model that starts.
+        mine: The architecture of the new model.
         where: The weights, for messages.
 
     Raises:
-        ConfigError: They are of another model; the message names the fields.
+        ConfigError: The architectures differ; the message names the fields.
     """
     if not isinstance(theirs, Architecture) or not isinstance(mine, Architecture):
         problems = [differences(theirs, mine, ("num_classes", "image_size"))]

@@ -1,6 +1,6 @@
-"""Reads the `config.json` beside a file of weights: sit_jax's own, timm's, Hugging Face's, a run's, or bare fields.
+"""Reads the `config.json` of a file of weights, in the format of sit_jax, timm, Hugging Face, a run, or bare fields.
 
-What it says is used, or it is refused, or the caller gets to know what was not used.
+Every key is either used, rejected, or reported to the caller as unused.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ _FIELDS = {field.name for field in dataclasses.fields(Architecture)} - {"family"
 
 
 class Description(NamedTuple):
-    """What a `config.json` says.
+    """The contents of a `config.json`.
 
     Attributes:
         fields: Fields of the architecture.
-        class_position: Whether the class token has a position of its own; None where nothing is said.
-        heads: Width -> attention heads, where it names a model by its size.
+        class_position: Whether the class token has a position embedding; None if not specified.
+        heads: Width -> attention heads, if it names a model by its size.
         metadata: See `Weights.metadata`.
-        is_own: Whether it is sit_jax's own, which says everything.
-        unused: Its keys that say nothing here.
+        is_own: Whether it is of sit_jax, and thus complete.
+        unused: Its keys that are not used.
     """
 
     fields: Mapping[str, Any] = {}
@@ -40,11 +40,11 @@ class Description(NamedTuple):
 
 
 def read_config_json(path: pathlib.Path) -> Description:
-    """Reads a `config.json`; an empty description where there is none.
+    """Reads a `config.json`; returns an empty description if there is none.
 
     Raises:
-        FileError: It cannot be read, or is not a JSON object.
-        UserError: It describes a model that is not supported; the message names the key.
+        FileError: The file cannot be read, or is not a JSON object.
+        UserError: The model is not supported; the message names the key.
     """
     try:
         if not path.is_file():
@@ -75,7 +75,7 @@ def _describe(values: dict[str, Any], path: pathlib.Path) -> Description:
 
 
 def _bare(section: Mapping[str, Any], harmless: Collection[str] = ()) -> Description:
-    """Fields of an architecture and nothing else."""
+    """Describes a mapping that has only architecture fields."""
     if section.get("family", "vit") != "vit":
         raise ConfigError("family", f"{section['family']!r} is not a vision transformer")
     unused = set(section) - _FIELDS - {"family", *harmless}
@@ -86,7 +86,7 @@ def _sorted(keys: Collection[Any]) -> tuple[str, ...]:
     return tuple(sorted(str(key)[:50] for key in keys))
 
 
-# Of a run's model section: how the model is trained and computed.
+# Keys of a run's model section that concern training and computation.
 _COMPUTATION = ("name", "drop_path", "dtype", "remat", "scan")
 _PICTURES = ("mean", "std", "interpolation", "crop_fraction", "resize")
 
@@ -98,7 +98,7 @@ def _run(values: Mapping[str, Any]) -> Description:
     return description._replace(metadata={"preprocessing": pictures} if pictures else {})
 
 
-# timm's arguments that are fields here.
+# timm's arguments that correspond to fields here.
 _TIMM_FIELDS = {
     "patch_size": "patch_size",
     "in_chans": "in_channels",
@@ -110,7 +110,7 @@ _TIMM_FIELDS = {
     "mlp_ratio": "mlp_ratio",
     "qkv_bias": "qkv_bias",
 }
-# timm's arguments that change what a model computes: the values that are supported. None is always the default.
+# timm's arguments that change what a model computes, with the supported values. None is always the default.
 _TIMM_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "global_pool": ("token",),
     "class_token": (True,),
@@ -126,13 +126,13 @@ _TIMM_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "act_layer": ("gelu",),
     "norm_layer": ("layernorm",),
 }
-# timm's arguments that change nothing of a trained model at its own resolution.
+# timm's arguments that have no effect on a trained model at its own resolution.
 _TIMM_HARMLESS = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
     *("img_size", "init_values", "no_embed_class"),
 }
-# timm's keys that are read, or say where weights come from and what else was tried with them.
+# timm's keys that are read, or that describe the origin of the weights and other experiments.
 _TIMM_KEYS = {
     *("architecture", "architectures", "model_type", "model_args", "pretrained_cfg", "torch_dtype", "dtype"),
     *("transformers_version", "initializer_range", "do_pooling", "problem_type"),
@@ -147,12 +147,12 @@ _TIMM_SIZES = {
     **{"tiny": {192: 3}, "small": {384: 6}, "medium": {512: 8}, "base": {768: 12}},
     **{"large": {1024: 16}, "huge": {1280: 16}, "giant": {1408: 16}, "gigantic": {1664: 16}},
 }
-# Models whose names say nothing about positions: their tensors are not those of a plain ViT.
+# Models whose names do not determine the positions: their tensors are not those of a plain ViT.
 _TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z]+)_(?!.*(reg\d|gap|rope))")
 
 
 def _timm(values: Mapping[str, Any]) -> Description:
-    """timm's, in the form with `pretrained_cfg` or in the older one with all keys at the top; or bare fields."""
+    """Describes timm's format, with `pretrained_cfg` or with all keys at the top level; or bare fields."""
     args, pictures = (_section(values, key) for key in ("model_args", "pretrained_cfg"))
     pictures = pictures if "pretrained_cfg" in values else values
     top = {key: values[key] for key in ("num_classes", "num_features", "global_pool") if key in values}
@@ -188,7 +188,7 @@ def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _input_size(args: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
-    """The image size and the channels; the model's own argument comes before what its first weights were made for."""
+    """Returns the image size and the channels; the model's own argument takes precedence over `pretrained_cfg`."""
     fields: dict[str, Any] = {}
     size = pictures.get("input_size")
     if size is not None:
@@ -203,7 +203,7 @@ def _input_size(args: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[st
 
 
 def _side(key: str, value: Any) -> int:
-    """The side of a square, given once or twice."""
+    """Returns the side of a square, given once or twice."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
         raise ConfigError(key, f"must be one or two whole numbers above 0, is {str(value)[:50]!r}")
@@ -213,7 +213,7 @@ def _side(key: str, value: Any) -> int:
 
 
 def _named(name: Any) -> tuple[bool | None, Mapping[int, int]]:
-    """What the name of one of timm's models says: whether the class token has a position, and the heads."""
+    """Returns what the name of a timm model determines: whether the class token has a position, and the heads."""
     match = _TIMM_NAME.match(name) if isinstance(name, str) else None
     return (match[1] in ("vit", "deit"), _TIMM_SIZES.get(match[2], {})) if match else (None, {})
 
@@ -236,7 +236,7 @@ def _timm_about(values: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[
 
 
 def _listed(key: str, names: Any) -> list[Any]:
-    """Class names, which are a list, or an object with their numbers as keys."""
+    """Returns class names, given as a list or as an object with their indices as keys."""
     if isinstance(names, Mapping) and set(names) == set(map(str, range(len(names)))):
         return [names[str(index)] for index in range(len(names))]
     if not isinstance(names, list):
@@ -245,7 +245,7 @@ def _listed(key: str, names: Any) -> list[Any]:
 
 
 def _resize(pictures: Mapping[str, Any]) -> str:
-    """timm squashes images to the size before its crop: without a crop, that is stretching."""
+    """Returns the resize mode; timm squashes images before its crop, so without a crop it stretches them."""
     mode, crop = pictures.get("crop_mode") or "center", pictures.get("crop_pct")
     if mode == "squash" and crop not in (None, 1):
         raise ConfigError("crop_mode", f"'squash' is supported without a crop only, but crop_pct is {str(crop)[:50]!r}")

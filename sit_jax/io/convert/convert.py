@@ -1,4 +1,4 @@
-"""The body of `sit convert SOURCE DEST`."""
+"""Implementation of `sit convert SOURCE DEST`."""
 
 import pathlib
 
@@ -12,17 +12,17 @@ from sit_jax.io.preprocessing import assumptions
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
-    """Reads weights from anywhere and writes them for sit_jax or in the original's layout.
+    """Reads weights from any supported source and writes them for sit_jax or in the original's layout.
 
     Args:
         source: See `read_weights`.
-        dest: A model folder where it has no suffix; a `.pth`, `.pt` or `.safetensors` file in the original's layout.
-        options: What is read and changed.
-        force: Replace what lies at `dest`.
-        log: Is called with each line about what was found and changed.
+        dest: A model folder if it has no suffix; a `.pth`, `.pt` or `.safetensors` file in the original's layout.
+        options: How to read and change the weights.
+        force: Replace an existing `dest`.
+        log: Called with each line about what was found and changed.
 
     Raises:
-        UserError: One line; nothing is written then, and what lay at `dest` is still there.
+        UserError: Conversion failed, with a one-line message; nothing is written, and an existing `dest` is unchanged.
     """
     if dest.suffix not in ("", ".safetensors", ".pth", ".pt"):
         raise UserError(f"{dest}: cannot be a {dest.suffix} file; give a folder without suffix, .safetensors or .pth")
@@ -46,7 +46,7 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
 
 
 def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
-    """Raises a UserError where something lies at the destination that must not be replaced."""
+    """Raises a UserError if the destination exists and must not be replaced."""
     mine, theirs = source.resolve(), dest.resolve()
     inside, there = source.is_dir() and mine in theirs.parents, dest.exists() or dest.is_symlink()
     if there and not force and not inside:

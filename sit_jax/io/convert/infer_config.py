@@ -1,4 +1,4 @@
-"""What tensors tell of their model: everything that can be read off their names and shapes."""
+"""Infers the architecture from the names and shapes of tensors, as far as they determine it."""
 
 import itertools
 import math
@@ -11,15 +11,15 @@ from sit_jax.models.architecture import CONV_STEM_STRIDE
 
 
 class Inferred(NamedTuple):
-    """What a file's tensors tell.
+    """An architecture inferred from a file's tensors.
 
     Attributes:
-        layout: How they are named.
-        fields: Fields of the architecture; `num_heads` among them where the layout shows it, `num_classes` only where
-            there is a head.
+        layout: Layout of the file.
+        fields: Architecture fields; `num_heads` only if the layout determines it, `num_classes` only if there is a
+            head.
         kept: Tokens that each slimming module keeps, in order.
         has_reverse: Whether there are reverse modules.
-        class_position: Whether the class token has a position of its own.
+        class_position: Whether the class token has a position embedding.
     """
 
     layout: Layout
@@ -30,12 +30,12 @@ class Inferred(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """What is known about a table of positions in addition to its shape.
+    """Known facts about a table of position embeddings, in addition to its shape.
 
     Attributes:
-        image_size: Side of the images that it is for.
-        class_position: Whether the class token has a position of its own.
-        likely_size: Side of the images that it is for where nothing else decides.
+        image_size: Image size that the positions are for.
+        class_position: Whether the class token has a position embedding.
+        likely_size: Image size to assume if nothing else determines it.
         source: Where `image_size` is given, for messages.
     """
 
@@ -46,20 +46,20 @@ class Positions(NamedTuple):
 
 
 def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
-    """Reads an architecture off names and shapes, as far as they tell it.
+    """Infers an architecture from names and shapes, as far as they determine it.
 
     Args:
         shapes: Name -> shape of the tensors.
-        known: What else is known about positions.
+        known: Known facts about positions.
 
     Raises:
-        UserError: They are of no layout known here, or lack what tells the model's size.
+        UserError: The layout is unknown, or tensors that determine the model's size are missing.
     """
     known, layout = known or Positions(), find_layout(shapes)
     if layout is None:
         some = ", ".join(sorted(shapes)[:4]) or "nothing"
         raise UserError(f"no vision transformer of a known layout; it holds {some}{' ...' if len(shapes) > 4 else ''}")
-    # What another layout would call by such a name says nothing here, and is left over in the end.
+    # Names that only another layout uses are not read here; they are reported as unexpected in the end.
     shapes = {name: shape for name, shape in shapes.items() if layout.knows(name)}
     look = _Look(layout, shapes)
     stem = _stem(shapes)
@@ -68,7 +68,7 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
     kernel = look.shape("patch_embed.conv1.weight" if stem["stem"] != "patch" else "patch_embed.proj.weight", 4)
     patch_size = kernel[2] if stem["stem"] == "patch" else CONV_STEM_STRIDE
     layer_scale, distilled = look.has("blocks.0.ls1.gamma"), "dist_token" in shapes
-    if layout.prefixes:  # Of google-research, whose class token always has a position.
+    if layout.prefixes:  # The layouts of google-research, whose class token always has a position.
         known = known._replace(class_position=True)
     prefix = prefix_positions(positions[1], patch_size, distilled, layer_scale, known) if layout.plain else 1
     layout = find_layout(shapes, prefix) or layout
@@ -102,21 +102,21 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
 
 
 def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: bool, known: Positions) -> int:
-    """How many positions of a plain ViT belong to its class and distillation tokens; DeiT-III has none for them.
+    """Returns how many positions of a plain ViT belong to class and distillation tokens; DeiT-III has none for them.
 
-    So many positions can be a square grid alone, or the tokens' and a grid that is not square: 196 are 14x14, or a
-    class token and 13x15. The size of the images decides, then layer scale, which DeiT-III's models have.
+    The same count can be a square grid alone, or the tokens' positions and a non-square grid: 196 is 14x14, or a class
+    token and 13x15. The image size decides; if it is unknown, layer scale does, which DeiT-III's models have.
 
     Args:
-        count: All positions.
-        patch_size: Side of a patch.
+        count: Number of positions.
+        patch_size: Side of a patch in pixels.
         distilled: Whether there is a distillation token.
         layer_scale: Whether there is layer scale.
-        known: What else is known.
+        known: Known facts about positions.
 
     Raises:
-        ConfigError: The images' size is another one.
-        UserError: The grid is not square, or may be: the message names the option that decides.
+        ConfigError: The image size is another one.
+        UserError: The grid is, or may be, not square; the message names the option that decides.
     """
     usual = 2 if distilled else 1
     if known.image_size is not None:
@@ -149,7 +149,7 @@ def _is_square(count: int) -> bool:
 
 
 class _Look:
-    """Shapes of a file's tensors under the original's names."""
+    """Shapes of a file's tensors, accessed by the original's names."""
 
     def __init__(self, layout: Layout, shapes: Shapes) -> None:
         self._layout, self._shapes = layout, shapes
@@ -165,7 +165,7 @@ class _Look:
         return True
 
     def shape(self, key: str, rank: int) -> tuple[int, ...]:
-        """The shape in PyTorch's order."""
+        """Returns the shape in PyTorch's order."""
         name = self._layout.source(key).names[0]
         if name not in self._shapes:
             raise UserError(f"missing {name}, without which the model's size is not known")
@@ -187,7 +187,7 @@ def _stem(shapes: Shapes) -> dict[str, Any]:
 
 
 def hidden_ratio(hidden: int, dim: int) -> float:
-    """The `mlp_ratio` of an MLP's hidden width."""
+    """Returns the `mlp_ratio` of an MLP's hidden width."""
     ratio = hidden / dim
     return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
 
@@ -198,9 +198,9 @@ def _numbers(shapes: Shapes, pattern: str) -> set[str]:
 
 
 def _stages_from_reverse(shapes: Shapes, patches: int, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """Blocks per stage: a reverse module's input tells how many tokens its block leaves, so where the modules stand.
+    """Returns the blocks per stage: the input of a reverse module has as many tokens as its block outputs.
 
-    Empty where there are no reverse modules, or where two stages keep equally many tokens.
+    The result is empty if there are no reverse modules, or if two stages keep the same number of tokens.
     """
     blocks = sorted(int(number) for number in _numbers(shapes, r"rtsm\.(\d{1,6})\."))
     inputs = [shapes.get(f"rtsm.{block}.mlp1.fc1.weight", ()) for block in blocks]
@@ -215,6 +215,6 @@ def _stages_from_reverse(shapes: Shapes, patches: int, kept: tuple[int, ...], de
 
 
 def _changes(counts: list[int], patches: int) -> set[int]:
-    """The blocks behind which the number of tokens is another one than before."""
+    """Returns the blocks after which the number of tokens changes."""
     before = [patches, *counts[:-1]]
     return {block for block, (earlier, later) in enumerate(zip(before, counts, strict=True)) if earlier != later}

@@ -1,4 +1,4 @@
-"""Weights for a run to start from."""
+"""Initial weights of a run."""
 
 import pathlib
 
@@ -11,18 +11,18 @@ from sit_jax.models.architecture import Architecture
 
 
 def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = silent) -> Weights:
-    """Weights to start a model from, out of anything that `read_weights` reads.
+    """Returns initial weights for a model, from any source that `read_weights` reads.
 
-    What the file does not tell is taken from the model that starts. Positions are interpolated to its resolution;
-    heads of other classes become zeros.
+    Hyperparameters that the file does not determine are those of the new model. Position embeddings are interpolated to
+    its resolution; heads for other classes are set to zero.
 
     Args:
         path: A file of weights, a model folder, or a run.
-        arch: The model that starts.
-        log: Is called with each line about what was found and changed.
+        arch: The model to initialize.
+        log: Called with each line about what was found and changed.
 
     Returns:
-        The weights, without what the file's model lacks (a student's slimming modules, say).
+        The weights, without parameters that the file's model lacks (such as a student's slimming modules).
 
     Raises:
         ConfigError: The file cannot be read, or is of another model (see `check_start`).

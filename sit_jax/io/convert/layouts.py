@@ -1,4 +1,4 @@
-"""The layouts that weights come in: which tensors of a file make each tensor of the original's."""
+"""Weight layouts: maps the tensors of a file to each tensor of the original's layout."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -10,11 +10,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Source(NamedTuple):
-    """Where a tensor of the original's layout comes from.
+    """The source of a tensor of the original's layout.
 
     Attributes:
-        names: The tensors of the file that it is made of.
-        combine: Makes it of them.
+        names: Names of the file's tensors that it is made from.
+        combine: Combines them.
     """
 
     names: tuple[str, ...]
@@ -22,7 +22,7 @@ class Source(NamedTuple):
 
 
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
-# As vit_jax/input_pipeline.py of google-research evaluates: the whole image stretched, pixels from -1 to 1.
+# Evaluation as in vit_jax/input_pipeline.py of google-research: the whole image is stretched, pixels are in [-1, 1].
 _GOOGLE_PICTURES: dict[str, Any] = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
@@ -33,14 +33,14 @@ _GOOGLE_PICTURES: dict[str, Any] = {
 
 
 class Layout(NamedTuple):
-    """A way to name and lay out a model's weights.
+    """Names and layouts of a model's weights.
 
     Attributes:
-        name: What people call it.
-        source: Key of the original's layout -> where it comes from here.
-        plain: Whether all its models are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
-        prefixes: What its names begin with; empty where a name can begin with anything.
-        preprocessing: What all its models expect of images; None where it differs from model to model.
+        name: Common name of the layout.
+        source: Key of the original's layout -> its source in this layout.
+        plain: Whether all models of the layout are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
+        prefixes: Possible first parts of tensor names; empty if any name is possible.
+        preprocessing: Preprocessing of all its models; None if it differs between models.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
     preprocessing: dict[str, Any] | None = None
 
     def knows(self, name: str) -> bool:
-        """Whether a tensor's name may be one of this layout's; all others are unknown names."""
+        """Returns whether a tensor's name may belong to this layout; other names are unknown names."""
         return not self.prefixes or name.startswith(self.prefixes)
 
 
@@ -66,11 +66,12 @@ ORIGINAL = Layout("SiT original layout", _same)
 
 
 def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
-    """The layout of a file's tensors, or None for no model known here.
+    """Returns the layout of a file's tensors, or None if it is not a known layout.
 
     Args:
         shapes: Name -> shape of the tensors.
-        prefix: How many of timm's positions belong to the class and distillation tokens; see `detect.prefix_positions`.
+        prefix: How many of timm's positions belong to the class and distillation tokens; see
+            `infer_config.prefix_positions`.
     """
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
         name = "google-research layout (vision_transformer)"
@@ -88,7 +89,7 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
 
 
 def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:
-    """timm's names are the original's, but for layer scale in DeiT's own checkpoints, and positions."""
+    """Returns timm's sources: the original's names, except for layer scale in DeiT's checkpoints and for positions."""
     distilled = "dist_token" in shapes
 
     def positions(x: np.ndarray) -> np.ndarray:
@@ -117,7 +118,7 @@ def _kernel(x: np.ndarray) -> np.ndarray:
 
 
 def _heads_kernel(*parts: np.ndarray) -> np.ndarray:
-    """Kernels (dim, heads, width) of query, key and value -> (3 x heads x width, dim)."""
+    """Combines kernels (dim, heads, width) of query, key and value -> (3 x heads x width, dim)."""
     return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
 
 

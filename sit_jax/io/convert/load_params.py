@@ -1,5 +1,7 @@
-"""Fills a model's parameters from the tensors of a file: each is used once, and each target is filled, or all that is
-wrong is said."""
+"""Loads a model's parameters from the tensors of a file.
+
+Every tensor must be used once and every parameter must be set; otherwise an error lists all mismatches.
+"""
 
 import functools
 from collections.abc import Callable, Collection, Iterable
@@ -31,21 +33,21 @@ def load_params(
     absent: Collection[str] = (),
     show: Show = iter,
 ) -> Tree:
-    """Reads a model's weights, tensor by tensor.
+    """Loads a model's weights tensor by tensor.
 
     Args:
         arch: The model.
-        tensors: What the file holds; BatchNorm's batch counters are passed over.
-        layout: How it is named.
-        reverse: Whether the reverse modules are read too; otherwise theirs are passed over.
-        absent: Heads that are not looked for, and not in the result.
-        show: Wraps the tensors while they are read, to show progress.
+        tensors: Tensors of the file; BatchNorm's batch counters are ignored.
+        layout: Layout of the file.
+        reverse: Whether to load the reverse modules; otherwise their tensors are ignored.
+        absent: Heads that are neither loaded nor in the result.
+        show: Wraps the iterable of tensors, to show progress.
 
     Returns:
-        `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, NumPy float32, the latter two where there are any.
+        `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, NumPy float32; the latter two only if they are not empty.
 
     Raises:
-        UserError: Tensors are missing, left over, of another shape or type, or not finite; the message names them, or
+        UserError: Tensors are missing, unexpected, of another shape or type, or not finite; the message names them, or
             the first of many.
     """
     table = [entry for entry in name_table(arch, reverse) if entry.path[1] not in absent]
@@ -86,7 +88,7 @@ def _passed_over(name: str, reverse: bool) -> bool:
 def _read(
     entry: Entry, reads: list[Callable[[], np.ndarray]], combine: Callable[..., np.ndarray], shape: tuple[int, ...]
 ) -> np.ndarray | None:
-    """One array in our layout; None where it has another shape."""
+    """Reads one array in this package's layout; returns None if it has another shape."""
     parts = [read() for read in reads]
     try:
         combined = combine(*parts)
@@ -102,7 +104,7 @@ def _read(
 
 @functools.lru_cache(maxsize=8)
 def expected_shapes(arch: Architecture, reverse: bool) -> Tree:
-    """The tree of a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
+    """Returns a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
     module, key = build_model(arch), jax.random.key(0)
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
     tree: Tree = {"batch_stats": {}, "reverse": {}, **jax.eval_shape(module.init, key, images)}

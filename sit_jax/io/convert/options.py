@@ -1,4 +1,4 @@
-"""What is chosen when weights of other programs are read."""
+"""Options for reading weights of other frameworks."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ from sit_jax.models.architecture import Architecture
 
 
 class Options(NamedTuple):
-    """What is read, and what is changed on the way.
+    """How to read and change weights.
 
     Attributes:
-        fields: Fields of the architecture that the tensors do not tell, and `name`; see `settle.OPTIONS`.
-        image_size: Another resolution, or None.
-        num_classes: Another number of classes, or None.
-        ema: The moving average instead of the weights, where there are both.
-        reverse: Whether reverse modules are read where there are any.
-        licence: What the weights may be used for, such as `MIT`; what the source says where None.
-        like: A model that is taken for the one in the file, in what its tensors leave open; fields come before it.
+        fields: Architecture fields that the tensors do not determine, and `name`; see `resolve_config.OPTIONS`.
+        image_size: New resolution, or None.
+        num_classes: New number of classes, or None.
+        ema: Read the moving average instead of the weights if there are both.
+        reverse: Whether to read reverse modules if there are any.
+        licence: Licence of the weights, such as `MIT`; that of the source if None.
+        like: A model that determines the hyperparameters that tensors do not; `fields` take precedence.
     """
 
     fields: Mapping[str, Any] = {}

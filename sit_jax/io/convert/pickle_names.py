@@ -1,9 +1,9 @@
-"""The names that a pickle of weights may hold; whatever else one names is refused."""
+"""Names that a pickle of weights may contain; all others are rejected."""
 
 DICTS = frozenset({"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"})
 TENSORS = frozenset({"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"})
 PARAMETERS = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"})
-# Values that checkpoints hold besides weights: arguments, scores, paths. What they are made of is thrown away.
+# Values that checkpoints hold in addition to weights: arguments, scores, paths. Their contents are discarded.
 INERT = frozenset(
     {
         "_codecs.encode",

@@ -1,8 +1,8 @@
-"""Reads what `torch.save` pickles, without PyTorch and without running anything.
+"""Reads the pickles of `torch.save` without PyTorch and without executing code.
 
-A pickle is a program for a small stack machine, and an ordinary unpickler imports and calls whatever it names. Here
-Python's unpickler finds only what this module defines: a name becomes one of its constructors, or the file is refused.
-Nothing else that a pickle can put on the stack is callable.
+A pickle is a program for a stack machine, and an ordinary unpickler imports and calls every name in it. Here, Python's
+unpickler finds only what this module defines: a name maps to one of its constructors, or the file is rejected. A pickle
+can put no other callable on the stack.
 """
 
 import pickle
@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, NamedTuple
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.convert.pickle_names import DICTS, DTYPES, INERT, PARAMETERS, TENSORS
 
-# Opcodes in a checkpoint: some fifty per tensor, the optimizer's included, of one to three reads each.
+# Limit of reads: a checkpoint has some fifty opcodes per tensor, including the optimizer's, of one to three reads each.
 _MOST_READS = 20_000_000
 
 
 class Inert:
-    """A value that is of no use here, kept as what it is called: `argparse.Namespace`, a NumPy scalar, a set.
+    """An unused value, represented by its name: `argparse.Namespace`, a NumPy scalar, a set.
 
-    Calling it, and adding to it, does nothing.
+    Calls and insertions are ignored.
     """
 
     def __init__(self, name: str) -> None:
@@ -36,18 +36,18 @@ class Inert:
         pass
 
     def append(self, item: object) -> None:
-        """Drops an item."""
+        """Ignores an item."""
 
     extend = append
 
 
 class Storage(NamedTuple):
-    """A tensor's memory, as the pickle names it.
+    """A tensor's storage, as the pickle describes it.
 
     Attributes:
-        kind: The storage's class, such as `FloatStorage`, which says the type of its elements.
+        kind: The storage's class, such as `FloatStorage`, which determines the type of its elements.
         key: The name of its bytes in the file.
-        elements: How many elements it claims to hold (bytes, for an `UntypedStorage`).
+        elements: Its claimed number of elements (bytes, for an `UntypedStorage`).
     """
 
     kind: str
@@ -56,11 +56,11 @@ class Storage(NamedTuple):
 
 
 class Rebuilt(NamedTuple):
-    """A tensor, as the pickle describes it: nothing of it is checked yet.
+    """A tensor, as the pickle describes it; not validated.
 
     Attributes:
-        storage: Where its elements lie.
-        offset: Its first element in the storage.
+        storage: The storage of its elements.
+        offset: Index of its first element in the storage.
         shape: Its shape.
         strides: Its strides in elements.
     """
@@ -72,26 +72,26 @@ class Rebuilt(NamedTuple):
 
 
 class PickleError(UserError):
-    """A pickle holds something else than weights and plain values, or is damaged."""
+    """A pickle is damaged, or contains objects other than weights and plain values."""
 
 
 def read_pickle(stream: BinaryIO) -> Any:
     """Reads one pickle.
 
     Args:
-        stream: Where it begins; left standing behind it. It must not give more memory for a `read` than it has bytes,
-            as `io.BytesIO` does not.
+        stream: Positioned at the start of the pickle; afterwards, at its end. Its `read` must not allocate more memory
+            than it has bytes, unlike that of `io.BytesIO`.
 
     Returns:
-        The value: dictionaries with strings and numbers for keys, lists, tuples, plain values, `Rebuilt` tensors, and
-        `Inert` for the rest.
+        The value: dictionaries with strings and numbers as keys, lists, tuples, plain values, `Rebuilt` tensors, and
+        `Inert` for other values.
 
     Raises:
-        PickleError: It is damaged, or names anything that is not on the list; the message has the name.
+        PickleError: The pickle is damaged, or contains a name that is not allowed, which the message states.
     """
     try:
         with warnings.catch_warnings():
-            # Of damaged text.
+            # Raised for damaged text.
             warnings.simplefilter("ignore", DeprecationWarning)
             return _Unpickler(_Counted(stream), encoding="latin-1").load()
     except PickleError:
@@ -101,7 +101,7 @@ def read_pickle(stream: BinaryIO) -> Any:
 
 
 class _Counted:
-    """A stream that ends where a pickle goes on for ever."""
+    """A stream with a limited number of reads, so that an endless pickle ends."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._reads = stream, 0
@@ -118,7 +118,7 @@ class _Counted:
 
 
 class _Dict(dict[Any, Any]):
-    """A dictionary that drops other keys than names and numbers: hashing a nested tuple can take for ever."""
+    """A dictionary that ignores keys other than names and numbers: hashing a nested tuple can take forever."""
 
     def __init__(self, *arguments: Any) -> None:
         """Takes the items of the first dictionary among the arguments of a call in the pickle."""
@@ -148,7 +148,7 @@ def _parameter(tensor: Any, *_: Any) -> Rebuilt:
     return tensor
 
 
-# The one in Python: the one in C has no table of opcodes, and takes memory for any index of its memo.
+# The Python implementation: the C one has no table of opcodes, and allocates memory for any index of its memo.
 _Base: Any = pickle._Unpickler
 
 
@@ -168,7 +168,7 @@ class _Unpickler(_Base):
         )
 
     def persistent_load(self, pid: Any) -> Storage:
-        """A persistent id of PyTorch: `('storage', class, key, device, elements)`, and a view in old files."""
+        """Returns the storage of a persistent id: `('storage', class, key, device, elements)`, in old files a view."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise PickleError("the pickle inside is damaged: a storage is not described")
         kind, key, count = pid[1], pid[2], pid[4]
@@ -187,8 +187,10 @@ class _Unpickler(_Base):
         self.append(found)
 
     def _build(self) -> None:
-        """The state of an object: inert ones have none, and dictionaries with attributes (PyTorch's `_metadata`) need
-        none."""
+        """Sets the state of an object.
+
+        Inert objects have no state, and dictionaries with attributes (PyTorch's `_metadata`) do not need it.
+        """
         self.stack.pop()
         if not isinstance(self.stack[-1], Inert | dict):
             raise PickleError("the pickle inside would run code: it sets the state of an object")
@@ -202,7 +204,7 @@ class _Unpickler(_Base):
 
     dispatch: dict[int, Callable[[Any], Any]] = {  # noqa: RUF012 (as in the class below it)
         **_Base.dispatch,
-        pickle.FRAME[0]: lambda self: self.read(8),  # What it frames is read like the rest.
+        pickle.FRAME[0]: lambda self: self.read(8),  # The contents of the frame are read as usual.
         pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
         pickle.DICT[0]: _dict_to_mark,
         pickle.EMPTY_SET[0]: lambda self: self.append(Inert("set")),

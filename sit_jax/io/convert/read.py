@@ -1,4 +1,4 @@
-"""Reads weights from wherever they lie: files of PyTorch, safetensors and NumPy, model folders and runs."""
+"""Reads weights of PyTorch, safetensors and NumPy files, model folders and runs."""
 
 import pathlib
 import sys
@@ -29,7 +29,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
 def silent(line: str) -> None:
-    """Says nothing."""
+    """Ignores a line."""
 
 
 def read_weights(
@@ -38,20 +38,21 @@ def read_weights(
     options: Options | None = None,
     log: Log = silent,
 ) -> Weights:
-    """Reads a model's weights and finds out which model they belong to.
+    """Reads a model's weights and infers their architecture.
 
     Args:
         path: A `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.npz` file, a model folder, or a run.
-        overrides: Fields of the architecture that the tensors do not tell, such as `num_heads`; those of `options` if
-            not given.
-        options: What else is chosen.
-        log: Is called with each line about what was found and changed.
+        overrides: Architecture fields that the tensors do not determine, such as `num_heads`; by default, those of
+            `options`.
+        options: The other options.
+        log: Called with each line about what was found and changed.
 
     Returns:
-        The weights: NumPy float32 in Linen's names and layouts.
+        The weights: NumPy float32 with Linen's names and layouts.
 
     Raises:
-        UserError: One line that names the file and says what is wrong with it, or which option is missing.
+        UserError: The weights cannot be read; the one-line message names the file and the problem or the missing
+            option.
     """
     path, options = pathlib.Path(path), options or Options()
     if overrides is not None:
@@ -108,7 +109,7 @@ def _read_file(path: pathlib.Path, options: Options, log: Log) -> Weights:
 
 
 def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
-    """The tensors of a file, by its suffix."""
+    """Returns the tensors of a file, by its suffix."""
     if not file.is_file():
         raise UserError(f"{file}: is no file")
     if ema and file.suffix not in TORCH_SUFFIXES:
@@ -130,7 +131,7 @@ def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
 
 
 def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...]:
-    """The heads that the file lacks and `num_classes` replaces; fills in the number of classes."""
+    """Returns the heads that the file lacks and `num_classes` replaces; sets the number of classes."""
     if "num_classes" in inferred.fields:
         return ()
     if num_classes is None:
@@ -145,30 +146,30 @@ def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...
 
 
 def _positions(config: Description, options: Options) -> Positions:
-    """What is known about the positions; an option comes before the `config.json`."""
+    """Returns what is known about the positions; options take precedence over the `config.json`."""
     if "image_size" in options.fields:
         return Positions(options.fields["image_size"])
-    # What is interpolated to the size of `like` may be of any other one.
+    # Positions that are interpolated to the size of `like` may be of any other size.
     likely = options.like.image_size if options.like is not None and options.image_size is None else None
     size = config.fields.get("image_size")
     return Positions(size, config.class_position, likely, f"model.image_size in {CONFIG}")
 
 
 def _without_classes(config: Description) -> Description:
-    """What a `config.json` says, but for the head that the file beside it lacks."""
+    """Returns a description without the head, which the file of weights lacks."""
     fields = {key: value for key, value in config.fields.items() if key != "num_classes"}
     metadata = {key: value for key, value in config.metadata.items() if key != "class_names"}
     return config._replace(fields=fields, metadata=metadata)
 
 
 def _said(config: Description, inferred: Inferred) -> dict[str, Any]:
-    """The fields that a `config.json` says."""
+    """Returns the fields that a `config.json` gives."""
     heads = config.heads.get(inferred.fields["dim"])
     return {**({} if heads is None else {"num_heads": heads}), **config.fields}
 
 
 def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:
-    """A bar on a terminal, for what takes longer than a second."""
+    """Shows a progress bar on a terminal if reading takes longer than a second."""
     return tqdm(
         table, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=not sys.stderr.isatty()
     )

@@ -1,4 +1,4 @@
-"""What tensors do not tell of their model: heads, residual scale, epsilons, and where slimming modules stand."""
+"""Resolves hyperparameters that tensor shapes do not determine: heads, residual scale, epsilons, slimming positions."""
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -8,16 +8,16 @@ from sit_jax.io.convert.infer_config import Inferred
 from sit_jax.models.architecture import Architecture, architecture_from_dict
 from sit_jax.models.variants import VARIANTS
 
-# Options that settle what is left open; all other fields are told by the tensors.
+# Options for the fields that tensors do not determine; the tensors determine all other fields.
 OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio", "image_size")
 
-# The fields that tensors leave open, and those of all plain ViTs.
+# Fields that tensors do not determine, and their values in plain ViTs.
 _OPEN = ("num_heads", "residual_scale", "norm_eps")
 _PLAIN: dict[str, Any] = {"residual_scale": 1.0, "norm_eps": 1e-6}
 
 _LVVIT: dict[str, Any] = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
 
-# Published models without a configuration here, for the fields that their tensors do not tell.
+# Published models without a configuration here, for the fields that their tensors do not determine.
 _PUBLISHED: dict[str, Architecture] = {
     "lvvit_t (token labelling)": Architecture(**_LVVIT, dim=240, depth=12, num_heads=4),
     "lvvit_s (token labelling)": Architecture(**_LVVIT, dim=384, depth=16, num_heads=6, residual_scale=2.0),
@@ -30,16 +30,16 @@ _PUBLISHED: dict[str, Architecture] = {
     "vit_huge": Architecture(dim=1280, depth=32, num_heads=16),
 }
 
-# What must agree for a named model to be the one of the file.
+# Fields that must agree for a named model to match the file.
 _SHAPE = ("stem", "stem_width", "dim", "depth", "mlp_ratio", "qkv_bias")
 
 
 class Resolved(NamedTuple):
-    """A whole architecture.
+    """A complete architecture.
 
     Attributes:
         arch: The architecture.
-        name: The named model that it is, or an empty string.
+        name: Name of the matching named model, or an empty string.
     """
 
     arch: Architecture
@@ -47,16 +47,16 @@ class Resolved(NamedTuple):
 
 
 def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str, Any]) -> Resolved:
-    """Completes what the tensors tell.
+    """Completes an architecture that was inferred from tensors.
 
     Args:
-        inferred: What the tensors tell.
+        inferred: The inferred fields.
         config: Fields of an architecture from a `config.json`.
-        options: Fields that the user gives, and `name`, a named model to take them from; they come first.
+        options: Fields given by the user, and `name`, a named model to take them from; they take precedence.
 
     Raises:
-        ConfigError: A field contradicts the tensors, or is impossible.
-        UserError: A field is still open; the message says which option to give.
+        ConfigError: A field contradicts the tensors, or has an impossible value.
+        UserError: A field is still undetermined; the message names the option to set.
     """
     fields = dict(inferred.fields)
     unknown = sorted(set(options) - set(OPTIONS) - set(fields))
@@ -64,7 +64,7 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
         raise ConfigError(f"model.{unknown[0]}", f"is no option here; there are {', '.join(OPTIONS)}")
     given = {key: value for key, value in {**config, **options}.items() if key != "name" and value is not None}
     _agree(given, inferred, options)
-    given |= {key: float(given[key]) for key in _NUMBERS if key in given}  # JSON's 2 is an int.
+    given |= {key: float(given[key]) for key in _NUMBERS if key in given}  # The number 2 in JSON is an int.
     if "mlp_ratio" in given:
         fields["mlp_ratio"] = given["mlp_ratio"]
     if inferred.kept and "stage_blocks" not in fields and "stage_blocks" in given:
@@ -89,12 +89,12 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
         )
     fields |= _kept(inferred, fields, given, known)
     if known is not None and any(fields[key] != getattr(known, key) for key in _OPEN):
-        name = ""  # A model of that shape, but not that model.
+        name = ""  # The shape matches, but it is another model.
     return Resolved(architecture_from_dict(fields, "model."), name)
 
 
 def _agree(given: Mapping[str, Any], inferred: Inferred, options: Mapping[str, Any]) -> None:
-    """Raises a ConfigError where a given field is no possible value, or not what the tensors say."""
+    """Raises a ConfigError if a given field has an impossible value or contradicts the tensors."""
     for key, value in given.items():
         where = "" if key in options else " in config.json"
         if not _CHECKS.get(key, lambda value: True)(value):
@@ -110,7 +110,7 @@ def _agree(given: Mapping[str, Any], inferred: Inferred, options: Mapping[str, A
 
 
 def _differs(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
-    """Whether a value is another one than the tensors'; of `mlp_ratio` they tell the hidden width only."""
+    """Returns whether a value differs from the tensors', which determine only the hidden width of `mlp_ratio`."""
     if key == "mlp_ratio":
         return int(fields["dim"] * value) != int(fields["dim"] * fields[key])
     return bool(value != fields[key])
@@ -134,7 +134,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def _named(inferred: Inferred, fields: Mapping[str, Any], name: str | None) -> dict[str, Architecture]:
-    """The named models that may be meant: the one that the user names, or those of the same shape."""
+    """Returns the candidate named models: the one that the user names, or those of the same shape."""
     if name is not None:
         if name not in VARIANTS:
             raise ConfigError("model.name", f"there is no model {name!r}; `sit models` lists them")
@@ -154,7 +154,7 @@ def _same_shape(arch: Architecture, fields: Mapping[str, Any]) -> bool:
 
 
 def _keeps(arch: Architecture, fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """What a named model's slimming modules would keep of this file's grid."""
+    """Returns the tokens that a named model's slimming modules would keep of this file's grid."""
     patches, ratio = (fields["image_size"] // fields["patch_size"]) ** 2, arch.keep_ratio or 1.0
     return tuple(int(patches * ratio**stage) for stage in range(1, len(arch.stage_blocks)))
 
@@ -177,7 +177,7 @@ def _fits(arch: Architecture, fields: Mapping[str, Any]) -> bool:
 def _kept(
     inferred: Inferred, fields: Mapping[str, Any], given: Mapping[str, Any], known: Architecture | None
 ) -> dict[str, Any]:
-    """The kept tokens, as a ratio where one is known that comes to what the tensors say."""
+    """Returns the kept tokens, as a ratio if a known one results in the counts of the tensors."""
     if not inferred.kept:
         return {}
     patches = (fields["image_size"] // fields["patch_size"]) ** 2
@@ -201,13 +201,13 @@ def _kept(
 
 
 def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], configured: Collection[str] = ()) -> str:
-    """What was found, in one line.
+    """Describes what was found, in one line.
 
     Args:
-        inferred: What the tensors tell.
-        resolved: The whole architecture.
-        said: Fields that the user or a `config.json` says.
-        configured: Fields that are taken from the model that the weights are read for.
+        inferred: The fields inferred from the tensors.
+        resolved: The complete architecture.
+        said: Fields given by the user or a `config.json`.
+        configured: Fields taken from the model that the weights are loaded into.
     """
     arch = resolved.arch
     kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
@@ -227,7 +227,7 @@ def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], conf
 
 
 def _guesses(inferred: Inferred, arch: Architecture, said: Collection[str], configured: Collection[str]) -> str:
-    """The fields that neither the file nor the user says, for the end of a line."""
+    """Returns the end of a line that lists the fields given neither by the file nor by the user."""
     known = {*inferred.fields, *said, *(_PLAIN if inferred.layout.plain else ())}
     unsaid = [key for key in (*_OPEN, *(["stage_blocks"] if arch.is_slimmed else [])) if key not in known]
     if not unsaid or "name" in said:
@@ -238,10 +238,10 @@ def _guesses(inferred: Inferred, arch: Architecture, said: Collection[str], conf
 
 
 def likely_fields(inferred: Inferred, like: Architecture) -> dict[str, Any]:
-    """What tensors leave open, taken from the model that they are read for.
+    """Returns fields that tensors do not determine, taken from the model that the weights are loaded into.
 
     Raises:
-        UserError: They are of another width, whose number of heads is another one too.
+        UserError: The weights have another width, and thus another number of heads.
     """
     if inferred.fields["dim"] != like.dim:
         raise UserError(f"is of another model: dim is {inferred.fields['dim']} there and {like.dim} here")

@@ -1,4 +1,4 @@
-"""Reads the weights of runs."""
+"""Reads the weights of run directories."""
 
 import pathlib
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from sit_jax.models.architecture import Architecture
 
 
 def is_run(path: pathlib.Path) -> bool:
-    """Whether a path is the folder of a run, or of one of its checkpoints."""
+    """Returns whether a path is a run directory, or one of its checkpoints."""
     folder, _ = _run_and_step(path)
     return (folder / FOLDER).is_dir() and (folder / CONFIG).is_file()
 
 
 def read_run(path: pathlib.Path, ema: bool, reverse: bool, log: Callable[[str], None]) -> Weights:
-    """The weights of a run's newest checkpoint, or of the one that the path names.
+    """Returns the weights of a run's newest checkpoint, or of the checkpoint that the path names.
 
     Args:
-        path: The folder of a run, or of a checkpoint in it.
-        ema: The moving average instead of the weights.
-        reverse: Also the reverse modules, where the run trained any.
-        log: Is told what was found.
+        path: A run directory, or a checkpoint in it.
+        ema: Read the moving average instead of the weights.
+        reverse: Also read the reverse modules if the run has them.
+        log: Called with each line about what was found.
 
     Raises:
-        UserError: There is no whole checkpoint, or its model is no vision transformer.
+        UserError: There is no complete checkpoint, or its model is not a vision transformer.
     """
     folder, step = _run_and_step(path)
     config = read_config(folder)

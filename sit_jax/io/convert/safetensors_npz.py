@@ -27,19 +27,19 @@ _SAFETENSORS_TYPES = {
     "BOOL": np.dtype("?"),
 }
 
-# Weights hardly compress; all zeros compress a thousandfold, and a file that claims to be made of them is a trap.
+# Weights compress little, but zeros compress a thousandfold: a file that claims a larger ratio is rejected.
 _MOST_COMPRESSED = 20
 _SMALL = 2**26
 
 
 def read_safetensors(path: pathlib.Path) -> Tensors:
-    """The tensors of a `.safetensors` file.
+    """Returns the tensors of a `.safetensors` file.
 
     Raises:
-        FileError: The header and the file do not agree, or the tensors are of a type that no weights are.
+        FileError: The header does not match the file, or a tensor's type is not one of weights.
     """
     try:
-        # The library checks the header against the file before it allocates anything.
+        # The library checks the header against the file before it allocates memory.
         file: Any = safetensors.safe_open(path, "np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         described = {name: (tuple(part.get_shape()), str(part.get_dtype())) for name, part in slices.items()}
@@ -58,10 +58,10 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
 
 
 def read_npz(path: pathlib.Path) -> Tensors:
-    """The arrays of a `.npz` file; pickled objects are refused.
+    """Returns the arrays of a `.npz` file; pickled objects are rejected.
 
     Raises:
-        FileError: The file is damaged, claims more than it can hold, or holds objects.
+        FileError: The file is damaged, claims more than it can hold, or contains objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -79,14 +79,14 @@ def read_npz(path: pathlib.Path) -> Tensors:
 
 
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError)
-# What Python's own parser, which NumPy reads an array's header with, says of one that is none.
+# Message of Python's parser, with which NumPy reads array headers, for an invalid header.
 _HEADER_ERRORS = (ValueError, TypeError, KeyError, SyntaxError, tokenize.TokenError, MemoryError)
 
 
 def _npz_tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     name = entry.filename.removesuffix(".npy")
     with archive.open(entry) as file, warnings.catch_warnings():
-        # Of headers that Python 2 wrote.
+        # Of headers written by Python 2.
         warnings.simplefilter("ignore")
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -97,7 +97,7 @@ def _npz_tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.Zip
     if dtype.kind not in "fiub" and dtype != np.dtype("V2"):
         raise FileError(f"{path}: {name} is of type {dtype}, which no weights of a model are")
     if dtype == np.dtype("V2"):
-        # How NumPy saves a type that it does not know, which JAX's bfloat16 is.
+        # How NumPy saves types that it does not know, such as JAX's bfloat16.
         dtype = BFLOAT16
     check_axes(path, name, shape)
     if math.prod(shape) * dtype.itemsize + header != entry.file_size:

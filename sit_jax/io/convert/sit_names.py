@@ -1,7 +1,7 @@
-"""Names and layouts of the PyTorch original's weights: its `state_dict` keys against our parameter paths.
+"""Maps the `state_dict` keys and layouts of the PyTorch original to parameter paths.
 
-One table serves both directions. Linear kernels are transposed, convolutions go from OIHW to HWIO, the slimming
-scale loses its three unit axes; everything else is the same array.
+One table is used in both directions. Linear kernels are transposed, convolutions are converted from OIHW to HWIO, and
+the slimming scale loses its three unit axes; all other arrays are unchanged.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,12 @@ Path = tuple[str, ...]
 
 
 class Entry(NamedTuple):
-    """One tensor in both worlds.
+    """One tensor in both layouts.
 
     Attributes:
         key: The original's `state_dict` key.
-        path: Where it lies here; the first part is the collection: `params`, `batch_stats` or `reverse`.
-        to_flax: Turns the original's layout into ours.
+        path: Its path in this package; the first part is the collection: `params`, `batch_stats` or `reverse`.
+        to_flax: Converts the original's layout to this package's.
         to_torch: The inverse.
     """
 
@@ -103,7 +103,7 @@ def _blocks(arch: Architecture) -> Iterator[Entry]:
 
 def _slimming(arch: Architecture) -> Iterator[Entry]:
     if arch.reducer != "slim":
-        # The original has no such modules: they keep the names that they have here.
+        # The original has no such modules, so they keep the names of this package.
         for path in reducer_params(arch):
             yield from _plain(".".join(("reducer", *path)), ("params", *path))
         return
@@ -125,7 +125,7 @@ def _reverse(arch: Architecture) -> Iterator[Entry]:
 
 
 def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
-    """Every tensor of a model in the original's checkpoint, reverse modules included unless told otherwise."""
+    """Returns an entry for every tensor of the original's checkpoint, including reverse modules by default."""
     entries = [
         *_plain("cls_token", ("params", "class_token")),
         *_plain("pos_embed", ("params", "positions")),
@@ -147,14 +147,14 @@ def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
 
 
 def to_original(tree: Tree, arch: Architecture) -> dict[str, np.ndarray]:
-    """Weights under the original's names, without BatchNorm's batch counters.
+    """Returns weights under the original's names, without BatchNorm's batch counters.
 
     Args:
-        tree: `params`, `batch_stats` and, where reverse modules are wanted, `reverse`.
-        arch: The model that they belong to.
+        tree: `params`, `batch_stats` and, to include reverse modules, `reverse`.
+        arch: The architecture of the weights.
 
     Raises:
-        UserError: The model has another reducer than the original's.
+        UserError: The model's reducer is not the original's.
     """
     if arch.reducer != "slim":
         raise UserError(f"PyTorch knows no reducer {arch.reducer}; StableHLO and model folders take any")

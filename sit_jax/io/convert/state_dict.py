@@ -1,4 +1,4 @@
-"""Finds the weights in what a checkpoint holds besides them."""
+"""Selects the weights in a checkpoint."""
 
 import pathlib
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from sit_jax.io.convert.pickles import Rebuilt
 from sit_jax.io.convert.tensors import FileError, Tensors
 from sit_jax.io.convert.torch_files import read_torch
 
-# Keys under which training programs keep weights, and their moving averages, in the order in which they are looked for.
+# Keys under which training programs store weights and their moving averages, in search order.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-# What wrappers put before every name.
+# Prefixes that wrappers add to every name.
 _PREFIXES = ("module.", "_orig_mod.", "model.", "opt/target/")
 
 
 def select_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> Tensors:
-    """The weights in a file of `torch.save`.
+    """Returns the weights in a file of `torch.save`.
 
     Args:
         path: The file.
-        ema: The moving average instead of the weights, where there are both.
-        log: Is told under which key they were found.
+        ema: Select the moving average instead of the weights if there are both.
+        log: Called with the key under which they were found.
 
     Raises:
-        FileError: There are none in it, or the file cannot be read.
+        FileError: The file contains no weights, or cannot be read.
     """
     content = read_torch(path)
     value = content.value
@@ -40,7 +40,7 @@ def select_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> T
 
 
 def _choose(path: pathlib.Path, value: dict[Any, Any], ema: bool) -> str:
-    """The key of the weights; empty where they stand at the top."""
+    """Returns the key of the weights; empty if they are at the top level."""
     found = [key for key in (*_WEIGHTS, *_AVERAGES) if _is_weights(value.get(key))]
     averages = [key for key in found if key in _AVERAGES]
     if ema and not averages:
@@ -56,7 +56,7 @@ def _choose(path: pathlib.Path, value: dict[Any, Any], ema: bool) -> str:
 
 
 def _text(key: Any) -> str:
-    """A key as text; of integers of thousands of digits, which Python does not print, as much as tells them."""
+    """Returns a key as text, shortened for integers of thousands of digits, which Python does not print."""
     return hex(key)[:50] if isinstance(key, int) and key.bit_length() > 64 else str(key)
 
 
@@ -65,7 +65,7 @@ def _is_weights(value: Any) -> bool:
 
 
 def strip_prefixes(tensors: Tensors) -> Tensors:
-    """The tensors without what wrappers put before every name."""
+    """Returns the tensors without the prefixes that wrappers add to every name."""
     for _ in range(4):
         prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

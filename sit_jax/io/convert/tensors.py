@@ -1,4 +1,4 @@
-"""Tensors that lie in a file until they are wanted."""
+"""Lazily read tensors of a file."""
 
 import dataclasses
 import math
@@ -13,12 +13,12 @@ from sit_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file: what it is, and how to get it.
+    """A tensor in a file, with its shape, type and reader.
 
     Attributes:
         shape: Its shape.
-        dtype: The type of its elements.
-        read: Reads it; a fresh array, or a view of the file, in row-major order.
+        dtype: Type of its elements.
+        read: Reads the tensor; returns a new array, or a view of the file, in row-major order.
     """
 
     shape: tuple[int, ...]
@@ -27,12 +27,12 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes, by its shape."""
+        """Size in bytes, by its shape."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_float(self) -> bool:
-        """Whether its elements are floating-point numbers, bfloat16 included."""
+        """Whether its elements are floating-point numbers, including bfloat16."""
         return self.dtype.kind == "f" or self.dtype == BFLOAT16
 
 
@@ -42,24 +42,24 @@ Tensors = dict[str, Tensor]
 
 
 class FileError(UserError):
-    """A file of weights cannot be read; the message names it and says why."""
+    """A file of weights cannot be read; the message names the file and the reason."""
 
 
 _LONGEST_AXIS = 2**31
 
 
 def check_axes(path: pathlib.Path, name: str, shape: Iterable[int]) -> None:
-    """Raises a FileError where a tensor holds nothing, or an axis is longer than any of a model's.
+    """Raises a FileError if a tensor is empty, or an axis is longer than that of any model.
 
-    An axis of zero makes a tensor of no bytes, whatever the others claim. The claims are not repeated: they may have
-    thousands of digits, which Python does not print.
+    An axis of zero makes a tensor of no bytes, whatever the other axes are. The message does not repeat the sizes: they
+    may have thousands of digits, which Python does not print.
     """
     if not all(0 < size <= _LONGEST_AXIS for size in shape):
         raise FileError(f"{path}: {name[:200]} claims an axis that is empty or longer than {_LONGEST_AXIS:,}")
 
 
 def check_total(path: pathlib.Path, tensors: Tensors, most: int) -> None:
-    """Raises a FileError where tensors claim more bytes than a file can hold: they lie on top of one another."""
+    """Raises a FileError if tensors claim more bytes than the file can hold, which means that they overlap."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > most:
         raise FileError(f"{path}: claims {total:,} bytes of tensors, but cannot hold more than {most:,}")

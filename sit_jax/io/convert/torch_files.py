@@ -1,4 +1,4 @@
-"""Reads `.pth` files as `torch.save` writes them, in its zip format and the one before, without PyTorch."""
+"""Reads the `.pth` files of `torch.save`, in the zip format and the legacy format, without PyTorch."""
 
 import io
 import math
@@ -13,11 +13,11 @@ import numpy as np
 from sit_jax.io.convert.pickles import PickleError, Rebuilt, Storage, read_pickle
 from sit_jax.io.convert.tensors import BFLOAT16, FileError, Tensor, check_axes
 
-# The first value of the format before the zip, and the version that follows it.
+# The first value of the legacy format, and the version that follows it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
-# What stands before an entry's bytes in a zip file, the name and the extra field coming after it.
+# The fixed part of a local file header in a zip file; the name and the extra field follow it.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 _ELEMENTS = {
@@ -35,18 +35,18 @@ _ELEMENTS = {
 
 
 class _Place(NamedTuple):
-    """Where a storage's bytes lie in the file."""
+    """Location of a storage's bytes in the file."""
 
     start: int
     nbytes: int
 
 
 class TorchFile(NamedTuple):
-    """What is in a file.
+    """The contents of a file.
 
     Attributes:
-        value: The value that was saved, tensors as `Rebuilt`.
-        tensor: Makes a `Rebuilt` of some name readable; raises a FileError where it does not lie within the file.
+        value: The saved value, with tensors as `Rebuilt`.
+        tensor: Makes a named `Rebuilt` readable; raises a FileError if it is not within the file.
     """
 
     value: Any
@@ -54,10 +54,11 @@ class TorchFile(NamedTuple):
 
 
 def read_torch(path: pathlib.Path) -> TorchFile:
-    """Reads what `torch.save` wrote; tensors stay in the file until they are wanted.
+    """Reads a file of `torch.save`; tensor data are read lazily.
 
     Raises:
-        FileError: The file is damaged, of another format or machine, or holds anything but tensors and plain values.
+        FileError: The file is damaged, of another format or byte order, or contains objects other than tensors and
+            plain values.
     """
     try:
         with path.open("rb") as file:
@@ -79,7 +80,7 @@ def _read_zip(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
         if len(programs) != 1:
             raise PickleError("is a zip file, but none that torch.save wrote: it has no data.pkl")
         root = programs[0].removesuffix("data.pkl")
-        # torch.save compresses nothing, so no entry can be larger than the file.
+        # torch.save does not compress, so no entry can be larger than the file.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries.values()):
             raise PickleError("is a zip file, but none that torch.save wrote: it is compressed")
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
@@ -103,7 +104,7 @@ def _entry_place(file: BinaryIO, entry: zipfile.ZipInfo, size: int) -> _Place:
 
 
 class _Bounded:
-    """A file whose `read` never asks for more memory than the file has bytes."""
+    """A file whose `read` never requests more memory than the size of the file."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size = file, size
@@ -114,7 +115,7 @@ class _Bounded:
 
 
 def _read_legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
-    """The format before the zip: five pickles, then each storage's length and bytes."""
+    """Reads the legacy format: five pickles, then the length and bytes of each storage."""
     file.seek(0)
     bounded: Any = _Bounded(file, size)
     try:
@@ -146,7 +147,7 @@ def _read_legacy(file: BinaryIO, size: int) -> tuple[Any, dict[str, _Place]]:
 
 
 def _element_sizes(value: Any) -> dict[str, int]:
-    """Storage key -> bytes per element, of all tensors in a value; each container is visited once."""
+    """Returns storage key -> bytes per element, for all tensors in a value; each container is visited once."""
     sizes: dict[str, int] = {}
     waiting, seen = [value], set()
     while waiting:
@@ -189,7 +190,7 @@ def _tensor(path: pathlib.Path, name: str, rebuilt: Rebuilt, places: dict[str, _
                 raise FileError(f"{path}: is cut off")
         if count == extent and strides == _row_major(shape):
             return flat.reshape(shape)
-        # Nobody steps along an axis of one, so its stride may be any number.
+        # The stride of an axis of length one is never used, so it may be any number.
         steps = tuple(stride * dtype.itemsize * (size > 1) for size, stride in zip(shape, strides, strict=True))
         return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False))
 

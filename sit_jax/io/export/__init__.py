@@ -1,1 +1,1 @@
-"""Models for other programs: the only place, with `convert`, that knows other frameworks."""
+"""Export to other frameworks; only this package and `convert` know other frameworks."""

@@ -1,4 +1,4 @@
-"""`sit export`: from a run or a model folder to where models are served."""
+"""Implementation of `sit export`: converts a run or a model folder to a deployment format."""
 
 import pathlib
 from typing import Literal
@@ -29,22 +29,22 @@ def export_model(
     raw_input: bool = False,
     licence: str | None = None,
 ) -> None:
-    """Writes a model in another format, whole or not at all.
+    """Writes a model in another format, atomically.
 
     Args:
-        source: A run's folder or a model folder.
-        dest: The folder or file to write; must not be there yet.
+        source: A run directory or a model folder.
+        dest: The folder or file to write; must not exist.
         kind: The format.
-        ema: A run's moving average instead of its weights.
-        step: Which of a run's checkpoints; the newest where None.
-        with_reverse: Also the reverse modules (`folder` and `original`).
-        dtype: Type of weights and products (`onnx`).
-        raw_input: Take uint8 pixels and normalise them within (`onnx` and `stablehlo`).
-        licence: What the weights may be used for, such as `MIT` (`folder`, `onnx` and `stablehlo`); what the source
-            says where None.
+        ema: Export a run's moving average instead of its weights.
+        step: Step of the run's checkpoint; the newest if None.
+        with_reverse: Also export the reverse modules (`folder` and `original`).
+        dtype: Type of the weights and matrix products (`onnx`).
+        raw_input: Take uint8 pixels and normalize them in the model (`onnx` and `stablehlo`).
+        licence: Licence of the weights, such as `MIT` (`folder`, `onnx` and `stablehlo`); that of the source if None.
 
     Raises:
-        UserError: The source cannot be read, the destination not written, or the options do not fit the format.
+        UserError: The source cannot be read, the destination cannot be written, or an option does not apply to the
+            format.
     """
     _check_options(dest, kind, with_reverse, dtype, raw_input)
     if licence is not None and kind in ("original", "timm"):
@@ -90,7 +90,7 @@ def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: 
 
 
 def _save_state_dict(dest: pathlib.Path, state_dict: dict[str, np.ndarray]) -> None:
-    """Writes a state dict as safetensors, or as PyTorch's own kind of file where the suffix asks for it."""
+    """Writes a state dict as safetensors, or as a PyTorch file if the suffix is PyTorch's."""
     as_torch = dest.suffix != ".safetensors"
     if as_torch:
         require_torch(dest)

@@ -1,4 +1,4 @@
-"""The forward pass as it is deployed: weights folded, the preprocessing within where wanted."""
+"""The forward pass for deployment: includes the weights and, optionally, the normalization."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,11 +13,12 @@ Forward = Callable[[Shaped[Array, "batch height width channels"]], Float[Array, 
 
 
 def make_forward(weights: Weights, raw_input: bool) -> Forward:
-    """The function from images to logits, its weights within, for any platform.
+    """Returns the function from images to logits, including its weights, for any platform.
 
     Args:
         weights: The model.
-        raw_input: It takes uint8 pixels and normalises them as `metadata` says; else normalised float32 images.
+        raw_input: Whether it takes uint8 pixels and normalizes them as `metadata` says; otherwise it takes normalized
+            float32 images.
     """
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     prepared = inference_model(weights.arch, variables, attention="plain")
@@ -33,6 +34,6 @@ def make_forward(weights: Weights, raw_input: bool) -> Forward:
 def normalize_with(
     pixels: Shaped[Array, "batch height width channels"], preprocessing: dict[str, Any]
 ) -> Float[Array, "batch height width channels"]:
-    """uint8 pixels as float32 images, standardised by `mean` and `std` per channel."""
+    """Converts uint8 pixels to float32 images, normalized by `mean` and `std` per channel."""
     mean, std = (jnp.asarray(preprocessing[name], jnp.float32)[None, None, None] for name in ("mean", "std"))
     return (pixels.astype(jnp.float32) / 255.0 - mean) / std

@@ -1,4 +1,4 @@
-"""ONNX: written through the PyTorch module and torch's exporter, checked, and run by onnxruntime."""
+"""ONNX files: exported from the PyTorch module with torch's exporter, checked, and run with onnxruntime."""
 
 import contextlib
 import json
@@ -18,31 +18,31 @@ from sit_jax.io.weights import Weights
 
 SUFFIX = ".onnx"
 Dtype = Literal["float32", "float16"]
-# The first with Gelu as one operator.
+# The first opset with Gelu as one operator.
 OPSET = 20
-# Where the description lies among the file's properties.
+# Key of the description in the file's metadata properties.
 PROPERTY = "sit_jax"
-# Protocol buffers end here.
+# Size limit of protocol buffers.
 _LARGEST_FILE = 2**31 - 2**20
-# Largest difference of the logits from PyTorch's, over the largest logit.
+# Largest accepted difference from PyTorch's logits, relative to the largest logit.
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
 
 
 def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) -> None:
-    """Writes a model with BatchNorm folded and any batch size, after checking it with onnx and onnxruntime.
+    """Writes a model with BatchNorm folded, for any batch size, after checking it with onnx and onnxruntime.
 
-    The input is `pixels`, uint8 (batch, height, width, channels), or `images`, normalised float32 (batch, channels,
-    height, width); the output is `logits`, float32 (batch, classes), whatever type the weights have.
+    The input is `pixels`, uint8 (batch, height, width, channels), or `images`, normalized float32 (batch, channels,
+    height, width); the output is `logits`, float32 (batch, classes), for all types of weights.
 
     Args:
         path: The file.
         weights: The model; `metadata` must hold its preprocessing.
-        dtype: Type of the weights and products.
-        raw_input: Take pixels.
+        dtype: Type of the weights and matrix products.
+        raw_input: Whether the input is pixels.
 
     Raises:
-        UserError: The optional packages are missing, the model is too large for a file, the place is not free or not
-            writable, or the file does not compute what the model does.
+        UserError: The optional packages are missing, the model is too large for a file, the file exists or cannot be
+            written, or its output differs from the model's.
     """
     torch = _import("torch")
     for name in ("onnx", "onnxruntime", "onnxscript"):
@@ -72,18 +72,18 @@ def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) ->
 
 
 def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """A file's function from its input to logits, and its description.
+    """Loads the function from a file's input to logits, and its description.
 
     Raises:
-        UserError: onnxruntime is missing, or the file is, or it is damaged or was not written by `save`.
+        UserError: onnxruntime is missing, or the file is missing, damaged or was not written by `save`.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     ort = _import("onnxruntime")
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # It warns of every constant that its CPU part cannot fold in float16.
+    options.log_severity_level = 3  # It warns of every constant that the CPU provider cannot fold in float16.
     with _told_in_one_line(path, "cannot be read"):
-        # Without its fallback, which prints banners about files that are simply damaged.
+        # Without the fallback, which prints banners about damaged files.
         session = ort.InferenceSession(
             str(path), options, providers=ort.get_available_providers(), enable_fallback=False
         )
@@ -100,7 +100,7 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
 
 
 def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
-    """The PyTorch module as it is deployed."""
+    """Returns the PyTorch module for deployment."""
     from sit_jax.io.export import torch_model
 
     state = to_original({"params": weights.params, "batch_stats": weights.batch_stats}, weights.arch)
@@ -114,7 +114,7 @@ def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
             self.model = model
 
         def forward(self, images: Any) -> Any:
-            """Images -> float32 logits."""
+            """Returns the float32 logits of images."""
             x = model.normalize(images) if raw_input else images.to(model.pos_embed.dtype)
             return model(x).float()
 
@@ -130,7 +130,7 @@ def _examples(torch: Any, weights: Weights, raw_input: bool) -> Any:
 
 
 def _strip(model: Any) -> None:
-    """Removes what the exporter notes at every node: the lines of source that it came from, and where they lie."""
+    """Removes the source locations that the exporter adds to every node."""
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -141,7 +141,7 @@ def _strip(model: Any) -> None:
 
 
 def _check(path: pathlib.Path, part: pathlib.Path, served: Any, images: Any, dtype: Dtype) -> None:
-    """Raises a UserError where the file is not valid, or does not compute what the module does for any batch."""
+    """Raises a UserError if the file is invalid, or if its output differs from the module's for any batch size."""
     onnx, torch = _import("onnx"), _import("torch")
     onnx.checker.check_model(str(part), full_check=True)
     run, _ = load(part)
@@ -164,7 +164,7 @@ def _import(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter and its libraries tell of their own deprecations and of packages that we do not use."""
+    """Suppresses the messages of torch's exporter and its libraries about deprecations and optional packages."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -177,7 +177,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _told_in_one_line(path: pathlib.Path, problem: str) -> Iterator[None]:
-    """onnxruntime has an exception for each of its failures, none of them public, and of many lines."""
+    """Converts onnxruntime's exceptions, which are not public and have many lines, to a one-line UserError."""
     try:
         yield
     except Exception as error:

@@ -1,6 +1,6 @@
-"""StableHLO artifacts: one file for CPU, CUDA and TPU with the weights inside, and a description beside it.
+"""StableHLO artifacts: one file for CPU, CUDA and TPU that includes the weights, and a description file.
 
-`load` needs JAX and nothing of the models: their code is not imported.
+`load` needs JAX but does not import the model code.
 """
 
 import contextlib
@@ -19,18 +19,18 @@ from sit_jax.io.atomic_write import atomic_create
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Where the artifact's SHA-256 stands in its description.
+# Key of the artifact's SHA-256 in its description.
 CHECKSUM = "sha256"
 
 
 class Loaded(NamedTuple):
-    """An artifact that is ready to run.
+    """A loaded artifact.
 
     Attributes:
-        run: Images (batch, height, width, channels) of the type `input` says -> logits (batch, classes), for any
-            batch.
-        description: What the model is: `architecture`, `class_names`, `preprocessing`, and `input`, which is `pixels`
-            (uint8) or `images` (normalised float32).
+        run: Images (batch, height, width, channels) of the type given by `input` -> logits (batch, classes), for any
+            batch size.
+        description: Description of the model: `architecture`, `class_names`, `preprocessing`, and `input`, which is
+            `pixels` (uint8) or `images` (normalized float32).
     """
 
     run: Callable[[Any], jax.Array]
@@ -38,30 +38,30 @@ class Loaded(NamedTuple):
 
 
 def description_path(path: pathlib.Path) -> pathlib.Path:
-    """Where the description of an artifact lies: `model.stablehlo` -> `model.stablehlo.json`."""
+    """Returns the path of an artifact's description: `model.stablehlo` -> `model.stablehlo.json`."""
     return path.with_name(f"{path.name}.json")
 
 
 def save(
     path: pathlib.Path, forward: Callable[..., Any], shape: tuple[int, int, int], description: dict[str, Any]
 ) -> None:
-    """Writes a function from images to logits for every platform and any batch size.
+    """Writes a function from images to logits, for every platform and any batch size.
 
     Args:
         path: The file.
-        forward: The function; arrays that it closes over become part of the artifact.
+        forward: The function; arrays in its closure become part of the artifact.
         shape: Height, width and channels of an image.
-        description: JSON values; `input` decides the type of the images.
+        description: JSON values; `input` determines the type of the images.
 
     Raises:
-        UserError: There is something at the place already, or it cannot be written.
+        UserError: The file exists already or cannot be written.
     """
     dtype = jnp.uint8 if description["input"] == "pixels" else jnp.float32
-    # The description first: an artifact is never without one.
+    # The description is written first, so that an artifact always has one.
     with atomic_create(path) as part, atomic_create(description_path(path)) as beside:
         (batch,) = export.symbolic_shape("batch")
         with _without_source_files():
-            # Through a new function, since what was traced before keeps its source files.
+            # Wrapped in a new function, since cached traces keep their source files.
             traced = jax.jit(lambda images: forward(images))
             exported = export.export(traced, platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, *shape), dtype))
         artifact = exported.serialize()
@@ -74,7 +74,7 @@ def load(path: str | pathlib.Path) -> Loaded:
     """Reads an artifact and its description.
 
     Raises:
-        UserError: A file is missing or damaged, or the artifact is not for this machine's devices.
+        UserError: A file is missing or damaged, or the artifact does not support this machine's devices.
     """
     path = pathlib.Path(path)
     try:
@@ -83,13 +83,13 @@ def load(path: str | pathlib.Path) -> Loaded:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{description_path(path)}: is not valid JSON: {one_line(error, 200)}") from None
-    # XLA's parser ends the process at some damaged artifacts, so none gets that far.
+    # XLA's parser aborts the process for some damaged artifacts, so the checksum is verified first.
     checksum = description.pop(CHECKSUM, None) if isinstance(description, dict) else None
     if hashlib.sha256(artifact).hexdigest() != checksum:
         raise UserError(f"{path}: is damaged, or not the artifact that {description_path(path).name} describes")
     try:
         exported = export.deserialize(bytearray(artifact))
-    except Exception as error:  # A later JAX may refuse what an old one wrote, with whatever it raises.
+    except Exception as error:  # A later JAX may reject an old artifact with any type of error.
         reason = one_line(error, 200)
         raise UserError(f"{path}: cannot be read by this version of JAX: {reason}") from None
     platform = jax.default_backend().replace("gpu", "cuda")
@@ -100,7 +100,7 @@ def load(path: str | pathlib.Path) -> Loaded:
 
 @contextlib.contextmanager
 def _without_source_files() -> Iterator[None]:
-    """JAX notes at every operation the line that it came from; where the files lie is no one else's business."""
+    """Removes source locations, which JAX records for every operation and which contain local paths."""
     options = {"jax_include_full_tracebacks_in_locations": False, "jax_hlo_source_file_canonicalization_regex": ".*"}
     before = {name: getattr(jax.config, name) for name in options}
     try:

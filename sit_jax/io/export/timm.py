@@ -1,4 +1,4 @@
-"""timm's layout of plain vision transformers (`vit_*`, `deit_*`): names and shapes of its `VisionTransformer`."""
+"""Export to timm's layout of plain vision transformers (`vit_*`, `deit_*`), its `VisionTransformer`."""
 
 import sys
 
@@ -12,13 +12,14 @@ _NORM_EPS = 1e-6
 
 
 def to_timm(weights: Weights) -> dict[str, np.ndarray]:
-    """A plain ViT's weights as timm's state dict; with a distillation token that of its `VisionTransformerDistilled`.
+    """Returns a plain ViT's weights as timm's state dict.
 
-    timm's names are the original's but for the distillation token's position, which stands among the others.
+    With a distillation token the layout is that of timm's `VisionTransformerDistilled`. The names are the original's,
+    except for the distillation token's position, which is stored with the other positions.
 
     Raises:
-        UserError: The model is not one that timm has: slimmed, with a convolutional stem, with scaled residuals, or
-            with another epsilon in its LayerNorms, which no tensor tells.
+        UserError: timm has no such model: it is slimmed, has a convolutional stem or scaled residuals, or its
+            LayerNorms have an epsilon that timm's models do not have, which no tensor stores.
     """
     arch = weights.arch
     problems = ["is slimmed"] if arch.is_slimmed else []

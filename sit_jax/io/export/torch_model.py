@@ -1,11 +1,11 @@
-"""Slimmed vision transformers in PyTorch; reads model folders (`model.safetensors`, `config.json`), needs torch alone.
+"""Slimmed vision transformers in PyTorch; loads model folders (`model.safetensors`, `config.json`); needs only torch.
 
     model = load('folder').eval()
     logits = model(model.normalize(pixels))  # pixels: uint8 (batch, height, width, channels), of the model's size
     logits, outputs = model(images, return_outputs=True)
 
-This file stands by itself: copy it into your project, or use the copy that lies in the folder. The keys of its
-`state_dict` are those of the PyTorch original, so its checkpoints load here and the other way round. For feature
+This file has no other dependencies: copy it into your project, or use the copy in the model folder. The keys of its
+`state_dict` are those of the PyTorch original, so checkpoints can be loaded in both directions. For feature
 recalibration distillation, see `distillation_loss` and `parameter_groups`.
 """
 
@@ -21,18 +21,18 @@ import torch.nn.functional as F  # noqa: N812 (its customary name)
 from torch import Tensor, nn
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# Slimming and reverse modules have PyTorch's default epsilon, whatever the blocks use.
+# Slimming and reverse modules use PyTorch's default epsilon, independent of the blocks' epsilon.
 _SLIMMING_NORM_EPS = 1e-5
-# What is taken where config.json does not say how pictures are normalised.
+# Default normalization if config.json has none.
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
 
 class Outputs(NamedTuple):
-    """What a forward pass leaves besides its logits.
+    """Outputs of a forward pass in addition to the logits.
 
     Attributes:
-        tokens: Each block's patch tokens, (batch, tokens, dim), after the slimming module behind the block.
+        tokens: Each block's patch tokens, (batch, tokens, dim), after the block's slimming module.
         assignments: Each slimming module's assignment, (batch, tokens, kept); columns sum to one.
         distillation_logits: Logits of the distillation head, (batch, classes), or None.
     """
@@ -43,14 +43,14 @@ class Outputs(NamedTuple):
 
 
 class Stem(nn.Module):
-    """From a picture to a grid of tokens: convolutions with BatchNorm, a patch projection, or one after the other.
+    """The stem, from an image to a grid of tokens: convolutions with BatchNorm, a patch projection, or both.
 
-    GELU stands between the convolutions where nothing follows them (the paper's models), ReLU behind each of them where
-    a projection does (LV-ViT).
+    If a projection follows (LV-ViT), each convolution is followed by ReLU; otherwise (the paper's models), there is
+    GELU between the convolutions.
     """
 
     def __init__(self, channels: int, layers: Sequence[tuple[int, int, int]], dim: int, patch: int) -> None:
-        """Builds the layers, (features, kernel, stride) each, and a projection of patches of a side; 0 for none."""
+        """Creates the convolutions, (features, kernel, stride) each, and a projection of `patch` pixels (0: none)."""
         super().__init__()
         self.count = len(layers)
         for index, (features, kernel, stride) in enumerate(layers, start=1):
@@ -60,7 +60,7 @@ class Stem(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch, patch) if patch else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, channels, height, width) -> (batch, dim, rows, columns)."""
+        """Maps (batch, channels, height, width) to (batch, dim, rows, columns)."""
         for index in range(1, self.count + 1):
             x = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(x))
             if self.proj is not None:
@@ -80,14 +80,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, dim) -> the same."""
+        """Maps (batch, tokens, dim) to the same shape."""
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, x.shape[-1] // self.heads))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between."""
+    """Two linear layers with exact GELU between them."""
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -95,19 +95,19 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) -> (..., out)."""
+        """Maps (..., dim) to (..., out)."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops a residual branch per example in training, and scales the others up."""
+    """Stochastic depth: drops residual branches per example in training, and rescales the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, dim) -> the same."""
+        """Maps (batch, tokens, dim) to the same shape."""
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
@@ -115,19 +115,19 @@ class DropPath(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor per channel (CaiT, DeiT-III)."""
+    """A learned scale per channel (CaiT, DeiT-III)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), 1e-4))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, dim) -> the same."""
+        """Maps (batch, tokens, dim) to the same shape."""
         return x * self.gamma
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block whose residual branches are divided by the residual scale."""
+    """A pre-norm transformer block whose residual branches are divided by the residual scale."""
 
     def __init__(self, shape: Mapping[str, Any], drop_path: float) -> None:
         super().__init__()
@@ -142,13 +142,13 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, tokens, dim) -> the same."""
+        """Maps (batch, tokens, dim) to the same shape."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x)))) / self.residual_scale
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))) / self.residual_scale
 
 
 class TokenSlimming(nn.Module):
-    """TSM: merges N patch tokens softly into K; every kept token is a convex combination of those before it."""
+    """TSM: softly merges N patch tokens into K; each kept token is a convex combination of the input tokens."""
 
     def __init__(self, dim: int, kept: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class TokenSlimming(nn.Module):
         self.scale = nn.Parameter(torch.ones(1, 1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, N, dim) -> the kept tokens (batch, K, dim) and the assignment (batch, N, K)."""
+        """Maps (batch, N, dim) to the kept tokens (batch, K, dim) and the assignment (batch, N, K)."""
         assignment = (self.weight(x) * self.scale).softmax(1)
         return assignment.transpose(1, 2) @ x, assignment
 
@@ -173,26 +173,28 @@ class ReverseTokenSlimming(nn.Module):
         self.mlp2 = Mlp(dim, 4 * dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, K, dim) -> (batch, N, dim)."""
+        """Maps (batch, K, dim) to (batch, N, dim)."""
         x = self.mlp1(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.mlp2(self.norm2(x))
 
 
 class SiT(nn.Module):
-    """A vision transformer, slimmed or not.
+    """A vision transformer, with or without slimming.
 
     Attributes:
-        config: The `config.json` that it was built from: `architecture`, `kept_tokens`, `class_names`, `preprocessing`.
-        rtsm: The reverse modules, an identity for each block before the first slimmed one; None where left out.
+        config: The contents of `config.json`: `architecture`, `kept_tokens`, `class_names`, `preprocessing`.
+        rtsm: The reverse modules, with an identity for each block before the first slimmed one; None if they are not
+            used.
     """
 
     def __init__(self, config: Mapping[str, Any], reverse: bool = False, drop_path: float = 0.0) -> None:
         """Builds the model with random weights.
 
         Args:
-            config: As in `config.json`; only `architecture` is needed, and `kept_tokens` for a slimmed model.
-            reverse: With the reverse modules, for distillation.
-            drop_path: Stochastic depth of the last block in training; it grows linearly from 0 at the first.
+            config: The contents of `config.json`; only `architecture` is required, and `kept_tokens` for a slimmed
+                model.
+            reverse: Whether to create the reverse modules, for distillation.
+            drop_path: Stochastic depth rate of the last block in training; it grows linearly from 0 in the first block.
         """
         super().__init__()
         self.config = dict(config)
@@ -213,7 +215,7 @@ class SiT(nn.Module):
             self.tsm = nn.ModuleList(TokenSlimming(dim, count) for count in kept.values())
         self.norm = nn.LayerNorm(dim, shape["norm_eps"])
         self.head = nn.Linear(dim, classes)
-        # Only token labelling trains it; checkpoints hold it.
+        # Trained only by token labelling, but part of all checkpoints.
         self.aux_head = nn.Linear(dim, classes) if shape["aux_head"] else None
         self.head_dist = None
         if shape["distillation_token"]:
@@ -226,8 +228,8 @@ class SiT(nn.Module):
         """Runs the model.
 
         Args:
-            images: Normalised images, (batch, channels, height, width).
-            return_outputs: Also return what distillation and pictures of the tokens need.
+            images: Normalized images, (batch, channels, height, width).
+            return_outputs: Whether to also return `Outputs`, for distillation and visualization of the tokens.
 
         Returns:
             Logits (batch, classes), or logits and `Outputs`. With a distillation token the logits are the class head's
@@ -253,13 +255,13 @@ class SiT(nn.Module):
         return logits, Outputs(tokens, assignments, distillation_logits)
 
     def recover(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        """Every block's patch tokens recovered to the whole grid, (batch, patches, dim), by the reverse modules."""
+        """Recovers each block's patch tokens to the whole grid, (batch, patches, dim), with the reverse modules."""
         if self.rtsm is None:
             return list(tokens)
         return [module(x) for module, x in zip(self.rtsm, tokens, strict=True)]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Pictures of the model's size, uint8 (batch, height, width, channels), as its input (batch, channels, ...)."""
+        """Converts uint8 images, (batch, height, width, channels) of the model's size, to (batch, channels, ...)."""
         values = {**_IMAGENET, **self.config.get("preprocessing", {})}
         mean, std = (torch.tensor(values[name], device=pixels.device) for name in ("mean", "std"))
         if pixels.shape[-1] == 1:
@@ -278,12 +280,12 @@ _TOKENS = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
 
 
 def load(folder: str | pathlib.Path, drop_path: float = 0.0) -> SiT:
-    """The model of a folder, in evaluation mode; with reverse modules where the folder holds them.
+    """Loads the model of a folder, in evaluation mode; with reverse modules if the folder contains them.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: The weights' file is damaged.
-        RuntimeError: A tensor is missing, left over or of another shape (from `load_state_dict`).
+        ValueError: The weights file is damaged.
+        RuntimeError: A tensor is missing, unexpected or has another shape (raised by `load_state_dict`).
     """
     folder = pathlib.Path(folder)
     config = json.loads((folder / CONFIG).read_text())
@@ -294,10 +296,10 @@ def load(folder: str | pathlib.Path, drop_path: float = 0.0) -> SiT:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Reads the tensors of a safetensors file.
 
     Raises:
-        ValueError: The file is truncated or no such file.
+        ValueError: The file is truncated, or is not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -320,7 +322,7 @@ def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def fold_batch_norm(model: SiT) -> SiT:
-    """Puts every BatchNorm of the stem into the convolution before it, in place; for evaluation only."""
+    """Folds each BatchNorm of the stem into the convolution before it, in place; for evaluation only."""
     stem = model.patch_embed
     for index in range(1, stem.count + 1):
         conv, norm = getattr(stem, f"conv{index}"), getattr(stem, f"bn{index}")
@@ -338,19 +340,19 @@ def distillation_loss(
     logits: float = 2.0,
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Feature recalibration distillation: soft-target cross entropy, tokens at every block, and logits.
+    """Returns the terms of feature recalibration distillation: soft-target cross entropy, token and logits losses.
 
     Args:
         student: The slimmed model with its reverse modules, in training mode.
-        teacher: The un-slimmed model of equal depth and width, in evaluation mode.
-        images: Normalised images, (batch, channels, height, width).
+        teacher: The un-slimmed model of the same depth and width, in evaluation mode.
+        images: Normalized images, (batch, channels, height, width).
         labels: Distributions over classes, (batch, classes).
-        token: Weight of the tokens' mean squared error.
-        logits: Weight of the divergence between the logits.
-        temperature: Of that divergence.
+        token: Weight of the mean squared error of the tokens, at all blocks.
+        logits: Weight of the divergence of the logits.
+        temperature: Temperature of that divergence.
 
     Returns:
-        The unweighted terms `classification`, `token` and `logits`, and `loss`, the weighted sum to minimise.
+        The unweighted terms `classification`, `token` and `logits`, and `loss`, the weighted sum to minimize.
     """
     with torch.no_grad():
         teacher_logits, teacher_outputs = teacher(images, return_outputs=True)
@@ -366,7 +368,7 @@ def distillation_loss(
 
 
 def parameter_groups(model: SiT, lr: float, weight_decay: float = 0.05, rtsm_lr_scale: float = 5.0) -> list[Any]:
-    """Groups for `torch.optim.AdamW`: reverse modules learn faster; norms, biases, tokens and scales do not decay."""
+    """Returns groups for `torch.optim.AdamW`: RTSMs have their own rate; norms, biases, tokens, scales do not decay."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not name.startswith("aux_head"):

@@ -1,1 +1,1 @@
-"""Token reducers: what takes N patch tokens and returns fewer, one file each. `base` has the protocol."""
+"""Token reducers, which map N patch tokens to fewer, one file each; `base` has the protocol."""

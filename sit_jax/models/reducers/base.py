@@ -1,8 +1,8 @@
-"""The protocol of token reducers, and their names.
+"""The protocol and the registry of token reducers.
 
 Nearly every static method of token reduction is `X' = A^T X` with an assignment `A`: one-hot columns (top-k), means of
-pairs (ToMe), soft columns (SiT). So whatever reads `A` and the number of kept tokens serves all of them: distillation,
-RTSMs, token maps, cost, StableHLO export and benchmarks.
+pairs (ToMe), soft columns (SiT). Code that uses only `A` and the number of kept tokens works with all of them:
+distillation, RTSMs, token maps, cost, StableHLO export and benchmarks.
 """
 
 import importlib
@@ -20,14 +20,14 @@ Place = Literal["behind_block", "inside_block"]
 
 
 class Cues(NamedTuple):
-    """What a block makes available to the reducer behind or inside it; `jit` prunes what is unused.
+    """Values that a block provides to the reducer after or inside it; `jit` prunes the unused ones.
 
     Attributes:
-        tokens: Patch tokens; class token and other prefix tokens are split off.
+        tokens: Patch tokens, without class token and other prefix tokens.
         keys: The attention's keys of the patch tokens, mean over heads; None unless `needs` has `keys`.
-        class_attention: How much the class token attends to each patch token, mean over heads; None unless `needs` has
+        class_attention: Attention of the class token to each patch token, mean over heads; None unless `needs` has
             `class_attention`.
-        mass: Patches merged into each token so far; they sum to the number of patches where none is dropped.
+        mass: Number of patches merged into each token so far; they sum to the number of patches if no patch is dropped.
     """
 
     tokens: Float[Array, "batch tokens dim"]
@@ -37,12 +37,12 @@ class Cues(NamedTuple):
 
 
 class Reduced(NamedTuple):
-    """What a reducer returns.
+    """Result of a reducer.
 
     Attributes:
         tokens: The kept tokens.
-        mass: Patches merged into each of them.
-        assignment: The weight of each token in each kept one; `tokens` is `assignment^T tokens`.
+        mass: Number of patches merged into each kept token.
+        assignment: Weight of each input token in each kept token; `tokens` is `assignment^T tokens`.
     """
 
     tokens: Float[Array, "batch kept dim"]
@@ -55,15 +55,15 @@ class Reducer(Protocol):
     """A Flax module that merges or drops patch tokens; constructed as `Reducer(dtype=..., name=...)`.
 
     Attributes:
-        needs: Which cues it reads besides `tokens` and `mass`: `keys`, `class_attention`.
-        place: `behind_block`, or `inside_block`: between a block's attention and its MLP.
+        needs: Cues that it reads in addition to `tokens` and `mass`: `keys`, `class_attention`.
+        place: `behind_block` (after a block), or `inside_block` (between a block's attention and its MLP).
     """
 
     needs: ClassVar[frozenset[str]]
     place: ClassVar[Place]
 
     def __call__(self, cues: Cues, kept: int) -> Reduced:
-        """Reduces to `kept` tokens, a Python int: shapes are static."""
+        """Reduces to `kept` tokens, a Python int, since shapes are static."""
         ...
 
 
@@ -72,7 +72,7 @@ _REDUCERS: dict[str, Any] = {}
 
 
 def register_reducer(name: str) -> Callable[[ReducerClass], ReducerClass]:
-    """Class decorator that makes a reducer known as `Architecture.reducer=name`."""
+    """Returns a class decorator that registers a reducer for `Architecture.reducer=name`."""
 
     def register(reducer: ReducerClass) -> ReducerClass:
         _REDUCERS[name] = reducer
@@ -82,7 +82,7 @@ def register_reducer(name: str) -> Callable[[ReducerClass], ReducerClass]:
 
 
 def find_reducer(name: str) -> Any:
-    """The class of a reducer: a registered name, or `MODULE:CLASS` of a module that Python can import from here.
+    """Returns the class of a reducer: a registered name, or `MODULE:CLASS` of a module that can be imported.
 
     Raises:
         ConfigError: There is no such reducer.
@@ -106,7 +106,7 @@ def find_reducer(name: str) -> Any:
 
 
 def merge(cues: Cues, assignment: Float[Array, "batch tokens kept"]) -> Reduced:
-    """`assignment^T tokens`, in the type of the tokens, with the mass that goes along."""
+    """Computes `assignment^T tokens`, in the type of the tokens, and the merged mass."""
     weights = assignment.astype(cues.tokens.dtype)
     tokens = jnp.einsum("bnk,bnc->bkc", weights, cues.tokens)
     return Reduced(tokens, (assignment * cues.mass[:, :, None]).sum(axis=1), assignment)
@@ -115,13 +115,13 @@ def merge(cues: Cues, assignment: Float[Array, "batch tokens kept"]) -> Reduced:
 def reduce_patches(
     reducer: Reducer, x: Float[Array, "batch tokens dim"], cues: Cues, kept: int
 ) -> tuple[Float[Array, "batch _ dim"], Reduced]:
-    """All tokens of a block with the patch tokens among them reduced; prefix tokens pass by.
+    """Reduces the patch tokens among all tokens of a block; prefix tokens are unchanged.
 
     Args:
-        reducer: The bound module.
+        reducer: The bound reducer.
         x: Prefix tokens, then patch tokens.
-        cues: What the block makes available; `tokens` is taken from `x`.
-        kept: Patch tokens to keep.
+        cues: Cues of the block; `tokens` is taken from `x`.
+        kept: Number of patch tokens to keep.
     """
     prefix = x.shape[1] - cues.mass.shape[1]
     reduced = reducer(cues._replace(tokens=x[:, prefix:]), kept)
