@@ -119,7 +119,7 @@ def test_an_undescribed_key_stops_the_build() -> None:
 
     with pytest.raises(ValueError, match=r"Section\.untold has no description"):
         reference_pages.keys_of(Section)
-    assert reference_pages.field_descriptions(DataConfig)["resize"].startswith("How a training or evaluation image")
+    assert reference_pages.field_descriptions(DataConfig)["resize"].startswith("How an image becomes a square")
 
 
 def test_every_command_and_word_is_told() -> None:
