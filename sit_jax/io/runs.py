@@ -1,11 +1,11 @@
 """The folder of a run: what it contains, what identifies it, and whether a run may start in it.
 
-    config.json        the configuration (`read_config`)
-    class_names.json   names of the classes, by index
-    checkpoints/STEP/  weights, optimizer and moving average (`io/checkpoint.py` reads, `training/checkpoint.py` writes)
-    metrics.jsonl      one line for each logged step and each evaluation (`training/metrics.py`)
-    teacher/           the run of the teacher, if it was trained here; also cnn_teacher/
-    summary.json, curves.png, slimming.png   written at the end (`analysis/summary.py`)
+- config.json        the configuration (`read_config`)
+- class_names.json   names of the classes, by index
+- checkpoints/STEP/  weights, optimizer and moving average (`io/checkpoint.py` reads, `training/checkpoint.py` writes)
+- metrics.jsonl      one line for each logged step and each evaluation (`training/metrics.py`)
+- teacher/           the run of the teacher, if it was trained here; also cnn_teacher/
+- summary.json, curves.png, slimming.png   written at the end (`analysis/summary.py`)
 """
 
 import contextlib
