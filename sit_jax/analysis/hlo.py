@@ -43,8 +43,8 @@ class Collective:
     """Collectives of one kind over groups of one size.
 
     Attributes:
-        kind: Number of devices in each group.
-        group: Devices in each group.
+        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
+        group: Number of devices in each group.
         runs: Number of executions per step.
         bytes: Bytes of its result (of its operand for reduce-scatter) on each device, per step.
     """

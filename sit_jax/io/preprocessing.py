@@ -52,8 +52,8 @@ def check_about(metadata: dict[str, Any], num_classes: int, where: object) -> No
     """Raises a UserError if a model's metadata has values that are not valid for images or classes.
 
     Args:
-        metadata: Number of classes of the model.
-        num_classes: The model's classes.
+        metadata: See `Weights.metadata`.
+        num_classes: Number of classes of the model.
         where: The file, for messages.
     """
     names = metadata.get("class_names")

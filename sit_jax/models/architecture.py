@@ -32,12 +32,12 @@ class Architecture:
             the paper's models; `conv7` is LV-ViT's, a 7x7 convolution, two 3x3 ones and a patch projection.
         stem_width: Channels of the `conv7` stem's convolutions; the other stems follow from `dim`.
         patch_size: Pixels per side of a patch. The conv stems reduce by 16 and accept nothing else.
-        dim: Width of a token.
-        depth: Embedding dimension (width of a token).
+        dim: Embedding dimension (width of a token).
+        depth: Number of transformer blocks.
         num_heads: Attention heads; divides `dim`.
-        mlp_ratio: Hidden width of a block's MLP over `dim`.
-        qkv_bias: Hidden width of a block's MLP, relative to `dim`.
-        residual_scale: Whether the query, key and value projections have a bias.
+        mlp_ratio: Hidden width of a block's MLP, relative to `dim`.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        residual_scale: Divisor of the residual branches (LV-ViT's `skip_lam`).
         layer_scale: Whether residual branches are multiplied by a learned scale per channel (CaiT, DeiT-III).
         norm_eps: Epsilon of every LayerNorm in the blocks and before the head.
         distillation_token: Whether there is a second learned token with a head, trained on a CNN teacher's hard labels
