@@ -19,7 +19,7 @@ from typing import Any
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, ModelConfig
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture

@@ -2,7 +2,7 @@
 
 import sys
 
-from sit_jax.cli.main import main
+from sit_jax.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

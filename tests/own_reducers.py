@@ -26,6 +26,12 @@ class FirstInside(First):
     place: ClassVar[Place] = "inside_block"
 
 
+class Misplaced(First):
+    """At a place that there is not."""
+
+    place = "behind"  # type: ignore[assignment]
+
+
 class MostAttended(nn.Module):
     """Keeps what the class token attends to most, and looks at keys and mass."""
 

@@ -15,7 +15,7 @@ import tiny
 from sit_jax.analysis import benchmark
 from sit_jax.analysis.benchmark import Timed, Times, time_interleaved
 from sit_jax.analysis.flops import count_cost
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.io.export.stablehlo import SUFFIX
 from sit_jax.io.model_folder import save_folder
 
@@ -131,7 +131,7 @@ def test_help_and_the_package_import_nothing_heavy() -> None:
     program = """
 import sys
 import sit_jax
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 for words in (["--help"], ["benchmark", "--help"], ["train", "--help"]):
     try:
         cli.main(words)

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import sit_jax
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.data.classes import match_classes
 from sit_jax.data.registry import open_source

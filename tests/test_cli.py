@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import sit_jax
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.cli.config_file import load_config
 from sit_jax.cli.runtime import enable_compilation_cache
 from sit_jax.config.config_dict import from_config_dict, to_dict
@@ -165,6 +165,13 @@ def test_configs_are_found_by_name_from_anywhere(tmp_path: pathlib.Path, monkeyp
     assert [load_config(name) for name in ("digits", "folder:64")] == by_path
     with pytest.raises(ConfigError, match=r"^--config: .*did you mean digits\?$"):
         load_config("digit")
+
+
+def test_a_config_file_that_returns_something_else(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.py").write_text("def get_config():\n    return None\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(str(tmp_path / "mine.py"))
+    assert raised.value.key == "--config"
 
 
 def test_a_config_file_may_use_the_former_names(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from golden_files import TRAINED
 from test_other_stems import CONV7, SCALED, TorchViT, torch_model
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.adapt import interpolate
 from sit_jax.io.convert.convert import convert

@@ -12,7 +12,7 @@ import torch
 from test_convert import PLAIN
 from test_other_stems import CONV7, SCALED, torch_model
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import ModelConfig, TeacherConfig
 from sit_jax.errors import UserError
 from sit_jax.io.convert.initial import initial_weights

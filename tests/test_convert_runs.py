@@ -11,7 +11,7 @@ import tiny
 import torch
 from test_other_stems import torch_model
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, ModelConfig, OptimConfig
 from sit_jax.config import LossConfig as Loss
 from sit_jax.errors import UserError

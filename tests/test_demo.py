@@ -24,7 +24,7 @@ import random_weights
 import tiny
 from PIL import Image
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
 from sit_jax.demo.models import milliseconds, open_demo_models
 from sit_jax.io.model_folder import save_folder

@@ -18,7 +18,7 @@ import quick_compile
 import random_weights
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, RunError
 from sit_jax.io.model_folder import save_folder
 from sit_jax.io.runs import trained_variables

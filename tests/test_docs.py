@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import reference_pages
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.cli.config_file import load_config
 from sit_jax.config import Config
 from sit_jax.data.config import DataConfig

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import sit_jax
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 
 ROOT = pathlib.Path.cwd()
 SIZES = {"dim": 16, "depth": 4, "num_heads": 2}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import sit_jax
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.io.predictor import open_predictor
 from sit_jax.io.runs import read_config
 

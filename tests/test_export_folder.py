@@ -16,7 +16,7 @@ import safetensors.numpy
 import tiny
 from PIL import Image
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import name_table, to_original
 from sit_jax.io.model_folder import CONFIG, WEIGHTS, load_folder, save_folder

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, DataConfig, LogConfig, OptimConfig
 from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import to_original

@@ -10,7 +10,7 @@ import pytest
 import random_weights
 import torch
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.io.export import torch_model
 from sit_jax.io.model_folder import save_folder
 from sit_jax.models.variants import VARIANTS

@@ -14,7 +14,7 @@ import tiny
 
 from sit_jax.analysis.chips import CHIPS, published_flops
 from sit_jax.analysis.flops import Tiles, count_cost, fuller_token_counts
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.io.convert.load_params import expected_shapes
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture

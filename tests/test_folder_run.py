@@ -12,7 +12,7 @@ import pictures
 import pytest
 from PIL import Image
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.cli.config_file import load_config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, LossConfig, MeshConfig, OptimConfig
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import RunError

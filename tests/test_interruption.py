@@ -16,7 +16,7 @@ import quick_compile
 from test_distributed import SMALL
 
 from sit_jax.analysis.checkpoints import verify
-from sit_jax.cli.main import STOPPED
+from sit_jax.cli.app import STOPPED
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.runs import trained_variables
 from sit_jax.training.checkpoint import Checkpoints

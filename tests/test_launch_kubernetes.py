@@ -13,7 +13,7 @@ import yaml
 from launch_machine import Machine
 from test_distributed import free_port
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 
 MANIFEST = pathlib.Path("launch/kubernetes.yaml")
 AWKWARD = '/data/my "run" \\ $(HOME) it\'s & more # --name'

@@ -21,7 +21,7 @@ import torch
 from test_convert import PLAIN
 from test_other_stems import torch_model
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
 from sit_jax.io.convert.read import read_weights
 from sit_jax.io.convert.state_dict import select_torch

@@ -168,11 +168,12 @@ def test_bfloat16_products_float32_logits() -> None:
 def test_drop_path_keeps_the_mean() -> None:
     block: Any = Block(TINY, drop_path=0.25)
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 5, TINY.dim)), (4000, 5, TINY.dim))
-    params = block.init(jax.random.key(1), x[:1])["params"]
+    mass = jnp.ones((4000, 4))
+    params = block.init(jax.random.key(1), x[:1], mass[:1])["params"]
     # One of the two residual branches alone.
     params["mlp"]["fc2"] = jax.tree.map(jnp.zeros_like, params["mlp"]["fc2"])
-    branch = np.asarray(block.apply({"params": params}, x)[0] - x)
-    kept, _, _ = block.apply({"params": params}, x, train=True, rngs={"drop_path": jax.random.key(2)})
+    branch = np.asarray(block.apply({"params": params}, x, mass)[0] - x)
+    kept, _, _ = block.apply({"params": params}, x, mass, train=True, rngs={"drop_path": jax.random.key(2)})
     dropped = np.asarray(kept - x)
     factors = (dropped * branch).sum(axis=(1, 2)) / np.square(branch).sum(axis=(1, 2))
     np.testing.assert_allclose(dropped, factors[:, None, None] * branch, atol=1e-5)

@@ -15,7 +15,7 @@ import tiny
 import sit_jax
 from sit_jax.analysis.checkpoints import list_checkpoints, verify
 from sit_jax.analysis.summary import print_summary, summarize
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import CheckpointConfig, Config, DataConfig, LossConfig, ModelConfig, OptimConfig
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import NotFiniteError, RunError

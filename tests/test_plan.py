@@ -17,7 +17,7 @@ from sit_jax.analysis.chips import CHIPS, parse_topology
 from sit_jax.analysis.flops import count_cost, count_step_macs
 from sit_jax.analysis.hlo import Collective, read_traffic
 from sit_jax.analysis.plan import Bound, abstract_arguments, plan
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture

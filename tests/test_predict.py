@@ -18,7 +18,7 @@ import tiny
 from PIL import Image
 
 from sit_jax.analysis.predict import Prediction, predict
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import find_pictures
 from sit_jax.errors import ImageDecodeError, UserError

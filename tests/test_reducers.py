@@ -12,13 +12,15 @@ import tiny
 
 import sit_jax
 from sit_jax.analysis.flops import count_cost
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import ModelConfig, TeacherConfig
+from sit_jax.data.config import DataConfig
 from sit_jax.errors import ConfigError
 from sit_jax.io.export import stablehlo
 from sit_jax.models import build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
+from sit_jax.training.loop import run
 from sit_jax.training.step import init_state, make_train_spec, make_train_step
 from sit_jax.visual.attention import apply_watched
 
@@ -114,11 +116,37 @@ def test_formats_of_pytorch_refuse_them(tmp_path: pathlib.Path, capsys: pytest.C
     assert not (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["sllim", "no_such_module:Reducer", "own_reducers:Missing"])
+@pytest.mark.parametrize(
+    "name", ["sllim", "no_such_module:Reducer", "own_reducers:Missing", "own_reducers:Misplaced", "own_reducers:nn"]
+)
 def test_reducers_that_are_not_there(name: str) -> None:
     with pytest.raises(ConfigError) as raised:
         build_model(dataclasses.replace(tiny.STUDENT, reducer=name))
     assert raised.value.key == "reducer"
+
+
+def test_a_module_that_fails_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing.py").write_text("{}['key']")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^reducer: .*KeyError: 'key'$"):
+        build_model(dataclasses.replace(tiny.STUDENT, reducer="failing:Reducer"))
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("reducer", {"model": ModelConfig(architecture=dataclasses.replace(tiny.STUDENT, reducer="sllim"))}),
+        ("loss.extra.entropy", {"loss": dataclasses.replace(tiny.FRD, extra={"entropy": 0.1})}),
+    ],
+)
+def test_what_is_missing_is_found_before_the_teacher_is_trained(
+    key: str, changes: Any, tmp_path: pathlib.Path, digits_dir: str
+) -> None:
+    config = tiny.config(data=DataConfig(data_dir=digits_dir, resize="stretch"), **changes)
+    with pytest.raises(ConfigError) as raised:
+        run(config, tmp_path / "run")
+    assert raised.value.key == key
+    assert not (tmp_path / "run").exists()
 
 
 def test_registered_names() -> None:

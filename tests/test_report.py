@@ -18,7 +18,7 @@ import pytest
 import reports
 
 from sit_jax.analysis.summary import summarize
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.data.registry import open_source
 from sit_jax.data.transforms import EvalTransform
 from sit_jax.io.runs import trained_variables

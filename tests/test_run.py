@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from sit_jax.analysis.summary import summarize
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import (
     Config,
     ModelConfig,

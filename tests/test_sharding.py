@@ -14,7 +14,7 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model

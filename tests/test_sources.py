@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 import tiny
 from PIL import Image
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource
@@ -144,7 +144,7 @@ def test_full_disk_leaves_nothing_behind(flat: pathlib.Path, tmp_path: pathlib.P
     name = "full" if what == "folder" else "digits"
     words = ["data", "prepare", *source, "--name", name, "--data_dir", str(tmp_path)]
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))"
-    code = f"{limit}; from sit_jax.cli.main import main; sys.exit(main({words!r}))"
+    code = f"{limit}; from sit_jax.cli.app import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -24,7 +24,7 @@ from sit_jax.training.metrics import read_metrics
 FULL = """
 import resource, signal, sys, threading, time
 from sit_jax.training import checkpoint
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 save = checkpoint.Checkpoints.save
 def limited(self, state, *rest):

@@ -14,7 +14,7 @@ import pictures
 import pytest
 import tiny
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource, find_pictures

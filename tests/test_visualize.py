@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from sit_jax.cli import main as cli
+from sit_jax.cli import app as cli
 from sit_jax.cli.config_file import load_config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.registry import open_source

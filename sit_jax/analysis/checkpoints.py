@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sit_jax.errors import RunError, one_line
-from sit_jax.io import runs as workdir
+from sit_jax.io import runs
 from sit_jax.io.checkpoint import best_step, open_checkpoints, silent_threads
 from sit_jax.training.checkpoint import checkpoint_parts
 from sit_jax.training.step import abstract_state, make_train_spec
@@ -243,7 +243,7 @@ def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[i
 
 def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
     """Yields arrays whose shape differs from the run's configuration, or that are missing or unexpected."""
-    state = abstract_state(make_train_spec(workdir.read_config(folder), steps_per_epoch=1))
+    state = abstract_state(make_train_spec(runs.read_config(folder), steps_per_epoch=1))
     # The optimizer's structure has other names on disk, so only the sizes of its arrays are compared.
     expected = {
         name: tuple(leaf.shape)

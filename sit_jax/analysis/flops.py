@@ -71,14 +71,15 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
         attention += rows * 4 * dim**2 + 2 * rows * lanes * dim
         mlp += rows * 2 * dim * hidden
     slimming_macs = slimming_params = 0
-    if arch.reducer != "slim":
+    own_reducer = arch.reducer != "slim"
+    if own_reducer:
         slimming_params = sum(math.prod(leaf.shape) for leaf in reducer_params(arch).values())
     for block, kept in arch.slimming.items():
         rows, lanes = tiles.padded_rows(arch.block_input_tokens[block]), tiles.padded_lanes(kept)
-        if arch.reducer != "slim":  # Only the product with the assignment; the reducer's other costs are not known.
-            slimming_macs += rows * lanes * dim
-            continue
-        slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes) + rows * lanes * dim
+        slimming_macs += rows * lanes * dim  # The product with the assignment.
+        if own_reducer:
+            continue  # What else it computes is not known.
+        slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes)
         slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)
     block_params += _linear(dim, hidden) + _linear(hidden, dim) + 2 * dim * arch.layer_scale

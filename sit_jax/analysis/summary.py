@@ -16,13 +16,13 @@ from sit_jax.config import Config
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
-from sit_jax.io import runs as workdir
+from sit_jax.io import runs
 from sit_jax.io.preprocessing import run_class_names
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed
-from sit_jax.training import loop as run
 from sit_jax.training.init import given_teacher, is_own_run
+from sit_jax.training.loop import evaluate_variables
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.slimming_png import draw_slimming
 from sit_jax.visual.token_maps import token_maps
@@ -52,7 +52,7 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     for name, (model, weights) in sorted(models.items(), reverse=True):
         arch = model.model.architecture
         what = str(folders.get(name, name))
-        entry: dict[str, Any] = {"top1": run.evaluate_variables(model, weights, what)["top1"]}
+        entry: dict[str, Any] = {"top1": evaluate_variables(model, weights, what)["top1"]}
         if isinstance(arch, Architecture):
             cost = count_cost(arch)
             entry |= {"params": cost.params, "gmac": cost.gmac}
@@ -65,8 +65,8 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
     if not distributed.is_process_0():
         return summary
-    with workdir.writing(folder):
-        workdir.write_json(folder / workdir.SUMMARY, summary)
+    with runs.writing(folder):
+        runs.write_json(folder / runs.SUMMARY, summary)
         draw_curves(folder, folders)
         _draw_examples(folder, config, variables, pixels, images, source.class_names)
     return summary
@@ -78,7 +78,7 @@ def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[s
     Raises:
         UserError: The weights of a model cannot be read.
     """
-    config, variables = run.trained_variables(folder)
+    config, variables = runs.trained_variables(folder)
     models, folders = {"student": (config, variables)}, {"student": folder}
     teacher = trained_teacher(folder, config)
     if teacher is not None:
@@ -115,7 +115,7 @@ def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
     if config.teacher is None:
         return None
     if not config.teacher.run:
-        return Teacher(*run.trained_variables(folder / "teacher"), folder / "teacher")
+        return Teacher(*runs.trained_variables(folder / "teacher"), folder / "teacher")
     place = pathlib.Path(config.teacher.run) if is_own_run(config.teacher.run) else None
     variables = given_teacher(config.teacher, "teacher", run_class_names(config, folder))
     # The teacher is evaluated on the student's data, independent of its own training data.

@@ -62,10 +62,10 @@ def set_log_levels() -> None:
 
 
 def force_cpu(devices: int = 1) -> None:
-    """Leaves accelerators to whoever uses them; must come before JAX is asked for anything.
+    """Restricts JAX to the CPU; must be called before JAX is initialized.
 
     Args:
-        devices: Virtual devices that the CPU stands for.
+        devices: Number of virtual devices.
     """
     import jax
 

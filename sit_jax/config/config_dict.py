@@ -163,21 +163,21 @@ def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
     """
     rest = []
     for word in overrides:
-        key, equals, value = word.partition("=")
-        word = "--config." + _new_name(key.removeprefix("--config.")) + equals + value
-        if word.partition("=")[0].endswith("model.scan"):
-            _log_removed(word.partition("=")[0].removeprefix("--config."))
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        key = _new_name(key)
+        if key.endswith("model.scan"):
+            _log_removed(key)
             continue
-        *parents, last = word.removeprefix("--config.").removesuffix("=None").split(".")
+        *parents, last = key.split(".")
         section: Any = known
         for part in parents:
             section = section.get(part) if isinstance(section, ConfigDict) else None
-        if word.endswith("=None") and last in _NULLABLE and isinstance(section, ConfigDict) and last in section:
+        if value == "None" and last in _NULLABLE and isinstance(section, ConfigDict) and last in section:
             # A section cannot be assigned to an existing key, nor None to a number, so the key is deleted first.
             del section[last]
             section[last] = config_dict.placeholder(float) if last == "keep_ratio" else None
         else:
-            rest.append(word)
+            rest.append(f"--config.{key}{equals}{value}")
     return rest
 
 

@@ -21,7 +21,6 @@ def get_config(path: str) -> ConfigDict:
     Raises:
         ConfigError: There is no such config, or its file raises an error.
     """
-
     file, _, argument = path.rpartition(":") if ":" in path and not path.endswith(".py") else (path, "", "")
     spec = importlib.util.spec_from_file_location("config", _find(file))
     if spec is None or spec.loader is None:
@@ -30,11 +29,13 @@ def get_config(path: str) -> ConfigDict:
     try:
         with old_names():
             spec.loader.exec_module(module)
-        config: ConfigDict = module.get_config(*([argument] if argument else []))
+        config = module.get_config(*([argument] if argument else []))
     except Exception as error:  # A user's Python file may raise any error.
         if isinstance(error, UserError | TypeError | ValueError):
             raise ConfigError("--config", f"{path}: {one_line(error)}") from None
         raise ConfigError("--config", f"{path} raises {type(error).__name__}: {one_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("--config", f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
     return with_defaults(config)
 
 

@@ -103,5 +103,5 @@ def start_worker(index: int, count: int) -> None:
 
 def _with_advice(error: ImageDecodeError) -> ImageDecodeError:
     return ImageDecodeError(
-        f"{error}; mend or remove it, or set data.on_decode_error=skip (sit data check lists all such)"
+        f"{error}; fix or remove it, or set data.on_decode_error=skip (sit data check lists all such)"
     )

@@ -177,7 +177,7 @@ def _prepare(builder: Any, config: Any) -> pathlib.Path:
         with writing(builder.data_path):
             builder.download_and_prepare(download_config=config)
     except ImageDecodeError as error:
-        raise UserError(f"{error}; mend or remove it, or pass --skip_broken. Nothing was written") from None
+        raise UserError(f"{error}; fix or remove it, or pass --skip_broken. Nothing was written") from None
     except ImportError as error:
         if "tensorflow" not in str(error).lower():
             raise

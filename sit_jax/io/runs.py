@@ -15,14 +15,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from sit_jax.config import Config
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.errors import RunError
 from sit_jax.io.checkpoint import FOLDER, load_variables
-from sit_jax.models import build_model
+from sit_jax.models import abstract_variables
 
 CONFIG = "config.json"
 CLASS_NAMES = "class_names.json"
@@ -160,7 +157,5 @@ def trained_variables(
     config = read_config(folder)
     if ema and config.optim.ema_decay == 0:
         raise RunError(f"{folder} keeps no moving average: optim.ema_decay is 0 there")
-    arch = config.model.architecture
-    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
-    abstract = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
-    return config, load_variables(folder, {"batch_stats": {}, **abstract}, ema, step)
+    abstract = {"batch_stats": {}, **abstract_variables(config.model.architecture)}
+    return config, load_variables(folder, abstract, ema, step)

@@ -14,7 +14,7 @@ from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.vit import Outputs, ViT
 from sit_jax.ops.attention import choose
 
-__all__ = ["HEADS", "Outputs", "build_model", "build_reverse", "reducer_params"]
+__all__ = ["HEADS", "Outputs", "abstract_variables", "build_model", "build_reverse", "reducer_params"]
 
 # Parameters whose width is the number of classes.
 HEADS = frozenset({"head", "distillation_head", "aux_head"})
@@ -50,13 +50,17 @@ def build_model(
     return ViT(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
 
 
+def abstract_variables(arch: Architecture | RegNetArchitecture) -> dict[str, Any]:
+    """Returns the shapes and types of a model's variables: `params`, and `batch_stats` if it has BatchNorm."""
+    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    return jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+
+
 def reducer_params(arch: Architecture) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Returns path -> shape and type of every parameter of a model's reducers."""
-    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
-    params = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)["params"]
     return {
         path: x
-        for path, x in flatten_dict(params).items()
+        for path, x in flatten_dict(abstract_variables(arch)["params"]).items()
         if path[0].startswith("slimming_") or path[1:2] == ("reducer",)
     }
 

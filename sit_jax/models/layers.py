@@ -134,7 +134,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch tokens dim"],
-        mass: Float[Array, "batch patches"] | None = None,
+        mass: Float[Array, "batch patches"],
         train: bool = False,
         used: int | None = None,
     ) -> tuple[Float[Array, "batch used dim"], Cues | None, Reduced | None]:
@@ -142,7 +142,7 @@ class Block(nn.Module):
 
         Args:
             x: Prefix tokens, then patch tokens.
-            mass: Patches merged into each patch token so far; for blocks with a reducer.
+            mass: Number of patches merged into each patch token so far, for the reducer.
             train: Whether drop path is enabled.
             used: Number of first tokens to compute; all if None.
 
@@ -155,15 +155,17 @@ class Block(nn.Module):
         attention = Attention(arch.num_heads, arch.qkv_bias, self.dtype, self.attention, needs, name="attn")
         branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used)
         x = x[:, :used] + self._residual(branch, "layer_scale1", train)
-        cues = reduced = None
-        if reducer is not None and mass is not None:
-            keys, attended = (None if cue is None else cue[:, prefix:] for cue in (keys, attended))
+        reduced = None
+        inside = reducer is not None and reducer.place == "inside_block"
+        keys, attended = (None if cue is None else cue[:, prefix:] for cue in (keys, attended))
+        if inside:
             cues = Cues(x[:, prefix:], keys, attended, mass)
-            if reducer.place == "inside_block":
-                x, reduced = reduce_patches(reducer(dtype=self.dtype, name="reducer"), x, cues, self.kept)
+            x, reduced = reduce_patches(reducer(dtype=self.dtype, name="reducer"), x, cues, self.kept)
         mlp = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")
         branch = mlp(layer_norm(arch.norm_eps, self.dtype, "norm2")(x))
-        return x + self._residual(branch, "layer_scale2", train), cues, reduced
+        x = x + self._residual(branch, "layer_scale2", train)
+        after = reducer is not None and not inside
+        return x, Cues(x[:, prefix:], keys, attended, mass) if after else None, reduced
 
     def _residual(
         self, branch: Float[Array, "batch tokens dim"], scale: str, train: bool

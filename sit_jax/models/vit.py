@@ -88,7 +88,7 @@ class ViT(nn.Module):
             settings = (self.dtype, self.attention, float(rate), reducer if kept else None, kept)
             used = prefix_tokens if logits_only and block == arch.depth - 1 else None
             x, cues, reduced = block_class(arch, *settings, name=f"blocks_{block}")(x, mass, train, used)
-            if reducer is not None and cues is not None and reduced is None:
+            if reducer is not None and cues is not None:
                 x, reduced = reduce_patches(reducer(dtype=self.dtype, name=f"slimming_{block}"), x, cues, kept)
             if reduced is not None:
                 mass = reduced.mass

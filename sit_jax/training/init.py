@@ -12,6 +12,11 @@ from sit_jax.data.classes import class_order, reorder_heads
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.convert.compare import check_start, differences
+from sit_jax.io.convert.initial import initial_weights
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import read_weights
+from sit_jax.io.preprocessing import run_class_names
+from sit_jax.io.run_weights import is_run
 from sit_jax.io.runs import read_config, trained_variables
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
@@ -85,9 +90,6 @@ def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
 def _initial(
     path: pathlib.Path, config: Config, class_names: Sequence[str] | None, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    from sit_jax.io.convert.initial import initial_weights
-    from sit_jax.io.preprocessing import run_class_names
-
     arch = config.model.architecture
     if (path / FOLDER).is_dir():
         check_start(read_config(path).model.architecture, arch, str(path))
@@ -116,8 +118,6 @@ def _log(line: str) -> None:
 
 def is_own_run(path: str) -> bool:
     """Returns whether a path is a run directory or one of its checkpoints, and not weights of another framework."""
-    from sit_jax.io.convert.run_weights import is_run
-
     return is_run(pathlib.Path(path))
 
 
@@ -134,10 +134,6 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
         UserError: The weights cannot be read, or are of another model than the section describes.
         ConfigError: The teacher has different classes.
     """
-    from sit_jax.io.convert.options import Options
-    from sit_jax.io.convert.read import read_weights
-    from sit_jax.io.preprocessing import run_class_names
-
     path, arch = pathlib.Path(teacher.run), teacher.model.architecture
     if is_own_run(teacher.run):
         config, variables = trained_variables(path)
@@ -181,8 +177,6 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
         folder: The run directory; if it contains a checkpoint, `init` is not used.
         class_names: Class names of the data, by index; None skips the check of the classes.
     """
-    from sit_jax.io.preprocessing import run_class_names
-
     starts = not (folder / FOLDER).is_dir()
     if config.init not in _NO_PATH and starts:
         if not pathlib.Path(config.init).exists():

@@ -23,9 +23,9 @@ from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
-from sit_jax.io import runs as workdir
+from sit_jax.io import runs
 from sit_jax.io.preprocessing import run_class_names
-from sit_jax.io.runs import trained_variables as trained_variables
+from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
@@ -115,13 +115,13 @@ def _run(config: Config, folder: pathlib.Path, resume: bool, label: str, extensi
     check_classes(config.inputs, eval_source)
     class_names = data.source.class_names
     check_origins(config, folder, class_names)
-    distributed.run_on_process_0(lambda: workdir.create_or_verify(folder, config, resume))
-    distributed.run_on_process_0(lambda: workdir.create_or_verify_class_names(folder, class_names))
+    spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
+    distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
+    distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
     teachers = {
         name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names, extensions)
         for name, teacher in config.teachers.items()
     }
-    spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
     with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
         state = initial_state(spec, checkpoints, mesh, teachers, class_names)
         evaluator = _make_evaluator(spec, eval_source, mesh)
@@ -199,12 +199,10 @@ def train_loop(
         PreemptedError: The run was preempted; the newest checkpoint is of the last step.
     """
     config, epoch = spec.config, data.steps_per_epoch
-    total = (config.epochs + config.optim.cooldown_epochs) * epoch
-    start = int(state.step)
+    start, total = int(state.step), (config.epochs + config.optim.cooldown_epochs) * epoch
     step_fn = make_train_step(spec, mesh)
     due = SaveSchedule(config.checkpoint, epoch, config.log.every_steps)
-    # Steps since the last line of metrics, including those before a restart, so that a restart does not change the
-    # lines.
+    # Steps since the last line of metrics, with those before a restart: a restart does not change the lines.
     window: list[dict[str, float]] = checkpoints.metadata().get("window", [])
     evaluation: dict[str, float] = {}
     with (
@@ -216,11 +214,6 @@ def train_loop(
         if stop.requested and start < total:
             raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
         pending: tuple[int, Any] | None = None
-
-        def report(step: int, kind: str, values: dict[str, float]) -> None:
-            writer.write(step, kind, values)
-            for callback in callbacks:
-                callback(step, kind, values)
 
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
@@ -236,7 +229,7 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                report(step, "train", {k: sum(x[k] for x in window) / len(window) for k in values})
+                _report((writer.write, *callbacks), step, "train", _means(window))
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -252,7 +245,7 @@ def train_loop(
                     scores = evaluation = evaluator(state)
                 except NotFiniteError as error:
                     raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
-                report(step, "eval", evaluation)
+                _report((writer.write, *callbacks), step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
@@ -265,6 +258,15 @@ def train_loop(
             if stopped:
                 raise PreemptedError(f"told to end: saved after step {step} of {total}; go on with --resume")
     return evaluation or evaluator(state)
+
+
+def _means(window: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(values[name] for values in window) / len(window) for name in window[-1]}
+
+
+def _report(callbacks: Sequence[Callback], step: int, kind: str, metrics: dict[str, float]) -> None:
+    for callback in callbacks:
+        callback(step, kind, metrics)
 
 
 def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:

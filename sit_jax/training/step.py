@@ -17,7 +17,7 @@ from sit_jax.config import Config, LossConfig, ModelConfig
 from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.random_keys import stream_key
 from sit_jax.errors import ConfigError
-from sit_jax.models import build_model, build_reverse
+from sit_jax.models import abstract_variables, build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
@@ -163,11 +163,7 @@ def _teacher_models(spec: TrainSpec) -> dict[str, ModelConfig]:
 
 def abstract_teachers(spec: TrainSpec) -> dict[str, Any]:
     """Returns the shapes and types of the teacher variables that the train step takes."""
-    teachers = {}
-    for name, model in _teacher_models(spec).items():
-        arch = model.architecture
-        images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
-        teachers[name] = jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+    teachers = {name: abstract_variables(model.architecture) for name, model in _teacher_models(spec).items()}
     return jax.eval_shape(lambda tree: freeze_teachers(spec, tree), teachers)
 
 

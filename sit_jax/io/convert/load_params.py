@@ -16,7 +16,7 @@ from sit_jax.errors import UserError, listed
 from sit_jax.io.convert.layouts import Layout
 from sit_jax.io.convert.sit_names import Entry, name_table
 from sit_jax.io.convert.tensors import Tensors
-from sit_jax.models import build_model, build_reverse
+from sit_jax.models import abstract_variables, build_model, build_reverse
 from sit_jax.models.architecture import Architecture
 
 Tree = dict[str, Any]
@@ -105,10 +105,9 @@ def _read(
 @functools.lru_cache(maxsize=8)
 def expected_shapes(arch: Architecture, reverse: bool) -> Tree:
     """Returns a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
-    module, key = build_model(arch), jax.random.key(0)
-    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
-    tree: Tree = {"batch_stats": {}, "reverse": {}, **jax.eval_shape(module.init, key, images)}
+    tree: Tree = {"batch_stats": {}, "reverse": {}, **abstract_variables(arch)}
     if reverse:
-        _, outputs = jax.eval_shape(module.apply, tree, images)
-        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, key, outputs.tokens)["params"]
+        images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+        _, outputs = jax.eval_shape(build_model(arch).apply, tree, images)
+        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, jax.random.key(0), outputs.tokens)["params"]
     return tree

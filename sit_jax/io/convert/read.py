@@ -14,13 +14,13 @@ from sit_jax.io.convert.infer_config import Inferred, Positions, infer
 from sit_jax.io.convert.load_params import load_params
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
-from sit_jax.io.convert.run_weights import is_run, read_run
 from sit_jax.io.convert.safetensors_npz import read_npz, read_safetensors
 from sit_jax.io.convert.sit_names import Entry
 from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
 from sit_jax.io.convert.tensors import FileError, Tensors, check_total
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
 from sit_jax.io.preprocessing import check_about
+from sit_jax.io.run_weights import is_run, read_run
 from sit_jax.io.weights import Weights
 
 Log = Callable[[str], None]

@@ -4,9 +4,8 @@
     logits = model(model.normalize(pixels))  # pixels: uint8 (batch, height, width, channels), of the model's size
     logits, outputs = model(images, return_outputs=True)
 
-This file has no other dependencies: copy it into your project, or use the copy in the model folder. The keys of its
-`state_dict` are those of the PyTorch original, so checkpoints can be loaded in both directions. For feature
-recalibration distillation, see `distillation_loss` and `parameter_groups`.
+Copy this file into your project, or use the copy in the model folder. The keys of its `state_dict` are those of the
+PyTorch original. For feature recalibration distillation, see `distillation_loss` and `parameter_groups`.
 """
 
 import json
@@ -45,8 +44,7 @@ class Outputs(NamedTuple):
 class Stem(nn.Module):
     """The stem, from an image to a grid of tokens: convolutions with BatchNorm, a patch projection, or both.
 
-    If a projection follows (LV-ViT), each convolution is followed by ReLU; otherwise (the paper's models), there is
-    GELU between the convolutions.
+    With a projection (LV-ViT), ReLU follows each convolution; without (the paper's models), GELU is between them.
     """
 
     def __init__(self, channels: int, layers: Sequence[tuple[int, int, int]], dim: int, patch: int) -> None:
@@ -183,16 +181,14 @@ class SiT(nn.Module):
 
     Attributes:
         config: The contents of `config.json`: `architecture`, `kept_tokens`, `class_names`, `preprocessing`.
-        rtsm: The reverse modules, with an identity for each block before the first slimmed one; None if they are not
-            used.
+        rtsm: The reverse modules, an identity for each block before the first slimmed one; None if they are not used.
     """
 
     def __init__(self, config: Mapping[str, Any], reverse: bool = False, drop_path: float = 0.0) -> None:
         """Builds the model with random weights.
 
         Args:
-            config: The contents of `config.json`; only `architecture` is required, and `kept_tokens` for a slimmed
-                model.
+            config: Contents of `config.json`; `architecture` is required, and `kept_tokens` for a slimmed model.
             reverse: Whether to create the reverse modules, for distillation.
             drop_path: Stochastic depth rate of the last block in training; it grows linearly from 0 in the first block.
         """

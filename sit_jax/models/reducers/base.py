@@ -9,7 +9,7 @@ import importlib
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -87,8 +87,14 @@ def find_reducer(name: str) -> Any:
     Raises:
         ConfigError: There is no such reducer.
     """
-    if name in _REDUCERS:
-        return _REDUCERS[name]
+    reducer = _REDUCERS[name] if name in _REDUCERS else _import_reducer(name)
+    if not hasattr(reducer, "needs") or getattr(reducer, "place", None) not in get_args(Place):
+        known = " or ".join(get_args(Place))
+        raise ConfigError("reducer", f"{name!r} is not a reducer: it must have `needs`, and a `place`, {known}")
+    return reducer
+
+
+def _import_reducer(name: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not colon:
         known = ", ".join(sorted(_REDUCERS))
@@ -98,8 +104,9 @@ def find_reducer(name: str) -> Any:
     sys.path += path
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError("reducer", f"{name!r} cannot be imported: {one_line(error)}") from None
+    except Exception as error:  # A user's module may raise any error.
+        problem = f"{name!r} cannot be imported: {type(error).__name__}: {one_line(error)}"
+        raise ConfigError("reducer", problem) from None
     finally:
         for entry in path:
             sys.path.remove(entry)
@@ -120,9 +127,9 @@ def reduce_patches(
     Args:
         reducer: The bound reducer.
         x: Prefix tokens, then patch tokens.
-        cues: Cues of the block; `tokens` is taken from `x`.
+        cues: Cues of the block; its tokens are the patch tokens of `x`.
         kept: Number of patch tokens to keep.
     """
-    prefix = x.shape[1] - cues.mass.shape[1]
-    reduced = reducer(cues._replace(tokens=x[:, prefix:]), kept)
+    prefix = x.shape[1] - cues.tokens.shape[1]
+    reduced = reducer(cues, kept)
     return jnp.concatenate([x[:, :prefix], reduced.tokens], axis=1), reduced

@@ -47,7 +47,7 @@ VERBS = (
 # Some inputs were skipped, or processes are missing.
 FAILED = 1
 USER_ERROR = 2
-# What sysexits.h calls a temporary failure: whoever started the command may start it again, with --resume.
+# What sysexits.h calls a temporary failure: the launcher may start the command again, with --resume.
 STOPPED = 75
 INTERRUPTED = 130
 
