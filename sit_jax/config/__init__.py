@@ -2,6 +2,7 @@
 
 from sit_jax.config.schema import CheckpointConfig as CheckpointConfig
 from sit_jax.config.schema import Config as Config
+from sit_jax.config.schema import JsonObject as JsonObject
 from sit_jax.config.schema import LogConfig as LogConfig
 from sit_jax.config.schema import LossConfig as LossConfig
 from sit_jax.config.schema import MeshConfig as MeshConfig

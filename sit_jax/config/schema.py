@@ -6,7 +6,7 @@ once, when they are loaded, and returns a `Config`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import Field
@@ -25,6 +25,9 @@ from sit_jax.data.config import (
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
+
+# An object of a JSON file.
+JsonObject = dict[str, Any]
 
 
 def _require(condition: bool, field: str, problem: str) -> None:
