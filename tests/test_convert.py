@@ -1,6 +1,8 @@
 """Weights of other programs, read, written back and run."""
 
+import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -106,32 +108,47 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     assert lines[-1] == "changed: RTSMs left out"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["pth", "legacy.pth", "safetensors"])
-def test_types(dtype: torch.dtype, kind: str, tmp_path: pathlib.Path) -> None:
-    model = torch_model(SCALED).to(dtype)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *itertools.product(["pth", "legacy.pth", "safetensors"], [torch.float16, torch.bfloat16, torch.float64]),
+        *[("pth", torch.float8_e4m3fn), ("pth", torch.float8_e5m2)],
+    ],
+)
+def test_types(kind: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    state = {key: value.to(dtype) for key, value in torch_model(SCALED).state_dict().items()}
     path = tmp_path / f"x.{kind}"
     if kind == "safetensors":
-        safetensors.torch.save_file(model.state_dict(), path)
+        safetensors.torch.save_file(state, path)
     else:
-        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "pth")
-    weights = read_weights(path, {"num_heads": 2})
-    kernel = weights.params["blocks_1"]["mlp"]["fc1"]["kernel"]
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "pth")
+    kernel = read_weights(path, {"num_heads": 2}).params["blocks_1"]["mlp"]["fc1"]["kernel"]
     assert kernel.dtype == np.float32
-    expected = model.state_dict()["blocks.1.mlp.fc1.weight"].float().numpy().T
-    np.testing.assert_array_equal(kernel, expected)
+    np.testing.assert_array_equal(kernel, state["blocks.1.mlp.fc1.weight"].float().numpy().T)
 
 
-def test_views_are_read_as_what_they_show(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_views_parameters_and_containers(legacy: bool, tmp_path: pathlib.Path) -> None:
     state = torch_model(SCALED).state_dict()
-    everything = torch.randn(3, 48, 16)
-    state["blocks.0.attn.qkv.weight"] = everything[1]
-    state["blocks.0.attn.proj.weight"] = torch.randn(16, 16).T
-    for legacy in (False, True):
-        torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-        params = read_weights(tmp_path / "x.pth", {"num_heads": 2}).params["blocks_0"]["attn"]
-        np.testing.assert_array_equal(params["qkv"]["kernel"], everything[1].numpy().T)
-        np.testing.assert_array_equal(params["proj"]["kernel"], state["blocks.0.attn.proj.weight"].numpy().T)
+    everything, bias = torch.randn(3, 48, 16), torch.randn(16)
+    proj = torch.nn.Parameter(torch.randn(16, 16).T)
+    proj.quality = "an attribute"  # type: ignore[attr-defined]
+    state |= {"blocks.0.attn.qkv.weight": everything[1], "blocks.0.attn.proj.weight": proj}
+    state |= {"blocks.0.norm1.weight": torch.full((1,), 0.5).expand(16)}
+    state |= {"blocks.0.norm1.bias": bias, "blocks.1.norm1.bias": bias}
+    value = {"model": collections.defaultdict(torch.Tensor, state)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    params = read_weights(tmp_path / "x.pth", {"num_heads": 2}).params
+    block = params["blocks_0"]
+    np.testing.assert_array_equal(block["attn"]["qkv"]["kernel"], everything[1].numpy().T)
+    np.testing.assert_array_equal(block["attn"]["proj"]["kernel"], proj.detach().numpy().T)
+    np.testing.assert_array_equal(block["norm1"]["scale"], np.full(16, 0.5, np.float32))
+    for name in ("blocks_0", "blocks_1"):
+        np.testing.assert_array_equal(params[name]["norm1"]["bias"], bias.numpy())
 
 
 def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:

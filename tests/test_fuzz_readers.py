@@ -1,5 +1,5 @@
-"""Damaged files of weights by the thousand: a reader answers with weights or with one clear error, soon and within
-bounded memory.
+"""Damaged files of weights by the thousand: a reader returns weights or raises one clear error, within bounded time
+and memory.
 
 `SIT_JAX_FUZZ_EXAMPLES=20000 pytest tests/test_fuzz_readers.py` goes on for longer.
 """
@@ -41,12 +41,16 @@ ARCH = Architecture(
 FIELDS = original_models.options(ARCH)
 
 
+class TooSlowError(BaseException):
+    """Reading took too long. Not an Exception, which a reader may take for an error in the file."""
+
+
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Ends what takes too long, and gives this process no more than a gigabyte besides what it has."""
+    """Limits the time, and the memory to a gigabyte more than this process has."""
 
     def hang(*_: object) -> None:
-        raise AssertionError(f"took more than {SECONDS} s")
+        raise TooSlowError(f"took more than {SECONDS} s")
 
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     old = resource.getrlimit(resource.RLIMIT_AS)
@@ -62,7 +66,7 @@ def bounded() -> Iterator[None]:
 
 
 def answers(path: pathlib.Path) -> bool:
-    """Reads; whether the file was taken. Anything but a UserError of one line goes through."""
+    """Returns whether a file is read; all errors but a UserError of one line are raised."""
     problem = ""
     with bounded():
         try:
@@ -150,8 +154,8 @@ NUMBERS = (
 
 def damaged(data: bytes, edits: list[tuple[str, tuple[str, float], bytes]]) -> bytes:
     for kind, (near, fraction), payload in edits:
-        share = {"any": fraction, "start": fraction**4, "end": 1 - fraction**4}[near]
-        place = int(share * len(data))
+        fraction = {"any": fraction, "start": fraction**4, "end": 1 - fraction**4}[near]
+        place = int(fraction * len(data))
         if kind == "number":
             payload = NUMBERS[payload[0] % len(NUMBERS)]
         before, after = data[:place], data[place:]
@@ -179,17 +183,11 @@ fuzz = settings(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sound_files_are_taken(kind: str, seeds: dict[str, Seed], tmp_path: pathlib.Path) -> None:
-    seed = seeds[kind]
-    path = tmp_path / f"x{seed.suffix}"
-    path.write_bytes(seed.build(seed.part))
-    assert answers(path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind: str, seeds: dict[str, Seed], tmp_path: pathlib.Path) -> None:
     seed = seeds[kind]
     path = tmp_path / f"x{seed.suffix}"
+    path.write_bytes(seed.build(seed.part))
+    assert answers(path)  # The file is read before it is damaged.
 
     @fuzz
     @given(EDITS)
@@ -198,70 +196,6 @@ def test_damaged_files(kind: str, seeds: dict[str, Seed], tmp_path: pathlib.Path
         answers(path)
 
     check()
-
-
-GLOBALS = (
-    "collections OrderedDict",
-    "torch FloatStorage",
-    "torch._utils _rebuild_tensor_v2",
-    "argparse Namespace",
-    "os system",
-)
-OPCODES: list[bytes] = [
-    *(bytes([code]) for code in b"()[]}l0122tRbuasee.NQ\x81\x85\x86\x87\x88\x89\x8f\x90\x92\x93\x94ot"),
-    *(f"c{name.replace(' ', chr(10))}\n".encode() for name in GLOBALS),
-    *(b"q" + bytes([index]) for index in range(4)),
-    *(b"h" + bytes([index]) for index in range(4)),
-    *(b"X" + struct.pack("<I", len(text)) + text for text in (b"storage", b"0", b"cpu", b"pos_embed")),
-    *(b"K" + bytes([number]) for number in (0, 1, 7, 255)),
-    b"\x8a\x09" + b"\xff" * 8 + b"\x7f",
-    b"r\xff\xff\xff\x7f",
-    b"B\xff\xff\xff\x7f",
-    b"\x8e" + b"\xff" * 8,
-    b"\x8b\xff\xff\xff\x7f",
-    b"I123\n",
-]
-
-
-def test_random_programs(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "x.pth"
-
-    @fuzz
-    @given(st.lists(st.sampled_from(OPCODES), max_size=60))
-    def check(opcodes: list[bytes]) -> None:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("x/data.pkl", b"\x80\x02" + b"".join(opcodes) + b".")
-            archive.writestr("x/data/0", bytes(64))
-        answers(path)
-
-    check()
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        # Tuples of tuples of tuples: hashing or printing the last would take for ever.
-        b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 200,
-        b")q\x00" + b"h\x00h\x00\x86q\x000" * 200 + b"}h\x00K\x01s.",
-        b"]q\x01" + b"h\x01h\x01a" * 10,
-        b"(" * 100_000,
-        b"]" * 50_000 + b"a" * 49_999,
-        b"\x80\x02" + b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"h\x00h\x00\x93.",
-        b"cargparse\nNamespace\n" + b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 100 + b"R.",
-    ],
-)
-def test_programs_that_would_never_end(program: bytes, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "x.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", program if program.endswith(b".") else program + b".")
-    assert not answers(path)
-
-
-@pytest.mark.parametrize("claim", [b"\x8e" + struct.pack("<Q", 2**40), b"B\xff\xff\xff\xff", b"\x8b\xff\xff\xff\x7f"])
-def test_values_longer_than_the_file(claim: bytes, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "x.pth"
-    path.write_bytes(b"\x80\x04" + claim + b"abc.")
-    assert not answers(path)
 
 
 JSON = st.recursive(

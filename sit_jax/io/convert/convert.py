@@ -3,10 +3,11 @@
 import pathlib
 
 from sit_jax.errors import UserError
-from sit_jax.io.atomic_write import atomic_create, require_torch, write_torch
+from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.read import Log, read_weights
 from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.model_folder import CONFIG, FORMAT, read_json, save_folder, write_weights
 from sit_jax.io.preprocessing import assumptions
 
