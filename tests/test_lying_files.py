@@ -131,7 +131,7 @@ def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     save(tmp_path / "x.pth", WEIGHTS)
     with (
         zipfile.ZipFile(tmp_path / "x.pth") as old,
-        zipfile.ZipFile(tmp_path / "compressed.pth", "w", zipfile.ZIP_DEFLATED) as new,
+        zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new,
     ):
         for entry in old.namelist():
             new.writestr(entry, old.read(entry))
@@ -140,7 +140,7 @@ def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     for name, fact in (
         ("page.pth", "torch.load"),
         ("other.pt", "torch.load"),
-        ("compressed.pth", "compressed"),
+        ("packed.pth", "compressed"),
         ("x.h5", ".safetensors"),
         ("folder", "config.json"),
         ("nowhere.pth", "no such file"),
