@@ -112,9 +112,9 @@ def test_a_table_in_bfloat16(folders: dict[str, str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["sit_tinny"], "sit_tinny: is no named model"),
+        (["sit_tinny"], "sit_tinny"),
         (["lvvit_tiny", "lvvit_tiny"], "named twice"),
-        (["README.md"], "README.md: is no model"),
+        (["README.md"], "README.md"),
         (["lvvit_tiny", "--plot", "missing/plot.png"], "--plot"),
         (["lvvit_tiny", "--plot", "plot.jpg"], "--plot"),
     ],

@@ -211,8 +211,8 @@ def test_mistakes_are_one_line(finished: pathlib.Path, tmp_path: pathlib.Path, c
     for words, message in (
         ([tmp_path / "none"], "there is no such folder"),
         ([tmp_path / "file"], "there is no such folder"),
-        ([tmp_path / "empty"], "is not the folder of a run"),
-        ([finished, tmp_path / "empty"], "is not the folder of a run"),
+        ([tmp_path / "empty"], "is not a run directory"),
+        ([finished, tmp_path / "empty"], "is not a run directory"),
         ([finished, finished], "is given twice"),
         ([finished, "--output", finished / "config.json"], "let it end in .html"),
         ([finished, "--no_model", "--output", tmp_path / "file" / "page.html"], "cannot be written"),

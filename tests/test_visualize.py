@@ -240,7 +240,7 @@ def test_mistakes(
         ([model, "--split", "test"], "--name: which data set? The model does not say what it was trained on"),
         ([model, tmp_path / "gone.png"], "gone.png: there is no such file, folder or match"),
         ([tmp_path / "none", picture], "none: there is no such file or folder"),
-        ([file, picture], "model.onnx: gives logits only"),
+        ([file, picture], "model.onnx"),
         ([model, picture, "--step", "3"], "is no run"),
         ([model, picture, "--output", file], "model.onnx"),
         ([model, picture, "--arrays", file / "x.npz"], "cannot be written"),
