@@ -241,7 +241,7 @@ def test_mistakes(
         ([model, tmp_path / "gone.png"], "gone.png: there is no such file, folder or match"),
         ([tmp_path / "none", picture], "none: there is no such file or folder"),
         ([file, picture], "model.onnx"),
-        ([model, picture, "--step", "3"], "is no run"),
+        ([model, picture, "--step", "3"], "--ema"),
         ([model, picture, "--output", file], "model.onnx"),
         ([model, picture, "--arrays", file / "x.npz"], "cannot be written"),
     ]
