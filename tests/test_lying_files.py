@@ -22,7 +22,7 @@ from test_other_stems import torch_model
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.io.convert.read import read_weights
+from sit_jax.io.load import read_weights
 
 Arrays = dict[str, np.ndarray]
 
