@@ -81,7 +81,7 @@ def test_damaged_runs(student: Run, tmp_path: pathlib.Path, capsys: pytest.Captu
     folder, _ = student
     for source, message in (
         (folder / "checkpoints" / "7", "checkpoint 7 in"),
-        (folder / "checkpoints", "config.json"),
+        (folder / "checkpoints", "model.safetensors"),
     ):
         source.mkdir(exist_ok=True)
         assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2

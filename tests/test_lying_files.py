@@ -142,7 +142,7 @@ def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
         ("other.pt", "torch.load"),
         ("packed.pth", "compressed"),
         ("x.h5", ".safetensors"),
-        ("folder", "config.json"),
+        ("folder", "model.safetensors"),
         ("nowhere.pth", "no such file"),
     ):
         refused(tmp_path / name, capsys, fact)
