@@ -1,12 +1,10 @@
 """Malformed files of weights: one clear line each, nothing run, nothing left behind."""
 
 import io
-import json
 import os
 import pathlib
 import pickle
 import resource
-import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,10 +19,6 @@ from test_convert import PLAIN
 from test_other_stems import torch_model
 
 from sit_jax.cli import app as cli
-from sit_jax.errors import ConfigError, UserError
-from sit_jax.io.load import read_weights
-
-Arrays = dict[str, np.ndarray]
 
 ARCH = golden_files.architecture(golden_files.load("dist_token").meta["model"])
 WORDS = [f"--model.{key}={value}" for key, value in original_models.options(ARCH).items()]
@@ -43,7 +37,7 @@ def refused(source: pathlib.Path, capsys: pytest.CaptureFixture[str], *facts: st
         assert fact in line
 
 
-def save(path: pathlib.Path, value: Arrays) -> pathlib.Path:
+def save(path: pathlib.Path, value: dict[str, np.ndarray]) -> pathlib.Path:
     if path.suffix == ".safetensors":
         safetensors.numpy.save_file(value, path)
         return path
@@ -58,36 +52,23 @@ def save_pickle(path: pathlib.Path, program: bytes) -> pathlib.Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 @pytest.mark.parametrize(
     ("changes", "facts"),
     [
-        ({"blocks.1.mlp.fc2.bias": None}, ["missing: blocks.1.mlp.fc2.bias"]),
-        ({"blocks.1.extra": np.zeros(3, np.float32)}, ["left over: blocks.1.extra"]),
-        ({"blocks.1.mlp.fc2.bias": np.zeros(3, np.float32)}, ["wrong shape: blocks.1.mlp.fc2.bias (3,)"]),
-        (
-            {"blocks.1.mlp.fc1.weight": np.ascontiguousarray(WEIGHTS["blocks.1.mlp.fc1.weight"].T)},
-            ["wrong shape: blocks.1.mlp.fc1.weight ("],
-        ),
-        ({"norm.weight": np.full_like(WEIGHTS["norm.weight"], np.nan)}, ["not finite: norm.weight"]),
-        ({"norm.weight": WEIGHTS["norm.weight"].astype(np.float64) * 1e300}, ["not finite: norm.weight"]),
-        ({"norm.weight": WEIGHTS["norm.weight"].astype(np.int64)}, ["not floating-point: norm.weight"]),
-        ({"pos_embed": None}, ["missing pos_embed"]),
+        ({"norm.weight": WEIGHTS["norm.weight"].astype(np.float64) * 1e300}, "not finite: norm.weight"),
+        ({"norm.weight": WEIGHTS["norm.weight"].astype(np.int64)}, "not floating-point: norm.weight"),
+        ({"pos_embed": None}, "missing pos_embed"),
         (
             {"blocks.1.mlp.fc2.bias": None, "blocks.1.extra": np.zeros(3), "blocks.0.another": np.zeros(2)},
-            ["missing: blocks.1.mlp.fc2.bias; left over: blocks.0.another, blocks.1.extra"],
+            "missing: blocks.1.mlp.fc2.bias; left over: blocks.0.another, blocks.1.extra",
         ),
     ],
 )
 def test_tensors_that_do_not_fill_the_model(
-    changes: dict[str, np.ndarray | None],
-    facts: list[str],
-    name: str,
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, np.ndarray | None], facts: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = {key: array for key, array in {**WEIGHTS, **changes}.items() if array is not None}
-    refused(save(tmp_path / name, value), capsys, *facts)
+    refused(save(tmp_path / "x.pth", value), capsys, facts)
 
 
 @pytest.mark.parametrize("name", ["x.pth", "legacy.pth", "x.safetensors", "x.npz"])
@@ -196,13 +177,7 @@ def test_pickles_by_hand(
     assert not (tmp_path / "TRACE").exists()
 
 
-def test_headers_that_claim_terabytes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", 2**43) + b"{}")
-    refused(path, capsys, "safetensors")
-    header = json.dumps({"norm.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(100))
-    refused(path, capsys, "safetensors")
+def test_arrays_that_claim_more_than_the_file_has(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.npz"
     for shape, content, fact in (
         ((2**30,), b"", "(1073741824,)"),
@@ -216,27 +191,15 @@ def test_headers_that_claim_terabytes(tmp_path: pathlib.Path, capsys: pytest.Cap
         refused(path, capsys, fact)
 
 
-class Storage:
-    """A storage in the pickle of `torch.save`."""
+def tensor_pickle(shape: tuple[int, ...], strides: tuple[int, ...], elements: int) -> bytes:
+    """The pickle of a dictionary with one tensor, as `torch.save` writes it, but with any numbers."""
 
+    def dump(value: object) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]
 
-class Tensor:
-    """A tensor in the pickle of `torch.save`, with any shape and strides."""
-
-    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-        self.shape, self.strides = shape, strides
-
-    def __reduce__(self) -> tuple[Callable[..., torch.Tensor], tuple[object, ...]]:
-        return torch._utils._rebuild_tensor_v2, (Storage(), 0, self.shape, self.strides, False, None)
-
-
-class Pickler(pickle.Pickler):
-    """Writes storages as `torch.save` does, with any number of elements."""
-
-    elements = 4
-
-    def persistent_id(self, value: object) -> tuple[object, ...] | None:
-        return ("storage", torch.FloatStorage, "0", "cpu", self.elements) if isinstance(value, Storage) else None
+    storage = b"(" + dump("storage") + b"ctorch\nFloatStorage\n" + dump("0") + dump("cpu") + dump(elements) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + dump(0) + dump(shape) + dump(strides) + b"\x89NtR"
+    return b"\x80\x02}" + dump("pos_embed") + tensor + b"s."
 
 
 @pytest.mark.parametrize(
@@ -250,11 +213,8 @@ def test_tensors_beyond_their_storage(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stream = io.BytesIO()
-    pickler = Pickler(stream, protocol=2)
-    pickler.elements = elements
-    pickler.dump({"pos_embed": Tensor(shape, strides)})
-    refused(save_pickle(tmp_path / "x.pth", stream.getvalue()), capsys, "bytes" if strides == (0,) else "torch.load")
+    program = tensor_pickle(shape, strides, elements)
+    refused(save_pickle(tmp_path / "x.pth", program), capsys, "bytes" if strides == (0,) else "torch.load")
 
 
 @pytest.mark.parametrize(
@@ -292,31 +252,6 @@ def folder(source: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureF
     assert cli.main(["convert", str(source), str(tmp_path / "folder"), *WORDS]) == 0
     capsys.readouterr()
     return tmp_path / "folder"
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "fact"),
-    [
-        ("depth", 10**12, "depth"),
-        ("stem", "conv6", "model.stem"),
-        ("num_head", 2, "num_head"),
-        ("image_size", 480, "kept_tokens"),
-        ("norm_eps", -1, "norm_eps"),
-    ],
-)
-def test_wrong_architecture_beside_the_file(key: str, value: object, fact: str, folder: pathlib.Path) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    values["architecture"][key] = value
-    (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=fact) as caught:
-        read_weights(folder)
-    assert "config.json" in str(caught.value) or isinstance(caught.value, ConfigError)
-
-
-def test_config_that_is_not_json(folder: pathlib.Path) -> None:
-    (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json"):
-        read_weights(folder)
 
 
 def test_destinations(source: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

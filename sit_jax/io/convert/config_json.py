@@ -108,29 +108,16 @@ def _run(values: JsonObject) -> Description:
 
 # timm's arguments that correspond to fields here.
 _TIMM_FIELDS = {
-    "patch_size": "patch_size",
-    "in_chans": "in_channels",
-    "num_classes": "num_classes",
-    "num_features": "dim",
-    "embed_dim": "dim",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "mlp_ratio": "mlp_ratio",
-    "qkv_bias": "qkv_bias",
+    **{name: name for name in ("patch_size", "num_classes", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
+    **{"in_chans": "in_channels", "num_features": "dim", "embed_dim": "dim"},
 }
 # timm's arguments that change what a model computes, with the supported values. None is always the default.
 _TIMM_SUPPORTED: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("class_token", "final_norm", "proj_bias"), (True,)),
+    **dict.fromkeys(("pre_norm", "fc_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm"), (False,)),
     "global_pool": ("token",),
-    "class_token": (True,),
     "reg_tokens": (0,),
     "pos_embed": ("learn",),
-    "pre_norm": (False,),
-    "final_norm": (True,),
-    "fc_norm": (False,),
-    "qk_norm": (False,),
-    "proj_bias": (True,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
     "act_layer": ("gelu",),
     "norm_layer": ("layernorm",),
 }
@@ -253,14 +240,9 @@ def _resize(images: JsonObject) -> str:
 
 
 _HUGGING_FACE_FIELDS = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "layer_norm_eps": "norm_eps",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "num_channels": "in_channels",
-    "qkv_bias": "qkv_bias",
+    **{name: name for name in ("image_size", "patch_size", "qkv_bias")},
+    **{"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"},
+    **{"layer_norm_eps": "norm_eps", "num_channels": "in_channels"},
 }
 _HUGGING_FACE_HARMLESS = {
     *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "id2label"),
