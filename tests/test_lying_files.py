@@ -218,21 +218,21 @@ def test_tensors_beyond_their_storage(
 
 
 @pytest.mark.parametrize(
-    "stray",
+    "name",
     [
         *("tsm.0.x", "tsm.0.weight.3.weight", "rtsm.0.mlp1.fc1.weight", "patch_embed.conv1.weight", "aux_head.weight"),
         *("dist_token", "bn.num_batches_tracked", "Transformer/encoderblock_0/gamma", "head/else"),
     ],
 )
 @pytest.mark.parametrize("shape", [(3,), (4, 3), (8, 3, 7, 7)])
-def test_strays_in_googles_files(
-    stray: str, shape: tuple[int, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+def test_unknown_tensors_in_googles_files(
+    name: str, shape: tuple[int, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arrays = {**original_models.google(PLAIN), stray: np.ones(shape, np.float32)}
+    arrays = {**original_models.google(PLAIN), name: np.ones(shape, np.float32)}
     original_models.save_npz(tmp_path / "x.npz", arrays)
     assert cli.main(["convert", str(tmp_path / "x.npz"), str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"left over: {stray}")
+    assert line.endswith(f"left over: {name}")
 
 
 def test_objects_in_npz_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
