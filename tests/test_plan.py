@@ -150,15 +150,16 @@ def config(**changes: Any) -> Config:
 
 
 def test_costs_against_the_compilers_own_count() -> None:
-    unrolled = config(batch_size=32)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    compiled = planning._compile(unrolled, mesh)
-    counted = compiled.cost_analysis()
-    traffic = read_traffic(compiled.as_text(), 1)
+    whole = config(batch_size=32)
+    compiled = planning.compile_step(whole, sharding.make_mesh(devices=jax.devices()[:1]))
+    text, counted = compiled.as_text(), compiled.cost_analysis()
+    assert text is not None
+    assert counted is not None
+    traffic = read_traffic(text, 1)
     assert traffic.collectives == ()
     assert traffic.memory_bytes == pytest.approx(counted["bytes accessed"], rel=0.01)
     # The compiler also counts norms, softmax, GELU and the optimizer.
-    products = 2 * count_step_macs(unrolled) * 32
+    products = 2 * count_step_macs(whole) * 32
     assert products < counted["flops"] < 1.2 * products
 
 
@@ -208,7 +209,7 @@ def test_bound_is_the_largest_of_three() -> None:
 
     chip = CHIPS["v5e"]
     traffic = Traffic((Collective("all-reduce", 16, 3, 80 * 10**9),), int(3 * chip.memory_rate))
-    bound = planning._bound(parse_topology("v5e:4x4"), config(), 2 * chip.flops, traffic, steps=86400)
+    bound = planning.lower_bound(chip, 16, 16, 2 * chip.flops, traffic, steps=86400)
     assert bound == Bound(2.0, 3.0, 2 * 15 / 16 * 80 / 200, "memory", 3.0, 16 / 3, 3.0, 3.0 * 24 * 16)
 
 
@@ -250,9 +251,9 @@ def test_refusals(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_compiler_asked_for() -> None:
     fixed, gib = 2**29, 2**30
-    assert planning._needed("RESOURCE_EXHAUSTED: ... Used 20.5G of 15.75G hbm. Exceeded", fixed) == 20.5 * gib
-    assert planning._needed("the total memory required for HLO temporaries (36G) exceeds", fixed) == 36.5 * gib
-    assert planning._needed("no room", fixed) is None
+    assert planning.requested_bytes("RESOURCE_EXHAUSTED: ... Used 20.5G of 15.75G hbm. Exceeded", fixed) == 20.5 * gib
+    assert planning.requested_bytes("the total memory required for HLO temporaries (36G) exceeds", fixed) == 36.5 * gib
+    assert planning.requested_bytes("no room", fixed) is None
 
 
 SMALL = {

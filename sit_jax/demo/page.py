@@ -12,8 +12,8 @@ from sit_jax.data.sources import read_picture
 from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
+from sit_jax.visual.images import as_rgb, heat, regions
 from sit_jax.visual.inspected_model import ModelInput
-from sit_jax.visual.pictures import as_rgb, heat, regions
 from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
 _MOST_TOKENS_SHOWN = 24

@@ -17,8 +17,8 @@ from sit_jax import __version__
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences, flatten, show
 from sit_jax.report.evaluation import EvalReport
+from sit_jax.report.images import Example, Shown, show_examples, show_picture, stage_titles
 from sit_jax.report.load_run import RunInfo, finite
-from sit_jax.report.pictures import Example, Shown, show_examples, show_picture, stage_titles
 
 # Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
 _MOST_CLASSES = 400

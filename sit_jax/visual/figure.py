@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from sit_jax.visual.pictures import as_rgb, bar_colours, heat, regions
+from sit_jax.visual.images import as_rgb, bar_colours, heat, regions
 from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
 # Sizes in inches and points.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from sit_jax.visual.pictures import as_rgb, heat
+from sit_jax.visual.images import as_rgb, heat
 from sit_jax.visual.token_maps import TokenMaps
 
 # Maximum number of columns; more would be too small to see.

@@ -10,7 +10,7 @@ from numpy import ndarray
 from PIL import Image
 
 from sit_jax.report.evaluation import EvalReport, Picture
-from sit_jax.visual.pictures import as_rgb, heat, regions
+from sit_jax.visual.images import as_rgb, heat, regions
 from sit_jax.visual.token_maps import TokenMaps
 
 # Number of tokens per stage with their own map: those with the most class attention.
