@@ -175,7 +175,7 @@ def plan(
         seconds = time.monotonic() - begun
         return dataclasses.replace(result, largest_batch=largest, needed_bytes=error.needed, compile_s=seconds)
     seconds = time.monotonic() - begun
-    traffic = read_traffic(str(compiled.as_text()), topology.devices)
+    traffic = read_traffic(compiled.as_text() or "", topology.devices)
     bound = None
     if topology.chip is not None:
         bound = lower_bound(topology.chip, topology.devices, config.batch_size, flops, traffic, steps)

@@ -6,9 +6,11 @@ figures, the maps include only the slimming.)
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from numpy import ndarray
 
 from sit_jax.io.inference import softmax
+from sit_jax.models.trees import Variables
 from sit_jax.visual.attention import apply_watched
 
 
@@ -113,7 +116,9 @@ class TokenMaps(NamedTuple):
         return tuple(int(token) for token in order[:count])
 
 
-def token_maps(model: Any, variables: dict[str, Any], images: Float[Any, "batch height width channels"]) -> TokenMaps:
+def token_maps(
+    model: nn.Module, variables: Variables, images: Float[Array | ndarray, "batch height width channels"]
+) -> TokenMaps:
     """Applies a model to images and returns their token maps.
 
     Compiled once per model and batch size.
@@ -136,7 +141,7 @@ def token_maps(model: Any, variables: dict[str, Any], images: Float[Any, "batch 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
-    model: Any, variables: dict[str, Any], images: Float[Array, "batch height width channels"]
+    model: nn.Module, variables: Variables, images: Float[Array, "batch height width channels"]
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     logits, outputs, attention = apply_watched(model, variables, images)
     return logits, outputs.assignments, attention
@@ -153,13 +158,8 @@ def cumulative_maps(
     Returns:
         One array per module, float32; rows sum to one.
     """
-    maps: list[ndarray] = []
-    total: ndarray | None = None
-    for assignment in assignments:
-        own = np.swapaxes(np.asarray(assignment, np.float64), 1, 2)
-        total = own if total is None else own @ total
-        maps.append(total.astype(np.float32))
-    return maps
+    own = (np.swapaxes(np.asarray(assignment, np.float64), 1, 2) for assignment in assignments)
+    return [total.astype(np.float32) for total in itertools.accumulate(own, lambda total, maps: maps @ total)]
 
 
 def hard_assignment(cumulative: Float[ndarray, "batch kept patches"]) -> Int[ndarray, "batch patches"]:
@@ -184,6 +184,6 @@ def effective_patches(cumulative: Float[ndarray, "batch kept patches"]) -> Float
 
     It is 1 for a token of a single patch, and the number of patches for the mean of all patches.
     """
-    shares = cumulative.astype(np.float64)
-    logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
-    return np.exp(-(shares * logarithms).sum(axis=2))
+    weights = cumulative.astype(np.float64)
+    logarithms = np.log(weights, where=weights > 0, out=np.zeros_like(weights))
+    return np.exp(-(weights * logarithms).sum(axis=2))
