@@ -32,7 +32,7 @@ def apply_watched(
 
     def intercept(
         call: Callable[..., PyTree],
-        args: tuple[Array, ...],
+        args: tuple[PyTree, ...],
         kwargs: dict[str, PyTree],
         context: nn.module.InterceptorContext,
     ) -> PyTree:
