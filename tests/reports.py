@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sit_jax.report.evaluation import ClassScore, EvalImage, EvalReport, Verdict
-from sit_jax.report.load_run import load_run
+from sit_jax.report.load_run import read_run
 from sit_jax.report.page import render, view_run
 
 HOSTILE = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>&amp;\"'"
@@ -73,7 +73,7 @@ BREAKAGES = {
 
 def hostile_page(folder: pathlib.Path) -> str:
     """The page of a run whose names, classes, files and configuration are somebody's attempt at a script."""
-    run = load_run(folder, HOSTILE)
+    run = read_run(folder, HOSTILE)
     values = {**run.values, HOSTILE: HOSTILE, "data": {HOSTILE: [HOSTILE]}}
     summary = {**run.summary, "images_per_s_measured": HOSTILE}
     metadata = {"versions": {HOSTILE: HOSTILE}, "devices": HOSTILE}

@@ -20,12 +20,13 @@ from sit_jax.analysis.summary import summarize
 from sit_jax.cli import app as cli
 from sit_jax.data.registry import open_source
 from sit_jax.data.transforms import EvalTransform
-from sit_jax.io.runs import trained_variables
+from sit_jax.io.load import load_run
+from sit_jax.io.runs import read_config
 from sit_jax.models import build_model
 from sit_jax.report.charts import comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences
 from sit_jax.report.evaluation import ClassScore, EvalImage, EvalReport, Verdict, evaluate
-from sit_jax.report.load_run import RunInfo, load_run, load_runs
+from sit_jax.report.load_run import RunInfo, read_run, read_runs
 from sit_jax.report.page import render, view_run
 
 
@@ -75,7 +76,7 @@ def report(folder: pathlib.Path, *words: str) -> str:
 
 
 def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
-    run = load_run(finished)
+    run = read_run(finished)
     assert run.missing == []
     assert (run.name, run.finished, run.step, run.total_steps) == ("digits", True, 22, 22)
     summary = json.loads((finished / "summary.json").read_text())
@@ -95,9 +96,9 @@ def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
 
 
 def test_findings_against_numpy(finished: pathlib.Path) -> None:
-    found = evaluate(load_run(finished), examples=5)
-    config, variables = trained_variables(finished)
-    _, teacher = trained_variables(finished / "teacher")
+    found = evaluate(read_run(finished), examples=5)
+    config, variables = read_config(finished), load_run(finished).variables
+    teacher = load_run(finished / "teacher").variables
     source = open_source(config.data, "test")
     transform = EvalTransform(config.data, 32, 1)
     examples = [source[index] for index in range(len(source))]
@@ -175,7 +176,7 @@ def test_run_that_goes_on(finished: pathlib.Path, tmp_path: pathlib.Path) -> Non
     shutil.rmtree(folder / "checkpoints" / "22")
     lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:4]
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 20, "kind": "tr')
-    run = load_run(folder)
+    run = read_run(folder)
     assert ["15 of 22" in run.missing[0], run.missing[1].startswith("metrics.jsonl: ")] == [True, True]
     scores = [json.loads(line) for line in lines if '"eval"' in line]
     assert run.entry("student")["top1"] == scores[-1]["top1"]
@@ -222,7 +223,7 @@ def test_several_runs(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     values["optim"]["lr"] = 0.002
     values["seed"] = 1
     (other / "config.json").write_text(json.dumps(values))
-    runs = load_runs([finished, other])
+    runs = read_runs([finished, other])
     # As many parts of the path as it takes.
     assert [run.name for run in runs] == [f"{finished.parent.name}/digits", "elsewhere/digits"]
     assert differences(runs) == {"seed": ("0", "1"), "optim.lr": ("0.001", "0.002")}
@@ -243,7 +244,7 @@ def test_runs_without_a_configuration_are_not_compared(tmp_path: pathlib.Path) -
         (tmp_path / name / "metrics.jsonl").write_text("")
         if values:
             (tmp_path / name / "config.json").write_text(json.dumps(values))
-    one, two, lost = load_runs([tmp_path / name for name in configurations])
+    one, two, lost = read_runs([tmp_path / name for name in configurations])
     assert differences([one, two, lost]) == {"seed": ("1", "2", ABSENT)}
     assert differences([one, lost]) == {}
     for runs, known in (([one, lost], False), ([one, two, lost], True), ([one, one], True)):
@@ -268,7 +269,7 @@ def test_two_classes_of_one_name(finished: pathlib.Path) -> None:
     image = EvalImage(0, "bird.jpg", "crane", verdicts, np.zeros((32, 32, 1), np.uint8))
     outcomes = {(mine, theirs): 0 for mine in (True, False) for theirs in (True, False)}
     evaluation = EvalReport([ClassScore("crane", 1, 0.0, 1.0)], outcomes, [], [image], None)
-    text = render([view_run("run-1", load_run(finished), evaluation)], datetime.datetime.now(datetime.UTC))
+    text = render([view_run("run-1", read_run(finished), evaluation)], datetime.datetime.now(datetime.UTC))
     assert '<span class="wrong">student: crane, 50.00%' in text
     assert '<span class="right">teacher: crane, 75.00%' in text
 
@@ -280,7 +281,7 @@ def test_long_runs_are_thinned_and_odd_values_left_out(tmp_path: pathlib.Path) -
     lines[4] |= {"loss": float("nan")}
     lines[5] |= {"loss": "1", "accuracy": True}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run = load_run(tmp_path)
+    run = read_run(tmp_path)
     assert "There is no config.json." in run.missing
     (chart,) = run_charts(run, "run")  # Token has nothing that a logarithm shows.
     assert len(chart.figure["data"]) == 1
@@ -292,7 +293,7 @@ def test_long_runs_are_thinned_and_odd_values_left_out(tmp_path: pathlib.Path) -
 
 
 def test_rate_of_training(finished: pathlib.Path) -> None:
-    run = load_run(finished)
+    run = read_run(finished)
     lines = [{"step": 10.0 * i, "time": 5.0 * i + (100 if i > 2 else 0)} for i in range(6)]
     changed = RunInfo(**{**run.__dict__, "train": lines})
     assert changed.training_rate == pytest.approx(10 * 128 / 5)  # The long evaluation does not count.
@@ -313,7 +314,7 @@ def test_text_of_users_stays_text(finished: pathlib.Path) -> None:
 
 def test_page_without_any_run_to_speak_of(tmp_path: pathlib.Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    run = load_run(tmp_path)
+    run = read_run(tmp_path)
     text = render([view_run("run-1", run, None)], datetime.datetime.now(datetime.UTC))
     assert "No metrics have been written yet." in text
     assert len(text) < 100_000  # No charts, no library.

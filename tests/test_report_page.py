@@ -12,7 +12,7 @@ import reports
 
 from sit_jax.analysis.summary import summarize
 from sit_jax.report.evaluation import evaluate
-from sit_jax.report.load_run import load_run
+from sit_jax.report.load_run import read_run
 from sit_jax.report.page import render, view_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -24,9 +24,9 @@ def page(digits_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("a report") / "digits"
     shutil.copytree(digits_run, folder)
     summarize(folder)
-    run = load_run(folder)
+    run = read_run(folder)
     evaluation = evaluate(run, examples=2)
-    views = [view_run("run-1", run, evaluation), view_run("run-2", load_run(folder, "again"), evaluation)]
+    views = [view_run("run-1", run, evaluation), view_run("run-2", read_run(folder, "again"), evaluation)]
     path = folder / "report.html"
     path.write_text(render(views, datetime.datetime.now(datetime.UTC)))
     return path

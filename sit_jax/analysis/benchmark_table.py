@@ -91,7 +91,7 @@ def _time(
     try:
         for model in models:
             _log(f"batch {batch}: compiling {model.name}")
-            compiled[model.name] = model.ready(batch, settings.dtype)
+            compiled[model.name] = model.compile(batch, settings.dtype)
         _log(f"batch {batch}: {settings.rounds} rounds")
         timed = {name: each.timed for name, each in compiled.items()}
         return compiled, time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)

@@ -1,31 +1,31 @@
 """Summarizes a finished run: summary.json, a table, curves.png and slimming.png."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from sit_jax.analysis.benchmark import Forward, measure_throughput
+from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.table import cell, print_table
-from sit_jax.config import Config, JsonObject
+from sit_jax.config import JsonObject
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.io import runs
-from sit_jax.io.preprocessing import run_class_names
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed
-from sit_jax.training.init import given_teacher, is_own_run
-from sit_jax.training.loop import evaluate_variables
+from sit_jax.training.evaluate import evaluate_model
+from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.slimming_png import draw_slimming
-from sit_jax.visual.token_maps import token_maps
+from sit_jax.visual.token_maps import model_token_maps
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
@@ -43,20 +43,20 @@ def summarize(folder: pathlib.Path) -> JsonObject:
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
         None if its denominator is 0 or a value is missing.
     """
-    config, variables = runs.trained_variables(folder)
-    student = TrainedModel(config, variables, folder)
-    teacher = trained_teacher(folder, config)
+    student = load_run(folder)
+    teacher = trained_teacher(student, folder)
     models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    config = student.config
+    assert config is not None
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config.inputs, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
-    speed = measure_throughput({name: _forward(x.config, x.variables) for name, x in models.items()}, images)
+    speed = measure_throughput({name: functools.partial(_logits, model) for name, model in models.items()}, images)
     summary: JsonObject = {}
     for name, model in models.items():
-        arch = model.config.model.architecture
-        summary[name] = {"top1": evaluate_variables(model.config, model.variables, str(model.folder or name))["top1"]}
-        if isinstance(arch, Architecture):
-            cost = count_cost(arch)
+        summary[name] = {"top1": evaluate_model(model, match_names=False)["top1"]}
+        if isinstance(model.arch, Architecture):
+            cost = count_cost(model.arch)
             summary[name] |= {"params": cost.params, "gmac": cost.gmac}
         summary[name]["images_per_s"] = speed[name]
     if "teacher" in summary:
@@ -69,43 +69,32 @@ def summarize(folder: pathlib.Path) -> JsonObject:
         return summary
     with runs.writing(folder):
         runs.write_json(folder / runs.SUMMARY, summary)
-        draw_curves(folder, {name: x.folder for name, x in models.items() if x.folder is not None})
-        _draw_examples(folder, config, variables, pixels, images, source.class_names)
+        folders = {name: pathlib.Path(model.source) for name, model in models.items()}
+        draw_curves(folder, {name: path for name, path in folders.items() if runs.is_run(path)})
+        _draw_examples(folder, student, pixels, source.class_names)
     return summary
 
 
-class TrainedModel(NamedTuple):
-    """A run's student or its teacher.
-
-    Attributes:
-        config: The model, with the student's data.
-        variables: Its variables, with the heads in the order of the student's classes.
-        folder: Its run directory; None for weights of another framework, which have no curves.
-    """
-
-    config: Config
-    variables: Variables
-    folder: pathlib.Path | None
-
-
-def trained_teacher(folder: pathlib.Path, config: Config) -> TrainedModel | None:
-    """Returns the teacher of a run, or None for a run without a teacher.
+def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
+    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none.
 
     Args:
+        student: The run's model.
         folder: The run directory.
-        config: The run's configuration.
 
     Raises:
         UserError: Its weights cannot be read.
     """
-    if config.teacher is None:
+    config = student.config
+    if config is None or config.teacher is None:
         return None
     if not config.teacher.run:
-        return TrainedModel(*runs.trained_variables(folder / "teacher"), folder / "teacher")
-    place = pathlib.Path(config.teacher.run) if is_own_run(config.teacher.run) else None
-    variables = given_teacher(config.teacher, "teacher", run_class_names(config, folder))
+        return load_run(folder / "teacher")
+    variables = given_teacher(config.teacher, "teacher", student.metadata.get("class_names"))
     # The teacher is evaluated on the student's data, independent of its own training data.
-    return TrainedModel(config.teacher_run(config.teacher), variables, place)
+    own = config.teacher_run(config.teacher)
+    arch, dtype = own.model.architecture, own.model.dtype
+    return Model(arch, variables, dtype=dtype, config=own, source=config.teacher.run)
 
 
 def print_summary(summary: JsonObject) -> None:
@@ -156,23 +145,15 @@ def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
     figure.savefig(folder / CURVES, dpi=110)
 
 
-def _forward(config: Config, variables: Variables) -> Forward:
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
-    return lambda images: model.apply(variables, images)[0]
+def _logits(model: Model, images: Array) -> Array:
+    logits: Array = model.module.apply(model.variables, images)[0]
+    return logits
 
 
-def _draw_examples(
-    folder: pathlib.Path,
-    config: Config,
-    variables: Variables,
-    pixels: np.ndarray,
-    images: np.ndarray,
-    class_names: Sequence[str],
-) -> None:
+def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class_names: Sequence[str]) -> None:
     """Draws the token maps of the student's kept tokens, for the first images of the evaluation split."""
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture) or not arch.is_slimmed:
+    if not isinstance(model.arch, Architecture) or not model.arch.is_slimmed:
         return
-    maps = token_maps(build_model(arch), variables, images[:_IMAGES_SHOWN])
+    maps = model_token_maps(model, pixels[:_IMAGES_SHOWN])
     titles = [f"predicted: {class_names[index]}" for index in maps.logits.argmax(axis=1)]
     draw_slimming(folder / SLIMMING, pixels[:_IMAGES_SHOWN], maps, titles)

@@ -12,7 +12,7 @@ from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
 from sit_jax.visual.images import as_rgb, heat, regions
-from sit_jax.visual.inspected_model import ModelInput
+from sit_jax.visual.model_input import ModelInput
 from sit_jax.visual.token_maps import TokenMaps
 
 _MOST_TOKENS_SHOWN = 24
@@ -134,7 +134,7 @@ def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | No
     ]
     maps = [model.maps(inputs, own) for model, own, inputs in runs]
     times = milliseconds([model.forward(inputs, own) for model, own, inputs in runs])
-    answers = [model.likeliest(own) for (model, _, _), own in zip(runs, maps, strict=True)]
+    answers = [model.most_likely(own) for (model, _, _), own in zip(runs, maps, strict=True)]
     session, last = Session(runs[1][2], maps[1]), len(maps[1].stages)
     costs = f"One image, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
     slider = gr.Slider(maximum=last, value=last, interactive=True)

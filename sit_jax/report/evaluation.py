@@ -10,21 +10,21 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from numpy import ndarray
 
-from sit_jax.analysis.summary import TrainedModel, trained_teacher
+from sit_jax.analysis.summary import trained_teacher
 from sit_jax.config import Config
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
 from sit_jax.errors import ImageDecodeError, NotFiniteError
-from sit_jax.io.runs import trained_variables
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Variables
 from sit_jax.report.load_run import RunInfo, attempt
 from sit_jax.training.progress import Progress
-from sit_jax.visual.inspected_model import InspectedModel, ModelInput
-from sit_jax.visual.token_maps import TokenMaps
+from sit_jax.visual.model_input import ModelInput, preprocess
+from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 
 class Verdict(NamedTuple):
@@ -119,29 +119,28 @@ def evaluate(run: RunInfo, examples: int) -> EvalReport:
     Raises:
         UserError: The student has no complete checkpoint, or the data is not available.
     """
-    config, variables = trained_variables(run.folder)
-    models = {"student": TrainedModel(config, variables, run.folder)}
-    teacher = attempt(lambda: trained_teacher(run.folder, config), None, run.missing, "The teacher")
+    student = load_run(run.folder)
+    config, models = student.config, {"student": student}
+    assert config is not None
+    teacher = attempt(lambda: trained_teacher(student, run.folder), None, run.missing, "The teacher")
     if teacher is not None:
         models["teacher"] = teacher
     source = open_source(config.data, config.data.eval_split)
     check_classes(config.inputs, source)
     predictions = _predict(run.name, models, config, source)
     classes, outcomes = _per_class(predictions, source.class_names), _outcomes(predictions)
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture):  # A model without tokens.
+    if not isinstance(student.arch, Architecture):  # A model without tokens.
         return EvalReport(classes, outcomes, [], [], None)
-    metadata = {"class_names": list(source.class_names)}
-    student = InspectedModel(arch, jax.device_put(variables), config.data, metadata, config.model.dtype)
     spread = np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int)
     shown, inputs = _load(source, student, predictions, np.unique(spread))
-    maps = student.maps(np.stack([x.pixels for x in inputs])) if arch.is_slimmed and inputs else None
+    slimmed = student.arch.is_slimmed and inputs
+    maps = model_token_maps(student, np.stack([x.pixels for x in inputs])) if slimmed else None
     lost, _ = _load(source, student, predictions, _lost(predictions)[:examples])
     return EvalReport(classes, outcomes, lost, shown, maps)
 
 
-def _predict(name: str, models: dict[str, TrainedModel], config: Config, source: Source) -> _Predictions:
-    steps = {part: _step(model.config, model.variables) for part, model in models.items()}
+def _predict(name: str, models: dict[str, Model], config: Config, source: Source) -> _Predictions:
+    steps = {part: _step(model) for part, model in models.items()}
     labels: list[ndarray] = []
     found: dict[str, list[tuple[ndarray, ndarray]]] = {part: [] for part in models}
     count, size = len(source), config.eval_batch_size
@@ -159,16 +158,15 @@ def _predict(name: str, models: dict[str, TrainedModel], config: Config, source:
     return _Predictions(np.concatenate(labels)[:count], classes, probabilities)
 
 
-def _step(config: Config, variables: Variables) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
+def _step(model: Model) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
     """Returns a jitted map from uint8 pixels to the top-1 class and its probability."""
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
 
     @jax.jit
     def step(variables: Variables, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        probabilities = jax.nn.softmax(model.apply(variables, normalize(pixels, config.data))[0])
+        probabilities = jax.nn.softmax(model.module.apply(variables, normalize(pixels, model.data))[0])
         return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
-    placed = jax.device_put(variables)
+    placed = jax.device_put(model.variables)
     return lambda pixels: step(placed, jnp.asarray(pixels))
 
 
@@ -201,14 +199,14 @@ def _lost(predictions: _Predictions) -> Int[ndarray, " lost"]:
 
 
 def _load(
-    source: Source, student: InspectedModel, predictions: _Predictions, indices: Int[ndarray, " chosen"]
+    source: Source, student: Model, predictions: _Predictions, indices: Int[ndarray, " chosen"]
 ) -> tuple[list[EvalImage], list[ModelInput]]:
     """Returns the images at these indices of the split, and their model inputs; unreadable ones are skipped."""
     images, inputs, names = [], [], source.class_names
     for index in indices[predictions.labels[indices] >= 0].tolist():
         try:
             example = source[index]
-            inputs.append(student.preprocess(example))
+            inputs.append(preprocess(student.vit, student.data, example))
         except ImageDecodeError:
             continue
         verdicts = {

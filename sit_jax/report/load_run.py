@@ -16,9 +16,8 @@ from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.checkpoint import FOLDER, silent_threads
-from sit_jax.io.runs import CONFIG, SUMMARY
+from sit_jax.io.runs import CONFIG, SUMMARY, is_run
 from sit_jax.models.architecture import Architecture
-from sit_jax.training.init import is_own_run
 from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 
 _METRICS = "metrics.jsonl"
@@ -126,7 +125,7 @@ class RunInfo:
         return statistics.median_high(rates) if rates else None
 
 
-def load_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
+def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
     """Loads a run directory; lists what is missing or damaged in `missing`.
 
     Args:
@@ -181,7 +180,7 @@ def load_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
     return run
 
 
-def load_runs(folders: list[pathlib.Path]) -> list[RunInfo]:
+def read_runs(folders: list[pathlib.Path]) -> list[RunInfo]:
     """Loads several runs and gives each a unique name.
 
     Raises:
@@ -191,7 +190,7 @@ def load_runs(folders: list[pathlib.Path]) -> list[RunInfo]:
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise UserError(f"{folders[index]}: is given twice")
-    return [load_run(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
 
 
 def _short_names(folders: list[pathlib.Path]) -> list[str]:
@@ -223,9 +222,9 @@ def _load_teachers(folder: pathlib.Path, config: Config | None, missing: list[st
         if not place.exists():
             problem = f"{name}.run: there is no {place}." if teacher.run else f"The {name}'s training has not begun."
             missing.append(problem)
-        elif not teacher.run or is_own_run(teacher.run):  # Weights of another framework have no history.
+        elif not teacher.run or is_run(place):  # Weights of another framework have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
-            read = functools.partial(load_run, place, name, is_teacher=True)
+            read = functools.partial(read_run, place, name, is_teacher=True)
             run: RunInfo | None = attempt(read, None, missing, f"The {name}")
             if run is not None:
                 found[name] = run

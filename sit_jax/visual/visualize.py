@@ -15,12 +15,13 @@ from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example, read_picture, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
-from sit_jax.io.predictor import evaluation_data
+from sit_jax.io.load import load
+from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
 from sit_jax.visual.arrays import arrays_of, write_arrays
 from sit_jax.visual.figure import draw_maps
-from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
-from sit_jax.visual.token_maps import TokenMaps
+from sit_jax.visual.model_input import ModelInput, preprocess
+from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 # Default folder of the figures.
 FIGURES = pathlib.Path("maps")
@@ -93,10 +94,10 @@ def command(
     if paths and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir are for a --split, not for image files")
     files = from_files(find_pictures(paths, sys.stdin)) if paths else []
-    model = open_inspected_model(source, ema, step)
-    images = files[:limit] if paths else from_split(model, data, FEW if limit is None else limit)
-    if not model.arch.is_slimmed:
+    model = load(source, ema=ema, step=step)
+    if not model.vit.is_slimmed:
         print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
+    images = files[:limit] if paths else from_split(model, data, FEW if limit is None else limit)
     done = visualize(model, images, output)
     for place in (output.figures, output.arrays):
         if place is not None and done:
@@ -115,29 +116,29 @@ def from_files(names: Sequence[str]) -> list[ImageFile]:
     return [one(*pair) for pair in zip(names, _different(pathlib.PurePath(name).stem for name in names), strict=True)]
 
 
-def from_split(model: InspectedModel, data: dict[str, str | None], limit: int) -> list[ImageFile]:
+def from_split(model: Model, data: dict[str, str | None], limit: int) -> list[ImageFile]:
     """Returns the first images of a split of a data set.
 
     Raises:
         UserError: The data set cannot be opened.
     """
     fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
-    config = evaluation_data(model, {key: value for key, value in fields.items() if value is not None})
+    config = model.evaluation_data({key: value for key, value in fields.items() if value is not None})
     source = open_source(config, config.eval_split)
     stem = re.sub(r"[^\w.%-]+", "-", config.eval_split)
 
     def one(index: int) -> ImageFile:
-        def load() -> tuple[Example, str]:
+        def read() -> tuple[Example, str]:
             example = source[index]
             return example, str(source.class_names[example.label]) if example.label >= 0 else ""
 
         name = f"{stem}-{index:05d}"
-        return ImageFile(name, name, name, load)
+        return ImageFile(name, name, name, read)
 
     return [one(index) for index in range(min(limit, len(source)))]
 
 
-def visualize(model: InspectedModel, images: Sequence[ImageFile], output: OutputSettings) -> int:
+def visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings) -> int:
     """Writes figures and arrays, and reports unreadable images on standard error.
 
     Files are written atomically and replace existing ones. Memory use does not depend on the number of images, except
@@ -156,7 +157,7 @@ def visualize(model: InspectedModel, images: Sequence[ImageFile], output: Output
             # The batch is padded, so that the last one needs no compilation.
             pixels = np.zeros((output.batch_size, *batch[0][1].pixels.shape), np.uint8)
             pixels[: len(batch)] = [inputs.pixels for _, inputs, _ in batch]
-            maps = model.maps(pixels)
+            maps = model_token_maps(model, pixels)
             for index, (image, inputs, label) in enumerate(batch):
                 if output.figures is not None:
                     # Never the name of an image file, so that no input is replaced.
@@ -178,14 +179,14 @@ def visualize(model: InspectedModel, images: Sequence[ImageFile], output: Output
 
 
 def _read(
-    model: InspectedModel, images: Sequence[ImageFile], batch_size: int, progress: Progress
+    model: Model, images: Sequence[ImageFile], batch_size: int, progress: Progress
 ) -> Iterator[list[tuple[ImageFile, ModelInput, str]]]:
     """Yields the readable images with their model inputs and labels, batch by batch."""
     batch: list[tuple[ImageFile, ModelInput, str]] = []
     for image in images:
         try:
             example, label = image.load()
-            batch.append((image, model.preprocess(example), label))
+            batch.append((image, preprocess(model.vit, model.data, example), label))
         except ImageDecodeError as error:
             progress.note(f"skipped {error}")
         if len(batch) == batch_size:
@@ -195,7 +196,7 @@ def _read(
         yield batch
 
 
-def _describe(model: InspectedModel, maps: TokenMaps, index: int, label: str) -> str:
+def _describe(model: Model, maps: TokenMaps, index: int, label: str) -> str:
     """Returns the label of an image, if known, and the top classes."""
     probabilities, names = maps.probabilities[index], model.class_names
     top = np.argsort(-probabilities, kind="stable")[:_CLASSES_SHOWN]
@@ -203,7 +204,7 @@ def _describe(model: InspectedModel, maps: TokenMaps, index: int, label: str) ->
     return f"labelled {label}; {prediction}" if label else prediction
 
 
-def _write_arrays(model: InspectedModel, path: pathlib.Path, named: Sequence[tuple[str, dict[str, ndarray]]]) -> None:
+def _write_arrays(model: Model, path: pathlib.Path, named: Sequence[tuple[str, dict[str, ndarray]]]) -> None:
     names, arrays = zip(*named, strict=True)
     with writing(path), atomic_replace(path) as part:
         write_arrays(part, names, model.class_names, arrays)
