@@ -44,7 +44,7 @@ def command(
         UserError: A model cannot be opened, is named twice, or does not fit the device's memory.
     """
     if plot is not None and (plot.suffix != ".png" or plot.exists() or not plot.parent.is_dir()):
-        raise UserError(f"--plot: {plot}: give a .png file that is not there yet, in a folder that is")
+        raise UserError(f"--plot: {plot} must be a new .png file in an existing folder")
     first = teacher if teacher is not None else names[0]
     ordered = [first, *(name for name in names if name != first)]
     if len(set(names)) < len(names):
