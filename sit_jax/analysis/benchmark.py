@@ -19,12 +19,7 @@ Forward = Callable[[PyTree], PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A computation to time.
-
-    Attributes:
-        run: Starts the computation on an input buffer and returns its result, which may be asynchronous.
-        buffers: Input buffers on the device of the computation; each call uses the next one.
-    """
+    """A computation to time; each call uses the next of its input buffers, which are on its device."""
 
     run: Forward
     buffers: Sequence[PyTree]
@@ -34,9 +29,8 @@ class Timed:
 class Times:
     """Timings of one computation.
 
-    Attributes:
-        latencies: Seconds from the start of each call to its result.
-        turns: Seconds per call of each turn whose calls are started without waiting, except at the end.
+    `latencies` are the seconds from the start of each call to its result. `turns` are the seconds per call of each turn
+    whose calls are started without waiting, except at the end.
     """
 
     latencies: list[float]

@@ -20,14 +20,7 @@ from sit_jax.io.atomic_write import atomic_create
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a benchmark.
-
-    Attributes:
-        batch_sizes: Batch sizes to time.
-        dtype: Type of the matrix products.
-        seconds: Total duration of each model's turns, for each batch size.
-        rounds: Number of turns of each model.
-    """
+    """Settings of a benchmark; `seconds` is the total duration of each model's `rounds` turns, for each batch size."""
 
     batch_sizes: Sequence[int]
     dtype: str

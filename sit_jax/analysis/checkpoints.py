@@ -32,13 +32,8 @@ _READ_AT_ONCE = 2**29
 class Entry(NamedTuple):
     """One checkpoint of a run.
 
-    Attributes:
-        step: Number of optimizer steps done.
-        time: When its writing was completed, ISO 8601 in UTC.
-        metrics: Metrics of the evaluation of its weights; empty if there is none.
-        best: Whether it is the best by accuracy.
-        newest: Whether a resumed run starts from it.
-        bytes: Size on disk.
+    `time` is when its writing was completed, ISO 8601 in UTC; `metrics` are empty if its weights were not evaluated;
+    `best` is by accuracy; a resumed run starts from the `newest`; `bytes` is the size on disk.
     """
 
     step: int
@@ -52,11 +47,8 @@ class Entry(NamedTuple):
 class ArrayEntry(NamedTuple):
     """One array of a checkpoint.
 
-    Attributes:
-        name: Its path, starting with the item: `model/params/blocks_0/attn/qkv/kernel`.
-        shape: Its shape.
-        dtype: Name of its type.
-        written_from: Its sharding on the devices that wrote it, if Orbax recorded it.
+    `name` is its path, starting with the item: `model/params/blocks_0/attn/qkv/kernel`. `written_from` is its sharding
+    on the devices that wrote it, if Orbax recorded it.
     """
 
     name: str
@@ -146,14 +138,7 @@ def read_contents(folder: pathlib.Path, step: int | None = None) -> Contents:
 
 
 class Verdict(NamedTuple):
-    """Result of verifying a checkpoint.
-
-    Attributes:
-        step: Step of the checkpoint.
-        arrays: Number of arrays read.
-        bytes: Their size in memory.
-        problems: Problems, one line each; empty for a valid checkpoint.
-    """
+    """Number of arrays of a checkpoint, their size in memory, and its problems, one line each; none if it is valid."""
 
     step: int
     arrays: int

@@ -31,12 +31,7 @@ _FORM, _MOST_UPLOADS = 100_000, 50
 class Guard:
     """ASGI middleware that closes unused endpoints, limits uploads, and rejects requests that name other files.
 
-    Only uploaded files may be named in a request.
-
-    Args:
-        app: The wrapped application.
-        uploads: Folder of uploaded files and drawn images.
-        max_bytes: Largest size of an uploaded file.
+    Only files in `uploads`, the folder of uploaded files and drawn images, may be named in a request.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], uploads: pathlib.Path, max_bytes: int) -> None:

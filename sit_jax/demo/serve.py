@@ -46,14 +46,8 @@ def _serve(models: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
     """Serves the page; `folder` has the uploaded files and drawn images, and the page reads no other files."""
     # Read when Gradio is imported and while it runs: it connects only to its own page, for which it would use the proxy
     # of the environment, and stores its files where they are cleaned up.
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_SHARE": "False",
-        "GRADIO_TEMP_DIR": str(folder),
-        "HF_HUB_OFFLINE": "1",
-        "NO_PROXY": "*",
-        "no_proxy": "*",
-    }
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "GRADIO_TEMP_DIR": str(folder)}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "*", "no_proxy": "*"}
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     try:
         from sit_jax.demo.page import SESSIONS, build_page, theme

@@ -35,16 +35,10 @@ class Series(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart with its values and description.
+    """A chart with its description in one or two sentences, and its values as the headings and rows of a table.
 
-    Attributes:
-        key: A key unique within the page; letters, digits and hyphens.
-        title: Heading of the chart.
-        summary: Description in one or two sentences.
-        figure: Plotly's `data` and `layout`, as plain values; the page sets the colors.
-        headings: Column headings of the table.
-        rows: Rows of the table; the first cell is the row's name.
-        note: What the chart or the table omits; empty for nothing.
+    `key` is unique within the page: letters, digits and hyphens. `figure` is Plotly's `data` and `layout`, as plain
+    values; the page sets the colors. `note` states what the chart or the table omits.
     """
 
     key: str

@@ -28,13 +28,7 @@ from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 
 class Verdict(NamedTuple):
-    """Prediction of a model for one image.
-
-    Attributes:
-        name: The most likely class.
-        probability: Its probability.
-        right: Whether it is the image's class; different classes may have the same name.
-    """
+    """A model's most likely class for an image, and whether it is the image's; classes may have the same name."""
 
     name: str
     probability: float
@@ -43,14 +37,9 @@ class Verdict(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class EvalImage:
-    """An image of the evaluation split.
+    """An image of the evaluation split in display size, with the predictions of the `student` and the `teacher`.
 
-    Attributes:
-        index: Index of the image in the split.
-        file: Its file or record.
-        label: Name of its class.
-        verdicts: Prediction of each model, by `student` and `teacher`.
-        pixels: The image in display size.
+    `file` is the image's file or record, `label` the name of its class.
     """
 
     index: int

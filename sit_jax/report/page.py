@@ -29,19 +29,9 @@ _MOST_CLASSES = 400
 class RunView:
     """A run in the form that the template uses.
 
-    Attributes:
-        key: A key unique within the page: `run-1`.
-        run: The contents of the run directory.
-        evaluation: The evaluation of its model; None if it was not evaluated.
-        charts: Charts of its curves.
-        teacher_charts: Charts of its teachers, by the name of their section.
-        classes: Chart of the accuracy of each class.
-        examples: Images with their token maps.
-        stages: Titles of the stages of the token maps.
-        lost: Images that only the teacher classifies correctly.
-        data: The data set, as (name, value).
-        environment: Versions and devices, as (name, value).
-        sections: The configuration, as (section, its keys and values).
+    `key` is unique within the page: `run-1`. `evaluation` is None if the model was not evaluated. `lost` are images
+    that only the teacher classifies correctly. `data` and `environment` are pairs of name and value, `sections` is the
+    configuration.
     """
 
     key: str

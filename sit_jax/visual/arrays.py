@@ -43,11 +43,7 @@ def write_arrays(
 ) -> None:
     """Writes one compressed .npz file: the arrays of `arrays_of`, with the images as the first axis.
 
-    Args:
-        path: The file.
-        names: Names of the images; `pictures` in the file.
-        class_names: Class names by index; `class_names` in the file.
-        images: Arrays of one image per name.
+    The names of the images are `pictures` in the file, the class names by index are `class_names`.
     """
     # The arrays of all images of a model have the same shapes. Text is stored as plain arrays, so that no pickle is
     # needed.

@@ -19,11 +19,6 @@ def apply_watched(
 
     The class query of every attention module is computed a second time; the model itself is unchanged.
 
-    Args:
-        model: A vision transformer's module, with or without slimming.
-        variables: Its variables.
-        images: Normalized images.
-
     Returns:
         Logits, the model's `Outputs`, and for each block the class token's attention to all tokens of the block (batch,
         tokens), prefix tokens first; mean over the heads, float32, rows sum to one.

@@ -51,9 +51,9 @@ def draw_maps(
         maps: Token maps of a batch.
         index: Index of the image in the batch.
         title: The figure's title.
-        prediction: The model's prediction, below the title.
+        prediction: Text below the title.
         tokens: Largest number of tokens per slimming module, and of blocks.
-        dpi: Resolution in dots per inch; 300 for print.
+        dpi: Dots per inch; 300 for print.
     """
     most = max([len(maps.attention), *(stage.kept for stage in maps.stages)])
     sheet = _Sheet(min(tokens, most), len(maps.stages))

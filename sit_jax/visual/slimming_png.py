@@ -19,14 +19,7 @@ def draw_slimming(
     maps: TokenMaps,
     titles: Sequence[str],
 ) -> None:
-    """Draws images and, next to each, the token maps of all tokens after the last slimming module.
-
-    Args:
-        path: PNG file to write.
-        images: Their pixels.
-        maps: Token maps of these images, by a model with slimming modules.
-        titles: One per image.
-    """
+    """Draws images and, next to each, the token maps of all tokens after the last slimming module."""
     from matplotlib.figure import Figure  # The import is slow; Figure needs no display and no global state.
 
     weights = maps.stages[-1].cumulative

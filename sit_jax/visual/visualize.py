@@ -34,11 +34,8 @@ _CLASSES_SHOWN = 3
 class ImageFile(NamedTuple):
     """An image to visualize: a file, or an example of a data set.
 
-    Attributes:
-        name: Name in messages and arrays.
-        title: Title of its figure.
-        stem: Name of its files, without a suffix.
-        load: Reads the image and the name of its class, which is empty if unknown.
+    `name` is for messages and arrays, `title` for its figure, and `stem` is the name of its files, without a suffix.
+    `load` reads the image and the name of its class, which is empty if unknown.
     """
 
     name: str
