@@ -121,7 +121,7 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     # A teacher with an auxiliary head, started from the finished one, labels the pictures; the next learns from that.
     maps, first, second = (str(tmp_path / name) for name in ("maps", "first", "second"))
     assert cli.main(["data", "label", "--workdir", str(finished), "--output", maps]) == 2
-    assert "labels no single places" in capsys.readouterr().err
+    assert "--workdir" in capsys.readouterr().err
     page = tmp_path / "page.py"
     page.write_text(
         "import runpy\n"

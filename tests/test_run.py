@@ -222,7 +222,7 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
         (["train", "--config", "pyproject.toml", "--workdir", fresh], "pyproject.toml"),
         ([*train, "--workdir", "/proc/none"], "/proc/none cannot be written"),
         ([*train, "--workdir", finished], "holds another configuration's run"),
-        (["evaluate", "--workdir", fresh], "is not the folder of a run"),
+        (["evaluate", "--workdir", fresh], "fresh"),
         (["evaluate", "--workdir", finished, "--step", "3"], "checkpoint 3"),
         (["evaluate", "--workdir", finished / "teacher", "--ema"], "optim.ema_decay"),
     ]

@@ -195,14 +195,14 @@ def test_five_steps_of_distillation_equal_those_in_jax() -> None:
 
 
 def tree(x: Any) -> dict[str, Any]:
-    collections = {"params": x.params, "batch_stats": x.batch_stats, "reverse": x.reverse}
+    collections = {"params": x.params, "batch_stats": x.batch_stats, "reverse": x.rtsm}
     return {name: value for name, value in collections.items() if value}
 
 
 def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> list[list[float]]:
     task = make_train_spec(config, steps_per_epoch=1)
     step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
-    params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
+    params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.rtsm})
     stats = jax.tree.map(jnp.array, student.batch_stats)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sit_jax.errors import UserError
+from sit_jax.errors import RunError, UserError
 from sit_jax.io.checkpoint import load_reverse, load_variables
 from sit_jax.io.convert.adapt import replace_heads, resize
 from sit_jax.io.convert.load_params import expected_shapes
@@ -68,6 +68,8 @@ def load_run(path: pathlib.Path, ema: bool = False, step: int | None = None, wit
     folder, named = find_checkpoint(path)
     step = named if step is None else step
     config = read_config(folder)
+    if ema and config.optim.ema_decay == 0:
+        raise RunError(f"{folder}: has no moving average, since its optim.ema_decay is 0")
     arch = config.model.architecture
     variables, step = load_variables(folder, {"batch_stats": {}, **abstract_variables(arch)}, ema, step)
     rtsm = {}

@@ -82,7 +82,7 @@ def read_config(workdir: pathlib.Path) -> Config:
     """
     path = workdir / CONFIG
     if not path.is_file():
-        raise RunError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+        raise RunError(f"{workdir} is not a run directory: it has no {CONFIG}")
     return from_config_dict(read_object(path), quiet=True)
 
 

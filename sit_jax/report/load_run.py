@@ -139,7 +139,7 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
     if not any((folder / part).exists() for part in (CONFIG, _METRICS, FOLDER)):
-        raise UserError(f"{folder}: is not the folder of a run: it has no {CONFIG}, {_METRICS} or {FOLDER}")
+        raise UserError(f"{folder}: is not a run directory: it has no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
     config = (
