@@ -20,7 +20,7 @@ def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib
         UserError: The path exists or cannot be written; temporary files are then removed.
     """
     if not replace and (path.exists() or path.is_symlink()):
-        raise UserError(f"{path}: is there already; remove it or choose another place")
+        raise UserError(f"{path}: exists already; remove it or choose another place")
     try:
         with atomic_replace(path) as part:
             yield part
