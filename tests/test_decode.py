@@ -4,9 +4,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import images
 import malformed
 import numpy as np
-import pictures
 import pytest
 import tifffile
 from malformed import BROKEN, ODD, PHOTO, saved
@@ -227,8 +227,8 @@ def test_random_damage_never_escapes() -> None:
 
 
 def test_fast_and_slow_jpeg_paths_agree() -> None:
-    for name, pixels in pictures.photographs().items():
-        encoded = pictures.jpeg(pixels, quality=92)
+    for name, pixels in images.photographs().items():
+        encoded = images.jpeg(pixels, quality=92)
         with Image.open(io.BytesIO(encoded)) as image:
             slow = np.asarray(image.convert("RGB"), np.int64)
         difference = np.abs(decode(encoded, 3, name, MAX) - slow)

@@ -5,10 +5,10 @@ import json
 import pathlib
 from typing import Any
 
+import images
 import jax.numpy as jnp
 import malformed
 import numpy as np
-import pictures
 import pytest
 from PIL import Image
 
@@ -35,8 +35,8 @@ SMALL = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Eight photographs' crops: forty of each to train on, eight held out."""
     root = tmp_path_factory.mktemp("photos")
-    pictures.make_folder(root, 40, "train", size=(72, 64))
-    pictures.make_folder(root, 8, "val", seed=1, size=(72, 64))
+    images.make_folder(root, 40, "train", size=(72, 64))
+    images.make_folder(root, 8, "val", seed=1, size=(72, 64))
     return root
 
 
@@ -105,7 +105,7 @@ def test_evaluation_on_other_data(
     evaluate = ["evaluate", "--workdir", str(finished), "--json"]
     assert cli.main([*evaluate, "--split", "train"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 320
-    pictures.make_folder(tmp_path / "elsewhere", 5, "val", seed=2, size=(72, 64))
+    images.make_folder(tmp_path / "elsewhere", 5, "val", seed=2, size=(72, 64))
     (tmp_path / "elsewhere" / "train").symlink_to(tmp_path / "elsewhere" / "val")
     assert cli.main([*evaluate, "--data_dir", str(tmp_path / "elsewhere")]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 40
@@ -148,7 +148,7 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     assert "holds label maps already" in capsys.readouterr().err
     # A picture that cannot be read has no labels, and is not counted as one that has.
     hurt = tmp_path / "hurt"
-    pictures.make_folder(hurt, 2, "train", size=(72, 64))
+    images.make_folder(hurt, 2, "train", size=(72, 64))
     (hurt / "train" / "chelsea" / "0000.jpg").unlink()
     (hurt / "train" / "chelsea" / "0000.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(PartialFailureError, match=r"^1 of 16 "):

@@ -37,7 +37,7 @@ def test_soft_labels() -> None:
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
 def test_mixups_share_is_beta_distributed(alpha: float) -> None:
-    share = np.asarray(draw(MixConfig(mixup=alpha, mode="element"), 20_000).share, np.float64)
+    share = np.asarray(draw(MixConfig(mixup=alpha, mode="element"), 20_000).weight, np.float64)
     assert share.mean() == pytest.approx(0.5, abs=0.01)
     # Variance of Beta(a, a).
     assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
@@ -46,7 +46,7 @@ def test_mixups_share_is_beta_distributed(alpha: float) -> None:
 def test_cutmix_share_is_the_area_really_left() -> None:
     mix = draw(MixConfig(cutmix=1.0, mode="element"))
     inside = np.asarray(mix.inside)
-    np.testing.assert_allclose(mix.share, 1 - inside.mean(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(mix.weight, 1 - inside.mean(axis=(1, 2)), rtol=1e-6)
     assert np.asarray(mix.is_cutmix).all()
     for mask in inside[:200]:
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -62,8 +62,8 @@ def test_cutmix_share_is_the_area_really_left() -> None:
         return np.clip(centre + half, 0, SIDE) - np.clip(centre - half, 0, SIDE)
 
     expected = 1 - cut() * cut() / SIDE**2
-    assert np.mean(mix.share) == pytest.approx(expected.mean(), abs=0.015)
-    assert np.var(mix.share) == pytest.approx(expected.var(), rel=0.05)
+    assert np.mean(mix.weight) == pytest.approx(expected.mean(), abs=0.015)
+    assert np.var(mix.weight) == pytest.approx(expected.var(), rel=0.05)
 
 
 def test_images_and_labels_follow_numpy() -> None:
@@ -74,7 +74,7 @@ def test_images_and_labels_follow_numpy() -> None:
         mix = draw(config, 6)
         mixed, soft = mix_images(jnp.asarray(images), mix), mix_labels(jnp.asarray(labels), mix)
         for i in range(6):
-            share, partner = float(mix.share[i]), images[5 - i]
+            share, partner = float(mix.weight[i]), images[5 - i]
             if config.cutmix:
                 expected = np.where(np.asarray(mix.inside[i])[:, :, None], partner, images[i])
             else:
@@ -88,20 +88,20 @@ def test_images_and_labels_follow_numpy() -> None:
 def test_modes_and_probabilities() -> None:
     both = MixConfig(mixup=0.8, cutmix=1.0, mode="element", switch=0.3, probability=0.6)
     mix = draw(both, 20_000)
-    untouched = np.asarray(mix.share) == 1.0
+    untouched = np.asarray(mix.weight) == 1.0
     # A few cut boxes are empty, so a little more than the 40% that are not mixed stay whole.
     assert untouched.mean() == pytest.approx(0.4, abs=0.02)
     assert np.asarray(mix.is_cutmix).mean() == pytest.approx(0.3, abs=0.015)
     batch = draw(MixConfig(mixup=0.8, cutmix=1.0), 64)
-    assert len(set(np.asarray(batch.share).tolist())) == 1
+    assert len(set(np.asarray(batch.weight).tolist())) == 1
     choices = [bool(draw(MixConfig(mixup=0.8, cutmix=1.0), 4, seed).is_cutmix[0]) for seed in range(60)]
     assert 15 < sum(choices) < 45
     pair = draw(MixConfig(mixup=0.8, mode="pair"), 7)
-    share = np.asarray(pair.share)
+    share = np.asarray(pair.weight)
     np.testing.assert_array_equal(share, share[::-1])
     assert len(set(share.tolist())) == 4
     off = draw(MixConfig(mixup=0.8, probability=0.0), 8)
-    assert np.asarray(off.share).tolist() == [1.0] * 8
+    assert np.asarray(off.weight).tolist() == [1.0] * 8
 
 
 def test_normalize() -> None:

@@ -11,9 +11,9 @@ import threading
 import time
 from typing import Any
 
+import images
 import malformed
 import numpy as np
-import pictures
 import psutil
 import pytest
 import tiny
@@ -32,8 +32,8 @@ VARIED = AugmentConfig(flip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Eight classes, thirteen training and five held-out pictures each."""
     root = tmp_path_factory.mktemp("pictures")
-    pictures.make_folder(root, 13, "train", size=(40, 36))
-    pictures.make_folder(root, 5, "val", seed=1, size=(40, 36))
+    images.make_folder(root, 13, "train", size=(40, 36))
+    images.make_folder(root, 5, "val", seed=1, size=(40, 36))
     return root
 
 
@@ -183,7 +183,7 @@ def test_nothing_but_broken_pictures(tmp_path: pathlib.Path) -> None:
         (tmp_path / name).mkdir()
         for index in range(20):
             (tmp_path / name / f"{index}.jpg").write_bytes(b"nothing")
-    with pytest.raises(Exception, match="100 pictures in a row cannot be read"):
+    with pytest.raises(Exception, match="100 images in a row cannot be read"):
         take(TrainData(config(tmp_path, on_decode_error="skip").inputs, Hosts()), 1)
 
 

@@ -9,9 +9,9 @@ import subprocess
 import sys
 from typing import Any
 
+import images
 import malformed
 import numpy as np
-import pictures
 import pytest
 import tensorflow_datasets as tfds
 import tiny
@@ -30,7 +30,7 @@ from sit_jax.errors import ConfigError, UserError
 def flat(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Eight classes of twenty pictures, without splits."""
     root = tmp_path_factory.mktemp("pictures") / "flat"
-    pictures.make_folder(root, 20, size=(24, 20))
+    images.make_folder(root, 20, size=(24, 20))
     return root
 
 
@@ -55,8 +55,8 @@ def test_flat_folder_holds_out_a_share_of_every_class(flat: pathlib.Path) -> Non
 
 
 def test_folder_with_splits_and_slices(tmp_path: pathlib.Path) -> None:
-    pictures.make_folder(tmp_path, 10, "train", size=(24, 20))
-    pictures.make_folder(tmp_path, 3, "valid", seed=1, size=(24, 20))
+    images.make_folder(tmp_path, 10, "train", size=(24, 20))
+    images.make_folder(tmp_path, 3, "valid", seed=1, size=(24, 20))
     deeper = tmp_path / "train" / "china" / "more"
     deeper.mkdir()
     (deeper / "x.PNG").write_bytes(malformed.PNG)
@@ -75,7 +75,7 @@ def test_folder_with_splits_and_slices(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("split", "message"),
-    [("tst", "there are train, val"), ("train[5", "not understood"), ("train[:0]", "holds no pictures")],
+    [("tst", "there are train, val"), ("train[5", "not understood"), ("train[:0]", "holds no images")],
 )
 def test_wrong_splits_of_folders(flat: pathlib.Path, split: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -89,13 +89,13 @@ def test_folders_that_cannot_be_a_data_set(tmp_path: pathlib.Path) -> None:
         FolderSource(tmp_path, "train")
     (tmp_path / "few" / "cat").mkdir(parents=True)
     (tmp_path / "few" / "cat" / "1.png").write_bytes(malformed.PNG)
-    with pytest.raises(UserError, match=r"holds no pictures \(data.val_fraction 0.1 of each class is less than one\)"):
+    with pytest.raises(UserError, match=r"holds no images \(data.val_fraction 0.1 of each class is less than one\)"):
         FolderSource(tmp_path / "few", "val")
     shutil.rmtree(tmp_path / "few")
     with pytest.raises(ConfigError, match=r"^data.data_dir: must name the folder"):
         open_source(DataConfig(name="folder"), "train")
-    pictures.make_folder(tmp_path, 1, "train", size=(8, 8))
-    pictures.make_folder(tmp_path, 1, "val", size=(8, 8))
+    images.make_folder(tmp_path, 1, "train", size=(8, 8))
+    images.make_folder(tmp_path, 1, "val", size=(8, 8))
     (tmp_path / "val" / "zebra").mkdir()
     with pytest.raises(UserError, match=r"has classes that train has not: zebra"):
         FolderSource(tmp_path, "val")
@@ -170,7 +170,7 @@ def test_prepare_refusals(tmp_path: pathlib.Path, flat: pathlib.Path, capsys: An
         (["--from_folder", str(flat)], "--name"),
         (["--name", "Big Name", "--from_folder", str(flat)], "must be lower-case"),
         (["--name", "no_such_set", "--data_dir", str(tmp_path)], "there is no data set 'no_such_set'"),
-        (["--from_tfrecord", str(tmp_path / "x")], "is no prepared tfds data set"),
+        (["--from_tfrecord", str(tmp_path / "x")], "is not a prepared tfds data set"),
         (["--name", "x", "--from_folder", str(tmp_path / "none")], "there is no folder"),
     ]
     for words, message in cases:
@@ -207,7 +207,7 @@ def test_several_right_classes(tmp_path: pathlib.Path) -> None:
     data = DataConfig(name="many_labels", data_dir=str(tmp_path), train_split="validation")
     source = open_source(data, "validation")
     config = folder_config(data, batch_size=2, eval_batch_size=8)
-    with pytest.raises(ConfigError, match="several right classes"):
+    with pytest.raises(ConfigError, match="several correct classes"):
         TrainData(config.inputs, Hosts())
     (batch,) = eval_batches(config.inputs, source, Hosts())
     assert batch["mask"].sum() == 3

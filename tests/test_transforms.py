@@ -3,8 +3,8 @@
 import dataclasses
 import io
 
+import images
 import numpy as np
-import pictures
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
@@ -80,7 +80,7 @@ def test_evaluation_crop_is_torchvisions() -> None:
     expected = scaled.crop((80, 16, 304, 240))
     result = transform(example())
     assert result["image"].tobytes() == expected.tobytes()
-    assert (result["label"], result["image"].shape, result["image"].dtype) == (3, (224, 224, 3), np.uint8)
+    assert (int(result["label"]), result["image"].shape, str(result["image"].dtype)) == (3, (224, 224, 3), "uint8")
     upright = np.ascontiguousarray(PHOTO.swapaxes(0, 1))
     scaled = Image.fromarray(upright).resize((256, 384), BICUBIC)
     assert transform(example(upright))["image"].tobytes() == scaled.crop((16, 80, 240, 304)).tobytes()
@@ -141,8 +141,8 @@ def test_fill_colour_is_the_mean() -> None:
 
 
 def test_real_jpegs_come_out_as_pillow_sees_them() -> None:
-    for name, pixels in pictures.photographs().items():
-        encoded = pictures.jpeg(pixels)
+    for name, pixels in images.photographs().items():
+        encoded = images.jpeg(pixels)
         made = transforms.EvalTransform(CROP, 64, 3)(Example(encoded, 0, name))["image"].astype(np.float64)
         image = Image.open(io.BytesIO(encoded)).convert("RGB")
         expected = transforms.EvalTransform(CROP, 64, 3)(example(np.asarray(image)))["image"]

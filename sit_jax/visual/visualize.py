@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from sit_jax.data.folder import find_pictures
+from sit_jax.data.folder import find_images
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Example, Source, read_picture, writing
+from sit_jax.data.sources import Example, Source, read_image, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.predictor import evaluation_data
@@ -91,7 +91,7 @@ def command(
 
     Args:
         source: A run directory or a model folder.
-        words: Files, folders, patterns, or `-`; see `find_pictures`. None for images of a split.
+        words: Files, folders, patterns, or `-`; see `find_images`. None for images of a split.
         ways: The output settings.
         data: `split`, `name` and `data_dir` of a data set; None for the one that the model was trained on.
         limit: Largest number of images; if None, all, or `FEW` of a split.
@@ -106,7 +106,7 @@ def command(
         raise UserError("which pictures? Give files, folders or patterns, or else --split")
     if words and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir: tell where a --split is; pictures are given by themselves")
-    found = from_files(find_pictures(words, sys.stdin)) if words else []
+    found = from_files(find_images(words, sys.stdin)) if words else []
     subject = open_inspected_model(source, ema, step)
     pictures = found if words else from_split(subject, data, FEW if limit is None else limit)
     if not subject.arch.is_slimmed:
@@ -127,7 +127,7 @@ def from_files(names: Sequence[str]) -> list[Picture]:
     stems = _different(pathlib.PurePath(name).stem for name in names)
 
     def one(name: str, stem: str) -> Picture:
-        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_picture(name), ""))
+        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_image(name), ""))
 
     return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
 
