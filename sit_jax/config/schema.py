@@ -333,11 +333,14 @@ class Config:
 
         def resolve(model: ModelConfig) -> ModelConfig:
             arch = model.architecture
-            resolved = dataclasses.replace(arch, num_classes=arch.num_classes or num_classes)
-            return dataclasses.replace(model, architecture=resolved)
+            arch = dataclasses.replace(arch, num_classes=arch.num_classes or num_classes)
+            return dataclasses.replace(model, architecture=arch)
 
         teachers = {name: dataclasses.replace(x, model=resolve(x.model)) for name, x in self.teachers.items()}
-        return dataclasses.replace(self, model=resolve(self.model), **teachers)
+        student = resolve(self.model)
+        return dataclasses.replace(
+            self, model=student, teacher=teachers.get("teacher"), cnn_teacher=teachers.get("cnn_teacher")
+        )
 
 
 def _check_training(epochs: int, batch_size: int, optim: OptimConfig, model: ModelConfig) -> None:

@@ -154,18 +154,18 @@ def find_images(args: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
     """
     found: list[str] = []
     for arg in args:
-        problem = ""
         if arg == "-":
             matches = [line for line in (x.rstrip("\r\n") for x in lines) if line]
         elif os.path.isdir(arg):
-            matches, problem = [str(path) for path in images_in(pathlib.Path(arg))], "holds no images"
+            matches = [str(path) for path in images_in(pathlib.Path(arg))]
+            if not matches:
+                raise UserError(f"{arg}: holds no images")
         elif os.path.lexists(arg):  # Also a dangling link: reading it fails, as it does for one in a folder.
             matches = [arg]
         else:
             # A pattern that the shell did not expand. Checked last, as file names may contain brackets.
             matches = sorted(x for x in glob.glob(arg, recursive=True) if not os.path.isdir(x))
-            problem = "there is no such file, folder or match"
-        if problem and not matches:
-            raise UserError(f"{arg}: {problem}")
+            if not matches:
+                raise UserError(f"{arg}: there is no such file, folder or match")
         found += matches
     return found

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from sit_jax.data.sources import writing
-from sit_jax.errors import ConfigError, UserError
+from sit_jax.errors import ConfigError, UserError, one_line
 
 _CLASSES, _VALUES, _ABOUT = "classes.npy", "values.npy", "about.json"
 
@@ -27,8 +27,10 @@ class LabelMaps:
             self._classes = np.load(folder / _CLASSES, mmap_mode="r")
             self._values = np.load(folder / _VALUES, mmap_mode="r")
         except (OSError, ValueError) as error:
-            problem = f"{folder} holds no label maps ({error}); make them: sit data label"
-            raise ConfigError("data.label_maps", problem) from None
+            reason = one_line(error)
+            raise ConfigError(
+                "data.label_maps", f"{folder} holds no label maps ({reason}); run: sit data label"
+            ) from None
         if self._classes.shape != self._values.shape or self._classes.ndim != 4:
             raise ConfigError("data.label_maps", f"{folder} is incomplete; make it again: sit data label")
 

@@ -142,28 +142,21 @@ def draw_argument(name: str, magnitude: float, rng: np.random.Generator) -> floa
     """Returns the argument of an operation at a magnitude: degrees, factor, fraction of a side, bits, or threshold."""
     level = magnitude / MAX_LEVEL
     signed = level if rng.random() >= 0.5 else -level
-    match name:
-        case "Rotate":
-            return signed * 30.0
-        case "ShearX" | "ShearY":
-            return signed * 0.3
-        case "TranslateXRel" | "TranslateYRel":
-            return signed * MAX_TRANSLATION
-        case "Color" | "Contrast" | "Brightness" | "Sharpness":
-            return level * 1.8 + 0.1
-        case "ColorIncreasing" | "ContrastIncreasing" | "BrightnessIncreasing" | "SharpnessIncreasing":
-            return max(0.1, 1.0 + signed * 0.9)
-        case "Posterize":
-            return int(level * 4)
-        case "PosterizeIncreasing":
-            return 4 - int(level * 4)
-        case "Solarize":
-            return min(256, int(level * 256))
-        case "SolarizeIncreasing":
-            return 256 - min(256, int(level * 256))
-        case "SolarizeAdd":
-            return min(128, int(level * 110))
-    return 0.0
+    arguments = {
+        "Rotate": signed * 30.0,
+        "ShearX": signed * 0.3,
+        "ShearY": signed * 0.3,
+        "TranslateXRel": signed * MAX_TRANSLATION,
+        "TranslateYRel": signed * MAX_TRANSLATION,
+        "Posterize": int(level * 4),
+        "PosterizeIncreasing": 4 - int(level * 4),
+        "Solarize": min(256, int(level * 256)),
+        "SolarizeIncreasing": 256 - min(256, int(level * 256)),
+        "SolarizeAdd": min(128, int(level * 110)),
+    }
+    for enhancer in ("Color", "Contrast", "Brightness", "Sharpness"):
+        arguments |= {enhancer: level * 1.8 + 0.1, f"{enhancer}Increasing": max(0.1, 1.0 + signed * 0.9)}
+    return arguments.get(name, 0.0)
 
 
 def apply_operation(

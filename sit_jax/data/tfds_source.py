@@ -90,8 +90,10 @@ def prepared(name: str, data_dir: str) -> Builder:
     with quiet_tfds():
         if builder.is_prepared():
             return builder
-    command = f"sit data prepare --name {name}" + (f" --data_dir {data_dir}" if data_dir else "")
-    raise ConfigError("data.name", f"{name} is not prepared in {builder.data_path}; run: {command}")
+    where = f"{name} --data_dir {data_dir}" if data_dir else name
+    raise ConfigError(
+        "data.name", f"{name} is not prepared in {builder.data_path}; run: sit data prepare --name {where}"
+    )
 
 
 def find_builder(name: str, data_dir: str) -> Builder:
@@ -110,11 +112,11 @@ def find_builder(name: str, data_dir: str) -> Builder:
             # Prepared by another builder, or in another format than ArrayRecord.
             return tfds.builder(name, data_dir=folder, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
+        where = data_dir or "the tfds folder"
         known = "digits, folder, synthetic, or a name from https://www.tensorflow.org/datasets/catalog"
-        problem = f"there is no data set {name!r} in {data_dir or 'the tfds folder'}; use {known}"
+        raise ConfigError("data.name", f"there is no data set {name!r} in {where}; use {known}") from None
     except (ValueError, ImportError) as error:
-        problem = f"{name!r} cannot be opened: {one_line(error)}"
-    raise ConfigError("data.name", problem)
+        raise ConfigError("data.name", f"{name!r} cannot be opened: {one_line(error)}") from None
 
 
 def _folder(data_dir: str) -> pathlib.Path | None:

@@ -9,7 +9,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import findings
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Source
+from sit_jax.data.sources import Example, Source
 from sit_jax.errors import ImageDecodeError
 
 _SHOWN_PER_KIND = 10
@@ -71,27 +71,25 @@ def _check(split: str, source: Source, max_pixels: int, threads: int) -> CheckRe
     if isinstance(source, FolderSource):
         report.ignored = source.ignored
 
-    def look(index: int) -> tuple[str, int, list[str] | ImageDecodeError]:
+    def look(index: int) -> tuple[Example | None, list[str] | ImageDecodeError]:
+        example = None
         try:
             example = source[index]
+            return example, findings(example.image, example.name, max_pixels)
         except ImageDecodeError as error:
-            return "", -1, error
-        try:
-            return example.name, example.label, findings(example.image, example.name, max_pixels)
-        except ImageDecodeError as error:
-            return example.name, example.label, error
+            return example, error
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         # Submitted in batches: a million futures at once would take gigabytes.
         for start in range(0, len(source), 4096):
             looked = pool.map(look, range(start, min(start + 4096, len(source))))
             progress = tqdm(looked, desc=split, total=len(source), initial=start, unit="images", leave=False)
-            for name, label, found in progress:
-                if label >= 0:
-                    report.per_class[source.class_names[label]] += 1
+            for example, found in progress:
+                if example is not None and example.label >= 0:
+                    report.per_class[source.class_names[example.label]] += 1
                 if isinstance(found, ImageDecodeError):
                     report.broken.append(str(found))
-                    continue
-                for kind in found:
-                    report.unusual.setdefault(kind, []).append(name)
+                elif example is not None:
+                    for kind in found:
+                        report.unusual.setdefault(kind, []).append(example.name)
     return report
