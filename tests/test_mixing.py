@@ -170,8 +170,8 @@ def test_patch_labels_against_loops() -> None:
     values = rng.dirichlet([1, 1, 1], (3, 5, 5))[..., :2]
     crop = np.array([[0, 0, 1, 1], [0.1, 0.3, 0.7, 0.9], [0.5, 0.0, 1.0, 0.4]])
     flipped = np.array([False, True, True])
-    floats = (jnp.asarray(x, jnp.float32) for x in (values, crop))
-    mine = patch_labels(jnp.asarray(classes, jnp.int32), *floats, jnp.asarray(flipped), 4, 6)
+    probabilities, crops = jnp.asarray(values, jnp.float32), jnp.asarray(crop, jnp.float32)
+    mine = patch_labels(jnp.asarray(classes, jnp.int32), probabilities, crops, jnp.asarray(flipped), 4, 6)
     assert mine.shape == (3, 16, 6)
     for index, example in enumerate(zip(classes, values, crop, flipped, strict=True)):
         np.testing.assert_allclose(mine[index], reference_patch_labels(*example, 4, 6), atol=1e-5)
@@ -197,8 +197,10 @@ def test_prepared_batches_depend_on_seed_and_step_only() -> None:
 
 def test_mix_token_moves_patches_and_their_labels_together() -> None:
     size, side = 6, 4
-    shape = {"image_size": 32, "channels": 1, "num_classes": 10, "grid_size": 8}
-    spec = InputSpec(data=DataConfig(), mix=MixConfig(mix_token=1.0), label_smoothing=0.1, patch_labels=True, **shape)
+    spec = InputSpec(
+        data=DataConfig(), image_size=32, channels=1, num_classes=10, grid_size=8,
+        mix=MixConfig(mix_token=1.0), label_smoothing=0.1, patch_labels=True,
+    )  # fmt: skip
     maps = jnp.broadcast_to(jnp.arange(size)[:, None, None, None], (size, side, side, 1)).astype(jnp.int32)
     batch = {
         "image": jnp.zeros((size, 32, 32, 1), jnp.uint8),
