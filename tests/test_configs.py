@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sit_jax.cli.config_file import load_config
-from sit_jax.config import Config
+from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.training.step import abstract_state, make_train_spec, train_step
 
@@ -20,11 +20,8 @@ IMAGENET_TRAIN = 1_281_167
 def abstract_batch(config: Config) -> dict[str, Any]:
     arch, size = config.model.architecture, config.batch_size
     shape = (size, arch.image_size, arch.image_size, arch.in_channels)
-    arrays: dict[str, Any] = {
-        "image": (shape, jnp.uint8),
-        "label": ((size,), jnp.int32),
-        "skipped": ((size,), jnp.int32),
-    }
+    arrays: dict[str, Any] = {"image": (shape, jnp.uint8)}
+    arrays |= {"label": ((size,), jnp.int32), "skipped": ((size,), jnp.int32)}
     if config.loss.token_label > 0:
         maps = (size, 14, 14, 5)
         arrays |= {"map_classes": (maps, jnp.int32), "map_values": (maps, jnp.float32)}
@@ -84,7 +81,7 @@ def test_learning_rates_of_the_papers_recipe(size: str) -> None:
 
 def test_recipe_is_the_papers() -> None:
     config = load_config("configs/imagenet_sit_tiny.py")
-    expected = {
+    expected: JsonObject = {
         "optim": {"weight_decay": 0.05, "eps": 1e-8},
         "loss": {"token": 2.0, "logits": 2.0, "temperature": 1.0, "label_smoothing": 0.1},
         "mix": {"mixup": 0.8, "cutmix": 1.0, "switch": 0.5, "mode": "batch"},

@@ -1,5 +1,6 @@
 """Decoding: odd images come out right, broken ones never get in."""
 
+import contextlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -17,13 +18,18 @@ from sit_jax.errors import ImageDecodeError
 
 MAX = 1_000_000
 EXPECTED = np.asarray(PHOTO)
+GREY = np.asarray(PHOTO.convert("L"))
+
+
+def decode_rgb(encoded: bytes, name: str = "x", max_pixels: int = MAX) -> np.ndarray:
+    return decode(encoded, 3, name, max_pixels)
 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_images_are_named_in_one_line(name: str) -> None:
-    for read in (lambda: decode(BROKEN[name], 3, name, MAX), lambda: findings(BROKEN[name], name, MAX)):
+    for read in (decode_rgb, findings):
         with pytest.raises(ImageDecodeError) as caught:
-            read()
+            read(BROKEN[name], name, MAX)
         assert str(caught.value).startswith(f"{name}: ")
         assert len(str(caught.value).splitlines()) == 1
 
@@ -44,16 +50,16 @@ def test_odd_images_are_read(name: str, channels: int) -> None:
 
 
 def test_values_of_odd_images() -> None:
-    grey = np.asarray(PHOTO.convert("L"))[:, :, None]
+    grey = GREY[:, :, None]
     np.testing.assert_array_equal(decode(ODD["deep.png"][0], 1, max_pixels=MAX), grey)
-    np.testing.assert_array_equal(decode(ODD["deep.png"][0], 3, max_pixels=MAX), grey.repeat(3, axis=2))
-    np.testing.assert_array_equal(decode(ODD["alpha.png"][0], 3, max_pixels=MAX), EXPECTED)
+    np.testing.assert_array_equal(decode_rgb(ODD["deep.png"][0]), grey.repeat(3, axis=2))
+    np.testing.assert_array_equal(decode_rgb(ODD["alpha.png"][0]), EXPECTED)
     half = PHOTO.convert("RGBA")
     half.putalpha(Image.new("L", PHOTO.size, 0))
-    assert (decode(saved(half, "PNG"), 3, max_pixels=MAX) == 255).all()  # Nothing but the white ground.
-    np.testing.assert_array_equal(decode(ODD["animated.png"][0], 3, max_pixels=MAX), EXPECTED)
-    np.testing.assert_array_equal(decode(ODD["web.webp"][0], 3, max_pixels=MAX), EXPECTED)
-    assert decode(ODD["one_pixel.png"][0], 3, max_pixels=MAX).tolist() == [[[9, 8, 7]]]
+    assert (decode_rgb(saved(half, "PNG")) == 255).all()  # Nothing but the white ground.
+    np.testing.assert_array_equal(decode_rgb(ODD["animated.png"][0]), EXPECTED)
+    np.testing.assert_array_equal(decode_rgb(ODD["web.webp"][0]), EXPECTED)
+    assert decode_rgb(ODD["one_pixel.png"][0]).tolist() == [[[9, 8, 7]]]
 
 
 def _turned(kind: str, mode: str, orientation: int, where: str) -> bytes:
@@ -94,16 +100,13 @@ def test_orientation_is_what_check_says(kind: str, mode: str, where: str) -> Non
         with Image.open(io.BytesIO(encoded)) as image:
             upright = ImageOps.exif_transpose(image)
             expected = np.asarray(upright.convert("RGB"), np.int64)
-        pixels = decode(encoded, 3, max_pixels=MAX)
+        pixels = decode_rgb(encoded)
         assert pixels.shape == expected.shape
         assert pixels.flags.c_contiguous
         assert np.abs(pixels - expected).max() <= 6, orientation
         assert decode(encoded, 1, max_pixels=MAX).shape[:2] == expected.shape[:2]
         turned = any("upright" in line for line in findings(encoded, "", MAX))
         assert turned == (orientation > 1)
-
-
-GREY = np.asarray(PHOTO.convert("L"))
 
 
 def _png16(samples: np.ndarray, key: Sequence[int] = ()) -> bytes:
@@ -132,7 +135,7 @@ def test_bits_per_sample_are_the_files() -> None:
         (b"P5 90 60 65535\n" + deep.astype(">u2").tobytes(), GREY),
     ):
         wanted = expected if expected.ndim == 3 else expected[:, :, None].repeat(3, axis=2)
-        np.testing.assert_array_equal(decode(encoded, 3, max_pixels=MAX), wanted)
+        np.testing.assert_array_equal(decode_rgb(encoded), wanted)
         found = findings(encoded, "", MAX)
         assert any(line.startswith("16-bit") for line in found)
         assert any(line.startswith("grey") for line in found) == (expected.ndim == 2)
@@ -163,9 +166,9 @@ def _twelve_bit_tiff(samples: np.ndarray) -> bytes:
 def test_pixels_without_a_range_are_refused(kind: str, largest: int) -> None:
     # What is black and what is white is not in the file: 255 may be either, and a guess may differ between images.
     values = (GREY / 255.0 * min(largest, 32767 if kind == "int16" else largest)).astype(kind)
-    for read in (lambda: decode(_tiff(values), 3, "x.tif", MAX), lambda: findings(_tiff(values), "x.tif", MAX)):
+    for read in (decode_rgb, findings):
         with pytest.raises(ImageDecodeError, match=r"^x.tif: .*range"):
-            read()
+            read(_tiff(values), "x.tif", MAX)
 
 
 def test_transparent_colours_are_laid_on_white() -> None:
@@ -176,7 +179,7 @@ def test_transparent_colours_are_laid_on_white() -> None:
     rows = b"".join(b"\0" + bytes(row[::2] % 16 * 17) for row in flat.astype(np.uint8))
     four_bit = malformed.png((6, 4), 4, 0, rows, bytes([0, 5]))
     for encoded in (grey, colour, four_bit):
-        pixels = decode(encoded, 3, max_pixels=MAX)
+        pixels = decode_rgb(encoded)
         assert (pixels[1:3] == 255).all()
         assert (pixels[[0, 3]] < 255).all()
         assert any(line.startswith("transparent") for line in findings(encoded, "", MAX))
@@ -189,23 +192,20 @@ def test_size_limit() -> None:
 
 
 def test_random_damage_never_escapes() -> None:
-    # Every byte may be anything: either pixels of the size in the header come out, or a ImageDecodeError.
+    # Every byte may be anything: either pixels of the size in the header come out, or an ImageDecodeError.
     rng = np.random.default_rng(0)
     originals = [malformed.JPEG, malformed.PNG, malformed.GIF, malformed.TIFF, malformed.WEBP, malformed.BMP]
-    outcomes = {"read": 0, "refused": 0}
+    read = 0
     for _ in range(600):
         encoded = bytearray(originals[rng.integers(len(originals))])
         for _ in range(int(rng.integers(1, 20))):
             encoded[rng.integers(len(encoded))] = rng.integers(256)
         damaged = bytes(encoded[: rng.integers(1, len(encoded) + 1)] if rng.random() < 0.3 else encoded)
-        try:
-            pixels = decode(damaged, 3, "damaged", MAX)
-            assert pixels.ndim == 3
+        with contextlib.suppress(ImageDecodeError):
+            assert decode_rgb(damaged).ndim == 3
             findings(damaged, "damaged", MAX)
-            outcomes["read"] += 1
-        except ImageDecodeError:
-            outcomes["refused"] += 1
-    assert min(outcomes.values()) > 50
+            read += 1
+    assert 50 < read < 550
 
 
 def test_fast_and_slow_jpeg_paths_agree() -> None:
