@@ -95,7 +95,7 @@ def test_other_classes_are_refused_with_the_differences(
     assert all(name in error.partition("differ: ")[2] for name in differences)
 
 
-def test_several_right_classes_are_renumbered(tmp_path: pathlib.Path) -> None:
+def test_several_correct_classes_are_renumbered(tmp_path: pathlib.Path) -> None:
     source = open_source(
         DataConfig(name="folder", data_dir=str(write_images(tmp_path, NAMES)), eval_split="val"), "train"
     )
@@ -121,9 +121,8 @@ def config(folder: pathlib.Path, **changes: Any) -> Config:
     """A model that is trained for an epoch on a flat folder, of which it holds out 40%."""
     data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", val_fraction=0.4, on_decode_error="skip")
     model = ModelConfig(architecture=tiny.plain(num_classes=3))
-    fields: dict[str, Any] = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3)}
-    fields |= {"model": model, "loss": LossConfig(), "teacher": None, "data": data}
-    return tiny.config(**{**fields, **changes})
+    fields = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3), "data": data}
+    return tiny.config(**{**fields, "model": model, "loss": LossConfig(), "teacher": None, **changes})
 
 
 @pytest.fixture(scope="module")
