@@ -4,8 +4,8 @@ import io
 import struct
 import zlib
 
+import images
 import numpy as np
-import pictures
 import skimage.data
 from PIL import Image, PngImagePlugin
 
@@ -48,7 +48,7 @@ def _huge_jpeg(width: int, height: int) -> bytes:
     return bytes(jpeg)
 
 
-JPEG = pictures.jpeg(np.asarray(PHOTO))
+JPEG = images.jpeg(np.asarray(PHOTO))
 PNG = saved(PHOTO, "PNG")
 GIF = saved(PHOTO.convert("P"), "GIF")
 BMP = saved(PHOTO, "BMP")
