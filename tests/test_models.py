@@ -97,7 +97,7 @@ def test_regnet_has_torchvisions_parameter_count() -> None:
 def test_outputs() -> None:
     model = build_model(TINY)
     variables = model.init(jax.random.key(0), IMAGES)
-    logits, outputs = model.apply(variables, IMAGES)
+    logits, outputs = model.bind(variables)(IMAGES)
     assert logits.shape == (4, 5)
     assert [x.shape for x in outputs.tokens] == [(4, 8, 16)] * 4
     assert [x.shape for x in outputs.assignments] == [(4, 16, 8)]
@@ -113,9 +113,9 @@ def test_outputs() -> None:
 def test_slimmed_tokens_are_the_assignments_mixture() -> None:
     model = build_model(TINY)
     variables = model.init(jax.random.key(0), IMAGES)
-    _, outputs = model.apply(variables, IMAGES)
+    _, outputs = model.bind(variables)(IMAGES)
     teacher_variables = {"params": {k: v for k, v in variables["params"].items() if "slimming" not in k}}
-    _, full = build_model(TINY.without_slimming()).apply(teacher_variables, IMAGES)
+    _, full = build_model(TINY.without_slimming()).bind(teacher_variables)(IMAGES)
     expected = np.einsum("bnk,bnc->bkc", outputs.assignments[0], full.tokens[0])
     np.testing.assert_allclose(outputs.tokens[0], expected, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_options_do_not_change_the_result(option: dict[str, Any]) -> None:
     plain, other = build_model(arch, drop_path=0.3), build_model(arch, drop_path=0.3, **option)
     variables = plain.init(jax.random.key(0), IMAGES)
     reverse = build_reverse(arch)
-    outputs = plain.apply(variables, IMAGES)[1]
+    outputs = plain.bind(variables)(IMAGES)[1]
     reverse_params = reverse.init(jax.random.key(1), outputs.tokens)
     targets = [jnp.sin(7.0 * jnp.arange(4 * 16).reshape(1, 4, 16) + index) for index in range(4)]
     targets = [jnp.broadcast_to(target, (IMAGES.shape[0], 4, 16)) for target in targets]
@@ -158,7 +158,7 @@ def test_bfloat16_products_float32_logits() -> None:
     model, half = build_model(TINY), build_model(TINY, dtype="bfloat16")
     variables = model.init(jax.random.key(0), IMAGES)
     exact, _ = model.apply(variables, IMAGES)
-    logits, outputs = half.apply(variables, IMAGES)
+    logits, outputs = half.bind(variables)(IMAGES)
     assert logits.dtype == jnp.float32
     assert outputs.tokens[0].dtype == jnp.bfloat16
     assert outputs.assignments[0].dtype == jnp.float32
@@ -244,8 +244,8 @@ def test_mix_token_is_cutmix_on_the_patch_grid() -> None:
     variables = model.init(jax.random.key(0), jnp.asarray(images))
     pixels = mask.reshape(4, 4, 4).repeat(8, axis=1).repeat(8, axis=2)[..., None]
     moved = np.where(pixels, images[::-1], images)
-    mine, outputs = model.apply(variables, jnp.asarray(images), token_mix=jnp.asarray(mask))
-    theirs, expected = model.apply(variables, jnp.asarray(moved))
+    mine, outputs = model.bind(variables)(jnp.asarray(images), token_mix=jnp.asarray(mask))
+    theirs, expected = model.bind(variables)(jnp.asarray(moved))
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(outputs.tokens[0], expected.tokens[0], rtol=1e-5, atol=1e-5)
     plain, _ = model.apply(variables, jnp.asarray(images))
@@ -256,7 +256,7 @@ def test_patch_logits_against_numpy() -> None:
     model = build_model(tiny.plain(aux_head=True))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
     variables = model.init(jax.random.key(1), images)
-    _, outputs = model.apply(variables, images)
+    _, outputs = model.bind(variables)(images)
     params = jax.tree.map(np.asarray, variables["params"])
     tokens = np.asarray(outputs.tokens[-1], np.float64)
     centred = tokens - tokens.mean(axis=-1, keepdims=True)
@@ -265,13 +265,13 @@ def test_patch_logits_against_numpy() -> None:
     expected = normed @ params["aux_head"]["kernel"] + params["aux_head"]["bias"]
     np.testing.assert_allclose(outputs.patch_logits, expected, rtol=1e-4, atol=1e-5)
     slimmed = build_model(dataclasses.replace(tiny.STUDENT, aux_head=True))
-    assert slimmed.apply(slimmed.init(jax.random.key(1), images), images)[1].patch_logits is None
+    assert slimmed.bind(slimmed.init(jax.random.key(1), images))(images)[1].patch_logits is None
 
 
 def test_convolutional_patch_logits_average_to_the_logits() -> None:
     model = build_model(tiny.CNN)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
-    logits, outputs = model.apply(model.init(jax.random.key(1), images), images)
+    logits, outputs = model.bind(model.init(jax.random.key(1), images))(images)
     assert outputs.patch_logits.shape == (2, 16, 10)
     np.testing.assert_allclose(outputs.patch_logits.mean(axis=1), logits, rtol=1e-4, atol=1e-5)
     assert float(outputs.patch_logits.std(axis=1).max()) > 1e-4

@@ -134,7 +134,7 @@ def test_cnn_teacher_trains_the_distillation_token() -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     task = make_train_spec(config, steps_per_epoch=10)
     images = jnp.zeros((1, 32, 32, 1))
-    teachers = {
+    teachers: dict[str, Any] = {
         "teacher": teacher_variables(mesh),
         "cnn_teacher": build_model(tiny.CNN).init(jax.random.key(3), images),
     }

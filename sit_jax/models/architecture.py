@@ -192,8 +192,9 @@ class Architecture:
 
     def without_slimming(self) -> "Architecture":
         """Returns the teacher's architecture: the same without slimming modules and without distillation token."""
-        plain: dict[str, Any] = {"stage_blocks": (), "keep_ratio": None, "kept_tokens": (), "reducer": "slim"}
-        return dataclasses.replace(self, **plain, distillation_token=False)
+        return dataclasses.replace(
+            self, stage_blocks=(), keep_ratio=None, kept_tokens=(), reducer="slim", distillation_token=False
+        )
 
 
 def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Architecture:

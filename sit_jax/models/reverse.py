@@ -1,16 +1,17 @@
 """Reverse token slimming (RTSM), used only in training: section 3.2 of the paper."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import Mlp, layer_norm
 from sit_jax.models.reducers.slim import SLIMMING_NORM_EPS
+from sit_jax.models.trees import Params
 from sit_jax.ops.eager_grad import with_eager_grad
 
 Error = Callable[[Array, Array], Array]
@@ -25,7 +26,7 @@ class ReverseTokenSlimming(nn.Module):
     """
 
     num_tokens: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch kept dim"]) -> Float[Array, "batch tokens dim"]:
@@ -48,7 +49,7 @@ class ReverseSlimming(nn.Module):
     """
 
     arch: Architecture
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -71,14 +72,13 @@ class ReverseSlimming(nn.Module):
         first = self.arch.first_reversed_block
         module = ReverseTokenSlimming(self.arch.num_patches, self.dtype, parent=None)
 
-        def recovery_error(params: Any, x: Array, target: Array) -> Array:
-            recovered: Any = module.apply({"params": params}, x)
-            return error(recovered, jax.lax.stop_gradient(target))
+        def recovery_error(params: Params, x: Array, target: Array) -> Array:
+            return error(module.bind({"params": params})(x), jax.lax.stop_gradient(target))
 
         # This frees a block's recovered tokens before the next block's are computed.
         recovery_error = with_eager_grad(recovery_error)
         found = [error(mine, theirs) for mine, theirs in zip(tokens[:first], targets, strict=False)]
         for block in range(first, self.arch.depth):
-            params: Any = self.get_variable("params", f"blocks_{block}")
+            params: Params = self.get_variable("params", f"blocks_{block}")
             found.append(recovery_error(params, tokens[block], targets[block]))
         return found

@@ -1,15 +1,16 @@
 """Stems, which map an image to patch tokens, and their BatchNorm."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import gelu
+from sit_jax.models.trees import Params
 
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -25,7 +26,7 @@ class BatchNorm(nn.Module):
         epsilon: Added to the variance.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     momentum: float = 0.9
     epsilon: float = 1e-5
 
@@ -69,7 +70,7 @@ class Stem(nn.Module):
     """
 
     arch: Architecture
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     batch_norm: bool = True
 
     @nn.compact
@@ -90,12 +91,10 @@ class Stem(nn.Module):
         return conv(self.arch.dim, (side, side), side, "VALID", name="proj")(x) if side else x
 
 
-def fold_batch_norm(params: dict[str, Any], batch_stats: dict[str, Any]) -> dict[str, Any]:
+def fold_batch_norm(params: Params, batch_stats: Params) -> Params:
     """Returns the parameters of an equivalent ViT without BatchNorm, for evaluation.
 
-    Args:
-        params: Parameters of the model.
-        batch_stats: Its running statistics.
+    The parameters are returned unchanged if `batch_stats` is empty.
     """
     if not batch_stats:
         return params

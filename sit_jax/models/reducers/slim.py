@@ -1,10 +1,11 @@
 """Token slimming (TSM), the paper's reducer: section 3.1."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sit_jax.models.layers import Dense, gelu, layer_norm
 from sit_jax.models.reducers.base import Cues, Place, Reduced, merge, register_reducer
@@ -26,7 +27,7 @@ class TokenSlimming(nn.Module):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = "behind_block"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, cues: Cues, kept: int) -> Reduced:
