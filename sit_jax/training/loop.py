@@ -339,7 +339,7 @@ def evaluate_variables(
     source = match_classes(open_source(config.data, config.data.eval_split), class_names, what)
     check_classes(config.inputs, source)
     model = build_model(config.model.architecture, dtype=config.model.dtype)
-    variables = sharding.place(variables, sharding.state_shardings(mesh, variables))
+    variables = sharding.place(mesh, variables)
     result = evaluate(make_eval_step(model, config.data), variables, eval_batches(config.inputs, source), mesh, what)
     if distributed.is_process_0():
         warn_of_missing(result, len(source))
@@ -376,7 +376,7 @@ def _teacher_variables(
         shared = Extensions(source=extensions.source)
         run(config.teacher_run(teacher), folder, resume=True, label=name, extensions=shared)
         _, variables = trained_variables(folder)
-    return sharding.place(variables, sharding.state_shardings(mesh, variables))
+    return sharding.place(mesh, variables)
 
 
 def _print_overview(label: str, state: TrainState) -> None:
