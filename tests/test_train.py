@@ -271,7 +271,7 @@ def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> Non
         teacher=TeacherConfig(model=ModelConfig(architecture=teacher)),
     )
     task = make_train_spec(config, steps_per_epoch=10)
-    teachers = {"teacher": build_model(teacher).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))}
+    teachers: dict[str, Any] = {"teacher": build_model(teacher).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))}
     params = init_state(task, sharding.make_mesh(devices=jax.devices()[:1])).params
     batch = {**tiny.batch(4), "label": jax.nn.one_hot(tiny.batch(4)["label"], 10)}
 
