@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from sit_jax.data.registry import open_source
 from sit_jax.errors import PartialFailureError, UserError
 from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
+from sit_jax.models.trees import Variables
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
@@ -51,7 +52,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     top = min(top, arch.num_classes)
     writer = LabelMapWriter(output, len(source), grid, top, arch.num_classes)
     labelled = 0
-    with tqdm(total=len(source), unit="pictures") as progress:
+    with tqdm(total=len(source), unit="images") as progress:
         for number, batch in enumerate(batches):
             values, classes = jax.lax.top_k(forward(jnp.asarray(batch["image"])), top)
             start, count = number * size, min(size, len(source) - number * size)
@@ -66,23 +67,23 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     if labelled < len(source):
         skipped = len(source) - labelled
         raise PartialFailureError(
-            f"{skipped} of {len(source)} pictures could not be read and have no labels in {output}; the others have. "
+            f"{skipped} of {len(source)} images could not be read and have no labels in {output}; the others have. "
             "sit data check lists them"
         )
     return labelled
 
 
-def _dense_forward(config: Config, variables: dict[str, Any]) -> tuple[Any, int]:
+def _dense_forward(config: Config, variables: Variables) -> tuple[Callable[[jax.Array], jax.Array], int]:
     """Returns the jitted map from uint8 images to probabilities (batch, positions, classes), and the grid size."""
     arch = config.model.architecture
     model = build_model(arch, dtype=config.model.dtype)
-    forward = jax.jit(lambda images: _patch_probabilities(model, variables, normalize(images, config.data)))
+
+    def probabilities(images: jax.Array) -> jax.Array:
+        _, outputs = model.bind(variables)(normalize(images, config.data))
+        return jax.nn.softmax(outputs.patch_logits)
+
     shape = (1, arch.image_size, arch.image_size, arch.in_channels)
     result = jax.eval_shape(lambda x: model.apply(variables, x)[1], jax.ShapeDtypeStruct(shape, jnp.float32))
     if result.patch_logits is None:
-        raise UserError("--workdir: its model labels no single places; use one with model.aux_head=True, or a RegNet")
-    return forward, round(result.patch_logits.shape[1] ** 0.5)
-
-
-def _patch_probabilities(model: Any, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-    return jax.nn.softmax(model.apply(variables, images)[1].patch_logits)
+        raise UserError("--workdir: its model has no logits per patch; use one with model.aux_head=True, or a RegNet")
+    return jax.jit(probabilities), round(result.patch_logits.shape[1] ** 0.5)

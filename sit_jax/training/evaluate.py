@@ -1,10 +1,11 @@
 """Evaluation on exactly the whole split, on any mesh."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from sit_jax.data.classes import match_classes
 from sit_jax.data.config import DataConfig, InputSpec
@@ -12,16 +13,17 @@ from sit_jax.data.pipeline import HostBatch, Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.io.predictor import Predictor
+from sit_jax.models.trees import Variables
 from sit_jax.parallel import sharding
 from sit_jax.training.metrics import EvalMetrics, eval_metrics, warn_of_missing
 
-EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
+EvalStep = Callable[[Variables, PyTree[jax.Array], EvalMetrics], EvalMetrics]
 
 
-def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
+def make_eval_step(model: nn.Module, data: DataConfig) -> EvalStep:
     """Returns the jitted step `(variables, batch, metrics so far) -> metrics`; `batch` is one of `eval_batches`."""
 
-    def eval_step(variables: dict[str, Any], batch: Any, metrics: EvalMetrics) -> EvalMetrics:
+    def eval_step(variables: Variables, batch: PyTree[jax.Array], metrics: EvalMetrics) -> EvalMetrics:
         logits, _ = model.apply(variables, normalize(batch["image"], data))
         return metrics.merge(eval_metrics(logits, batch["label"], batch["mask"]))
 
@@ -29,7 +31,7 @@ def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
 
 
 def evaluate(
-    step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
+    step: EvalStep, variables: Variables, batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
 ) -> dict[str, float]:
     """Returns loss, top-1 and top-5 (fractions of 1) and the number of examples of a model over all batches.
 
@@ -38,11 +40,7 @@ def evaluate(
         variables: Variables of the model.
         batches: See `eval_batches`.
         mesh: The mesh of the computation.
-        what: Name of what is evaluated, for messages.
-
-    Raises:
-        RunError: The number of examples is 0.
-        NotFiniteError: The loss is not finite.
+        what: Name of what is evaluated, for the messages of `EvalMetrics.result`.
     """
     metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
     for batch in batches:
@@ -55,11 +53,7 @@ def evaluate_predictor(
 ) -> dict[str, float]:
     """Evaluates a predictor on the whole evaluation split: loss, top-1, top-5 (fractions of 1), number of examples.
 
-    Args:
-        predictor: The model.
-        data: The data set.
-        batch_size: Number of images per batch.
-        match_names: Match classes by name if both sides have names; otherwise by index.
+    Classes are matched by name if `match_names` is set and both sides have names, otherwise by index.
 
     Raises:
         UserError: The data cannot be read, or has different classes from the model.

@@ -3,7 +3,6 @@
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -20,10 +19,12 @@ from sit_jax.io.run_weights import is_run
 from sit_jax.io.runs import read_config, trained_variables
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.trees import Params, Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.state import TrainState
-from sit_jax.training.step import TrainSpec, abstract_state, init_state
+from sit_jax.training.step import Teachers, TrainSpec, abstract_state, init_state
 
 _NO_PATH = ("teacher", "random")
 
@@ -32,7 +33,7 @@ def initial_state(
     spec: TrainSpec,
     checkpoints: Checkpoints,
     mesh: Mesh,
-    teachers: dict[str, Any],
+    teachers: Teachers,
     class_names: Sequence[str] | None = None,
 ) -> TrainState:
     """Returns the state that a run starts or resumes with, from the first source that applies:
@@ -50,7 +51,7 @@ def initial_state(
         spec: The functions of the run.
         checkpoints: The checkpoints of the run.
         mesh: The mesh of the state, which may differ from the mesh of the checkpoint.
-        teachers: Variables of the teachers by the name of their section.
+        teachers: Variables of the teachers.
         class_names: Class names of the data, by index: heads of the weights that `init` names are reordered to match,
             and heads for other classes are new. None matches classes by index.
 
@@ -60,7 +61,7 @@ def initial_state(
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
     config = spec.config
-    variables: dict[str, Any] | None = None
+    variables: Variables | None = None
     if config.init == "teacher":
         _check_start_from_teacher(config)
         variables = teachers.get("teacher")
@@ -77,7 +78,7 @@ def _check_start_from_teacher(config: Config) -> None:
         check_start(config.teacher.model.architecture, config.model.architecture, "the teacher")
 
 
-def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
+def _log_drawn(params: Params, given: Params) -> None:
     """Lists the parameters that the initial weights lack, and the weights that the model does not use."""
     drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
     drawn += ["reverse modules"] if "reverse" in params else []
@@ -89,7 +90,7 @@ def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
 
 def _initial(
     path: pathlib.Path, config: Config, class_names: Sequence[str] | None, log: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Variables:
     arch = config.model.architecture
     if (path / FOLDER).is_dir():
         check_start(read_config(path).model.architecture, arch, str(path))
@@ -100,7 +101,7 @@ def _initial(
         variables = {"params": weights.params, "batch_stats": weights.batch_stats}
         names, count = weights.metadata.get("class_names"), arch.num_classes
     else:
-        raise ConfigError("init", f"{path} is no run; other models than transformers start from runs alone")
+        raise ConfigError("init", f"{path} is not a run; other models than transformers start only from runs")
     try:
         if count != arch.num_classes:
             raise UserError(f"{path} has {count} classes and not {arch.num_classes}")
@@ -121,12 +122,12 @@ def is_own_run(path: str) -> bool:
     return is_run(pathlib.Path(path))
 
 
-def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> Variables:
     """Returns the variables of a trained teacher: those of a run, or any weights that `sit convert` reads.
 
     Args:
-        teacher: The teacher's section of the configuration.
-        name: Name of that section, for messages.
+        teacher: The section `name` of the configuration.
+        name: `teacher` or `cnn_teacher`.
         class_names: Class names of the data, by index: the teacher's heads are reordered to match. None matches by
             index.
 
@@ -145,7 +146,7 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
         variables = {"params": weights.params, "batch_stats": weights.batch_stats}
         names = weights.metadata.get("class_names")
     else:
-        raise ConfigError(f"{name}.run", f"{teacher.run} is no run; other teachers than transformers must be runs")
+        raise ConfigError(f"{name}.run", f"{teacher.run} is not a run; other teachers than transformers must be runs")
     return reorder_heads(variables, _teacher_order(teacher, name, names, class_names), HEADS)
 
 
@@ -161,7 +162,7 @@ def _teacher_order(
         raise ConfigError(f"{name}.run", f"{problem}; {advice}") from None
 
 
-def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
+def _check_teacher(theirs: Architecture | RegNetArchitecture, teacher: TeacherConfig, name: str) -> None:
     problem = differences(theirs, teacher.model.architecture)
     if problem:
         raise ConfigError(
