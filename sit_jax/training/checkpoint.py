@@ -117,11 +117,12 @@ class Checkpoints:
     def _why_not(self, step: int, model: PyTree, error: Exception) -> str:
         """Returns why a checkpoint cannot be restored: it is of another model, or it is damaged."""
         where = f"checkpoint {step} in {self._checkpointer.directory}"
-        there, mine = (
-            sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
-            for tree in (self._items(step).get("model"), model)
-        )
-        if there and there != mine:
+
+        def shapes(tree: PyTree) -> list[tuple[int, ...]]:
+            return sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+        there = shapes(self._items(step).get("model"))
+        if there and there != shapes(model):
             return f"{where} is of another model: {one_line(error)}"
         return f"{where} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
 

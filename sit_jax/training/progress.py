@@ -1,5 +1,6 @@
 """Progress of a training: a progress bar on a terminal, otherwise an occasional line."""
 
+import contextlib
 import os
 import sys
 
@@ -17,7 +18,8 @@ class Progress:
         self._skipped, self._compiled = 0, False
         self._terminal = sys.stderr.isatty()
         # A log would keep every state of a bar that is redrawn: `update` prints some of them, each on its own line.
-        self._file = sys.stderr if self._terminal else open(os.devnull, "w")
+        self._files = contextlib.ExitStack()
+        file = sys.stderr if self._terminal else self._files.enter_context(open(os.devnull, "w"))
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -25,7 +27,7 @@ class Progress:
             unit="step",
             disable=quiet,
             dynamic_ncols=True,
-            file=self._file,
+            file=file,
             mininterval=0.1 if self._terminal else _SECONDS_BETWEEN_LINES,
             bar_format=None if self._terminal else "{desc}: step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
         )
@@ -35,8 +37,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        if not self._terminal:
-            self._file.close()
+        self._files.close()
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows a step's metrics."""
@@ -46,7 +47,7 @@ class Progress:
             # The first step compiles; including it would distort the rate for minutes.
             self._compiled, self._bar.initial = True, step
             self._bar.unpause()
-        shown = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
+        shown: dict[str, str] = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
         self._skipped += int(values.get("skipped", 0))
         if self._skipped:
             shown["skipped images"] = str(self._skipped)
