@@ -19,7 +19,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         # A log would keep every state of a bar that is redrawn: `update` prints some of them, each on its own line.
         self._files = contextlib.ExitStack()
-        file = sys.stderr if self._terminal else self._files.enter_context(open(os.devnull, "w"))
+        nowhere = self._files.enter_context(open(os.devnull, "w"))
         self._bar = tqdm(
             total=total,
             initial=start,
@@ -27,7 +27,7 @@ class Progress:
             unit="step",
             disable=quiet,
             dynamic_ncols=True,
-            file=file,
+            file=sys.stderr if self._terminal else nowhere,
             mininterval=0.1 if self._terminal else _SECONDS_BETWEEN_LINES,
             bar_format=None if self._terminal else "{desc}: step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
         )
