@@ -8,7 +8,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from sit_jax import __version__
-from sit_jax.config import Config, DataConfig, TeacherConfig
+from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.config.config_dict import to_dict
 from sit_jax.data.classes import match_classes
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
@@ -27,6 +27,7 @@ from sit_jax.io import runs
 from sit_jax.io.preprocessing import run_class_names
 from sit_jax.io.runs import trained_variables
 from sit_jax.models import build_model
+from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
 from sit_jax.training.evaluate import evaluate, make_eval_step
@@ -36,6 +37,8 @@ from sit_jax.training.progress import Progress
 from sit_jax.training.state import TrainState, has_finite_weights
 from sit_jax.training.step import (
     Loss,
+    Metrics,
+    Teachers,
     TrainSpec,
     abstract_state,
     abstract_teachers,
@@ -102,35 +105,32 @@ def run(
         RunError: The folder is in use, a checkpoint is of another model, or the loss is not finite.
     """
     with distributed.PreemptionMonitor():
-        return _run(config, folder, resume, label, extensions)
-
-
-def _run(config: Config, folder: pathlib.Path, resume: bool, label: str, extensions: Extensions) -> dict[str, float]:
-    config = resolve_num_classes(config, extensions)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_mesh(mesh, config)
-    # Errors in the inputs are raised before the run directory is claimed.
-    data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
-    eval_source = extensions.open(config.data, config.data.eval_split)
-    check_classes(config.inputs, eval_source)
-    class_names = data.source.class_names
-    check_origins(config, folder, class_names)
-    spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
-    distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
-    distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
-    teachers = {
-        name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names, extensions)
-        for name, teacher in config.teachers.items()
-    }
-    with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-        state = initial_state(spec, checkpoints, mesh, teachers, class_names)
-        evaluator = _make_evaluator(spec, eval_source, mesh)
-        if checkpoints.latest_step is None and distributed.is_process_0():
-            _print_overview(label, state)
-        teachers = freeze_teachers(spec, teachers)
-        return train_loop(
-            spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
-        )
+        config = resolve_num_classes(config, extensions)
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_mesh(mesh, config)
+        # Errors in the inputs are raised before the run directory is claimed.
+        data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
+        eval_source = extensions.open(config.data, config.data.eval_split)
+        check_classes(config.inputs, eval_source)
+        class_names = data.source.class_names
+        check_origins(config, folder, class_names)
+        spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
+        distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
+        distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
+        teachers = {
+            name: sharding.place(mesh, _teacher_variables(config, name, folder, class_names, extensions))
+            for name in config.teachers
+        }
+        with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
+            state = initial_state(spec, checkpoints, mesh, teachers, class_names)
+            evaluator = _make_evaluator(spec, eval_source, mesh)
+            if checkpoints.latest_step is None and distributed.is_process_0():
+                overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
+                print(f"{label}: parameters\n{overview}", file=sys.stderr)
+            teachers = freeze_teachers(spec, teachers)
+            return train_loop(
+                spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
+            )
 
 
 def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Config:
@@ -146,11 +146,7 @@ def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Confi
 
 
 def print_sharding(config: Config, quiet: bool = False) -> None:
-    """Prints the sharding of every array of a run's training state and of its teachers.
-
-    Args:
-        config: The run's configuration.
-        quiet: Only validate; another process prints.
+    """Prints the sharding of every array of a run's training state and of its teachers; only validates if `quiet`.
 
     Raises:
         UserError: The data cannot be opened.
@@ -181,7 +177,7 @@ def print_sharding(config: Config, quiet: bool = False) -> None:
 def train_loop(
     spec: TrainSpec,
     state: TrainState,
-    teachers: dict[str, Any],
+    teachers: Teachers,
     data: TrainData,
     mesh: Mesh,
     checkpoints: Checkpoints,
@@ -213,7 +209,11 @@ def train_loop(
     ):
         if stop.requested and start < total:
             raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
-        pending: tuple[int, Any] | None = None
+        pending: tuple[int, Metrics] | None = None
+
+        def report(step: int, kind: str, values: dict[str, float]) -> None:
+            for callback in (writer.write, *callbacks):
+                callback(step, kind, values)
 
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
@@ -229,7 +229,7 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                _report((writer.write, *callbacks), step, "train", _means(window))
+                report(step, "train", {name: sum(x[name] for x in window) / len(window) for name in values})
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -245,7 +245,7 @@ def train_loop(
                     scores = evaluation = evaluator(state)
                 except NotFiniteError as error:
                     raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
-                _report((writer.write, *callbacks), step, "eval", evaluation)
+                report(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
@@ -260,37 +260,23 @@ def train_loop(
     return evaluation or evaluator(state)
 
 
-def _means(window: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(values[name] for values in window) / len(window) for name in window[-1]}
-
-
-def _report(callbacks: Sequence[Callback], step: int, kind: str, metrics: dict[str, float]) -> None:
-    for callback in callbacks:
-        callback(step, kind, metrics)
-
-
 def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
-    there = (
-        f"The last good checkpoint is of step {last_good}" if last_good is not None else "There is no good checkpoint"
-    )
+    there = "There is no good checkpoint" if last_good is None else f"The last good checkpoint is of step {last_good}"
     return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
 
 
-def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
+def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonObject:
     """Returns a checkpoint's metadata. It includes the position in the data, a function of the step."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "config": to_dict(config),
         "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {"sit_jax": __version__, "python": platform.python_version(), **_package_versions()},
+        "versions": {"sit_jax": __version__, "python": platform.python_version(), **versions},
     }
-
-
-def _package_versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def evaluate_run(
@@ -300,11 +286,11 @@ def evaluate_run(
     data: DataConfig | None = None,
     match_names: bool = True,
 ) -> dict[str, float]:
-    """Evaluates a run's checkpoint on its evaluation split, or on that of other data; see `trained_variables`.
+    """Evaluates a run's checkpoint on its evaluation split, or on that of other data.
 
     Args:
         folder: The run directory.
-        ema: Evaluate the moving average instead of the weights.
+        ema: Evaluate the moving average instead of the weights; see `trained_variables`.
         step: Step of the checkpoint; the newest if None.
         data: The data set; that of the run if None.
         match_names: Match classes by name if both sides have names; otherwise by index.
@@ -319,15 +305,11 @@ def evaluate_run(
 
 
 def evaluate_variables(
-    config: Config, variables: dict[str, Any], what: str, class_names: Sequence[str] | None = None
+    config: Config, variables: Variables, what: str, class_names: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Evaluates a model's variables on the evaluation split of a configuration.
+    """Evaluates a model's variables, called `what` in messages, on the evaluation split of a configuration.
 
-    Args:
-        config: The configuration.
-        variables: The model's variables.
-        what: Name of what is evaluated, for messages.
-        class_names: Class names of the model, by index; None matches classes by index.
+    `class_names` are those of the model, by index; None matches classes by index.
 
     Raises:
         RunError: No image of the split can be read, or the loss is not finite.
@@ -361,24 +343,12 @@ def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
 
 
 def _teacher_variables(
-    config: Config,
-    teacher: TeacherConfig,
-    folder: pathlib.Path,
-    mesh: Mesh,
-    name: str,
-    class_names: Sequence[str],
-    extensions: Extensions,
-) -> Any:
-    """Returns a teacher's frozen variables, replicated on all devices; trains it first if no run is given."""
+    config: Config, name: str, folder: pathlib.Path, class_names: Sequence[str], extensions: Extensions
+) -> Variables:
+    """Returns the variables of the teacher in section `name`; trains it in `folder/name` if no run is given."""
+    teacher = config.teachers[name]
     if teacher.run:
-        variables = given_teacher(teacher, name, class_names)
-    else:
-        shared = Extensions(source=extensions.source)
-        run(config.teacher_run(teacher), folder, resume=True, label=name, extensions=shared)
-        _, variables = trained_variables(folder)
-    return sharding.place(mesh, variables)
-
-
-def _print_overview(label: str, state: TrainState) -> None:
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
-    print(f"{label}: parameters\n{overview}", file=sys.stderr)
+        return given_teacher(teacher, name, class_names)
+    shared = Extensions(source=extensions.source)
+    run(config.teacher_run(teacher), folder / name, resume=True, label=name, extensions=shared)
+    return trained_variables(folder / name)[1]

@@ -1,12 +1,18 @@
 """Progress of a training: a progress bar on a terminal, otherwise an occasional line."""
 
-import contextlib
-import os
 import sys
 
 from tqdm import tqdm
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Lines(tqdm):
+    """Prints lines instead of redrawing a bar, since a log would keep each of its states."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:  # An empty message clears the bar.
+            print(self, file=self.fp, flush=True)
 
 
 class Progress:
@@ -16,28 +22,18 @@ class Progress:
         """Starts at step `start` of `total`; shows nothing if `quiet`."""
         self._label, self._batch_size = label, batch_size
         self._skipped, self._compiled = 0, False
-        self._terminal = sys.stderr.isatty()
-        # A log would keep every state of a bar that is redrawn: `update` prints some of them, each on its own line.
-        self._files = contextlib.ExitStack()
-        nowhere = self._files.enter_context(open(os.devnull, "w"))
-        self._bar = tqdm(
-            total=total,
-            initial=start,
-            desc=label,
-            unit="step",
-            disable=quiet,
-            dynamic_ncols=True,
-            file=sys.stderr if self._terminal else nowhere,
-            mininterval=0.1 if self._terminal else _SECONDS_BETWEEN_LINES,
-            bar_format=None if self._terminal else "{desc}: step {n_fmt}/{total_fmt}{postfix}, {remaining} left",
-        )
+        steps = {"desc": label, "total": total, "initial": start, "unit": "step", "disable": quiet}
+        if sys.stderr.isatty():
+            self._bar = tqdm(**steps, dynamic_ncols=True)
+        else:
+            line = "{desc}: step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+            self._bar = _Lines(**steps, leave=False, mininterval=_SECONDS_BETWEEN_LINES, bar_format=line)
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-        self._files.close()
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Shows a step's metrics."""
@@ -55,9 +51,8 @@ class Progress:
             rate = (step - self._bar.initial) / self._bar.format_dict["elapsed"]
             shown["images/s"] = f"{rate * self._batch_size:.0f}"
         self._bar.set_postfix(shown, refresh=False)
-        is_due = self._bar.update(step - self._bar.n)
-        if not self._terminal and (is_due or step == self._bar.total):
-            print(self._bar, file=sys.stderr, flush=True)
+        if not self._bar.update(step - self._bar.n) and step == self._bar.total:
+            self._bar.refresh()
 
     def note(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
