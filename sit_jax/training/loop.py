@@ -211,10 +211,6 @@ def train_loop(
             raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
         pending: tuple[int, Metrics] | None = None
 
-        def report(step: int, kind: str, values: dict[str, float]) -> None:
-            for callback in (writer.write, *callbacks):
-                callback(step, kind, values)
-
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
             nonlocal pending
@@ -229,7 +225,8 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                report(step, "train", {name: sum(x[name] for x in window) / len(window) for name in values})
+                means = {name: sum(x[name] for x in window) / len(window) for name in values}
+                _report((writer.write, *callbacks), step, "train", means)
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -245,19 +242,23 @@ def train_loop(
                     scores = evaluation = evaluator(state)
                 except NotFiniteError as error:
                     raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
-                report(step, "eval", evaluation)
+                _report((writer.write, *callbacks), step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
                 resolve()
                 if not has_finite_weights(state):
-                    problem = f"step {step}: weights are not finite after it"
-                    raise _not_finite(problem, checkpoints.last_before(step), folder)
+                    raise _not_finite(f"step {step}: its weights are not finite", checkpoints.last_before(step), folder)
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
                 raise PreemptedError(f"told to end: saved after step {step} of {total}; go on with --resume")
     return evaluation or evaluator(state)
+
+
+def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:
+    for callback in callbacks:
+        callback(step, kind, values)
 
 
 def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
