@@ -43,7 +43,7 @@ def damaged_checkpoint(folder: pathlib.Path) -> list[str]:
 
 def no_teacher(folder: pathlib.Path) -> list[str]:
     shutil.rmtree(folder / "teacher")
-    return ["The teacher's training has not begun.", "is not the folder of a run: it has no config.json."]
+    return ["The teacher's training has not begun.", "is not a run directory: it has no config.json."]
 
 
 def no_configuration(folder: pathlib.Path) -> list[str]:

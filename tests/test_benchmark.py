@@ -17,7 +17,6 @@ from sit_jax.analysis.benchmark import Timed, Times, time_interleaved
 from sit_jax.analysis.flops import count_cost
 from sit_jax.cli import app as cli
 from sit_jax.io.export.stablehlo import SUFFIX
-from sit_jax.io.model_folder import save_folder
 
 
 def test_contenders_alternate_and_their_buffers_rotate() -> None:
@@ -72,7 +71,7 @@ def test_the_machines_products_are_the_models(monkeypatch: pytest.MonkeyPatch) -
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("benchmark")
     for name, arch in (("student", tiny.STUDENT), ("teacher", tiny.TEACHER)):
-        save_folder(root / name, random_weights.draw(arch))
+        random_weights.draw(arch).save(root / name)
     return {name: str(root / name) for name in ("student", "teacher")}
 
 
@@ -113,9 +112,9 @@ def test_a_table_in_bfloat16(folders: dict[str, str], capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["sit_tinny"], "sit_tinny: is no named model"),
+        (["sit_tinny"], "sit_tinny"),
         (["lvvit_tiny", "lvvit_tiny"], "named twice"),
-        (["README.md"], "README.md: is no model"),
+        (["README.md"], "README.md"),
         (["lvvit_tiny", "--plot", "missing/plot.png"], "--plot"),
         (["lvvit_tiny", "--plot", "plot.jpg"], "--plot"),
     ],

@@ -1,6 +1,7 @@
 """The demo: fewer tokens are the same tokens, the server gives away nothing, and the page works in a real browser."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,7 +28,6 @@ from PIL import Image
 from sit_jax.cli import app as cli
 from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
 from sit_jax.demo.models import milliseconds, open_demo_models
-from sit_jax.io.model_folder import save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import Reduced
@@ -94,7 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
     shapes = {"student": STUDENT, "single": SINGLE, "teacher": STUDENT.without_slimming()}
     for name, shape in shapes.items():
         weights = random_weights.draw(shape)
-        save_folder(place / name, weights._replace(metadata={**weights.metadata, "class_names": NAMES}))
+        dataclasses.replace(weights, metadata={**weights.metadata, "class_names": NAMES}).save(place / name)
     return {name: place / name for name in shapes}
 
 
@@ -140,10 +140,10 @@ def test_mistakes(
 def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     weights = random_weights.draw(STUDENT)
     names = ["crane", *NAMES[1:9], "crane"]
-    save_folder(tmp_path / "cranes", weights._replace(metadata={**weights.metadata, "class_names": names}))
+    dataclasses.replace(weights, metadata={**weights.metadata, "class_names": names}).save(tmp_path / "cranes")
     student = open_demo_models([tmp_path / "cranes"], [folders["teacher"]]).students[str(tmp_path / "cranes")]
     maps: Any = SimpleNamespace(probabilities=np.array([[0.6, *[0.0] * 8, 0.4]]))
-    assert list(student.likeliest(maps).items())[:3] == [("crane (0)", 0.6), ("crane (9)", 0.4), ("one", 0.0)]
+    assert list(student.most_likely(maps).items())[:3] == [("crane (0)", 0.6), ("crane (9)", 0.4), ("one", 0.0)]
 
 
 def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
@@ -153,8 +153,8 @@ def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path:
     assert list(contest.students) == [str(run)]
     copy = tmp_path / "copy"
     weights = random_weights.draw(STUDENT)
-    save_folder(copy, weights)
-    save_folder(copy / "teacher", random_weights.draw(STUDENT.without_slimming()))
+    weights.save(copy)
+    random_weights.draw(STUDENT.without_slimming()).save(copy / "teacher")
     assert list(open_demo_models([copy], []).teachers) == [str(copy / "teacher")]
 
 

@@ -27,10 +27,10 @@ from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file, stablehlo, torch_model
 from sit_jax.io.export.forward import make_forward
-from sit_jax.io.model_folder import load_folder, save_folder
-from sit_jax.io.predictor import open_predictor
+from sit_jax.io.load import load
 from sit_jax.models import build_model
-from sit_jax.training.loop import evaluate_run, run
+from sit_jax.training.evaluate import evaluate_model
+from sit_jax.training.loop import run
 
 WEIGHTS = random_weights.draw(reverse=True)
 IMAGES = random_weights.images(tiny.STUDENT, 5)
@@ -56,7 +56,7 @@ def expected_of_pixels() -> np.ndarray:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("formats") / "model"
-    save_folder(path, WEIGHTS, with_reverse=True)
+    WEIGHTS.save(path, with_rtsm=True)
     return path
 
 
@@ -87,7 +87,7 @@ def test_onnx(
     for count in (1, 2, 5):
         (logits,) = session.run(["logits"], {name: given[:count]})
         np.testing.assert_allclose(logits, wanted[:count], atol=1e-4)
-    predictor = open_predictor(file)
+    predictor = load(file)
     np.testing.assert_allclose(predictor.logits(PIXELS), expected_of_pixels, atol=1e-4)
     assert predictor.class_names == WEIGHTS.metadata["class_names"]
     assert predictor.metadata["licence"] == "Apache-2.0"
@@ -111,7 +111,7 @@ def test_damaged_onnx_files(folder: pathlib.Path, tmp_path: pathlib.Path, capsys
     for damaged in (*broken, *map(properties, ("{", "[]", "{}", None))):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match=r"model.onnx: ") as raised:
-            open_predictor(file)
+            load(file)
         assert len(str(raised.value).splitlines()) == 1
     assert capsys.readouterr() == ("", "")
 
@@ -123,7 +123,7 @@ def test_onnx_in_float16(folder: pathlib.Path, tmp_path: pathlib.Path, expected_
     assert onnx.TensorProto.FLOAT16 in types
     parameters = sum(np.size(x) for x in jax.tree.leaves(WEIGHTS.params))
     assert parameters * 2 < file.stat().st_size < parameters * 2 + 200_000
-    logits = open_predictor(file).logits(PIXELS)
+    logits = load(file).logits(PIXELS)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected_of_pixels, atol=2e-2)
 
@@ -159,7 +159,7 @@ assert sorted(loaded) == ["sit_jax", "sit_jax.errors", "sit_jax.io", "sit_jax.io
             np.testing.assert_allclose(logits, wanted[:count], atol=1e-5)
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    np.testing.assert_allclose(open_predictor(file).logits(PIXELS), expected_of_pixels, atol=1e-4)
+    np.testing.assert_allclose(load(file).logits(PIXELS), expected_of_pixels, atol=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -168,7 +168,7 @@ def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path
     words = ["export", str(folder), str(file), "--format", "original"]
     assert cli.main([*words, "--with_rtsm"]) == 0
     original = to_original(
-        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "reverse": WEIGHTS.reverse}, tiny.STUDENT
+        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "reverse": WEIGHTS.rtsm}, tiny.STUDENT
     )
     stored = read(file)
     assert set(stored) == set(original)
@@ -187,7 +187,7 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
 def test_timms_layout(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     arch = tiny.plain(stem="patch", distillation_token=True, aux_head=True)
     weights = random_weights.draw(arch)
-    save_folder(tmp_path / "model", weights)
+    weights.save(tmp_path / "model")
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "vit.safetensors"), "--format", "timm"]) == 0
     assert "aux_head is left out" in capsys.readouterr().err
     stored = read(tmp_path / "vit.safetensors")
@@ -230,7 +230,7 @@ def digits_run(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> pat
 def test_the_digits_student_scores_the_same_in_every_format(
     digits_run: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = evaluate_run(digits_run)
+    result = evaluate_model(load(digits_run))
     assert 0.2 < result["top1"] < 1
     places = {"folder": "model", "onnx": "model.onnx", "stablehlo": "model.stablehlo"}
     for kind, place in places.items():
@@ -241,15 +241,15 @@ def test_the_digits_student_scores_the_same_in_every_format(
         scores = json.loads(capsys.readouterr().out)
         assert (scores["examples"], scores["top1"], scores["top5"]) == (359, result["top1"], result["top5"]), kind
         assert scores["loss"] == pytest.approx(result["loss"], abs=1e-4)
-    weights = load_folder(tmp_path / "model")
+    weights = load(tmp_path / "model")
     assert weights.metadata["class_names"] == [str(digit) for digit in range(10)]
     assert weights.metadata["provenance"]["step"] == 1438 // 32
-    assert set(weights.reverse) == {f"blocks_{block}" for block in range(4)}
+    assert set(weights.rtsm) == {f"blocks_{block}" for block in range(4)}
     assert torch_accuracy(tmp_path / "model") == pytest.approx(result["top1"], abs=1e-6)
     assert cli.main(["evaluate", str(digits_run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert cli.main(["export", str(digits_run), str(tmp_path / "ema"), "--format", "folder", "--ema"]) == 0
-    averaged = load_folder(tmp_path / "ema")
+    averaged = load(tmp_path / "ema")
     assert averaged.metadata["provenance"]["ema"] is True
     assert not np.allclose(averaged.params["head"]["kernel"], weights.params["head"]["kernel"])
 
@@ -297,16 +297,16 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
     onnx_place, nothing = tmp_path / "m.onnx", tmp_path / "nothing"
     cases: list[tuple[list[Any], str]] = [
         ([nothing, onnx_place, "--format", "onnx"], "there is no such file or folder"),
-        ([tmp_path, onnx_place, "--format", "onnx"], "is not the folder of a run"),
-        ([folder / "config.json", onnx_place, "--format", "onnx"], "is a file"),
+        ([tmp_path, onnx_place, "--format", "onnx"], "is neither a run nor a model folder"),
+        ([folder / "config.json", onnx_place, "--format", "onnx"], "config.json: .json"),
         ([folder, tmp_path / "m.txt", "--format", "onnx"], "must end in .onnx"),
         ([folder, tmp_path / "m.txt", "--format", "timm"], "must end in .safetensors or .pth"),
         ([folder, tmp_path / "m.pth", "--format", "timm"], "but this model is slimmed, has a conv4 stem"),
         ([folder, onnx_place, "--format", "onnx", "--with_reverse"], "--with_rtsm"),
         ([folder, nothing, "--format", "folder", "--raw_input"], "--raw_input"),
         ([folder, nothing, "--format", "folder", "--dtype", "float16"], "--dtype"),
-        ([folder, nothing, "--format", "folder", "--ema"], "is no run"),
-        ([folder, nothing, "--format", "folder", "--step", "3"], "is no run"),
+        ([folder, nothing, "--format", "folder", "--ema"], "--step"),
+        ([folder, nothing, "--format", "folder", "--step", "3"], "--step"),
         ([folder, folder, "--format", "folder"], "is there already"),
     ]
     for words, message in cases:
@@ -318,7 +318,7 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
 
 
 def test_timm_has_one_epsilon(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_folder(tmp_path / "model", random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)))
+    random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)).save(tmp_path / "model")
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "x.safetensors"), "--format", "timm"]) == 2
     assert "but this model has norm_eps 1e-05 (timm's is 1e-06)" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
@@ -327,7 +327,7 @@ def test_timm_has_one_epsilon(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
 def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     silent = random_weights.draw(tiny.plain(stem="patch"))
     del silent.metadata["licence"]
-    save_folder(tmp_path / "silent", silent)
+    silent.save(tmp_path / "silent")
 
     def run_command(verb: str, source: str, dest: str, *words: str) -> int:
         return cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *words])
@@ -338,12 +338,12 @@ def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     assert run_command("export", "b", "d", "--format", "folder") == 0
     assert run_command("export", "silent", "e", "--format", "folder", "--licence", "MIT") == 0
     for name in "abcde":
-        assert load_folder(tmp_path / name).metadata["licence"] == "MIT", name
+        assert load(tmp_path / name).metadata["licence"] == "MIT", name
     assert run_command("export", "a", "f", "--format", "folder", "--licence", "CC BY 4.0") == 0
-    assert load_folder(tmp_path / "f").metadata["licence"] == "CC BY 4.0"
+    assert load(tmp_path / "f").metadata["licence"] == "CC BY 4.0"
     for words, place in ((("--format", "stablehlo"), "x.stablehlo"), (("--format", "onnx"), "x.onnx")):
         assert run_command("export", "silent", place, *words, "--licence", "MIT") == 0
-        assert open_predictor(tmp_path / place).metadata["licence"] == "MIT"
+        assert load(tmp_path / place).metadata["licence"] == "MIT"
     capsys.readouterr()
     for command in ("convert", "export --format original", "export --format timm"):
         verb, *more = command.split()
@@ -373,16 +373,16 @@ def test_files_that_are_no_models(tmp_path: pathlib.Path) -> None:
         (tmp_path / name).write_bytes(b"")
         (tmp_path / f"{name}.json").write_text("[]")
         with pytest.raises(UserError, match=name) as raised:
-            open_predictor(tmp_path / name)
+            load(tmp_path / name)
         assert len(str(raised.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"gone.onnx: there is no such"):
-        open_predictor(tmp_path / "gone.onnx")
+        load(tmp_path / "gone.onnx")
     (tmp_path / "empty.stablehlo.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"empty.stablehlo.json: is not valid JSON"):
-        open_predictor(tmp_path / "empty.stablehlo")
+        load(tmp_path / "empty.stablehlo")
     (tmp_path / "empty.stablehlo.json").unlink()
     with pytest.raises(UserError, match=r"empty.stablehlo.json: cannot be read"):
-        open_predictor(tmp_path / "empty.stablehlo")
+        load(tmp_path / "empty.stablehlo")
 
 
 def test_a_damaged_stablehlo_artifact(tmp_path: pathlib.Path) -> None:

@@ -21,7 +21,8 @@ from sit_jax.analysis.summary import summarize
 from sit_jax.cli import app as cli
 from sit_jax.data.registry import open_source
 from sit_jax.data.transforms import EvalTransform
-from sit_jax.io.runs import trained_variables
+from sit_jax.io.load import load_run
+from sit_jax.io.runs import read_config
 from sit_jax.models import build_model
 from sit_jax.report.charts import comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences
@@ -97,8 +98,8 @@ def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
 
 def test_findings_against_numpy(finished: pathlib.Path) -> None:
     found = find(gather(finished), examples=5)
-    config, variables = trained_variables(finished)
-    _, teacher = trained_variables(finished / "teacher")
+    config, variables = read_config(finished), load_run(finished).variables
+    teacher = load_run(finished / "teacher").variables
     source = open_source(config.data, "test")
     transform = EvalTransform(config.data, 32, 1)
     examples = [source[index] for index in range(len(source))]
@@ -210,8 +211,8 @@ def test_mistakes_are_one_line(finished: pathlib.Path, tmp_path: pathlib.Path, c
     for words, message in (
         ([tmp_path / "none"], "there is no such folder"),
         ([tmp_path / "file"], "there is no such folder"),
-        ([tmp_path / "empty"], "is not the folder of a run"),
-        ([finished, tmp_path / "empty"], "is not the folder of a run"),
+        ([tmp_path / "empty"], "is not a run directory"),
+        ([finished, tmp_path / "empty"], "is not a run directory"),
         ([finished, finished], "is given twice"),
         ([finished, "--output", finished / "config.json"], "let it end in .html"),
         ([finished, "--no_model", "--output", tmp_path / "file" / "page.html"], "cannot be written"),

@@ -20,12 +20,11 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example
 from sit_jax.data.tfds_source import TfdsSource
-from sit_jax.io.model_folder import save_folder
-from sit_jax.io.predictor import open_predictor
+from sit_jax.io.load import load
 from sit_jax.models import build_model
 from sit_jax.visual import token_maps as core
 from sit_jax.visual.arrays import arrays_of
-from sit_jax.visual.inspected_model import open_inspected_model
+from sit_jax.visual.model_input import preprocess
 from sit_jax.visual.visualize import from_files
 
 COLOUR = tiny.plain(
@@ -37,7 +36,7 @@ WIDTH = 10.4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("visualize") / "model"
-    save_folder(path, random_weights.draw(COLOUR))
+    random_weights.draw(COLOUR).save(path)
     return path
 
 
@@ -98,7 +97,7 @@ def check_arrays(model: pathlib.Path, path: pathlib.Path, source: pathlib.Path) 
     assert list(found["pictures"]) == [str(source)]
     assert list(found["class_names"]) == [f"class {index}" for index in range(10)]
     np.testing.assert_array_equal(found["pixels"][0], by_hand(source))
-    logits = open_predictor(model).logits(found["pixels"])
+    logits = load(model).logits(found["pixels"])
     np.testing.assert_allclose(found["logits"], logits, atol=1e-4)
     assert found["probabilities"].sum() == pytest.approx(1)
     first, second = found["assignment_1"][0], found["assignment_2"][0]
@@ -118,9 +117,9 @@ def check_arrays(model: pathlib.Path, path: pathlib.Path, source: pathlib.Path) 
 
 
 def test_what_is_shown_is_what_the_model_sees(model: pathlib.Path, photographs: pathlib.Path) -> None:
-    subject = open_inspected_model(model)
+    subject = load(model)
     for name in ("china.jpg", "deep/china.jpg"):
-        seen = subject.preprocess(Example((photographs / name).read_bytes(), -1, name))
+        seen = preprocess(subject.vit, subject.data, Example((photographs / name).read_bytes(), -1, name))
         np.testing.assert_array_equal(seen.pixels, by_hand(photographs / name))
         assert seen.shown.shape == (384, 384, 3)
         small = np.asarray(Image.fromarray(seen.shown).resize((64, 64), Image.Resampling.BICUBIC)).astype(int)
@@ -148,7 +147,7 @@ def test_the_digits_split(
 
     monkeypatch.setattr(TfdsSource, "__getitem__", counted)
     monkeypatch.setattr("sit_jax.visual.visualize.draw_maps", draw)
-    save_folder(tmp_path / "model", random_weights.draw())
+    random_weights.draw().save(tmp_path / "model")
     words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
     out, file = str(tmp_path / "figures"), tmp_path / "all.npz"
     assert cli.main([*words, "--limit", "3", "--output", out, "--arrays", str(file)]) == 0
@@ -178,7 +177,7 @@ def test_the_digits_split(
 def test_a_model_without_slimming(
     photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_folder(tmp_path / "model", random_weights.draw(COLOUR.without_slimming()))
+    random_weights.draw(COLOUR.without_slimming()).save(tmp_path / "model")
     # A name of signs that figures must not take for a formula, and of a script that the font lacks.
     odd = tmp_path / "a $\\frac$ 塔.jpg"
     odd.write_bytes((photographs / "china.jpg").read_bytes())
@@ -241,8 +240,8 @@ def test_mistakes(
         ([model, "--split", "test"], "--name: which data set? The model does not say what it was trained on"),
         ([model, tmp_path / "gone.png"], "gone.png: there is no such file, folder or match"),
         ([tmp_path / "none", picture], "none: there is no such file or folder"),
-        ([file, picture], "model.onnx: gives logits only"),
-        ([model, picture, "--step", "3"], "is no run"),
+        ([file, picture], "model.onnx"),
+        ([model, picture, "--step", "3"], "--ema"),
         ([model, picture, "--output", file], "model.onnx"),
         ([model, picture, "--arrays", file / "x.npz"], "cannot be written"),
     ]
@@ -306,5 +305,5 @@ def test_the_page_about_it(
 
 def drawn_maps(model: pathlib.Path) -> tuple[Any, dict[str, Any], np.ndarray]:
     """What `token_maps` takes, of one picture of noise."""
-    subject = open_inspected_model(model)
-    return build_model(subject.arch), subject.variables, random_weights.images(subject.arch, 1)
+    subject = load(model)
+    return build_model(subject.vit), subject.variables, random_weights.images(subject.vit, 1)

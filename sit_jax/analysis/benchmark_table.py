@@ -74,7 +74,7 @@ def benchmark(contenders: Sequence[BenchmarkModel], settings: Settings) -> dict[
         try:
             for contender in contenders:
                 _log(f"batch {batch}: compiling {contender.name}")
-                ready[contender.name] = contender.ready(batch, settings.dtype)
+                ready[contender.name] = contender.compile(batch, settings.dtype)
             _log(f"batch {batch}: {settings.rounds} rounds")
             timed = {name: each.timed for name, each in ready.items()}
             times = time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)

@@ -1,38 +1,39 @@
 """Summarizes a finished run: summary.json, a table, curves.png and slimming.png."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 from rich.table import Table
 
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
-from sit_jax.config import Config
+from sit_jax.config import JsonObject
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.io import runs
-from sit_jax.io.preprocessing import run_class_names
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed
-from sit_jax.training.init import given_teacher, is_own_run
-from sit_jax.training.loop import evaluate_variables
+from sit_jax.training.evaluate import evaluate_model
+from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.slimming_png import draw_slimming
-from sit_jax.visual.token_maps import token_maps
+from sit_jax.visual.token_maps import model_token_maps
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
 _PICTURES_SHOWN = 6
 
 
-def summarize(folder: pathlib.Path) -> dict[str, Any]:
+def summarize(folder: pathlib.Path) -> JsonObject:
     """Evaluates and times a finished run's student and its teacher, and writes the summary and the images.
 
     Returns:
@@ -41,20 +42,20 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
         None if its denominator is 0 or a value is missing.
     """
-    models, folders = trained_models(folder)
-    config, variables = models["student"]
+    models = trained_models(folder)
+    student_model = models["student"]
+    config = student_model.config
+    assert config is not None
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config.inputs, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
-    forwards = {name: _forward(model, weights) for name, (model, weights) in models.items()}
+    forwards = {name: functools.partial(_logits, model) for name, model in models.items()}
     speed = measure_throughput(forwards, images)
-    summary: dict[str, Any] = {}
-    for name, (model, weights) in sorted(models.items(), reverse=True):
-        arch = model.model.architecture
-        what = str(folders.get(name, name))
-        entry: dict[str, Any] = {"top1": evaluate_variables(model, weights, what)["top1"]}
-        if isinstance(arch, Architecture):
-            cost = count_cost(arch)
+    summary: JsonObject = {}
+    for name, model in sorted(models.items(), reverse=True):
+        entry: JsonObject = {"top1": evaluate_model(model, match_names=False)["top1"]}
+        if isinstance(model.arch, Architecture):
+            cost = count_cost(model.arch)
             entry |= {"params": cost.params, "gmac": cost.gmac}
         summary[name] = {**entry, "images_per_s": speed[name]}
     if "teacher" in summary:
@@ -67,62 +68,47 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         return summary
     with runs.writing(folder):
         runs.write_json(folder / runs.SUMMARY, summary)
-        draw_curves(folder, folders)
-        _draw_examples(folder, config, variables, pixels, images, source.class_names)
+        draw_curves(
+            folder, {name: pathlib.Path(x.source) for name, x in models.items() if runs.is_run(pathlib.Path(x.source))}
+        )
+        _draw_examples(folder, student_model, pixels, source.class_names)
     return summary
 
 
-def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[str, Any]]], dict[str, pathlib.Path]]:
-    """Returns configuration and variables of a run's `student` and, if any, its `teacher`, and their run directories.
+def trained_models(folder: pathlib.Path) -> dict[str, Model]:
+    """Returns a run's `student` and, if there is one, its `teacher`.
 
     Raises:
         UserError: The weights of a model cannot be read.
     """
-    config, variables = runs.trained_variables(folder)
-    models, folders = {"student": (config, variables)}, {"student": folder}
-    teacher = trained_teacher(folder, config)
-    if teacher is not None:
-        models["teacher"] = teacher.config, teacher.variables
-        if teacher.folder is not None:
-            folders["teacher"] = teacher.folder
-    return models, folders
+    student = load_run(folder)
+    teacher = trained_teacher(student, folder)
+    return {"student": student} if teacher is None else {"student": student, "teacher": teacher}
 
 
-class Teacher(NamedTuple):
-    """A run's teacher.
-
-    Attributes:
-        config: Its model, with the student's data.
-        variables: Its variables, with the heads in the order of the student's classes.
-        folder: Its run directory; None for weights of another framework, which have no curves.
-    """
-
-    config: Config
-    variables: dict[str, Any]
-    folder: pathlib.Path | None
-
-
-def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
-    """Returns the teacher of a run, or None for a run without a teacher.
+def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
+    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none.
 
     Args:
+        student: The run's model.
         folder: The run directory.
-        config: The run's configuration.
 
     Raises:
         UserError: Its weights cannot be read.
     """
-    if config.teacher is None:
+    config = student.config
+    if config is None or config.teacher is None:
         return None
     if not config.teacher.run:
-        return Teacher(*runs.trained_variables(folder / "teacher"), folder / "teacher")
-    place = pathlib.Path(config.teacher.run) if is_own_run(config.teacher.run) else None
-    variables = given_teacher(config.teacher, "teacher", run_class_names(config, folder))
+        return load_run(folder / "teacher")
+    variables = given_teacher(config.teacher, "teacher", student.metadata.get("class_names"))
     # The teacher is evaluated on the student's data, independent of its own training data.
-    return Teacher(config.teacher_run(config.teacher), variables, place)
+    own = config.teacher_run(config.teacher)
+    arch, dtype = own.model.architecture, own.model.dtype
+    return Model(arch, variables, dtype=dtype, config=own, source=config.teacher.run)
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: JsonObject) -> None:
     """Prints a summary as a table on standard output."""
     table = Table(title=f"Images/s: {summary['images_per_s_measured']}")
     for heading in ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio"):
@@ -177,23 +163,15 @@ def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
     figure.savefig(folder / CURVES, dpi=110)
 
 
-def _forward(config: Config, variables: dict[str, Any]) -> Any:
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
-    return lambda images: model.apply(variables, images)[0]
+def _logits(model: Model, images: Array) -> Array:
+    logits: Array = model.module.apply(model.variables, images)[0]
+    return logits
 
 
-def _draw_examples(
-    folder: pathlib.Path,
-    config: Config,
-    variables: dict[str, Any],
-    pixels: np.ndarray,
-    images: np.ndarray,
-    class_names: Sequence[str],
-) -> None:
+def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class_names: Sequence[str]) -> None:
     """Draws the token maps of the student's kept tokens, for the first images of the evaluation split."""
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture) or not arch.is_slimmed:
+    if not isinstance(model.arch, Architecture) or not model.arch.is_slimmed:
         return
-    maps = token_maps(build_model(arch), variables, images[:_PICTURES_SHOWN])
+    maps = model_token_maps(model, pixels[:_PICTURES_SHOWN])
     titles = [f"says {class_names[index]}" for index in maps.logits.argmax(axis=1)]
     draw_slimming(folder / SLIMMING, pixels[:_PICTURES_SHOWN], maps, titles)

@@ -12,7 +12,7 @@ from sit_jax.data.sources import read_picture
 from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
-from sit_jax.visual.inspected_model import ModelInput
+from sit_jax.visual.model_input import ModelInput
 from sit_jax.visual.pictures import as_rgb, heat, regions
 from sit_jax.visual.token_maps import StageMaps, TokenMaps
 
@@ -124,7 +124,7 @@ def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | Non
     seen = [model.preprocess(example) for model, _ in ways]
     maps = [model.maps(view, way) for (model, way), view in zip(ways, seen, strict=True)]
     times = milliseconds([model.forward(view, way) for (model, way), view in zip(ways, seen, strict=True)])
-    says = [model.likeliest(own) for (model, _), own in zip(ways, maps, strict=True)]
+    says = [model.most_likely(own) for (model, _), own in zip(ways, maps, strict=True)]
     looked, last = Looked(seen[1], maps[1]), len(maps[1].stages)
     costs = f"One picture, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
     slider = gr.Slider(maximum=last, value=last, interactive=True)

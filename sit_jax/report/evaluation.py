@@ -1,6 +1,7 @@
 """Evaluates a run's models for its report: accuracy per class, images that the student lost, and token maps."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,13 +18,14 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
 from sit_jax.errors import ImageDecodeError, NotFiniteError
-from sit_jax.io.runs import trained_variables
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 from sit_jax.report.load_run import RunInfo, attempt
 from sit_jax.training.progress import Progress
-from sit_jax.visual.inspected_model import InspectedModel, ModelInput
-from sit_jax.visual.token_maps import TokenMaps
+from sit_jax.visual.model_input import ModelInput, preprocess
+from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 
 class Verdict(NamedTuple):
@@ -126,25 +128,27 @@ def find(record: RunInfo, examples: int) -> EvalReport:
     Raises:
         UserError: The student has no complete checkpoint, or the data is not available.
     """
-    config, variables = trained_variables(record.folder)
-    models = {"student": (config, variables)}
-    teacher = attempt(lambda: trained_teacher(record.folder, config), None, record.missing, "The teacher")
+    student = load_run(record.folder)
+    config = student.config
+    assert config is not None
+    models = {"student": student}
+    teacher = attempt(lambda: trained_teacher(student, record.folder), None, record.missing, "The teacher")
     if teacher is not None:
-        models["teacher"] = teacher.config, teacher.variables
+        models["teacher"] = teacher
     source = open_source(config.data, config.data.eval_split)
     check_classes(config.inputs, source)
     answers = _ask(record.name, models, config, source)
-    subject = _subject(config, variables, source)
+    arch = student.arch if isinstance(student.arch, Architecture) else None  # Other models have no tokens.
     chosen = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int))
-    shown, seen = _pictures(source, subject, config.data, answers, [int(index) for index in chosen])
-    slimmed = subject is not None and subject.arch.is_slimmed and seen
-    maps = subject.maps(np.stack([picture.pixels for picture in seen])) if subject and slimmed else None
-    lost, _ = _pictures(source, subject, config.data, answers, _lost(answers)[:examples])
+    shown, seen = _pictures(source, arch, config.data, answers, [int(index) for index in chosen])
+    slimmed = arch is not None and arch.is_slimmed and seen
+    maps = model_token_maps(student, np.stack([image.pixels for image in seen])) if slimmed else None
+    lost, _ = _pictures(source, arch, config.data, answers, _lost(answers)[:examples])
     return EvalReport(_per_class(answers, source.class_names), _outcomes(answers), lost, shown, maps)
 
 
-def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, source: Source) -> _Answers:
-    steps = {part: _step(model, variables) for part, (model, variables) in models.items()}
+def _ask(name: str, models: dict[str, Model], config: Config, source: Source) -> _Answers:
+    steps = {part: _step(model) for part, model in models.items()}
     labels: list[ndarray] = []
     found: dict[str, list[tuple[ndarray, ndarray]]] = {part: [] for part in models}
     size = config.eval_batch_size
@@ -165,26 +169,16 @@ def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, sourc
     )
 
 
-def _step(config: Config, variables: Any) -> Any:
+def _step(model: Model) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
     """Returns a jitted map from uint8 pixels to the top-1 class and its probability."""
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
 
     @jax.jit
-    def step(variables: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        shares = jax.nn.softmax(model.apply(variables, normalize(pixels, config.data))[0])
-        return shares.argmax(axis=1), shares.max(axis=1)
+    def step(variables: Variables, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        probabilities = jax.nn.softmax(model.module.apply(variables, normalize(pixels, model.data))[0])
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
-    placed = jax.device_put(variables)
+    placed = jax.device_put(model.variables)
     return lambda pixels: step(placed, jnp.asarray(pixels))
-
-
-def _subject(config: Config, variables: Any, source: Source) -> InspectedModel | None:
-    """Returns the student as a model for visualization, or None for a model without tokens."""
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture):
-        return None
-    metadata = {"class_names": list(source.class_names)}
-    return InspectedModel(arch, jax.device_put(variables), config.data, metadata, config.model.dtype)
 
 
 def _per_class(answers: _Answers, names: Any) -> list[ClassScore]:
@@ -227,16 +221,16 @@ def _lost(answers: _Answers) -> list[int]:
 
 
 def _pictures(
-    source: Source, subject: InspectedModel | None, data: DataConfig, answers: _Answers, places: list[int]
+    source: Source, arch: Architecture | None, data: DataConfig, answers: _Answers, places: list[int]
 ) -> tuple[list[Picture], list[ModelInput]]:
     """Returns the images at these indices of the split, and their model inputs; unreadable ones are skipped."""
     pictures, seen = [], []
     for index in places:
-        if subject is None or answers.labels[index] < 0:
+        if arch is None or answers.labels[index] < 0:
             continue
         try:
             example = source[index]
-            view = subject.preprocess(example)
+            view = preprocess(arch, data, example)
         except ImageDecodeError:
             continue
         names = source.class_names

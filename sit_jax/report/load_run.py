@@ -15,9 +15,8 @@ from sit_jax.config import Config
 from sit_jax.config.config_dict import from_config_dict
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.checkpoint import FOLDER, silent_threads
-from sit_jax.io.runs import CONFIG, SUMMARY
+from sit_jax.io.runs import CONFIG, SUMMARY, is_run
 from sit_jax.models.architecture import Architecture
-from sit_jax.training.init import is_own_run
 from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 
 _METRICS = "metrics.jsonl"
@@ -139,7 +138,7 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
     if not any((folder / part).exists() for part in (CONFIG, _METRICS, FOLDER)):
-        raise UserError(f"{folder}: is not the folder of a run: it holds no {CONFIG}, {_METRICS} or {FOLDER}")
+        raise UserError(f"{folder}: is not a run directory: it holds no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
     config = (
@@ -227,7 +226,7 @@ def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[
             missing.append(f"{name}.run: {place} is not there.")
         elif not teacher.run and not place.exists():
             missing.append(f"The {name}'s training has not begun.")
-        elif not teacher.run or is_own_run(teacher.run):  # Weights of another framework have no history.
+        elif not teacher.run or is_run(pathlib.Path(teacher.run)):  # Weights of another framework have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
             read = functools.partial(gather, place, name, is_teacher=True)
             record: RunInfo | None = attempt(read, None, missing, f"The {name}")

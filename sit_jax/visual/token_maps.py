@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from numpy import ndarray
 
+from sit_jax.data.preprocess import normalize
 from sit_jax.io.inference import softmax
+from sit_jax.io.model import Model
 from sit_jax.visual.attention import apply_watched
 
 
@@ -140,6 +142,11 @@ def _forward(
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     logits, outputs, attention = apply_watched(model, variables, images)
     return logits, outputs.assignments, attention
+
+
+def model_token_maps(model: Model, pixels: UInt8[ndarray, "batch height width channels"]) -> TokenMaps:
+    """Returns the token maps of uint8 images of the model's size; compiled once per model and batch size."""
+    return token_maps(model.module, model.variables, normalize(jnp.asarray(pixels), model.data))
 
 
 def cumulative_maps(

@@ -15,12 +15,13 @@ from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example, Source, read_picture, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
-from sit_jax.io.predictor import evaluation_data
+from sit_jax.io.load import load
+from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
 from sit_jax.visual.arrays import arrays_of, write_arrays
 from sit_jax.visual.figure import draw_maps
-from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
-from sit_jax.visual.token_maps import TokenMaps
+from sit_jax.visual.model_input import ModelInput, preprocess
+from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 # Default folder of the figures.
 FIGURES = pathlib.Path("maps")
@@ -107,11 +108,11 @@ def command(
     if words and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir: tell where a --split is; pictures are given by themselves")
     found = from_files(find_pictures(words, sys.stdin)) if words else []
-    subject = open_inspected_model(source, ema, step)
-    pictures = found if words else from_split(subject, data, FEW if limit is None else limit)
-    if not subject.arch.is_slimmed:
+    model = load(source, ema=ema, step=step)
+    if not model.vit.is_slimmed:
         print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
-    done = visualize(subject, pictures[:limit], ways)
+    pictures = found if words else from_split(model, data, FEW if limit is None else limit)
+    done = visualize(model, pictures[:limit], ways)
     for place in (ways.figures, ways.arrays):
         if place is not None and done:
             print(f"Written: {place} ({done} pictures)")
@@ -132,14 +133,14 @@ def from_files(names: Sequence[str]) -> list[Picture]:
     return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
 
 
-def from_split(subject: InspectedModel, data: dict[str, str | None], limit: int) -> list[Picture]:
+def from_split(model: Model, data: dict[str, str | None], limit: int) -> list[Picture]:
     """Returns the first images of a split of a data set.
 
     Raises:
         UserError: The data set cannot be opened.
     """
     fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
-    config = evaluation_data(subject, {key: value for key, value in fields.items() if value is not None})
+    config = model.evaluation_data({key: value for key, value in fields.items() if value is not None})
     source = open_source(config, config.eval_split)
     stem = re.sub(r"[^\w.%-]+", "-", config.eval_split)
     return [_example(source, index, f"{stem}-{index:05d}") for index in range(min(limit, len(source)))]
@@ -153,7 +154,7 @@ def _example(source: Source, index: int, name: str) -> Picture:
     return Picture(name, name, name, load)
 
 
-def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) -> int:
+def visualize(model: Model, pictures: Sequence[Picture], ways: Ways) -> int:
     """Writes figures and arrays, and reports unreadable images on standard error.
 
     Files are written atomically and replace existing ones. Memory use does not depend on the number of images, except
@@ -169,34 +170,32 @@ def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) 
     one_file = ways.arrays is not None and ways.arrays.suffix == _NPZ
     readable = finished = 0
     with Progress("visualize", len(pictures), 0, 1) as progress:
-        for batch in _read(subject, pictures, ways.batch_size, progress):
-            maps = subject.maps(_filled([read.seen.pixels for read in batch], ways.batch_size))
+        for batch in _read(model, pictures, ways.batch_size, progress):
+            maps = model_token_maps(model, _filled([read.seen.pixels for read in batch], ways.batch_size))
             for index, read in enumerate(batch):
                 if ways.figures is not None:
-                    _write_figure(subject, read, maps, index, ways)
+                    _write_figure(model, read, maps, index, ways)
                 if ways.arrays is not None:
                     picture, arrays = read.picture, arrays_of(read.seen.pixels, maps, index)
                     if one_file:
                         kept.append((picture, arrays))
                     else:
-                        _write_arrays(subject, ways.arrays / f"{picture.stem}{_NPZ}", [(picture, arrays)])
+                        _write_arrays(model, ways.arrays / f"{picture.stem}{_NPZ}", [(picture, arrays)])
                 finished += 1
                 progress.update(finished, {})
             readable += len(batch)
     if kept and ways.arrays is not None:
-        _write_arrays(subject, ways.arrays, kept)
+        _write_arrays(model, ways.arrays, kept)
     return readable
 
 
-def _read(
-    subject: InspectedModel, pictures: Sequence[Picture], batch_size: int, progress: Progress
-) -> Iterator[list[Read]]:
+def _read(model: Model, pictures: Sequence[Picture], batch_size: int, progress: Progress) -> Iterator[list[Read]]:
     """Yields the readable images, batch by batch."""
     batch: list[Read] = []
     for picture in pictures:
         try:
             example, label = picture.load()
-            batch.append(Read(picture, subject.preprocess(example), label))
+            batch.append(Read(picture, preprocess(model.vit, model.data, example), label))
         except ImageDecodeError as error:
             progress.note(f"skipped {error}")
         if len(batch) == batch_size:
@@ -213,8 +212,8 @@ def _filled(pixels: Sequence[ndarray], batch_size: int) -> ndarray:
     return batch
 
 
-def _write_figure(subject: InspectedModel, read: Read, maps: TokenMaps, index: int, ways: Ways) -> None:
-    probabilities, names = maps.probabilities[index], subject.class_names
+def _write_figure(model: Model, read: Read, maps: TokenMaps, index: int, ways: Ways) -> None:
+    probabilities, names = maps.probabilities[index], model.class_names
     order = np.argsort(-probabilities, kind="stable")[:_CLASSES_TOLD]
     says = "says " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in order)
     if read.label:
@@ -226,11 +225,9 @@ def _write_figure(subject: InspectedModel, read: Read, maps: TokenMaps, index: i
         draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)
 
 
-def _write_arrays(
-    subject: InspectedModel, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]
-) -> None:
+def _write_arrays(model: Model, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]) -> None:
     with writing(path), atomic_replace(path) as part:
-        write_arrays(part, [picture.name for picture, _ in kept], subject.class_names, [x for _, x in kept])
+        write_arrays(part, [picture.name for picture, _ in kept], model.class_names, [x for _, x in kept])
 
 
 def _different(stems: Iterable[str]) -> list[str]:
