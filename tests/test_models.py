@@ -78,16 +78,6 @@ def test_deit_models(size: str) -> None:
     assert module_params(VARIANTS[names[3]]) == (slimmed.params, slimmed.reverse_params)
 
 
-def test_counter_agrees_with_the_compiler() -> None:
-    arch = dataclasses.replace(TINY, stage_blocks=(2, 2), dim=192, num_heads=4)
-    model = build_model(arch)
-    variables = model.init(jax.random.key(0), IMAGES)
-    analysis = jax.jit(lambda x: model.apply(variables, x)[0]).lower(IMAGES[:1]).cost_analysis()
-    assert analysis is not None
-    # The compiler counts additions, norms and GELU besides the products, so it may only be somewhat above.
-    assert 1.0 <= analysis["flops"] / (2e9 * count_cost(arch).gmac) <= 1.1
-
-
 def test_regnet_has_torchvisions_parameter_count() -> None:
     arch = RegNetArchitecture()
     variables = jax.eval_shape(build_model(arch).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
@@ -103,19 +93,12 @@ def test_outputs() -> None:
     assert [x.shape for x in outputs.assignments] == [(4, 16, 8)]
     np.testing.assert_allclose(outputs.assignments[0].sum(axis=1), 1.0, atol=1e-6)
     assert outputs.distillation_logits is None
-    # A teacher's parameters fit into its student unchanged.
-    teacher = build_model(TINY.without_slimming()).init(jax.random.key(1), IMAGES)
-    mine = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(variables)}
-    theirs = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(teacher)}
-    assert theirs.items() <= mine.items()
-
-
-def test_slimmed_tokens_are_the_assignments_mixture() -> None:
-    model = build_model(TINY)
-    variables = model.init(jax.random.key(0), IMAGES)
-    _, outputs = model.bind(variables)(IMAGES)
-    teacher_variables = {"params": {k: v for k, v in variables["params"].items() if "slimming" not in k}}
-    _, full = build_model(TINY.without_slimming()).bind(teacher_variables)(IMAGES)
+    # The student's parameters without the slimming modules are those of its teacher, from the same layers up to there.
+    teacher, params = build_model(TINY.without_slimming()), dict(variables["params"])
+    del params["slimming_0"]
+    shapes = jax.tree.map(jnp.shape, (teacher.init(jax.random.key(1), IMAGES), {"params": params}))
+    assert shapes[0] == shapes[1]
+    _, full = teacher.bind({"params": params})(IMAGES)
     expected = np.einsum("bnk,bnc->bkc", outputs.assignments[0], full.tokens[0])
     np.testing.assert_allclose(outputs.tokens[0], expected, atol=1e-5)
 
@@ -222,15 +205,17 @@ def test_token_counts() -> None:
     ],
 )
 def test_impossible_architectures_name_the_field(field: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"^{field}: "):
+    with pytest.raises(ConfigError) as caught:
         dataclasses.replace(TINY, **changes)
+    assert caught.value.key == field
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigError, match="did you mean sit_small"):
+    with pytest.raises(ConfigError, match="sit_small"):
         get_architecture("sit_smal")
-    with pytest.raises(ConfigError, match=r"^dimm: "):
+    with pytest.raises(ConfigError) as caught:
         get_architecture("sit_small", dimm=3)
+    assert caught.value.key == "dimm"
     assert get_architecture("sit_small", num_classes=7).num_classes == 7
 
 
@@ -278,5 +263,6 @@ def test_convolutional_patch_logits_average_to_the_logits() -> None:
 
 
 def test_classes_left_to_the_data_must_be_settled_first() -> None:
-    with pytest.raises(ConfigError, match="num_classes: is 0"):
+    with pytest.raises(ConfigError) as caught:
         build_model(tiny.plain(num_classes=0))
+    assert caught.value.key == "num_classes"

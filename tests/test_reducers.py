@@ -128,7 +128,7 @@ def test_reducers_that_are_not_there(name: str) -> None:
 def test_a_module_that_fails_is_one_line(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "failing.py").write_text("{}['key']")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"^reducer: .*KeyError: 'key'$"):
+    with pytest.raises(ConfigError, match="KeyError: 'key'"):
         build_model(dataclasses.replace(tiny.STUDENT, reducer="failing:Reducer"))
 
 
