@@ -30,7 +30,7 @@ def build_model(
     """Returns the module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
 
     Args:
-        arch: The model's architecture.
+        arch: The architecture.
         drop_path: Stochastic depth rate of the last block (transformers only).
         dtype: Type of the matrix products, `float32` or `bfloat16`.
         remat: Whether to recompute blocks in the backward pass (transformers only).

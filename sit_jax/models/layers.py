@@ -54,9 +54,6 @@ class Attention(nn.Module):
     """Multi-head self-attention with softmax in float32.
 
     Attributes:
-        num_heads: Number of heads; divides the width.
-        qkv_bias: Whether queries, keys and values have a bias.
-        dtype: Type of the matrix products.
         implementation: Name of the softmax attention; see `sit_jax.ops.attention`.
         needs: Values that a reducer needs in addition to the result; see `sit_jax.models.reducers.base`.
     """
@@ -92,13 +89,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between them.
-
-    Attributes:
-        hidden_dim: Hidden width.
-        out_dim: Output width.
-        dtype: Type of the matrix products.
-    """
+    """Two linear layers with exact GELU between them."""
 
     hidden_dim: int
     out_dim: int
@@ -116,8 +107,6 @@ class Block(nn.Module):
     With layer scale, the branches are first multiplied by a learned scale per channel.
 
     Attributes:
-        arch: The model's architecture.
-        dtype: Type of the matrix products.
         attention: Name of the softmax attention; see `sit_jax.ops.attention`.
         drop_path: Stochastic depth: the probability of dropping an example's residual branch in training.
         reducer: Class of the token reducer after the block or inside it, or None.

@@ -93,12 +93,7 @@ class _Block(nn.Module):
 
 
 class RegNetY(nn.Module):
-    """RegNetY: a stride-2 stem, then stages of bottleneck blocks with grouped convolutions and squeeze-excitation.
-
-    Attributes:
-        arch: The model's architecture.
-        dtype: Type of the convolutions; logits are float32.
-    """
+    """RegNetY: a stride-2 stem, then stages of bottleneck blocks with grouped convolutions and squeeze-excitation."""
 
     arch: RegNetArchitecture
     dtype: DTypeLike = jnp.float32

@@ -18,12 +18,7 @@ Error = Callable[[Array, Array], Array]
 
 
 class ReverseTokenSlimming(nn.Module):
-    """RTSM: recovers the full grid of N tokens from K kept tokens, with an MLP over tokens and an MLP over channels.
-
-    Attributes:
-        num_tokens: Number N of output tokens.
-        dtype: Type of the matrix products.
-    """
+    """RTSM: recovers the full grid of `num_tokens` from fewer tokens, with an MLP over tokens and one over channels."""
 
     num_tokens: int
     dtype: DTypeLike = jnp.float32
@@ -42,10 +37,6 @@ class ReverseSlimming(nn.Module):
     """One RTSM per block from the first slimmed block on; the blocks before it have the full grid already.
 
     This is a separate module with its own parameters, so that deployed models do not include it.
-
-    Attributes:
-        arch: The student's architecture.
-        dtype: Type of the matrix products.
     """
 
     arch: Architecture

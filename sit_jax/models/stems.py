@@ -21,9 +21,7 @@ class BatchNorm(nn.Module):
     Under `jit`, a batch that is sharded over a mesh has the statistics of the global batch.
 
     Attributes:
-        dtype: Type of the result; statistics are float32.
         momentum: Fraction of the old running value that is kept (PyTorch's 0.1 is 0.9 here).
-        epsilon: Added to the variance.
     """
 
     dtype: DTypeLike = jnp.float32
@@ -64,8 +62,6 @@ class Stem(nn.Module):
     repository). `patch` is only the projection: one strided convolution (ViT's patch embedding).
 
     Attributes:
-        arch: The model's architecture.
-        dtype: Type of the matrix products.
         batch_norm: False if BatchNorm is folded into the convolutions, which then have a bias.
     """
 

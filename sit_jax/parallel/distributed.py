@@ -59,12 +59,9 @@ class Processes:
 
 
 class Found(NamedTuple):
-    """Processes that a launcher started, without options of this command.
+    """Processes that a launcher (`Cloud TPU`, `SLURM` or `Open MPI`) started, without options of this command.
 
-    Attributes:
-        launcher: The launcher: `Cloud TPU`, `SLURM` or `Open MPI`.
-        processes: How the processes connect to each other.
-        local_devices: Indices of the local accelerators of this process; None leaves the choice to JAX.
+    `local_devices` are the indices of the local accelerators of this process; None leaves the choice to JAX.
     """
 
     launcher: str
@@ -139,10 +136,9 @@ def initialize(processes: Processes) -> None:
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
         raise RunError(f"the processes cannot join one another ({found.launcher}): {reason}") from None
-    local, everything = jax.local_device_count(), jax.device_count()
-    kind = jax.local_devices()[0].device_kind
     place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"{place}: {local} of {everything} devices, {kind}", file=sys.stderr, flush=True)
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices, {jax.local_devices()[0].device_kind}"
+    print(f"{place}: {devices}", file=sys.stderr, flush=True)
 
 
 def wait_for_processes(processes: Processes) -> None:

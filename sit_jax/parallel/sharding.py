@@ -6,8 +6,7 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -108,24 +107,6 @@ def _tensor_dimension(names: Sequence[str], rank: int) -> int | None:
     if layer in _SPLIT_INPUT and leaf == "kernel":
         return 0
     return None
-
-
-class Placement(NamedTuple):
-    """Name, shape and sharding of one array, and its MiB per device, for `sit train --print_sharding`."""
-
-    name: str
-    shape: tuple[int, ...]
-    spec: PartitionSpec
-    mib: float
-
-
-def placements(mesh: Mesh, state: PyTree) -> Iterator[Placement]:
-    """Yields the sharding of every array of a state (or its abstract version), in order."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        sharding = NamedSharding(mesh, partition_spec(mesh, path_names(path), leaf.shape))
-        local = sharding.shard_shape(leaf.shape)
-        size = math.prod(local) * leaf.dtype.itemsize / 2**20
-        yield Placement("/".join(path_names(path)), tuple(leaf.shape), sharding.spec, size)
 
 
 def check_mesh(mesh: Mesh, config: Config) -> None:

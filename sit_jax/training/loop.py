@@ -23,7 +23,7 @@ from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
 from sit_jax.io.load import load_run
-from sit_jax.models.trees import Variables
+from sit_jax.models.trees import Variables, path_names
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
 from sit_jax.training.evaluate import evaluate, make_eval_step
@@ -162,10 +162,11 @@ def print_sharding(config: Config, quiet: bool = False) -> None:
     total = 0.0
     spec = make_train_spec(config, steps_per_epoch=1)
     everything = {"state": abstract_state(spec), "teachers": abstract_teachers(spec)}
-    for entry in sharding.placements(mesh, everything):
-        total += entry.mib
-        split = " x ".join(str(axis or "-") for axis in entry.spec) or "-"
-        table.add_row(entry.name, " x ".join(map(str, entry.shape)), split, f"{entry.mib:.3f}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sharding.place_abstract(mesh, everything)):
+        mib = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize / 2**20
+        total += mib
+        split = " x ".join(str(axis or "-") for axis in leaf.sharding.spec) or "-"
+        table.add_row("/".join(path_names(path)), " x ".join(map(str, leaf.shape)), split, f"{mib:.3f}")
     table.add_row("all", "", "", f"{total:.3f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

@@ -87,16 +87,13 @@ class TrainSpec(NamedTuple):
 
 
 def make_train_spec(
-    config: Config,
-    steps_per_epoch: int,
-    model: nn.Module | None = None,
-    losses: Mapping[str, Loss] | None = None,
+    config: Config, steps_per_epoch: int, model: nn.Module | None = None, losses: Mapping[str, Loss] | None = None
 ) -> TrainSpec:
     """Builds the modules and the optimizer of a run.
 
     Args:
         config: The configuration of the run.
-        steps_per_epoch: Steps per epoch, for the schedules.
+        steps_per_epoch: For the schedules.
         model: A custom module that replaces that of the configuration; called as `sit_jax.ViT`, returns logits and
             `Outputs`.
         losses: Custom loss terms: name -> function of `LossInputs` that returns a scalar.
@@ -136,8 +133,8 @@ def init_state(spec: TrainSpec, mesh: Mesh, variables: Variables | None = None) 
 
     The model starts with `variables`; parameters that they lack (such as a student's slimming modules) are random.
     """
-    create = jax.jit(lambda: _fresh_state(spec), out_shardings=sharding.state_shardings(mesh, abstract_state(spec)))
-    state = create()
+    shardings = sharding.state_shardings(mesh, abstract_state(spec))
+    state = jax.jit(lambda: _fresh_state(spec), out_shardings=shardings)()
     if variables is None:
         return state
     params = {**state.params, "model": _overlay(state.params["model"], variables["params"])}
@@ -162,8 +159,7 @@ def freeze_teachers(spec: TrainSpec, teachers: Teachers) -> Teachers:
 
 def _teacher_models(spec: TrainSpec) -> dict[str, ModelConfig]:
     """Returns the models of the teachers that the train step takes, by the name of their section."""
-    teachers = spec.config.teachers
-    return {name: teacher.model for name, teacher in teachers.items() if getattr(spec, name) is not None}
+    return {name: x.model for name, x in spec.config.teachers.items() if getattr(spec, name) is not None}
 
 
 def abstract_teachers(spec: TrainSpec) -> Teachers:
@@ -183,13 +179,8 @@ def _fresh_state(spec: TrainSpec) -> TrainState:
         _, outputs = spec.model.bind(variables)(images)
         params["reverse"] = spec.reverse.init(jax.random.fold_in(key, 1), outputs.tokens)["params"]
     ema = {"params": params["model"], "batch_stats": stats} if spec.config.optim.ema_decay > 0 else None
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=stats,
-        opt_state=spec.optimizer.init(params),
-        ema=ema,
-    )
+    step, opt_state = jnp.zeros((), jnp.int32), spec.optimizer.init(params)
+    return TrainState(step=step, params=params, batch_stats=stats, opt_state=opt_state, ema=ema)
 
 
 def _overlay(mine: PyTree, theirs: PyTree) -> PyTree:
@@ -300,7 +291,7 @@ def compute_loss(
         if config.logits > 0:
             terms["logits"] = losses.logits_distillation(logits, teacher_logits, config.temperature)
     if config.token_label > 0:
-        terms["token_label"] = losses.token_labelling(outputs.patch_logits, batch["patch_label"])
+        terms["token_label"] = losses.soft_target_cross_entropy(outputs.patch_logits, batch["patch_label"])
     if spec.cnn_teacher is not None:
         cnn_logits, _ = jax.lax.stop_gradient(spec.cnn_teacher.bind(teachers["cnn_teacher"])(images))
         terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)

@@ -19,10 +19,7 @@ class TokenSlimming(nn.Module):
     """TSM: softly merges N patch tokens into fewer tokens.
 
     `A = softmax over the N tokens of scale * W2 GELU(W1 LN(X))` and `X' = A^T X` on the un-normalized tokens, so each
-    kept token is a convex combination of the input tokens.
-
-    Attributes:
-        dtype: Type of the matrix products; the softmax is float32.
+    kept token is a convex combination of the input tokens. The softmax is float32.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
