@@ -97,7 +97,7 @@ def find_processes() -> Found | None:
         processes = Processes(address, count, cluster.get_process_id())
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: the metadata server did not answer.
         reason = one_line(error)
-        raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
+        raise RunError(f"{name} was detected, but does not define the other processes: {reason}") from None
     return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
 
 
@@ -135,7 +135,7 @@ def initialize(processes: Processes) -> None:
         )
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
-        raise RunError(f"the processes cannot join one another ({found.launcher}): {reason}") from None
+        raise RunError(f"the processes cannot connect to each other ({found.launcher}): {reason}") from None
     place = f"process {jax.process_index()} of {jax.process_count()}"
     devices = f"{jax.local_device_count()} of {jax.device_count()} devices, {jax.local_devices()[0].device_kind}"
     print(f"{place}: {devices}", file=sys.stderr, flush=True)
