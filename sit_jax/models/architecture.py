@@ -209,9 +209,7 @@ def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Archit
     """
     known = sorted(field.name for field in dataclasses.fields(Architecture))
     for name in values:
-        _require(
-            name in known, f"{where}{name}", f"is not a field of Architecture; there are {', '.join(known)}"
-        )
+        _require(name in known, f"{where}{name}", f"is not a field of Architecture; there are {', '.join(known)}")
     try:
         return Architecture(**values)
     except ConfigError as error:

@@ -17,6 +17,7 @@ from clu import metrics as clu_metrics
 from sit_jax import losses
 from sit_jax.config import JsonObject
 from sit_jax.errors import NotFiniteError, RunError
+from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.runs import writing
 
 
@@ -82,10 +83,8 @@ class MetricWriter:
         self._workdir, path = workdir, workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         with writing(workdir):
-            # Replaced atomically, since lines cut off by a full disk would be lost.
-            shorter = path.with_name(f".{path.name}.part")
-            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            shorter.replace(path)
+            with atomic_replace(path) as part:  # Lines cut off by a full disk would be lost.
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
             if tensorboard:
                 self._board = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else None)
