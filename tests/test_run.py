@@ -31,6 +31,7 @@ from sit_jax.training.evaluate import evaluate, evaluate_model, make_eval_step
 from sit_jax.training.init import initial_state
 from sit_jax.training.loop import run
 from sit_jax.training.metrics import read_metrics
+from sit_jax.training.progress import Progress
 from sit_jax.training.step import make_train_spec
 
 EPOCH = 1438 // 128
@@ -87,6 +88,22 @@ def test_summary(finished: pathlib.Path) -> None:
     assert summary["speedup"] > 0
     for picture in ("curves.png", "slimming.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", total=3, start=0, batch_size=8) as progress:
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 0.5, "skipped": 1.0})
+        progress.note("epoch 1")
+    with Progress("quiet", total=3, start=0, batch_size=8, quiet=True) as progress:
+        progress.update(1, {"loss": 0.5})
+        progress.note("epoch 1")
+    text = capsys.readouterr().err
+    (last,) = [line for line in text.splitlines() if "3/3" in line]
+    assert all(fact in last for fact in ("train", "loss=0.500", "skipped images=3", "images/s="))
+    assert "train: epoch 1\n" in text
+    assert "quiet" not in text
+    assert "\r" not in text
 
 
 def test_evaluation_against_numpy(finished: pathlib.Path) -> None:

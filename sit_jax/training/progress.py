@@ -57,4 +57,5 @@ class Progress:
     def note(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
         if not self._bar.disable:
-            tqdm.write(f"{self._label}: {text}", file=sys.stderr)
+            write = print if isinstance(self._bar, _Lines) else tqdm.write
+            write(f"{self._label}: {text}", file=sys.stderr)
