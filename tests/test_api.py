@@ -90,7 +90,7 @@ def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
     for kind in (np.int64, np.int32, np.uint16):
         with pytest.raises(ValueError, match=f"pixels are {np.dtype(kind)}; give uint8"):
             loaded(pixels.astype(kind))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         model.save(tmp_path / "model")
     with pytest.raises(UserError, match="no such file or folder"):
         sit_jax.load(tmp_path / "none")

@@ -249,7 +249,7 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path: pathlib.Path, monkeypat
     weights = random_weights.draw()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("precious")
-    with pytest.raises(UserError, match="taken: is there already"):
+    with pytest.raises(UserError, match="taken: exists already"):
         weights.save(tmp_path / "taken")
     assert (tmp_path / "taken" / "mine").read_text() == "precious"
     with pytest.raises(UserError, match="reverse modules"):

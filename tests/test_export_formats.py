@@ -307,7 +307,7 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
         ([folder, nothing, "--format", "folder", "--dtype", "float16"], "--dtype"),
         ([folder, nothing, "--format", "folder", "--ema"], "--step"),
         ([folder, nothing, "--format", "folder", "--step", "3"], "--step"),
-        ([folder, folder, "--format", "folder"], "is there already"),
+        ([folder, folder, "--format", "folder"], "exists already"),
     ]
     for words, message in cases:
         assert cli.main(["export", *map(str, words)]) == 2, words

@@ -22,7 +22,7 @@ from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.io import runs as workdir
 from sit_jax.io.load import load
 from sit_jax.parallel import sharding
-from sit_jax.report.load_run import gather
+from sit_jax.report.load_run import read_run
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.evaluate import evaluate_model
 from sit_jax.training.init import initial_state
@@ -154,7 +154,7 @@ def test_every_command_refuses_weights_that_are_not_finite(
 
 
 def test_a_report_leaves_out_an_evaluation_that_is_not_finite(sick: pathlib.Path) -> None:
-    record = gather(sick)
+    record = read_run(sick)
     assert [line["step"] for line in record.scores] == [11, 22]
     assert any("step 33 is not finite" in sentence for sentence in record.missing)
 

@@ -1,4 +1,4 @@
-"""One picture that cannot be read: wherever pictures are read, it is one picture, whatever the reason."""
+"""One image that cannot be read is one image wherever images are read, whatever the reason."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from sit_jax.data.sources import Source, read_picture
 from sit_jax.data.validate import check_data
 from sit_jax.errors import ImageDecodeError, UserError
 
-# How a picture's file comes to be unreadable. All happen after the folder was listed, as they may during a run.
+# Why an image's file is unreadable. All happen after the folder was listed, as they may during a run.
 WAYS: dict[str, Callable[[pathlib.Path], object]] = {
     "missing": lambda path: None,
     "dead_link": lambda path: path.symlink_to("nowhere.jpg"),
@@ -54,7 +54,7 @@ def spoil(root: pathlib.Path, way: str) -> pathlib.Path:
 
 @pytest.fixture
 def root(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Eight classes of three pictures, of which one is held out."""
+    """Eight classes of three images, of which one is held out."""
     pictures.make_folder(tmp_path / "some", 3, size=(24, 20))
     return tmp_path / "some"
 
@@ -115,7 +115,7 @@ def test_predict_finds_it_and_says_why(root: pathlib.Path, way: str) -> None:
             read_picture(bad)
 
 
-def test_folder_with_a_pictures_name_belongs_to_its_class(root: pathlib.Path) -> None:
+def test_folder_with_the_name_of_an_image_belongs_to_its_class(root: pathlib.Path) -> None:
     inside = root / "china" / "more.jpg" / "x.png"
     inside.parent.mkdir()
     inside.write_bytes(malformed.PNG)
@@ -149,7 +149,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def test_damaged_record_is_one_picture(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_damaged_record_is_one_image(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     skip = DataConfig(name="some", data_dir=str(tmp_path), on_decode_error="skip")
     (shard,) = tmp_path.rglob("*train.array_record*")
@@ -166,8 +166,8 @@ def test_damaged_record_is_one_picture(prepared: pathlib.Path, tmp_path: pathlib
 
 
 @pytest.mark.parametrize("how", ["missing", "zeros", "half", "folder"])
-def test_unreadable_shard_is_not_one_picture(prepared: pathlib.Path, tmp_path: pathlib.Path, how: str) -> None:
-    # Skipped picture by picture, a whole shard would be missing from an evaluation that seems to be fine.
+def test_unreadable_shard_is_not_one_image(prepared: pathlib.Path, tmp_path: pathlib.Path, how: str) -> None:
+    # Skipped image by image, a whole shard would be missing from an evaluation that seems to be fine.
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (shard,) = tmp_path.rglob("*train.array_record*")
     content = shard.read_bytes()

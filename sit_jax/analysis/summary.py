@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.console import Console
-from rich.table import Table
 
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
+from sit_jax.analysis.table import cell, print_table
 from sit_jax.config import JsonObject
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
@@ -30,7 +29,9 @@ from sit_jax.visual.token_maps import model_token_maps
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
-_PICTURES_SHOWN = 6
+_IMAGES_SHOWN = 6
+# Ratios of a summary and their form in the table.
+_RATIOS = {"gmac_ratio": "MMAC 1/{:.2f}", "speedup": "speed x{:.2f}"}
 
 
 def summarize(folder: pathlib.Path) -> JsonObject:
@@ -42,48 +43,36 @@ def summarize(folder: pathlib.Path) -> JsonObject:
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
         None if its denominator is 0 or a value is missing.
     """
-    models = trained_models(folder)
-    student_model = models["student"]
-    config = student_model.config
+    student = load_run(folder)
+    teacher = trained_teacher(student, folder)
+    models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    config = student.config
     assert config is not None
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config.inputs, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
-    forwards = {name: functools.partial(_logits, model) for name, model in models.items()}
-    speed = measure_throughput(forwards, images)
+    speed = measure_throughput({name: functools.partial(_logits, model) for name, model in models.items()}, images)
     summary: JsonObject = {}
-    for name, model in sorted(models.items(), reverse=True):
-        entry: JsonObject = {"top1": evaluate_model(model, match_names=False)["top1"]}
+    for name, model in models.items():
+        summary[name] = {"top1": evaluate_model(model, match_names=False)["top1"]}
         if isinstance(model.arch, Architecture):
             cost = count_cost(model.arch)
-            entry |= {"params": cost.params, "gmac": cost.gmac}
-        summary[name] = {**entry, "images_per_s": speed[name]}
+            summary[name] |= {"params": cost.params, "gmac": cost.gmac}
+        summary[name]["images_per_s"] = speed[name]
     if "teacher" in summary:
-        student, teacher = summary["student"], summary["teacher"]
-        summary["kept_accuracy"] = _ratio(student["top1"], teacher["top1"])
-        summary["gmac_ratio"] = _ratio(teacher.get("gmac"), student.get("gmac"))
-        summary["speedup"] = _ratio(student["images_per_s"], teacher["images_per_s"])
+        mine, theirs = summary["student"], summary["teacher"]
+        summary["kept_accuracy"] = _ratio(mine["top1"], theirs["top1"])
+        summary["gmac_ratio"] = _ratio(theirs.get("gmac"), mine.get("gmac"))
+        summary["speedup"] = _ratio(mine["images_per_s"], theirs["images_per_s"])
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
     if not distributed.is_process_0():
         return summary
     with runs.writing(folder):
         runs.write_json(folder / runs.SUMMARY, summary)
-        draw_curves(
-            folder, {name: pathlib.Path(x.source) for name, x in models.items() if runs.is_run(pathlib.Path(x.source))}
-        )
-        _draw_examples(folder, student_model, pixels, source.class_names)
+        folders = {name: pathlib.Path(model.source) for name, model in models.items()}
+        draw_curves(folder, {name: path for name, path in folders.items() if runs.is_run(path)})
+        _draw_examples(folder, student, pixels, source.class_names)
     return summary
-
-
-def trained_models(folder: pathlib.Path) -> dict[str, Model]:
-    """Returns a run's `student` and, if there is one, its `teacher`.
-
-    Raises:
-        UserError: The weights of a model cannot be read.
-    """
-    student = load_run(folder)
-    teacher = trained_teacher(student, folder)
-    return {"student": student} if teacher is None else {"student": student, "teacher": teacher}
 
 
 def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
@@ -110,46 +99,39 @@ def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
 
 def print_summary(summary: JsonObject) -> None:
     """Prints a summary as a table on standard output."""
-    table = Table(title=f"Images/s: {summary['images_per_s_measured']}")
-    for heading in ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name in ("teacher", "student"):
-        if name not in summary:
-            continue
-        entry = summary[name]
-        compared = name == "student" and "teacher" in summary
-        forms = (("gmac_ratio", "MMAC 1/{:.2f}"), ("speedup", "speed x{:.2f}"))
-        ratios = [_cell(summary.get(key), form) for key, form in forms]
-        table.add_row(
-            name,
-            f"{entry['top1']:.2%}",
-            _cell(summary["kept_accuracy"] if compared else None, "{:.2%}"),
-            f"{entry['params']:,}" if "params" in entry else "",
-            f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
-            f"{entry['images_per_s']:,.0f}",
-            ", ".join(filter(None, ratios)) if compared else "",
+    names = [name for name in ("teacher", "student") if name in summary]
+    rows = []
+    for name in names:
+        entry, compared = summary[name], summary if names[0] != name else {}
+        ratios = [cell(compared.get(key), form) for key, form in _RATIOS.items()]
+        rows.append(
+            (
+                name,
+                f"{entry['top1']:.2%}",
+                cell(compared.get("kept_accuracy"), "{:.2%}"),
+                cell(entry.get("params"), "{:,}"),
+                f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
+                f"{entry['images_per_s']:,.0f}",
+                ", ".join(filter(None, ratios)),
+            )
         )
-    Console().print(table)
+    headings = ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio")
+    print_table(headings, rows, left=("",), title=f"Images/s: {summary['images_per_s_measured']}")
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
+def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
     """Plots loss terms and accuracy of one or several runs against their epochs, in `curves.png`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(runs), 7), layout="constrained")
-    axes = figure.subplots(2, len(runs), squeeze=False)
-    for column, (name, place) in enumerate(sorted(runs.items(), reverse=True)):
+    figure = Figure(figsize=(6 * len(folders), 7), layout="constrained")
+    axes = figure.subplots(2, len(folders), squeeze=False)
+    for column, (name, place) in enumerate(folders.items()):
         lines = read_metrics(place)
-        train = [line for line in lines if line["kind"] == "train"]
-        scores = evaluations(lines)
+        train, scores = [line for line in lines if line["kind"] == "train"], evaluations(lines)
         terms = ("loss", "classification", "token", "logits", "hard")
         for term in [term for term in terms if train and term in train[0]]:
             axes[0, column].plot([x["step"] for x in train], [x[term] for x in train], label=term)
@@ -172,6 +154,6 @@ def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class
     """Draws the token maps of the student's kept tokens, for the first images of the evaluation split."""
     if not isinstance(model.arch, Architecture) or not model.arch.is_slimmed:
         return
-    maps = model_token_maps(model, pixels[:_PICTURES_SHOWN])
-    titles = [f"says {class_names[index]}" for index in maps.logits.argmax(axis=1)]
-    draw_slimming(folder / SLIMMING, pixels[:_PICTURES_SHOWN], maps, titles)
+    maps = model_token_maps(model, pixels[:_IMAGES_SHOWN])
+    titles = [f"predicted: {class_names[index]}" for index in maps.logits.argmax(axis=1)]
+    draw_slimming(folder / SLIMMING, pixels[:_IMAGES_SHOWN], maps, titles)

@@ -18,7 +18,7 @@ _PREFIX = "model."
 def add_parser(verbs: Any) -> None:
     """Adds the verb."""
     parser = add_verb(verbs, "convert", run, "convert weights of other programs and of runs")
-    sources = ".pth, .pt, .pth.tar, .safetensors or .npz file, model folder, or run"
+    sources = ".pth, .pt or .pth.tar file (needs PyTorch), .safetensors or .npz file, model folder, or run"
     parser.add_argument("source", metavar="SOURCE", type=pathlib.Path, help=sources)
     destinations = "model folder (no suffix), or .pth or .safetensors file in the original's layout"
     parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help=destinations)
