@@ -11,16 +11,12 @@ from jaxtyping import Array, Float, Int
 
 
 def soft_target_cross_entropy(
-    logits: Float[Array, "batch classes"], labels: Float[Array, "batch classes"]
+    logits: Float[Array, "batch *patches classes"], labels: Float[Array, "batch *patches classes"]
 ) -> Float[Array, ""]:
-    """Cross entropy with soft labels (smoothed, mixed, or one-hot)."""
-    return -(labels * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1).mean()
+    """Cross entropy with soft labels (smoothed, mixed, or one-hot).
 
-
-def token_labelling(
-    logits: Float[Array, "batch patches classes"], labels: Float[Array, "batch patches classes"]
-) -> Float[Array, ""]:
-    """Soft-target cross entropy of every patch with its dense label, averaged over patches (LV-ViT, section 3.2)."""
+    With dense labels, it is averaged over the patches, as in token labelling (LV-ViT, section 3.2).
+    """
     return -(labels * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1).mean()
 
 

@@ -69,9 +69,9 @@ def test_fewer_tokens_are_the_same_tokens(counts: tuple[int, ...]) -> None:
         return result
 
     with nn.intercept_methods(cut):
-        expected = build_model(STUDENT).apply(variables, images)
+        expected = build_model(STUDENT).bind(variables)(images)
     arch, params = with_fewer_tokens(STUDENT, variables["params"], counts)
-    logits, outputs = build_model(arch).apply({**variables, "params": params}, images)
+    logits, outputs = build_model(arch).bind({**variables, "params": params})(images)
     np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
     assert [assignment.shape[2] for assignment in outputs.assignments] == list(counts)
     for mine, theirs in zip(outputs.assignments, expected[1].assignments, strict=True):

@@ -49,7 +49,7 @@ def traced(arch: Architecture) -> dict[str, int]:
     variables = {name: tree[name] for name in ("params", "batch_stats") if tree[name]}
 
     def run(variables: Any, reverse: Any, images: Any) -> Any:
-        logits, outputs = build_model(arch).apply(variables, images)
+        logits, outputs = build_model(arch).bind(variables)(images)
         if not arch.is_slimmed:
             return logits
         with jax.named_scope("reverse"):

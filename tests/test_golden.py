@@ -29,7 +29,7 @@ def close(mine: Any, theirs: np.ndarray, relative: float) -> None:
 def test_teacher_forward(name: str) -> None:
     golden = golden_files.load(name)
     images = golden_files.nhwc(golden.data["images_nchw"])
-    logits, outputs = build_model(golden.arch.without_slimming()).apply(golden.teacher, images)
+    logits, outputs = build_model(golden.arch.without_slimming()).bind(golden.teacher)(images)
     close(logits, golden.data["eval/teacher_logits"], 1e-4)
     for block, tokens in enumerate(outputs.tokens):
         close(tokens, golden.data[f"eval/teacher_tokens/{block}"], 1e-4)
@@ -41,7 +41,7 @@ def test_student_forward(name: str) -> None:
     assert list(golden.arch.token_counts) == golden.meta["kept_tokens"]
     assert [block + 1 for block in golden.arch.slimming] == golden.meta["slim_after_block"]
     images = golden_files.nhwc(golden.data["images_nchw"])
-    logits, outputs = build_model(golden.arch).apply(golden.student, images)
+    logits, outputs = build_model(golden.arch).bind(golden.student)(images)
     close(logits, golden.data["eval/student_logits"], 1e-4)
     for block, tokens in enumerate(outputs.tokens):
         close(tokens, golden.data[f"eval/student_tokens/{block}"], 1e-4)
@@ -218,7 +218,7 @@ def test_distillation_token() -> None:
     recovered: Any = build_reverse(golden.arch).apply({"params": golden.student["reverse"]}, outputs.tokens)
     for block, tokens in enumerate(recovered):
         close(tokens, data[f"train0/student_tokens/{block}"], 1e-4)
-    teacher_logits, teacher_outputs = build_model(golden.arch.without_slimming()).apply(golden.teacher, images)
+    teacher_logits, teacher_outputs = build_model(golden.arch.without_slimming()).bind(golden.teacher)(images)
     terms = [
         float(losses.soft_target_cross_entropy(logits, jnp.asarray(data["soft_labels"]))),
         float(losses.token_distillation(recovered, teacher_outputs.tokens)) * weights["lambda_token"],
@@ -226,7 +226,7 @@ def test_distillation_token() -> None:
         float(losses.hard_distillation(outputs.distillation_logits, jnp.asarray(data["cnn_teacher_logits"]))),
     ]
     np.testing.assert_allclose([sum(terms), *terms], data["losses"], rtol=1e-4)
-    evaluated, outputs = model.apply(variables, images)
+    evaluated, outputs = model.bind(variables)(images)
     class_logits = 2 * np.asarray(evaluated) - np.asarray(outputs.distillation_logits)
     np.testing.assert_allclose((class_logits + outputs.distillation_logits) / 2, evaluated, rtol=1e-5)
 

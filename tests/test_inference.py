@@ -121,7 +121,7 @@ def test_regnet_runs_as_it_is() -> None:
     arch = tiny.CNN
     model = build_model(arch)
     images = np.random.default_rng(0).standard_normal((2, arch.image_size, arch.image_size, arch.in_channels))
-    variables = model.init(jax.random.key(0), jnp.asarray(images, jnp.float32))
+    variables: Any = model.init(jax.random.key(0), jnp.asarray(images, jnp.float32))
     np.testing.assert_allclose(
         inference_model(arch, variables).jit()(images.astype(np.float32)),
         by_module(arch, variables, images.astype(np.float32)),

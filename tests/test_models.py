@@ -78,16 +78,6 @@ def test_deit_models(size: str) -> None:
     assert module_params(VARIANTS[names[3]]) == (slimmed.params, slimmed.reverse_params)
 
 
-def test_counter_agrees_with_the_compiler() -> None:
-    arch = dataclasses.replace(TINY, stage_blocks=(2, 2), dim=192, num_heads=4)
-    model = build_model(arch)
-    variables = model.init(jax.random.key(0), IMAGES)
-    analysis = jax.jit(lambda x: model.apply(variables, x)[0]).lower(IMAGES[:1]).cost_analysis()
-    assert analysis is not None
-    # The compiler counts additions, norms and GELU besides the products, so it may only be somewhat above.
-    assert 1.0 <= analysis["flops"] / (2e9 * count_cost(arch).gmac) <= 1.1
-
-
 def test_regnet_has_torchvisions_parameter_count() -> None:
     arch = RegNetArchitecture()
     variables = jax.eval_shape(build_model(arch).init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
@@ -97,25 +87,18 @@ def test_regnet_has_torchvisions_parameter_count() -> None:
 def test_outputs() -> None:
     model = build_model(TINY)
     variables = model.init(jax.random.key(0), IMAGES)
-    logits, outputs = model.apply(variables, IMAGES)
+    logits, outputs = model.bind(variables)(IMAGES)
     assert logits.shape == (4, 5)
     assert [x.shape for x in outputs.tokens] == [(4, 8, 16)] * 4
     assert [x.shape for x in outputs.assignments] == [(4, 16, 8)]
     np.testing.assert_allclose(outputs.assignments[0].sum(axis=1), 1.0, atol=1e-6)
     assert outputs.distillation_logits is None
-    # A teacher's parameters fit into its student unchanged.
-    teacher = build_model(TINY.without_slimming()).init(jax.random.key(1), IMAGES)
-    mine = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(variables)}
-    theirs = {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(teacher)}
-    assert theirs.items() <= mine.items()
-
-
-def test_slimmed_tokens_are_the_assignments_mixture() -> None:
-    model = build_model(TINY)
-    variables = model.init(jax.random.key(0), IMAGES)
-    _, outputs = model.apply(variables, IMAGES)
-    teacher_variables = {"params": {k: v for k, v in variables["params"].items() if "slimming" not in k}}
-    _, full = build_model(TINY.without_slimming()).apply(teacher_variables, IMAGES)
+    # The student's parameters without the slimming modules are those of its teacher, from the same layers up to there.
+    teacher, params = build_model(TINY.without_slimming()), dict(variables["params"])
+    del params["slimming_0"]
+    shapes = jax.tree.map(jnp.shape, (teacher.init(jax.random.key(1), IMAGES), {"params": params}))
+    assert shapes[0] == shapes[1]
+    _, full = teacher.bind({"params": params})(IMAGES)
     expected = np.einsum("bnk,bnc->bkc", outputs.assignments[0], full.tokens[0])
     np.testing.assert_allclose(outputs.tokens[0], expected, atol=1e-5)
 
@@ -126,7 +109,7 @@ def test_options_do_not_change_the_result(option: dict[str, Any]) -> None:
     plain, other = build_model(arch, drop_path=0.3), build_model(arch, drop_path=0.3, **option)
     variables = plain.init(jax.random.key(0), IMAGES)
     reverse = build_reverse(arch)
-    outputs = plain.apply(variables, IMAGES)[1]
+    outputs = plain.bind(variables)(IMAGES)[1]
     reverse_params = reverse.init(jax.random.key(1), outputs.tokens)
     targets = [jnp.sin(7.0 * jnp.arange(4 * 16).reshape(1, 4, 16) + index) for index in range(4)]
     targets = [jnp.broadcast_to(target, (IMAGES.shape[0], 4, 16)) for target in targets]
@@ -158,7 +141,7 @@ def test_bfloat16_products_float32_logits() -> None:
     model, half = build_model(TINY), build_model(TINY, dtype="bfloat16")
     variables = model.init(jax.random.key(0), IMAGES)
     exact, _ = model.apply(variables, IMAGES)
-    logits, outputs = half.apply(variables, IMAGES)
+    logits, outputs = half.bind(variables)(IMAGES)
     assert logits.dtype == jnp.float32
     assert outputs.tokens[0].dtype == jnp.bfloat16
     assert outputs.assignments[0].dtype == jnp.float32
@@ -222,15 +205,17 @@ def test_token_counts() -> None:
     ],
 )
 def test_impossible_architectures_name_the_field(field: str, changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=rf"^{field}: "):
+    with pytest.raises(ConfigError) as caught:
         dataclasses.replace(TINY, **changes)
+    assert caught.value.key == field
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ConfigError, match="did you mean sit_small"):
+    with pytest.raises(ConfigError, match="sit_small"):
         get_architecture("sit_smal")
-    with pytest.raises(ConfigError, match=r"^dimm: "):
+    with pytest.raises(ConfigError) as caught:
         get_architecture("sit_small", dimm=3)
+    assert caught.value.key == "dimm"
     assert get_architecture("sit_small", num_classes=7).num_classes == 7
 
 
@@ -244,8 +229,8 @@ def test_mix_token_is_cutmix_on_the_patch_grid() -> None:
     variables = model.init(jax.random.key(0), jnp.asarray(images))
     pixels = mask.reshape(4, 4, 4).repeat(8, axis=1).repeat(8, axis=2)[..., None]
     moved = np.where(pixels, images[::-1], images)
-    mine, outputs = model.apply(variables, jnp.asarray(images), token_mix=jnp.asarray(mask))
-    theirs, expected = model.apply(variables, jnp.asarray(moved))
+    mine, outputs = model.bind(variables)(jnp.asarray(images), token_mix=jnp.asarray(mask))
+    theirs, expected = model.bind(variables)(jnp.asarray(moved))
     np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(outputs.tokens[0], expected.tokens[0], rtol=1e-5, atol=1e-5)
     plain, _ = model.apply(variables, jnp.asarray(images))
@@ -256,7 +241,7 @@ def test_patch_logits_against_numpy() -> None:
     model = build_model(tiny.plain(aux_head=True))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
     variables = model.init(jax.random.key(1), images)
-    _, outputs = model.apply(variables, images)
+    _, outputs = model.bind(variables)(images)
     params = jax.tree.map(np.asarray, variables["params"])
     tokens = np.asarray(outputs.tokens[-1], np.float64)
     centred = tokens - tokens.mean(axis=-1, keepdims=True)
@@ -265,18 +250,19 @@ def test_patch_logits_against_numpy() -> None:
     expected = normed @ params["aux_head"]["kernel"] + params["aux_head"]["bias"]
     np.testing.assert_allclose(outputs.patch_logits, expected, rtol=1e-4, atol=1e-5)
     slimmed = build_model(dataclasses.replace(tiny.STUDENT, aux_head=True))
-    assert slimmed.apply(slimmed.init(jax.random.key(1), images), images)[1].patch_logits is None
+    assert slimmed.bind(slimmed.init(jax.random.key(1), images))(images)[1].patch_logits is None
 
 
 def test_convolutional_patch_logits_average_to_the_logits() -> None:
     model = build_model(tiny.CNN)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 32, 32, 1)), jnp.float32)
-    logits, outputs = model.apply(model.init(jax.random.key(1), images), images)
+    logits, outputs = model.bind(model.init(jax.random.key(1), images))(images)
     assert outputs.patch_logits.shape == (2, 16, 10)
     np.testing.assert_allclose(outputs.patch_logits.mean(axis=1), logits, rtol=1e-4, atol=1e-5)
     assert float(outputs.patch_logits.std(axis=1).max()) > 1e-4
 
 
 def test_classes_left_to_the_data_must_be_settled_first() -> None:
-    with pytest.raises(ConfigError, match="num_classes: is 0"):
+    with pytest.raises(ConfigError) as caught:
         build_model(tiny.plain(num_classes=0))
+    assert caught.value.key == "num_classes"

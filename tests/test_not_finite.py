@@ -83,25 +83,16 @@ EACH_STEP = {"eval_every_epochs": 2, "epochs": 2, "checkpoint": CheckpointConfig
     [
         ({"lr": 1e38}, {}, 1, None),  # By its evaluation.
         ({"lr": 1e30, "weight_decay": 1e30}, EACH_STEP, 1, None),  # By its weights, before they are saved.
-        (
-            {"lr": 1e38},
-            EACH_STEP,
-            2,
-            1,
-        ),  # By the loss: it comes from the weights of the checkpoint.
+        ({"lr": 1e38}, EACH_STEP, 2, 1),  # By the loss: it comes from the weights of the checkpoint.
     ],
 )
 def test_a_run_that_went_wrong_ends_in_one_line_that_calls_no_checkpoint_good(
-    optim: dict[str, Any],
-    changes: dict[str, Any],
-    stops_at: int,
-    saved: int | None,
-    digits_dir: str,
-    tmp_path: pathlib.Path,
+    optim: dict[str, Any], changes: Any, stops_at: int, saved: int | None, digits_dir: str, tmp_path: pathlib.Path
 ) -> None:
-    with pytest.raises(NotFiniteError, match=rf"^step {stops_at}: .* There is no good checkpoint in ") as raised:
+    with pytest.raises(NotFiniteError, match=f"^step {stops_at}: ") as raised:
         run(one_step(digits_dir, OptimConfig(**optim), **changes), tmp_path)
     assert len(str(raised.value).splitlines()) == 1
+    assert "no good checkpoint" in str(raised.value)
     with Checkpoints(tmp_path) as checkpoints:
         assert (checkpoints.latest_step, checkpoints.best_step) == (saved, None)
 

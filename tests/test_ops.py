@@ -13,7 +13,6 @@ from sit_jax.errors import ConfigError
 from sit_jax.models.layers import Dense
 from sit_jax.ops import attention as ops
 from sit_jax.ops.eager_grad import with_eager_grad
-from sit_jax.ops.linear import dot_general
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 
@@ -67,8 +66,9 @@ def test_large_scores_do_not_overflow() -> None:
 def test_attention_that_does_not_run_here_is_refused_or_replaced() -> None:
     assert ops.choose("auto", "bfloat16", 4, 64) == ops.choose("auto", "float32", 4, 64) == "xla"
     for dtype in ("float32", "bfloat16"):
-        with pytest.raises(ConfigError, match=r"^attention: "):
+        with pytest.raises(ConfigError) as caught:
             ops.choose("cudnn", dtype, 4, 64)
+        assert caught.value.key == "attention"
 
 
 # Sizes of 1, small and odd ones have code of their own in XLA for CPUs.
@@ -83,6 +83,8 @@ def test_a_bfloat16_layer_has_float32_gradients_of_its_weights(sizes: tuple[int,
         result: jax.Array = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
         return result
 
+    drawn = layer.init(KEYS[1], x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(drawn)} == {jnp.dtype("float32")}
     result, back = jax.vjp(apply, x, kernel, bias)
     to_x, to_kernel, to_bias = jax.jit(back)(grad)
 
@@ -97,20 +99,6 @@ def test_a_bfloat16_layer_has_float32_gradients_of_its_weights(sizes: tuple[int,
     assert to_kernel.dtype == to_bias.dtype == jnp.float32
     np.testing.assert_allclose(to_kernel, np.einsum("bri,bro->io", wide(x), wide(grad)), rtol=1e-5, atol=1e-4)
     np.testing.assert_allclose(to_bias, wide(grad).sum(axis=(0, 1)), rtol=1e-5, atol=1e-4)
-
-
-def test_products_of_bfloat16_have_operands_of_bfloat16() -> None:
-    # Also those of the backward pass: with float32 operands a GPU takes twice as long.
-    x, kernel = normal(0, 2, 8, 16).astype(jnp.bfloat16), normal(1, 16, 32)
-
-    def loss(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return dot_general(x, kernel, (((2,), (0,)), ((), ()))).astype(jnp.bfloat16).astype(jnp.float32).sum()
-
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).as_text()
-    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    assert len(products) == 2
-    operands = [line.rpartition(": (")[2].partition(")")[0].split(", ") for line in products]
-    assert all(kind.endswith("xbf16>") for pair in operands for kind in pair), products
 
 
 def squared(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -141,10 +129,3 @@ def test_eager_gradients_keep_nothing_but_gradients() -> None:
 
     _, back = jax.vjp(with_eager_grad(wide), normal(0, 4))
     assert max(leaf.size for leaf in jax.tree.leaves(back)) == 4
-
-
-def test_parameters_stay_in_float32() -> None:
-    layer: Any = Dense(8, dtype=jnp.bfloat16)
-    params = layer.init(KEYS[1], normal(0, 64, 4))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    assert layer.apply(params, normal(0, 64, 4)).dtype == jnp.bfloat16

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from sit_jax.config import OptimConfig
 from sit_jax.training.optim import cosine_schedule, decay_mask, make_optimizer, parameter_groups, schedules
@@ -25,20 +26,13 @@ PARAMS: dict[str, Any] = {
 
 
 def test_decay_mask() -> None:
-    names = {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in flat(decay_mask(PARAMS))}
-    decayed = {name for name, value in names.items() if value}
+    def decayed(decay_like_original: bool) -> set[str]:
+        mask = flatten_dict(decay_mask(PARAMS, decay_like_original), sep="/")
+        return {name for name, decays in mask.items() if decays}
+
     plain = {"model/head/kernel", "model/aux_head/kernel", "model/slimming_0/fc1/kernel"}
-    assert decayed == plain | {"reverse/blocks_0/token_mlp/fc1/kernel"}
-    decay_like_original = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, value in flat(decay_mask(PARAMS, True))
-        if value
-    }
-    assert decay_like_original - decayed == {"model/slimming_0/scale", "reverse/blocks_0/norm1/scale"}
-
-
-def flat(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
+    assert decayed(False) == plain | {"reverse/blocks_0/token_mlp/fc1/kernel"}
+    assert decayed(True) - decayed(False) == {"model/slimming_0/scale", "reverse/blocks_0/norm1/scale"}
 
 
 def test_groups() -> None:

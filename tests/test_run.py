@@ -11,16 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import scipy.special
 import tiny
 
 from sit_jax.analysis.summary import summarize
 from sit_jax.cli import app as cli
-from sit_jax.config import (
-    Config,
-    ModelConfig,
-    OptimConfig,
-    TeacherConfig,
-)
+from sit_jax.config import Config, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.config import LossConfig as Loss
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import ConfigError, PreemptedError, RunError
@@ -35,6 +31,7 @@ from sit_jax.training.evaluate import evaluate, evaluate_model, make_eval_step
 from sit_jax.training.init import initial_state
 from sit_jax.training.loop import run
 from sit_jax.training.metrics import read_metrics
+from sit_jax.training.progress import Progress
 from sit_jax.training.step import make_train_spec
 
 EPOCH = 1438 // 128
@@ -59,7 +56,7 @@ def test_keys_that_came_later_do_not_make_it_another_run(config: Config, tmp_pat
     workdir.create_or_verify(tmp_path, config, resume=True)
     values["model"]["layer_scale"] = True
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(RunError, match="layer_scale is True there"):
+    with pytest.raises(RunError, match="layer_scale"):
         workdir.create_or_verify(tmp_path, config, resume=True)
 
 
@@ -93,6 +90,22 @@ def test_summary(finished: pathlib.Path) -> None:
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("train", total=3, start=0, batch_size=8) as progress:
+        for step in (1, 2, 3):
+            progress.update(step, {"loss": 0.5, "skipped": 1.0})
+        progress.note("epoch 1")
+    with Progress("quiet", total=3, start=0, batch_size=8, quiet=True) as progress:
+        progress.update(1, {"loss": 0.5})
+        progress.note("epoch 1")
+    text = capsys.readouterr().err
+    (last,) = [line for line in text.splitlines() if "3/3" in line]
+    assert all(fact in last for fact in ("train", "loss=0.500", "skipped images=3", "images/s="))
+    assert "train: epoch 1\n" in text
+    assert "quiet" not in text
+    assert "\r" not in text
+
+
 def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
     config, variables = read_config(finished), load_run(finished).variables
     rng = np.random.default_rng(0)
@@ -109,8 +122,7 @@ def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
     order = np.argsort(-logits, axis=1)
     top1 = (order[:, 0] == labels[:33]).mean()
     top5 = (order[:, :5] == labels[:33, None]).any(axis=1).mean()
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    log_probs = scipy.special.log_softmax(logits, axis=1)
     assert result["examples"] == 33
     assert result["top1"] == pytest.approx(top1, abs=1e-6)
     assert result["top5"] == pytest.approx(top5, abs=1e-6)
@@ -145,14 +157,8 @@ def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path,
     assert config.teacher is not None
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN), batch_size=128)
     given = dataclasses.replace(config.teacher, run=str(finished / "teacher"))
-    changed = dataclasses.replace(
-        config,
-        model=ModelConfig(architecture=arch),
-        loss=Loss(hard=1.0),
-        teacher=given,
-        cnn_teacher=cnn,
-        epochs=1,
-    )
+    model = ModelConfig(architecture=arch)
+    changed = dataclasses.replace(config, model=model, loss=Loss(hard=1.0), teacher=given, cnn_teacher=cnn, epochs=1)
     result = run(changed, tmp_path / "run")
     assert result["examples"] == 359
     assert (tmp_path / "run" / "cnn_teacher" / "config.json").exists()
@@ -160,19 +166,13 @@ def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path,
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config, tmp_path: pathlib.Path) -> None:
-    plain = dataclasses.replace(
-        config,
-        model=ModelConfig(architecture=tiny.TEACHER),
-        teacher=None,
-        loss=Loss(),
-        optim=OptimConfig(lr=1e-3),
-        epochs=1,
-    )
+    model, optim = ModelConfig(architecture=tiny.TEACHER), OptimConfig(lr=1e-3)
+    plain = dataclasses.replace(config, model=model, teacher=None, loss=Loss(), optim=optim, epochs=1)
     run(plain, tmp_path)
     # The same run, continued with a rate that cannot go well.
     wild = dataclasses.replace(plain, epochs=3, optim=OptimConfig(lr=1e30))
     (tmp_path / "config.json").write_text(json.dumps(to_dict(wild)))
-    with pytest.raises(RunError, match=rf"^step 1\d: .* is not finite; .* checkpoint is of step {EPOCH} "):
+    with pytest.raises(RunError, match=rf"^step 1\d: .* step {EPOCH} "):
         run(wild, tmp_path, resume=True)
     variables = load_run(tmp_path).variables
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
@@ -184,7 +184,7 @@ def test_notice_before_the_first_step_counts(finished: pathlib.Path, config: Con
     given = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, run=str(finished / "teacher")))
     with PreemptionMonitor():
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(PreemptedError, match=r"^told to end before step 1 of 22; go on with --resume"):
+        with pytest.raises(PreemptedError, match=r"step 1 of 22.*--resume"):
             run(given, tmp_path)
     # It is forgotten with the command that it was for.
     with PreemptionMonitor() as stop:
@@ -192,11 +192,7 @@ def test_notice_before_the_first_step_counts(finished: pathlib.Path, config: Con
 
 
 def overrides(digits_dir: str) -> list[str]:
-    words = {
-        "data.data_dir": digits_dir,
-        "teacher.epochs": 5,
-        "batch_size": 64,
-    }
+    words = {"data.data_dir": digits_dir, "teacher.epochs": 5, "batch_size": 64}
     return [f"--config.{key}={value}" for key, value in words.items()]
 
 
@@ -238,8 +234,9 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
     assert config.teacher is not None
     other = dataclasses.replace(tiny.TEACHER, num_heads=4)
     teacher = TeacherConfig(model=ModelConfig(architecture=other), run=str(finished / "teacher"))
-    with pytest.raises(ConfigError, match=r"^teacher.run: the model in"):
+    with pytest.raises(ConfigError) as caught:
         run(dataclasses.replace(config, teacher=teacher), tmp_path / "other")
+    assert caught.value.key == "teacher.run"
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
 

@@ -20,14 +20,13 @@ from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
-from sit_jax.training.step import abstract_state, init_state, make_train_spec, make_train_step
+from sit_jax.training.step import init_state, make_train_spec, make_train_step
 
 # Wide enough that every kind of layer is split.
 WIDE = Architecture(
     image_size=32, in_channels=1, num_classes=10, stem="conv4", dim=64, depth=3, num_heads=4, mlp_ratio=4.0
 )
 SLIM = dataclasses.replace(WIDE, stage_blocks=(1, 2), keep_ratio=0.5)
-MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x4x1": (2, 4, 1), "2x2x2": (2, 2, 2)}
 
 
 def config(**changes: Any) -> Config:
@@ -40,7 +39,9 @@ def config(**changes: Any) -> Config:
 
 def run_steps(shape: tuple[int, int, int], count: int) -> tuple[list[float], Any]:
     """Losses of some steps on a mesh, and the state after them, on the host."""
-    mesh = sharding.make_mesh(_mesh_config(shape), jax.devices()[: math.prod(shape)])
+    mesh = sharding.make_mesh(
+        MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2]), jax.devices()[: math.prod(shape)]
+    )
     task = make_train_spec(config(), steps_per_epoch=10)
     images = jnp.zeros((1, 32, 32, 1))
     teacher = build_model(WIDE).init(jax.random.key(7), images)
@@ -55,18 +56,14 @@ def run_steps(shape: tuple[int, int, int], count: int) -> tuple[list[float], Any
     return losses, jax.device_get({"params": state.params, "stats": state.batch_stats, "ema": state.ema})
 
 
-def _mesh_config(shape: tuple[int, int, int]) -> MeshConfig:
-    return MeshConfig(data=shape[0], fsdp=shape[1], tensor=shape[2])
-
-
 @pytest.fixture(scope="module")
 def alone() -> tuple[list[float], Any]:
     return run_steps((1, 1, 1), 6)
 
 
-@pytest.mark.parametrize("name", ["8x1x1", "2x4x1", "2x2x2"])
-def test_every_mesh_trains_the_same(name: str, alone: Any) -> None:
-    losses, state = run_steps(MESHES[name], 6)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_every_mesh_trains_the_same(shape: tuple[int, int, int], alone: Any) -> None:
+    losses, state = run_steps(shape, 6)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, alone[1])
 
@@ -76,7 +73,7 @@ def test_fsdp_holds_an_eighth_of_everything() -> None:
     slim = dataclasses.replace(arch, stage_blocks=(1, 2), keep_ratio=0.5)
     teacher = TeacherConfig(model=ModelConfig(architecture=arch))
     big = tiny.config(arch=slim, teacher=teacher, optim=OptimConfig(ema_decay=0.9))
-    mesh = sharding.make_mesh(_mesh_config((1, 8, 1)))
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
     state = init_state(make_train_spec(big, 10), mesh)
     for tree in (state.params, state.opt_state, state.ema):
         leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "addressable_shards")]
@@ -87,12 +84,8 @@ def test_fsdp_holds_an_eighth_of_everything() -> None:
     assert state.step.sharding.is_fully_replicated
 
 
-def spec(mesh: Any, path: str, shape: tuple[int, ...]) -> PartitionSpec:
-    return sharding.partition_spec(mesh, path.split("/"), shape)
-
-
 def test_rule() -> None:
-    mesh = sharding.make_mesh(_mesh_config((2, 2, 2)))
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     for path, shape, expected in (
         ("params/model/blocks_0/attn/qkv/kernel", (64, 192), PartitionSpec("fsdp", "tensor")),
         ("params/model/blocks_0/attn/proj/kernel", (64, 64), PartitionSpec("tensor", "fsdp")),
@@ -107,58 +100,46 @@ def test_rule() -> None:
         ("params/model/blocks_0/norm1/scale", (64,), PartitionSpec(None)),
         ("params/model/blocks_0/mlp/fc1/kernel", (63, 255), PartitionSpec(None, None)),
     ):
-        assert spec(mesh, path, shape) == expected, path
+        assert sharding.partition_spec(mesh, path.split("/"), shape) == expected, path
 
 
 def test_mesh_shapes() -> None:
     assert sharding.mesh_shape(MeshConfig(), 8) == (8, 1, 1)
     assert sharding.mesh_shape(MeshConfig(data=2, fsdp=-1, tensor=2), 16) == (2, 4, 2)
-    for wrong, count, message in (
-        (MeshConfig(data=3), 8, "data 3 x fsdp 1 x tensor 1 is 3 devices, but there are 8"),
-        (MeshConfig(data=-1, tensor=3), 8, "3 does not divide 8"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            sharding.mesh_shape(wrong, count)
+    for wrong in (MeshConfig(data=3), MeshConfig(data=-1, tensor=3)):
+        with pytest.raises(ConfigError) as caught:
+            sharding.mesh_shape(wrong, 8)
+        assert caught.value.key == "mesh"
     for sizes in ({"data": 0}, {"fsdp": -2}, {"data": -1, "fsdp": -1}):
         with pytest.raises(ValueError, match=r"-1 for the rest|can be -1"):
             MeshConfig(**sizes)
 
 
 def test_what_does_not_divide_is_told_before_anything_is_compiled() -> None:
-    mesh = sharding.make_mesh(_mesh_config((2, 2, 2)))
-    with pytest.raises(ConfigError, match=r"^batch_size: 18 examples do not divide over 4 devices"):
-        sharding.check_mesh(mesh, config(batch_size=18))
-    with pytest.raises(ConfigError, match=r"^eval_batch_size: 30 examples"):
-        sharding.check_mesh(mesh, config(eval_batch_size=30))
-    odd = dataclasses.replace(WIDE, dim=48, num_heads=3)
-    plain = tiny.config(model=ModelConfig(architecture=odd), teacher=None, loss=LossConfig())
-    with pytest.raises(ConfigError, match=r"^model.num_heads: 3 heads do not divide over mesh.tensor 2"):
-        sharding.check_mesh(mesh, plain)
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharding.check_mesh(mesh, config(batch_size=16))
+    odd = ModelConfig(architecture=dataclasses.replace(WIDE, dim=48, num_heads=3))
+    for key, wrong in (
+        ("batch_size", config(batch_size=18)),
+        ("batch_size", tiny.config(batch_size=12, optim=OptimConfig(accumulate_steps=2))),
+        ("eval_batch_size", config(eval_batch_size=30)),
+        ("model.num_heads", tiny.config(model=odd, teacher=None, loss=LossConfig())),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            sharding.check_mesh(mesh, wrong)
+        assert caught.value.key == key
 
 
 def test_devices_that_share_examples_are_one_hosts() -> None:
     # As the torus of a v5e:4x4 lays them: eight devices a host, but in columns of two.
-    class Device:
-        def __init__(self, process_index: int) -> None:
-            self.process_index = process_index
-
     def mesh(owners: list[int]) -> Any:
-        devices = np.array([Device(owner) for owner in owners]).reshape(1, 2, 4)
+        devices = np.array([types.SimpleNamespace(process_index=owner) for owner in owners]).reshape(1, 2, 4)
         return types.SimpleNamespace(shape={"data": 1, "fsdp": 2, "tensor": 4}, devices=devices)
 
     sharding.check_mesh(mesh([0, 0, 0, 0, 1, 1, 1, 1]), config())
-    with pytest.raises(ConfigError, match=r"^mesh.tensor: groups of 4 devices would lie across hosts"):
+    with pytest.raises(ConfigError) as caught:
         sharding.check_mesh(mesh([0, 0, 1, 1, 0, 0, 1, 1]), config())
-
-
-def test_placements_add_up() -> None:
-    mesh = sharding.make_mesh(_mesh_config((1, 4, 2)))
-    state = abstract_state(make_train_spec(config(), 10))
-    placed = list(sharding.placements(mesh, state))
-    assert len(placed) == len(jax.tree.leaves(state))
-    for entry in placed:
-        split = math.prod(mesh.shape[axis] for axis in entry.spec if axis is not None)
-        assert entry.mib * split == pytest.approx(math.prod(entry.shape) * 4 / 2**20)
+    assert caught.value.key == "mesh.tensor"
 
 
 def test_the_command_prints_every_arrays_place(tmp_path: pathlib.Path, digits_dir: str, capsys: Any) -> None:

@@ -9,15 +9,17 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import quick_compile
-from test_interruption import LONG
+from test_interruption import train_words
 
 from sit_jax.analysis.checkpoints import list_checkpoints, verify
 from sit_jax.io.load import load_run
 from sit_jax.training.checkpoint import Checkpoints
-from sit_jax.training.metrics import read_metrics
+from sit_jax.training.metrics import MetricWriter, read_metrics
+from sit_jax.training.state import TrainState
 
 # Limits the size of files from inside, once the run has begun: a write beyond it fails as on a full disk. The signal
 # that the kernel sends besides would end the process before Python hears of the error.
@@ -37,9 +39,7 @@ sys.exit(cli.main(sys.argv[3:]))
 
 
 def words(run: pathlib.Path, data: str, **more: Any) -> list[str]:
-    values = {**LONG, "data.data_dir": data, "log.tensorboard": False, "checkpoint.every_steps": 2, **more}
-    train = ["train", "--config", "configs/digits.py", "--workdir", str(run), "--resume"]
-    return [*train, *(f"--config.{key}={value}" for key, value in values.items())]
+    return train_words(run, data, **{"log.tensorboard": False, "checkpoint.every_steps": 2, **more})
 
 
 def finish(command: list[str], timeout: float = 300) -> "subprocess.CompletedProcess[str]":
@@ -57,9 +57,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory, digits_dir: str) -> pathlib
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("sit train: ")
-    assert "could not be written in " in last
-    assert "File too large" in last
-    assert "go on with --resume" in last
+    assert all(fact in last for fact in (str(run), "File too large", "--resume"))
     assert "Traceback" not in done.stderr
     assert time.monotonic() - begun < 200, "it hangs before it ends"
     return run
@@ -108,7 +106,8 @@ def test_read_only_workdir(tmp_path: pathlib.Path, digits_dir: str) -> None:
         done = finish(without_roots_powers(command))
         assert done.returncode == 2, done.stderr
         last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith(f"sit train: {run} cannot be written: Permission denied")
+        assert last.startswith("sit train: ")
+        assert all(fact in last for fact in (str(run), "Permission denied"))
         assert "Traceback" not in done.stderr
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         # Reading is another matter.
@@ -123,10 +122,6 @@ def test_read_only_workdir(tmp_path: pathlib.Path, digits_dir: str) -> None:
 
 
 def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.Path) -> None:
-    import jax.numpy as jnp
-
-    from sit_jax.training.state import TrainState
-
     def state(step: int) -> Any:
         params = {"model": {"w": jnp.full(3, float(step))}}
         return TrainState(step=jnp.asarray(step), params=params, batch_stats={}, opt_state={"m": jnp.ones(3)}, ema=None)
@@ -163,13 +158,11 @@ with MetricWriter(folder, tensorboard=True) as writer:
 
 def test_full_disk_for_the_events(tmp_path: pathlib.Path) -> None:
     done = finish([sys.executable, "-c", WRITER, str(tmp_path)], timeout=60)
-    assert done.stdout == f"{tmp_path} cannot be written: File too large; mend that, or choose another --workdir\n"
+    assert all(fact in done.stdout for fact in (str(tmp_path), "File too large"))
     assert done.stderr == ""
 
 
 def test_lines_of_a_run_that_is_cut_off_are_dropped_whole(tmp_path: pathlib.Path) -> None:
-    from sit_jax.training.metrics import MetricWriter
-
     with MetricWriter(tmp_path, tensorboard=False) as writer:
         for step in (1, 2, 3):
             writer.write(step, "train", {"loss": 1.0})

@@ -113,7 +113,7 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
         total += cost.macs["attention"] + cost.macs["mlp"]
     if config.loss.token > 0:
         total += 3 * cost.reverse_macs
-    if config.teacher is not None and config.loss.needs_teacher:
+    if config.teacher is not None and (config.loss.needs_teacher or config.loss.extra):
         teacher = config.teacher.model.architecture
         assert isinstance(teacher, Architecture)
         total += sum(count_cost(teacher, tiles).macs.values())

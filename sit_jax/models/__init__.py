@@ -1,7 +1,6 @@
 """Models: Flax Linen modules and their architectures."""
 
-from typing import Any
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
@@ -11,6 +10,7 @@ from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import find_reducer
 from sit_jax.models.regnet import RegNetArchitecture, RegNetY
 from sit_jax.models.reverse import ReverseSlimming
+from sit_jax.models.trees import Variables
 from sit_jax.models.vit import Outputs, ViT
 from sit_jax.ops.attention import choose
 
@@ -26,11 +26,11 @@ def build_model(
     dtype: str = "float32",
     remat: bool = False,
     attention: str = "auto",
-) -> Any:
+) -> nn.Module:
     """Returns the module of an architecture, with `init(key, images)` and `apply(variables, images, train)`.
 
     Args:
-        arch: The model's architecture.
+        arch: The architecture.
         drop_path: Stochastic depth rate of the last block (transformers only).
         dtype: Type of the matrix products, `float32` or `bfloat16`.
         remat: Whether to recompute blocks in the backward pass (transformers only).
@@ -50,7 +50,7 @@ def build_model(
     return ViT(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
 
 
-def abstract_variables(arch: Architecture | RegNetArchitecture) -> dict[str, Any]:
+def abstract_variables(arch: Architecture | RegNetArchitecture) -> Variables:
     """Returns the shapes and types of a model's variables: `params`, and `batch_stats` if it has BatchNorm."""
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
     return jax.eval_shape(build_model(arch).init, jax.random.key(0), images)

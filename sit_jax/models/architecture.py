@@ -86,15 +86,15 @@ class Architecture:
         for name in sizes:
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
             most = _DEEPEST if name == "depth" else _LARGEST
-            problem = f"must be a whole number from {least} to {most}, is {value!r}"
+            problem = f"must be a whole number from {least} to {most}, got {value!r}"
             _require(isinstance(value, int) and least <= value <= most, name, problem)
         for name in ("mlp_ratio", "residual_scale", "norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, is {value!r}")
+            _require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, got {value!r}")
         _require(int(self.dim * self.mlp_ratio) >= 1, "mlp_ratio", f"{self.mlp_ratio!r} leaves an MLP without width")
-        _require(self.stem in get_args(Stem), "stem", f"must be one of {', '.join(get_args(Stem))}, is {self.stem!r}")
+        _require(self.stem in get_args(Stem), "stem", f"must be one of {', '.join(get_args(Stem))}, got {self.stem!r}")
         if self.stem != "patch":
-            problem = f"must be {CONV_STEM_STRIDE} with the {self.stem} stem, is {self.patch_size}"
+            problem = f"must be {CONV_STEM_STRIDE} with the {self.stem} stem, got {self.patch_size}"
             _require(self.patch_size == CONV_STEM_STRIDE, "patch_size", problem)
             divides = self.dim % 8 == 0 or self.stem == "conv7"
             _require(divides, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
@@ -112,14 +112,14 @@ class Architecture:
         _require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
         _require(total == self.depth, "stage_blocks", f"{blocks} adds up to {total}, but depth is {self.depth}")
         if not counts:
-            problem = f"must be above 0 and at most 1 where stage_blocks is given, is {ratio}"
+            problem = f"must be above 0 and at most 1 where stage_blocks is given, got {ratio}"
             _require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
             counts = self.token_counts
             problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {patches}"
             _require(min(counts) >= 1, "keep_ratio", problem)
             return
         _require(len(counts) == len(blocks), "kept_tokens", f"has {len(counts)} entries for {len(blocks)} stages")
-        problem = f"must begin with the grid's {patches} tokens, begins with {counts[0]}"
+        problem = f"must begin with the {patches} tokens of the grid, got {counts[0]}"
         _require(counts[0] == patches, "kept_tokens", problem)
         falling = list(counts) == sorted(counts, reverse=True)
         _require(falling and counts[-1] >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
@@ -192,8 +192,9 @@ class Architecture:
 
     def without_slimming(self) -> "Architecture":
         """Returns the teacher's architecture: the same without slimming modules and without distillation token."""
-        plain: dict[str, Any] = {"stage_blocks": (), "keep_ratio": None, "kept_tokens": (), "reducer": "slim"}
-        return dataclasses.replace(self, **plain, distillation_token=False)
+        return dataclasses.replace(
+            self, stage_blocks=(), keep_ratio=None, kept_tokens=(), reducer="slim", distillation_token=False
+        )
 
 
 def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Architecture:
@@ -208,7 +209,7 @@ def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Archit
     """
     known = sorted(field.name for field in dataclasses.fields(Architecture))
     for name in values:
-        _require(name in known, f"{where}{name}", f"is no field of an architecture; there are {', '.join(known)}")
+        _require(name in known, f"{where}{name}", f"is not a field of Architecture; there are {', '.join(known)}")
     try:
         return Architecture(**values)
     except ConfigError as error:

@@ -3,15 +3,16 @@
 `dtype` is the type of the matrix products; softmax, statistics and parameters are always float32.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.reducers.base import Cues, Reduced, reduce_patches
+from sit_jax.models.reducers.base import Cues, Reduced, ReducerFactory, reduce_patches
 from sit_jax.ops.attention import ATTENTION
 from sit_jax.ops.linear import dot_general, keep_kernels
 
@@ -27,10 +28,10 @@ LAYER_SCALE_INIT = 1e-4
 class Dense(nn.Dense):
     """Flax's linear layer, with float32 sums, bias and weight gradients for every `dtype` of the product."""
 
-    dtype: Any = jnp.float32
-    kernel_init: Any = DENSE_INIT
-    dot_general: Any = dot_general
-    promote_dtype: Any = keep_kernels
+    dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = DENSE_INIT
+    dot_general: Callable[..., Array] = dot_general
+    promote_dtype: Callable[..., list[Array | None]] = keep_kernels
 
     @nn.compact
     def __call__(self, inputs: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
@@ -38,7 +39,7 @@ class Dense(nn.Dense):
         return super().__call__(inputs).astype(self.dtype)
 
 
-def layer_norm(epsilon: float, dtype: Any, name: str) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
     """Returns a LayerNorm in float32, without the fast variance, which is inaccurate for large means."""
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
@@ -53,16 +54,13 @@ class Attention(nn.Module):
     """Multi-head self-attention with softmax in float32.
 
     Attributes:
-        num_heads: Number of heads; divides the width.
-        qkv_bias: Whether queries, keys and values have a bias.
-        dtype: Type of the matrix products.
         implementation: Name of the softmax attention; see `sit_jax.ops.attention`.
         needs: Values that a reducer needs in addition to the result; see `sit_jax.models.reducers.base`.
     """
 
     num_heads: int
     qkv_bias: bool
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     needs: frozenset[str] = frozenset()
 
@@ -91,17 +89,11 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between them.
-
-    Attributes:
-        hidden_dim: Hidden width.
-        out_dim: Output width.
-        dtype: Type of the matrix products.
-    """
+    """Two linear layers with exact GELU between them."""
 
     hidden_dim: int
     out_dim: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
@@ -115,8 +107,6 @@ class Block(nn.Module):
     With layer scale, the branches are first multiplied by a learned scale per channel.
 
     Attributes:
-        arch: The model's architecture.
-        dtype: Type of the matrix products.
         attention: Name of the softmax attention; see `sit_jax.ops.attention`.
         drop_path: Stochastic depth: the probability of dropping an example's residual branch in training.
         reducer: Class of the token reducer after the block or inside it, or None.
@@ -124,10 +114,10 @@ class Block(nn.Module):
     """
 
     arch: Architecture
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str = "xla"
     drop_path: float = 0.0
-    reducer: Any = None
+    reducer: ReducerFactory | None = None
     kept: int = 0
 
     @nn.compact
@@ -156,15 +146,14 @@ class Block(nn.Module):
         branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used)
         x = x[:, :used] + self._residual(branch, "layer_scale1", train)
         reduced = None
-        inside = reducer is not None and reducer.place == "inside_block"
         keys, attended = (None if cue is None else cue[:, prefix:] for cue in (keys, attended))
-        if inside:
+        if reducer is not None and reducer.place == "inside_block":
             cues = Cues(x[:, prefix:], keys, attended, mass)
             x, reduced = reduce_patches(reducer(dtype=self.dtype, name="reducer"), x, cues, self.kept)
         mlp = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")
         branch = mlp(layer_norm(arch.norm_eps, self.dtype, "norm2")(x))
         x = x + self._residual(branch, "layer_scale2", train)
-        after = reducer is not None and not inside
+        after = reducer is not None and reduced is None
         return x, Cues(x[:, prefix:], keys, attended, mass) if after else None, reduced
 
     def _residual(

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.errors import ConfigError
@@ -60,7 +61,7 @@ class _ConvNorm(nn.Module):
     kernel: int
     stride: int = 1
     groups: int = 1
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch h w dim"]:
@@ -75,7 +76,7 @@ class _Block(nn.Module):
     stride: int
     groups: int
     squeeze: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"], train: bool) -> Float[Array, "batch h w dim"]:
@@ -92,15 +93,10 @@ class _Block(nn.Module):
 
 
 class RegNetY(nn.Module):
-    """RegNetY: a stride-2 stem, then stages of bottleneck blocks with grouped convolutions and squeeze-excitation.
-
-    Attributes:
-        arch: The model's architecture.
-        dtype: Type of the convolutions; logits are float32.
-    """
+    """RegNetY: a stride-2 stem, then stages of bottleneck blocks with grouped convolutions and squeeze-excitation."""
 
     arch: RegNetArchitecture
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(

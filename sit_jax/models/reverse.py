@@ -1,31 +1,27 @@
 """Reverse token slimming (RTSM), used only in training: section 3.2 of the paper."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import Mlp, layer_norm
 from sit_jax.models.reducers.slim import SLIMMING_NORM_EPS
+from sit_jax.models.trees import Params
 from sit_jax.ops.eager_grad import with_eager_grad
 
 Error = Callable[[Array, Array], Array]
 
 
 class ReverseTokenSlimming(nn.Module):
-    """RTSM: recovers the full grid of N tokens from K kept tokens, with an MLP over tokens and an MLP over channels.
-
-    Attributes:
-        num_tokens: Number N of output tokens.
-        dtype: Type of the matrix products.
-    """
+    """RTSM: recovers the full grid of `num_tokens` from fewer tokens, with an MLP over tokens and one over channels."""
 
     num_tokens: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch kept dim"]) -> Float[Array, "batch tokens dim"]:
@@ -41,14 +37,10 @@ class ReverseSlimming(nn.Module):
     """One RTSM per block from the first slimmed block on; the blocks before it have the full grid already.
 
     This is a separate module with its own parameters, so that deployed models do not include it.
-
-    Attributes:
-        arch: The student's architecture.
-        dtype: Type of the matrix products.
     """
 
     arch: Architecture
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -71,14 +63,13 @@ class ReverseSlimming(nn.Module):
         first = self.arch.first_reversed_block
         module = ReverseTokenSlimming(self.arch.num_patches, self.dtype, parent=None)
 
-        def recovery_error(params: Any, x: Array, target: Array) -> Array:
-            recovered: Any = module.apply({"params": params}, x)
-            return error(recovered, jax.lax.stop_gradient(target))
+        def recovery_error(params: Params, x: Array, target: Array) -> Array:
+            return error(module.bind({"params": params})(x), jax.lax.stop_gradient(target))
 
         # This frees a block's recovered tokens before the next block's are computed.
         recovery_error = with_eager_grad(recovery_error)
         found = [error(mine, theirs) for mine, theirs in zip(tokens[:first], targets, strict=False)]
         for block in range(first, self.arch.depth):
-            params: Any = self.get_variable("params", f"blocks_{block}")
+            params: Params = self.get_variable("params", f"blocks_{block}")
             found.append(recovery_error(params, tokens[block], targets[block]))
         return found

@@ -1,15 +1,16 @@
 """Stems, which map an image to patch tokens, and their BatchNorm."""
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import gelu
+from sit_jax.models.trees import Params
 
 CONV_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -20,12 +21,10 @@ class BatchNorm(nn.Module):
     Under `jit`, a batch that is sharded over a mesh has the statistics of the global batch.
 
     Attributes:
-        dtype: Type of the result; statistics are float32.
         momentum: Fraction of the old running value that is kept (PyTorch's 0.1 is 0.9 here).
-        epsilon: Added to the variance.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     momentum: float = 0.9
     epsilon: float = 1e-5
 
@@ -63,13 +62,11 @@ class Stem(nn.Module):
     repository). `patch` is only the projection: one strided convolution (ViT's patch embedding).
 
     Attributes:
-        arch: The model's architecture.
-        dtype: Type of the matrix products.
         batch_norm: False if BatchNorm is folded into the convolutions, which then have a bias.
     """
 
     arch: Architecture
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     batch_norm: bool = True
 
     @nn.compact
@@ -90,12 +87,10 @@ class Stem(nn.Module):
         return conv(self.arch.dim, (side, side), side, "VALID", name="proj")(x) if side else x
 
 
-def fold_batch_norm(params: dict[str, Any], batch_stats: dict[str, Any]) -> dict[str, Any]:
+def fold_batch_norm(params: Params, batch_stats: Params) -> Params:
     """Returns the parameters of an equivalent ViT without BatchNorm, for evaluation.
 
-    Args:
-        params: Parameters of the model.
-        batch_stats: Its running statistics.
+    The parameters are returned unchanged if `batch_stats` is empty.
     """
     if not batch_stats:
         return params

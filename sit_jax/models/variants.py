@@ -1,24 +1,22 @@
 """Named models: the paper's five students and their teachers, DeiT and its slimmed students."""
 
-import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict, replace
 
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture, architecture_from_dict
 
-_LVVIT = {"patch_size": 16, "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
-_CONV4 = {"stem": "conv4", "image_size": 224, "residual_scale": 2.0, **_LVVIT}
-_CONV6 = {"stem": "conv6", "image_size": 288, "residual_scale": 3.0, **_LVVIT}
+_CONV4 = Architecture(stem="conv4", residual_scale=2.0, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5, aux_head=True)
+_CONV6 = replace(_CONV4, stem="conv6", image_size=288, residual_scale=3.0)
 
-# Size -> architecture, blocks per stage at keep ratio 0.5 (table 1 of the paper).
-_PAPER: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
-    "tiny": ({"dim": 320, "depth": 14, "num_heads": 5, **_CONV4}, (1, 1, 1, 11)),
-    "xsmall": ({"dim": 384, "depth": 16, "num_heads": 6, **_CONV4}, (1, 1, 1, 13)),
-    "small": ({"dim": 384, "depth": 16, "num_heads": 6, **_CONV4}, (9, 3, 2, 2)),
-    "medium": ({"dim": 512, "depth": 20, "num_heads": 8, **_CONV4}, (10, 4, 3, 3)),
-    "large": ({"dim": 768, "depth": 24, "num_heads": 12, **_CONV6}, (10, 4, 3, 7)),
+# Size -> teacher, and the student's blocks per stage at keep ratio 0.5 (table 1 of the paper).
+_PAPER = {
+    "tiny": (replace(_CONV4, dim=320, depth=14, num_heads=5), (1, 1, 1, 11)),
+    "xsmall": (replace(_CONV4, dim=384, depth=16, num_heads=6), (1, 1, 1, 13)),
+    "small": (replace(_CONV4, dim=384, depth=16, num_heads=6), (9, 3, 2, 2)),
+    "medium": (replace(_CONV4, dim=512, depth=20, num_heads=8), (10, 4, 3, 3)),
+    "large": (replace(_CONV6, dim=768, depth=24, num_heads=12), (10, 4, 3, 7)),
 }
 _DEIT = {"tiny": (192, 3), "small": (384, 6), "base": (768, 12)}
 _DEIT_KEEP_RATIOS = (0.9, 0.7, 0.5, 0.25)
@@ -26,14 +24,14 @@ _DEIT_KEEP_RATIOS = (0.9, 0.7, 0.5, 0.25)
 
 def _all_variants() -> dict[str, Architecture]:
     named = {
-        f"sit_{size}": Architecture(**shape, stage_blocks=x, keep_ratio=0.5) for size, (shape, x) in _PAPER.items()
+        f"sit_{size}": replace(teacher, stage_blocks=blocks, keep_ratio=0.5)
+        for size, (teacher, blocks) in _PAPER.items()
     }
-    named |= {f"lvvit_{size}": Architecture(**shape) for size, (shape, _) in _PAPER.items()}
+    named |= {f"lvvit_{size}": teacher for size, (teacher, _) in _PAPER.items()}
     for size, (dim, heads) in _DEIT.items():
         named[f"deit_{size}"] = deit = Architecture(dim=dim, depth=12, num_heads=heads)
         for ratio in _DEIT_KEEP_RATIOS:
-            student = dataclasses.replace(deit, stage_blocks=(3, 3, 3, 3), keep_ratio=ratio)
-            named[f"deit_{size}_sit_{ratio}"] = student
+            named[f"deit_{size}_sit_{ratio}"] = replace(deit, stage_blocks=(3, 3, 3, 3), keep_ratio=ratio)
     return named
 
 
@@ -45,7 +43,7 @@ def list_models() -> list[str]:
     return list(VARIANTS)
 
 
-def get_architecture(name: str, **overrides: Any) -> Architecture:
+def get_architecture(name: str, **overrides: object) -> Architecture:
     """Returns the architecture of a named variant, with some fields overridden.
 
     Raises:
@@ -55,4 +53,4 @@ def get_architecture(name: str, **overrides: Any) -> Architecture:
         close = difflib.get_close_matches(name, VARIANTS, n=1)
         hint = f"; did you mean {close[0]}?" if close else "; `sit models` lists them"
         raise ConfigError("name", f"there is no model {name!r}{hint}")
-    return architecture_from_dict({**dataclasses.asdict(VARIANTS[name]), **overrides})
+    return architecture_from_dict({**asdict(VARIANTS[name]), **overrides})

@@ -1,10 +1,11 @@
 """The vision transformer, with or without slimming, and the outputs of all models."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sit_jax.models.architecture import Architecture
@@ -48,7 +49,7 @@ class ViT(nn.Module):
 
     arch: Architecture
     drop_path: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool = False
     attention: str = "xla"
     batch_norm: bool = True

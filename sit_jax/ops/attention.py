@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.errors import ConfigError, one_line
@@ -72,7 +72,7 @@ def cudnn_attention(query: Array, key: Array, value: Array) -> Array:
     return mixed.transpose(0, 2, 1, 3)
 
 
-def choose(name: str, dtype: Any, num_heads: int, head_dim: int) -> str:
+def choose(name: str, dtype: DTypeLike, num_heads: int, head_dim: int) -> str:
     """Returns the name in `ATTENTION` of the attention that a model uses.
 
     Args:

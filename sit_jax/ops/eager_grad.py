@@ -1,11 +1,10 @@
 """Scalar functions whose gradients are computed together with their values."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 Scalar = Callable[..., Float[Array, ""]]
 
@@ -22,7 +21,7 @@ def with_eager_grad(function: Scalar) -> Scalar:
     """
     wrapped = jax.custom_jvp(function)
 
-    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+    def rule(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[Array, Array]:
         value, grads = jax.value_and_grad(function, argnums=tuple(range(len(primals))))(*primals)
         products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), grads, tangents)
         return value, jnp.stack(jax.tree.leaves(products)).sum()

@@ -1,38 +1,35 @@
 """The matrix product of a linear layer in mixed precision, with weight gradients in float32."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, PyTree
 
 
-def keep_kernels(*arrays: Any, dtype: Any, inexact: bool = True) -> list[Any]:
-    """Replaces Flax's `promote_dtype` for `dot_general`: casts the inputs, leaves kernel and bias float32.
-
-    Args:
-        *arrays: Inputs, kernel and bias, the last of which may be None.
-        dtype: Type of the operands of the product.
-        inexact: As in Flax's function.
-    """
+def keep_kernels(*arrays: Array | None, dtype: DTypeLike, inexact: bool = True) -> list[Array | None]:
+    """Replaces Flax's `promote_dtype` in a linear layer: casts the first array, the inputs; kernel and bias stay."""
     inputs, *params = arrays
     return [*promote_dtype(inputs, dtype=dtype, inexact=inexact), *params]
 
 
-def cast_kernels(tree: Any, dtype: str) -> Any:
+def cast_kernels(tree: PyTree, dtype: DTypeLike) -> PyTree:
     """Returns variables with kernels cast to the type of the matrix products; the others keep their type."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.asarray(x, dtype) if path[-1].key == "kernel" else x, tree
     )
 
 
-def plain_dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
+def plain_dot_general(
+    x: Array, kernel: Array, dimensions: object, precision: jax.lax.PrecisionLike = None, **_: object
+) -> Array:
     """Computes `dot_general` with autodiff: in bfloat16, the kernel's gradient is rounded to bfloat16."""
     return jnp.tensordot(x, kernel.astype(x.dtype), 1, precision=precision, preferred_element_type=jnp.float32)
 
 
-def dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any = None, **_: Any) -> Array:
+def dot_general(
+    x: Array, kernel: Array, dimensions: object, precision: jax.lax.PrecisionLike = None, **_: object
+) -> Array:
     """Computes the product of a layer's inputs with its kernel over the inputs' last axis, in float32.
 
     The operands have the type of the inputs in all three products, including those of the backward pass. Sums are

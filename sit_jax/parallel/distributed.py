@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from sit_jax.errors import ConfigError, MissingProcessError, RunError, UserError, one_line
 
@@ -58,12 +59,9 @@ class Processes:
 
 
 class Found(NamedTuple):
-    """Processes that a launcher started, without options of this command.
+    """Processes that a launcher (`Cloud TPU`, `SLURM` or `Open MPI`) started, without options of this command.
 
-    Attributes:
-        launcher: The launcher: `Cloud TPU`, `SLURM` or `Open MPI`.
-        processes: How the processes connect to each other.
-        local_devices: Indices of the local accelerators of this process; None leaves the choice to JAX.
+    `local_devices` are the indices of the local accelerators of this process; None leaves the choice to JAX.
     """
 
     launcher: str
@@ -99,7 +97,7 @@ def find_processes() -> Found | None:
         processes = Processes(address, count, cluster.get_process_id())
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: the metadata server did not answer.
         reason = one_line(error)
-        raise RunError(f"{name} is here, but does not say where the other processes are: {reason}") from None
+        raise RunError(f"{name} was detected, but does not define the other processes: {reason}") from None
     return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
 
 
@@ -125,7 +123,6 @@ def initialize(processes: Processes) -> None:
     found = Found("given coordinator", processes) if processes.coordinator else find_processes()
     if found is None:
         return
-    # If a process is missing, jax.distributed aborts with a stack trace and does not name it.
     wait_for_processes(found.processes)
     try:
         jax.distributed.initialize(
@@ -138,11 +135,10 @@ def initialize(processes: Processes) -> None:
         )
     except (RuntimeError, ValueError) as error:
         reason = one_line(error)
-        raise RunError(f"the processes cannot join one another ({found.launcher}): {reason}") from None
-    local, everything = jax.local_device_count(), jax.device_count()
-    kind = jax.local_devices()[0].device_kind
+        raise RunError(f"the processes cannot connect to each other ({found.launcher}): {reason}") from None
     place = f"process {jax.process_index()} of {jax.process_count()}"
-    print(f"{place}: {local} of {everything} devices, {kind}", file=sys.stderr, flush=True)
+    devices = f"{jax.local_device_count()} of {jax.device_count()} devices, {jax.local_devices()[0].device_kind}"
+    print(f"{place}: {devices}", file=sys.stderr, flush=True)
 
 
 def wait_for_processes(processes: Processes) -> None:
@@ -153,37 +149,38 @@ def wait_for_processes(processes: Processes) -> None:
             missing ones.
         RunError: The port is in use.
     """
+    # `jax.distributed.initialize` does not do this: if a process is missing, it ends each of the others with SIGABRT,
+    # which Python cannot catch, and a stack trace that says 'RegisterTask: DEADLINE_EXCEEDED' and names no process
+    # (jax 0.10.2, with and without jax_enable_recoverability).
+    if processes.count > 1:
+        answer = _collect_reports(processes) if processes.index == 0 else _report(processes)
+        if answer != _GO:
+            raise MissingProcessError(answer)
+
+
+def _collect_reports(processes: Processes) -> str:
+    """Returns the answer to the processes that have reported to process 0: to go on, or which ones are missing."""
     deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
-    if processes.count == 1:
-        return
-    answer = _count_the_others(processes, deadline) if processes.index == 0 else _report(processes, deadline)
-    if answer != _GO:
-        raise MissingProcessError(answer)
-
-
-def _count_the_others(processes: Processes, deadline: float) -> str:
     host, port = processes.address
     arrived: dict[int, socket.socket] = {}
-    wanted = set(range(1, processes.count))
+    missing = set(range(1, processes.count))
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(socket.create_server(("", port)))
         except OSError as error:
             raise RunError(f"--coordinator: port {port} cannot be opened here: {error.strerror or error}") from None
-        while wanted - arrived.keys() and time.monotonic() < deadline:
-            server.settimeout(max(0.1, deadline - time.monotonic()))
-            with contextlib.suppress(TimeoutError):
+        while missing and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            with contextlib.suppress(OSError, ValueError):  # It timed out, or is a connection of another program.
                 connection = stack.enter_context(server.accept()[0])
                 connection.settimeout(5.0)
-                index = _greeting(connection, processes.count)
-                if index is not None:
-                    arrived[index] = connection
-        missing = sorted(wanted - arrived.keys())
-        names = ", ".join(str(index) for index in missing)
-        answer = (
-            f"process {names} of {processes.count} did not arrive within {ARRIVAL_TIMEOUT_S:.0f} s at {host}:{port}"
-        )
-        answer = answer if missing else _GO
+                word, index, count = connection.makefile().readline().split()
+                if word == _HELLO and int(count) == processes.count and 0 < int(index) < processes.count:
+                    arrived[int(index)] = connection
+                    missing.discard(int(index))
+        names, place = ", ".join(str(index) for index in sorted(missing)), f"{host}:{port}"
+        late = f"process {names} of {processes.count} did not arrive within {ARRIVAL_TIMEOUT_S:.0f} s at {place}"
+        answer = late if missing else _GO
         for connection in arrived.values():
             with contextlib.suppress(OSError):
                 connection.sendall(f"{answer}\n".encode())
@@ -191,16 +188,9 @@ def _count_the_others(processes: Processes, deadline: float) -> str:
     return answer
 
 
-def _greeting(connection: socket.socket, count: int) -> int | None:
-    """Returns the index that a process reports, or None for a connection of another program."""
-    with contextlib.suppress(OSError, ValueError):
-        word, index, theirs = connection.makefile().readline().split()
-        if word == _HELLO and int(theirs) == count and 0 < int(index) < count:
-            return int(index)
-    return None
-
-
-def _report(processes: Processes, deadline: float) -> str:
+def _report(processes: Processes) -> str:
+    """Reports to process 0 and returns its answer."""
+    deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(processes.address, timeout=5.0) as connection:
             connection.sendall(f"{_HELLO} {processes.index} {processes.count}\n".encode())
@@ -259,12 +249,9 @@ class PreemptionMonitor:
     def should_stop(self) -> bool:
         """Returns whether to save and stop after this step, equal in all processes. Must be called at every step."""
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             PreemptionMonitor._asked += 1
-            PreemptionMonitor._requested |= bool(
-                multihost_utils.reached_preemption_sync_point(PreemptionMonitor._asked)
-            )
+            stop = multihost_utils.reached_preemption_sync_point(PreemptionMonitor._asked)
+            PreemptionMonitor._requested |= bool(stop)
         return PreemptionMonitor._requested
 
 
@@ -294,8 +281,6 @@ def broadcast_from_process_0(value: bool) -> bool:
     """Returns process 0's value in all processes."""
     if jax.process_count() == 1:
         return value
-    from jax.experimental import multihost_utils
-
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
@@ -308,17 +293,14 @@ def run_on_process_0(work: Callable[[], None]) -> None:
     if jax.process_count() == 1:
         work()
         return
-    from jax.experimental import multihost_utils
-
     message = ""
     if is_process_0():
         try:
             work()
         except UserError as error:
             message = str(error)
-    encoded = np.zeros(_MESSAGE_BYTES, np.uint8)
-    text = message.encode()[:_MESSAGE_BYTES]
-    encoded[: len(text)] = list(text)
-    heard = bytes(np.asarray(multihost_utils.broadcast_one_to_all(encoded))).rstrip(b"\x00").decode(errors="replace")
-    if heard:
-        raise RunError(heard)
+    encoded = message.encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+    received = np.asarray(multihost_utils.broadcast_one_to_all(np.frombuffer(encoded, np.uint8)))
+    message = received.tobytes().rstrip(b"\0").decode(errors="replace")
+    if message:
+        raise RunError(message)

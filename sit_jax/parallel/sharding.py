@@ -6,16 +6,18 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from sit_jax.config import Config, MeshConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import path_names
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -30,11 +32,7 @@ _NOT_SPLIT = "slimming_"
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of devices.
-
-    Args:
-        config: Sizes of the axes, with -1 for the remaining devices; by default, all devices are along `data`.
-        devices: The devices to use; all devices if None.
+    """Returns a mesh of the given or else all devices, which are all along `data` by default.
 
     Raises:
         ConfigError: The product of the sizes is not the number of devices.
@@ -70,14 +68,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def state_shardings(mesh: Mesh, state: Any) -> Any:
+def state_shardings(mesh: Mesh, state: PyTree) -> PyTree:
     """Returns the sharding of every array of a training state, of optimizer moments, or of a model's variables."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, partition_spec(mesh, _names(path), leaf.shape)), state
+        lambda path, leaf: NamedSharding(mesh, partition_spec(mesh, path_names(path), leaf.shape)), state
     )
 
 
-def place_abstract(mesh: Mesh, tree: Any) -> Any:
+def place_abstract(mesh: Mesh, tree: PyTree) -> PyTree:
     """Returns shapes and types with the shardings of `state_shardings`, for restoring or compiling."""
     shardings = state_shardings(mesh, tree)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
@@ -86,10 +84,7 @@ def place_abstract(mesh: Mesh, tree: Any) -> Any:
 def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
     """Returns the partition spec of an array: `tensor` by the layer's name, `fsdp` on the longest divisible axis.
 
-    Args:
-        mesh: The mesh.
-        names: Path of the array, such as `('params', 'blocks_0', 'attn', 'qkv', 'kernel')`.
-        shape: The array's shape.
+    `names` is the path of the array, such as `('params', 'blocks_0', 'attn', 'qkv', 'kernel')`.
     """
     axes: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
@@ -114,42 +109,13 @@ def _tensor_dimension(names: Sequence[str], rank: int) -> int | None:
     return None
 
 
-def _names(path: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-class Placement(NamedTuple):
-    """Sharding of one array, for `sit train --print_sharding`.
-
-    Attributes:
-        name: Path of the array.
-        shape: Its shape.
-        spec: Its partition spec.
-        mib: MiB per device.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    spec: PartitionSpec
-    mib: float
-
-
-def placements(mesh: Mesh, state: Any) -> Iterator[Placement]:
-    """Yields the sharding of every array of a state (or its abstract version), in order."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        sharding = NamedSharding(mesh, partition_spec(mesh, _names(path), leaf.shape))
-        local = sharding.shard_shape(leaf.shape)
-        size = math.prod(local) * leaf.dtype.itemsize / 2**20
-        yield Placement("/".join(_names(path)), tuple(leaf.shape), sharding.spec, size)
-
-
 def check_mesh(mesh: Mesh, config: Config) -> None:
     """Raises a ConfigError if batches or heads are not divisible by the mesh axes, before compilation."""
     check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
     check_batch(mesh, "eval_batch_size", config.eval_batch_size)
     tensor = mesh.shape["tensor"]
     # Each process feeds its own devices, so devices that share examples must belong to one process.
-    owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices).reshape(-1, tensor)
+    owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, tensor)
     if (owners != owners[:, :1]).any():
         raise ConfigError(
             "mesh.tensor", f"groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
@@ -162,40 +128,28 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
-    """Raises a ConfigError if a batch is not divisible by the mesh axes.
-
-    Args:
-        mesh: The mesh.
-        name: The config key of the batch size.
-        batch_size: Number of examples per step.
-        parts: Number of micro-batches per batch.
-    """
+    """Raises a ConfigError with key `name` if a batch, or each of its micro-batches, does not divide over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (shards * parts):
         micro = f" in {parts} micro-batches" if parts > 1 else ""
         raise ConfigError(name, f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)")
 
 
-def place(values: Any, shardings: Any) -> Any:
-    """Copies host values, which are the same in every process, to the devices.
+def place(mesh: Mesh, tree: PyTree) -> PyTree:
+    """Copies host values, which are the same in every process, to the devices, with the rule of `state_shardings`."""
 
-    Args:
-        values: Arrays.
-        shardings: The sharding of each.
-    """
-
-    def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    def put(value: ArrayLike, sharding: NamedSharding) -> jax.Array:
         host = np.asarray(value)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, values, shardings)
+    return jax.tree.map(put, tree, state_shardings(mesh, tree))
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
+def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     """Transfers this process's part of a batch to its devices, as part of one global array."""
     sharding = batch_sharding(mesh)
 
-    def put(x: Any) -> jax.Array:
+    def put(x: np.ndarray) -> jax.Array:
         # The global shape is given, not inferred, so that a part that does not match the local devices is an error.
         whole = (x.shape[0] * jax.process_count(), *x.shape[1:])
         return jax.make_array_from_process_local_data(sharding, x, whole)

@@ -7,12 +7,12 @@ import pathlib
 import re
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from sit_jax.config import CheckpointConfig
+from sit_jax.config import CheckpointConfig, JsonObject
 from sit_jax.errors import NotFiniteError, RunError, one_line
 from sit_jax.io.checkpoint import FOLDER, NO_SCORE, best_step, score, silent_threads
 from sit_jax.parallel import distributed
@@ -31,12 +31,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1) -> None:
-        """Opens the checkpoints of a run directory.
-
-        Args:
-            workdir: The run directory.
-            keep: Number of newest checkpoints to keep.
-        """
+        """Opens the checkpoints of a run directory, of which the `keep` newest and the best one are kept."""
         best = _keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         logger = logging.getLogger("absl")
         if not any(isinstance(known, _SaidElsewhere) for known in logger.filters):
@@ -73,13 +68,10 @@ class Checkpoints:
         """Returns the newest checkpoint before a step, or None."""
         return max((int(c.step) for c in self._checkpointer.checkpoints if c.step < step), default=None)
 
-    def save(self, state: TrainState, metrics: dict[str, float], metadata: dict[str, Any] | None = None) -> None:
-        """Starts writing the state asynchronously; the arrays may be donated right after.
+    def save(self, state: TrainState, metrics: dict[str, float], metadata: JsonObject | None = None) -> None:
+        """Starts writing the state asynchronously, unless its step exists; the arrays may be donated right after.
 
-        Args:
-            state: The training state; a step that exists already is not written again.
-            metrics: Metrics of the evaluation of this state; empty if there is none.
-            metadata: JSON values that describe the state.
+        `metrics` are those of the evaluation of this state; they are empty if there is none.
 
         Raises:
             RunError: This or the previous checkpoint could not be written.
@@ -93,13 +85,11 @@ class Checkpoints:
             )
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """Restores the newest checkpoint.
-
-        Args:
-            abstract: Shapes, types and shardings of the state (`jax.ShapeDtypeStruct`s with shardings).
+        """Restores the newest checkpoint with the shapes, types and shardings of an abstract state.
 
         Raises:
-            RunError: The checkpoint is of another model.
+            RunError: The checkpoint is of another model, or damaged.
+            NotFiniteError: Its weights are not finite.
         """
         step = self.latest_step
         assert step is not None, "there is no checkpoint"
@@ -124,33 +114,33 @@ class Checkpoints:
             raise NotFiniteError(f"{where} holds weights that are not finite; {self._way_out(step)}")
         return state
 
-    def _why_not(self, step: int, model: Any, error: Exception) -> str:
+    def _why_not(self, step: int, model: PyTree, error: Exception) -> str:
         """Returns why a checkpoint cannot be restored: it is of another model, or it is damaged."""
         where = f"checkpoint {step} in {self._checkpointer.directory}"
-        try:
-            there = self._checkpointer.checkpointables_metadata(step).metadata["model"]
-            shapes = [sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree)) for tree in (there, model)]
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            shapes = [[], []]
-        if shapes[0] and shapes[0] != shapes[1]:  # The first is None if the metadata itself is unreadable.
+
+        def shapes(tree: PyTree) -> list[tuple[int, ...]]:
+            return sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+        there = shapes(self._items(step).get("model"))
+        if there and there != shapes(model):
             return f"{where} is of another model: {one_line(error)}"
         return f"{where} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
 
     def _way_out(self, step: int) -> str:
         """Returns advice on a checkpoint from which a run cannot resume."""
         before = sorted((c.step for c in self._checkpointer.checkpoints if c.step < step), reverse=True)
-        earlier = next((other for other in before if self._describes_itself(other)), None)
+        earlier = next((other for other in before if {"model", "training"} <= self._items(other).keys()), None)
         return "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
 
-    def _describes_itself(self, step: int) -> bool:
-        """Returns whether a checkpoint's metadata is readable; it is not after an interrupted removal."""
+    def _items(self, step: int) -> dict[str, PyTree]:
+        """Returns the items of a checkpoint whose metadata are readable; they are not after an interrupted removal."""
         try:
             there = self._checkpointer.checkpointables_metadata(step).metadata
-            return all(there.get(part) is not None for part in ("model", "training"))
+            return {name: item for name, item in there.items() if item is not None}
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            return False
+            return {}
 
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> JsonObject:
         """Returns the metadata of the newest checkpoint; empty if there is none, or if it is of an older version."""
         if self.latest_step is None:
             return {}
@@ -185,20 +175,13 @@ class SaveSchedule:
     """Decides when to save the next checkpoint."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, check_every: int) -> None:
-        """Starts the timer.
-
-        Args:
-            config: The checkpoint section.
-            steps_per_epoch: Steps in an epoch.
-            check_every: Steps between two checks of process 0's clock.
-        """
+        """Starts the timer; process 0 looks at its clock every `check_every` steps."""
         self._config, self._epoch, self._check_every = config, steps_per_epoch, check_every
         self._saved_at = time.monotonic()
 
     def now(self, step: int) -> bool:
         """Returns whether to save after this step; the same result in all processes."""
-        config = self._config
-        epoch, rest = divmod(step, self._epoch)
+        config, (epoch, rest) = self._config, divmod(step, self._epoch)
         by_epoch = config.every_epochs > 0 and rest == 0 and epoch % config.every_epochs == 0
         by_step = config.every_steps > 0 and step % config.every_steps == 0
         if by_epoch or by_step:
@@ -212,10 +195,10 @@ class SaveSchedule:
         self._saved_at = time.monotonic()
 
 
-def checkpoint_parts(state: TrainState) -> dict[str, Any]:
+def checkpoint_parts(state: TrainState) -> dict[str, PyTree]:
     """Returns the checkpoint items of a state (or its abstract version): `model`, `training`, and `ema` if present."""
     params = {name: value for name, value in state.params.items() if name != "model"}
-    parts: dict[str, Any] = {
+    parts: dict[str, PyTree] = {
         "model": state.variables,
         "training": {"step": state.step, "params": params, "opt_state": state.opt_state},
     }

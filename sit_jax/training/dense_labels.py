@@ -18,7 +18,6 @@ from sit_jax.data.registry import open_source
 from sit_jax.errors import PartialFailureError, UserError
 from sit_jax.io.load import load_run
 from sit_jax.io.model import Model
-from sit_jax.models import Outputs
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
@@ -54,7 +53,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     top = min(top, arch.num_classes)
     writer = LabelMapWriter(output, len(source), grid, top, arch.num_classes)
     labelled = 0
-    with tqdm(total=len(source), unit="pictures") as progress:
+    with tqdm(total=len(source), unit="images") as progress:
         for number, batch in enumerate(batches):
             values, classes = jax.lax.top_k(forward(jnp.asarray(batch["image"])), top)
             start, count = number * size, min(size, len(source) - number * size)
@@ -69,7 +68,7 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     if labelled < len(source):
         skipped = len(source) - labelled
         raise PartialFailureError(
-            f"{skipped} of {len(source)} pictures could not be read and have no labels in {output}; the others have. "
+            f"{skipped} of {len(source)} images could not be read and have no labels in {output}; the others have. "
             "sit data check lists them"
         )
     return labelled
@@ -80,8 +79,8 @@ def _dense_forward(model: Model) -> tuple[Callable[[Array], Array], int]:
     arch, module = model.arch, model.module
 
     def forward(images: Array) -> Array:
-        outputs = module.apply(model.variables, normalize(images, model.data))[1]
-        if not isinstance(outputs, Outputs) or outputs.patch_logits is None:
+        _, outputs = module.bind(model.variables)(normalize(images, model.data))
+        if outputs.patch_logits is None:
             raise UserError("--workdir: its model has no dense head; use one with model.aux_head=True, or a RegNet")
         return jax.nn.softmax(outputs.patch_logits)
 

@@ -42,11 +42,7 @@ def evaluate(
         variables: Variables of the model.
         batches: See `eval_batches`.
         mesh: The mesh of the computation.
-        what: Name of what is evaluated, for messages.
-
-    Raises:
-        RunError: The number of examples is 0.
-        NotFiniteError: The loss is not finite.
+        what: Name of what is evaluated, for the messages of `EvalMetrics.result`.
     """
     metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
     for batch in batches:
@@ -86,7 +82,7 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     source = match_classes(open_source(data, data.eval_split), names, model.source)
     check_classes(spec, source)
     if model.exported is None:
-        variables = sharding.place(model.variables, sharding.state_shardings(mesh, model.variables))
+        variables = sharding.place(mesh, model.variables)
         batches = eval_batches(spec, source)
         result = evaluate(make_eval_step(model.module, data), variables, batches, mesh, model.source)
     else:

@@ -3,7 +3,6 @@
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -19,10 +18,12 @@ from sit_jax.io.metadata import run_class_names
 from sit_jax.io.runs import find_checkpoint, is_run, read_config
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.trees import Params, Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.state import TrainState
-from sit_jax.training.step import TrainSpec, abstract_state, init_state
+from sit_jax.training.step import Teachers, TrainSpec, abstract_state, init_state
 
 _NO_PATH = ("teacher", "random")
 
@@ -31,7 +32,7 @@ def initial_state(
     spec: TrainSpec,
     checkpoints: Checkpoints,
     mesh: Mesh,
-    teachers: dict[str, Any],
+    teachers: Teachers,
     class_names: Sequence[str] | None = None,
 ) -> TrainState:
     """Returns the state that a run starts or resumes with, from the first source that applies:
@@ -49,7 +50,7 @@ def initial_state(
         spec: The functions of the run.
         checkpoints: The checkpoints of the run.
         mesh: The mesh of the state, which may differ from the mesh of the checkpoint.
-        teachers: Variables of the teachers by the name of their section.
+        teachers: Variables of the teachers.
         class_names: Class names of the data, by index: heads of the weights that `init` names are reordered to match,
             and heads for other classes are new. None matches classes by index.
 
@@ -59,7 +60,7 @@ def initial_state(
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
     config = spec.config
-    variables: dict[str, Any] | None = None
+    variables: Variables | None = None
     if config.init == "teacher":
         _check_start_from_teacher(config)
         variables = teachers.get("teacher")
@@ -76,7 +77,7 @@ def _check_start_from_teacher(config: Config) -> None:
         check_start(config.teacher.model.architecture, config.model.architecture, "the teacher")
 
 
-def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
+def _log_drawn(params: Params, given: Params) -> None:
     """Lists the parameters that the initial weights lack, and the weights that the model does not use."""
     drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
     drawn += ["reverse modules"] if "reverse" in params else []
@@ -88,7 +89,7 @@ def _log_drawn(params: dict[str, Any], given: dict[str, Any]) -> None:
 
 def _initial(
     path: pathlib.Path, config: Config, class_names: Sequence[str] | None, log: Callable[[str], None]
-) -> dict[str, Any]:
+) -> Variables:
     arch = config.model.architecture
     if (path / FOLDER).is_dir():
         check_start(read_config(path).model.architecture, arch, str(path))
@@ -113,12 +114,12 @@ def _log(line: str) -> None:
         print(f"init: {line}", file=sys.stderr)
 
 
-def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
+def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> Variables:
     """Returns the variables of a trained teacher: those of a run, or any weights that `sit convert` reads.
 
     Args:
-        teacher: The teacher's section of the configuration.
-        name: Name of that section, for messages.
+        teacher: The section `name` of the configuration.
+        name: `teacher` or `cnn_teacher`.
         class_names: Class names of the data, by index: the teacher's heads are reordered to match. None matches by
             index.
 
@@ -152,7 +153,7 @@ def _teacher_order(
         raise ConfigError(f"{name}.run", f"{problem}; {advice}") from None
 
 
-def _check_teacher(theirs: Any, teacher: TeacherConfig, name: str) -> None:
+def _check_teacher(theirs: Architecture | RegNetArchitecture, teacher: TeacherConfig, name: str) -> None:
     problem = differences(theirs, teacher.model.architecture)
     if problem:
         raise ConfigError(

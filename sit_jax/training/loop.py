@@ -7,7 +7,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from clu import parameter_overview
 from jax.sharding import Mesh
 
 from sit_jax import __version__
-from sit_jax.config import Config, DataConfig, TeacherConfig
+from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.config.config_dict import to_dict
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.registry import open_source
@@ -23,6 +23,7 @@ from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
 from sit_jax.io.load import load_run
+from sit_jax.models.trees import Variables, path_names
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
 from sit_jax.training.evaluate import evaluate, make_eval_step
@@ -32,6 +33,8 @@ from sit_jax.training.progress import Progress
 from sit_jax.training.state import TrainState, has_finite_weights
 from sit_jax.training.step import (
     Loss,
+    Metrics,
+    Teachers,
     TrainSpec,
     abstract_state,
     abstract_teachers,
@@ -98,35 +101,32 @@ def run(
         RunError: The folder is in use, a checkpoint is of another model, or the loss is not finite.
     """
     with distributed.PreemptionMonitor():
-        return _run(config, folder, resume, label, extensions)
-
-
-def _run(config: Config, folder: pathlib.Path, resume: bool, label: str, extensions: Extensions) -> dict[str, float]:
-    config = resolve_num_classes(config, extensions)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_mesh(mesh, config)
-    # Errors in the inputs are raised before the run directory is claimed.
-    data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
-    eval_source = extensions.open(config.data, config.data.eval_split)
-    check_classes(config.inputs, eval_source)
-    class_names = data.source.class_names
-    check_origins(config, folder, class_names)
-    spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
-    distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
-    distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
-    teachers = {
-        name: _teacher_variables(config, teacher, folder / name, mesh, name, class_names, extensions)
-        for name, teacher in config.teachers.items()
-    }
-    with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-        state = initial_state(spec, checkpoints, mesh, teachers, class_names)
-        evaluator = _make_evaluator(spec, eval_source, mesh)
-        if checkpoints.latest_step is None and distributed.is_process_0():
-            _print_overview(label, state)
-        teachers = freeze_teachers(spec, teachers)
-        return train_loop(
-            spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
-        )
+        config = resolve_num_classes(config, extensions)
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_mesh(mesh, config)
+        # Errors in the inputs are raised before the run directory is claimed.
+        data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
+        eval_source = extensions.open(config.data, config.data.eval_split)
+        check_classes(config.inputs, eval_source)
+        class_names = data.source.class_names
+        check_origins(config, folder, class_names)
+        spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
+        distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
+        distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
+        teachers = {
+            name: sharding.place(mesh, _teacher_variables(config, name, folder, class_names, extensions))
+            for name in config.teachers
+        }
+        with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
+            state = initial_state(spec, checkpoints, mesh, teachers, class_names)
+            evaluator = _make_evaluator(spec, eval_source, mesh)
+            if checkpoints.latest_step is None and distributed.is_process_0():
+                overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
+                print(f"{label}: parameters\n{overview}", file=sys.stderr)
+            teachers = freeze_teachers(spec, teachers)
+            return train_loop(
+                spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
+            )
 
 
 def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Config:
@@ -142,11 +142,7 @@ def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Confi
 
 
 def print_sharding(config: Config, quiet: bool = False) -> None:
-    """Prints the sharding of every array of a run's training state and of its teachers.
-
-    Args:
-        config: The run's configuration.
-        quiet: Only validate; another process prints.
+    """Prints the sharding of every array of a run's training state and of its teachers; only validates if `quiet`.
 
     Raises:
         UserError: The data cannot be opened.
@@ -166,10 +162,11 @@ def print_sharding(config: Config, quiet: bool = False) -> None:
     total = 0.0
     spec = make_train_spec(config, steps_per_epoch=1)
     everything = {"state": abstract_state(spec), "teachers": abstract_teachers(spec)}
-    for entry in sharding.placements(mesh, everything):
-        total += entry.mib
-        split = " x ".join(str(axis or "-") for axis in entry.spec) or "-"
-        table.add_row(entry.name, " x ".join(map(str, entry.shape)), split, f"{entry.mib:.3f}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sharding.place_abstract(mesh, everything)):
+        mib = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize / 2**20
+        total += mib
+        split = " x ".join(str(axis or "-") for axis in leaf.sharding.spec) or "-"
+        table.add_row("/".join(path_names(path)), " x ".join(map(str, leaf.shape)), split, f"{mib:.3f}")
     table.add_row("all", "", "", f"{total:.3f}")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
@@ -177,7 +174,7 @@ def print_sharding(config: Config, quiet: bool = False) -> None:
 def train_loop(
     spec: TrainSpec,
     state: TrainState,
-    teachers: dict[str, Any],
+    teachers: Teachers,
     data: TrainData,
     mesh: Mesh,
     checkpoints: Checkpoints,
@@ -209,7 +206,7 @@ def train_loop(
     ):
         if stop.requested and start < total:
             raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
-        pending: tuple[int, Any] | None = None
+        pending: tuple[int, Metrics] | None = None
 
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
@@ -225,7 +222,8 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                _report((writer.write, *callbacks), step, "train", _means(window))
+                means = {name: sum(x[name] for x in window) / len(window) for name in values}
+                _report((writer.write, *callbacks), step, "train", means)
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -247,8 +245,7 @@ def train_loop(
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
                 resolve()
                 if not has_finite_weights(state):
-                    problem = f"step {step}: weights are not finite after it"
-                    raise _not_finite(problem, checkpoints.last_before(step), folder)
+                    raise _not_finite(f"step {step}: its weights are not finite", checkpoints.last_before(step), folder)
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
@@ -256,31 +253,27 @@ def train_loop(
     return evaluation or evaluator(state)
 
 
-def _means(window: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(values[name] for values in window) / len(window) for name in window[-1]}
-
-
-def _report(callbacks: Sequence[Callback], step: int, kind: str, metrics: dict[str, float]) -> None:
+def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:
     for callback in callbacks:
-        callback(step, kind, metrics)
+        callback(step, kind, values)
 
 
 def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
-    there = (
-        f"The last good checkpoint is of step {last_good}" if last_good is not None else "There is no good checkpoint"
-    )
+    there = "There is no good checkpoint" if last_good is None else f"The last good checkpoint is of step {last_good}"
     return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
 
 
-def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> dict[str, Any]:
+def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonObject:
     """Returns a checkpoint's metadata. It includes the position in the data, a function of the step."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
     return {
         "config": to_dict(config),
         "data": {"next_example": step * config.batch_size, "epoch": step / steps_per_epoch},
         "mesh": dict(mesh.shape),
         "processes": jax.process_count(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {"sit_jax": __version__, "python": platform.python_version(), **_package_versions()},
+        "versions": {"sit_jax": __version__, "python": platform.python_version(), **versions},
     }
 
 
@@ -304,24 +297,12 @@ def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
 
 
 def _teacher_variables(
-    config: Config,
-    teacher: TeacherConfig,
-    folder: pathlib.Path,
-    mesh: Mesh,
-    name: str,
-    class_names: Sequence[str],
-    extensions: Extensions,
-) -> Any:
-    """Returns a teacher's frozen variables, replicated on all devices; trains it first if no run is given."""
+    config: Config, name: str, folder: pathlib.Path, class_names: Sequence[str], extensions: Extensions
+) -> Variables:
+    """Returns the variables of the teacher in section `name`; trains it in `folder/name` if no run is given."""
+    teacher = config.teachers[name]
     if teacher.run:
-        variables = given_teacher(teacher, name, class_names)
-    else:
-        shared = Extensions(source=extensions.source)
-        run(config.teacher_run(teacher), folder, resume=True, label=name, extensions=shared)
-        variables = load_run(folder).variables
-    return sharding.place(variables, sharding.state_shardings(mesh, variables))
-
-
-def _print_overview(label: str, state: TrainState) -> None:
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
-    print(f"{label}: parameters\n{overview}", file=sys.stderr)
+        return given_teacher(teacher, name, class_names)
+    shared = Extensions(source=extensions.source)
+    run(config.teacher_run(teacher), folder / name, resume=True, label=name, extensions=shared)
+    return load_run(folder / name).variables

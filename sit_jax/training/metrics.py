@@ -7,7 +7,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TextIO
 
 import flax.struct
 import jax
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
 from sit_jax import losses
+from sit_jax.config import JsonObject
 from sit_jax.errors import NotFiniteError, RunError
+from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.runs import writing
 
 
@@ -72,55 +74,39 @@ class MetricWriter:
     def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0, quiet: bool = False) -> None:
         """Opens the files and drops lines of steps after `resume_step`, which an interrupted run wrote.
 
-        Args:
-            workdir: The run directory.
-            tensorboard: Whether to write TensorBoard events.
-            resume_step: The step from which the run resumes.
-            quiet: Whether to write nothing, because another process writes.
+        A `quiet` writer writes nothing, because another process does.
         """
-        self._file: Any = None
-        self._board: Any = None
+        self._file: TextIO | None = None
+        self._board: _Events | None = None
         if quiet:
             return
         self._workdir, path = workdir, workdir / "metrics.jsonl"
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         with writing(workdir):
-            # Replaced atomically, since lines cut off by a full disk would be lost.
-            shorter = path.with_name(f".{path.name}.part")
-            shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            shorter.replace(path)
+            with atomic_replace(path) as part:  # Lines cut off by a full disk would be lost.
+                part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
-        if tensorboard:
-            with writing(workdir):
+            if tensorboard:
                 self._board = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else None)
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
+        for file in (self._file, self._board):
             with contextlib.suppress(OSError):  # Errors of a full disk were reported when the data were written.
-                self._file.close()
-        if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._board.close()
+                if file is not None:
+                    file.close()
 
     def write(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Writes one line of metrics; raises a RunError if it cannot be written.
-
-        Args:
-            step: Number of optimizer steps done.
-            kind: `train` or `eval`.
-            values: Name -> value.
-        """
+        """Writes one line of metrics of kind `train` or `eval`; raises a RunError if it cannot be written."""
         if self._file is None:
             return
         line = {"step": step, "kind": kind, "time": round(time.time(), 3), **values}
         with writing(self._workdir):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        if self._board is not None:
-            with writing(self._workdir):
+            if self._board is not None:
                 self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
 
 
@@ -158,7 +144,7 @@ class MetricLines(NamedTuple):
         cut_off: Whether the last invalid line is incomplete, because of an interrupted write or a full disk.
     """
 
-    lines: list[dict[str, Any]]
+    lines: list[JsonObject]
     damaged: list[int]
     cut_off: bool
 
@@ -192,34 +178,22 @@ def scan_metrics(workdir: pathlib.Path) -> MetricLines:
     return MetricLines(lines, damaged, cut_off=damaged[-1:] == [len(texts)])
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's `metrics.jsonl`, oldest first, without damaged or incomplete lines.
-
-    Raises:
-        RunError: The file cannot be read.
-    """
+def read_metrics(workdir: pathlib.Path) -> list[JsonObject]:
+    """Returns the lines of a run's `metrics.jsonl`; see `scan_metrics`."""
     return scan_metrics(workdir).lines
 
 
 def warn_of_missing(result: dict[str, float], images: int) -> None:
-    """Reports on standard error how many images of a split an evaluation did not count, if any.
-
-    Args:
-        result: The metrics of the evaluation.
-        images: Number of images in the split.
-    """
+    """Reports on standard error how many of a split's images an evaluation did not count, if any."""
     missing = images - round(result["examples"])
     if missing:
         print(f"{missing} of {images} images are not counted: they are unreadable or have no label", file=sys.stderr)
 
 
-def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def evaluations(lines: Sequence[JsonObject]) -> list[JsonObject]:
     """Returns the evaluation lines whose values are all finite; runs of older versions may have others."""
-    return [line for line in lines if line["kind"] == "eval" and is_finite(_numbers(line))]
-
-
-def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if isinstance(value, float)}
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    return [x for x in evaluated if is_finite({name: v for name, v in x.items() if isinstance(v, float)})]
 
 
 def is_finite(values: dict[str, float]) -> bool:

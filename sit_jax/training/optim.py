@@ -1,29 +1,25 @@
 """AdamW with one schedule per parameter group, and the learning-rate schedules."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 from sit_jax.config import OptimConfig
-
-Params = Any
-Schedule = Callable[[Any], Any]
+from sit_jax.models.trees import Params, path_names
 
 
-def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoch: int) -> Schedule:
+def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoch: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step: linear warm-up, cosine decay to the minimum, then constant.
 
-    Args:
-        optim: Minimum, warm-up, and whether the rate changes per step or per epoch.
-        peak: Peak learning rate.
-        epochs: Epochs from the first step to the end of the cosine, including the warm-up.
-        steps_per_epoch: Optimizer steps in an epoch.
+    `epochs` is the number of epochs from the first step to the end of the cosine, including the warm-up.
     """
 
-    def schedule(step: Any) -> Any:
+    def schedule(count: ArrayLike) -> jax.Array:
+        step = jnp.asarray(count)
         epoch = step // steps_per_epoch if optim.schedule_per == "epoch" else step / steps_per_epoch
         progress = jnp.clip((epoch - optim.warmup_epochs) / (epochs - optim.warmup_epochs), 0.0, 1.0)
         rate = optim.min_lr + (peak - optim.min_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
@@ -38,7 +34,7 @@ def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoc
     return schedule
 
 
-def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str, Schedule]:
+def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str, optax.Schedule]:
     """Returns the schedule of each parameter group: `model`, and `reverse` with its own peak and the same minimum."""
     return {
         "model": cosine_schedule(optim, optim.lr, epochs, steps_per_epoch),
@@ -68,25 +64,25 @@ def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> opt
     )
 
 
-def parameter_groups(params: Params) -> Params:
+def parameter_groups(params: Params) -> PyTree[str]:
     """Returns the group of each parameter: `model`, `reverse` or `frozen`."""
 
-    def group(path: tuple[Any, ...], _: Any) -> str:
-        names = _names(path)
+    def group(path: tuple[Hashable, ...], _: object) -> str:
+        names = path_names(path)
         return "frozen" if "aux_head" in names else names[0]
 
     return jax.tree_util.tree_map_with_path(group, params)
 
 
-def decay_mask(params: Params, decay_like_original: bool = False) -> Params:
+def decay_mask(params: Params, decay_like_original: bool = False) -> PyTree[bool]:
     """Returns True for the parameters that weight decay applies to.
 
     Norms, biases, class and distillation tokens, positions and the slimming scale are not decayed. The original also
     decays the slimming scale and everything in the reverse modules, as does `decay_like_original`.
     """
 
-    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
-        names = _names(path)
+    def decays(path: tuple[Hashable, ...], leaf: jax.Array) -> bool:
+        names = path_names(path)
         if decay_like_original and (
             names[0] == "reverse" or (names[-1] == "scale" and names[-2].startswith("slimming_"))
         ):
@@ -95,7 +91,3 @@ def decay_mask(params: Params, decay_like_original: bool = False) -> Params:
         return leaf.ndim > 1 and names[-1] not in tokens
 
     return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def _names(path: tuple[Any, ...]) -> list[str]:
-    return [str(part.key) for part in path]

@@ -1,10 +1,12 @@
 """The training state."""
 
-from typing import Any
-
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from sit_jax.models.trees import Params, Variables
 
 
 @flax.struct.dataclass
@@ -20,19 +22,19 @@ class TrainState:
     """
 
     step: jax.Array
-    params: dict[str, Any]
-    batch_stats: dict[str, Any]
-    opt_state: Any
-    ema: dict[str, Any] | None
+    params: Params
+    batch_stats: Params
+    opt_state: optax.OptState
+    ema: Variables | None
 
     @property
-    def variables(self) -> dict[str, Any]:
+    def variables(self) -> Variables:
         """Variables of the model, as `apply` takes them."""
         return {"params": self.params["model"], "batch_stats": self.batch_stats}
 
 
 @jax.jit
-def _all_finite(tree: Any) -> jax.Array:
+def _all_finite(tree: PyTree) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
@@ -41,7 +43,7 @@ def has_finite_weights(state: TrainState) -> bool:
     return bool(_all_finite((state.params, state.batch_stats, state.ema)))
 
 
-def update_ema(ema: Any, new: Any, decay: float, step: jax.Array) -> Any:
+def update_ema(ema: Variables, new: Variables, decay: float, step: jax.Array) -> Variables:
     """Updates the moving average towards the new weights.
 
     The first steps use a smaller decay, `min(decay, (1 + step) / (10 + step))`, so that the initial weights lose their

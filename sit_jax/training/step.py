@@ -11,23 +11,32 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from sit_jax import losses
-from sit_jax.config import Config, LossConfig, ModelConfig
+from sit_jax.config import Config, ModelConfig
 from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.random_keys import stream_key
 from sit_jax.errors import ConfigError
-from sit_jax.models import abstract_variables, build_model, build_reverse
+from sit_jax.models import Outputs, abstract_variables, build_model, build_reverse
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.reverse import ReverseSlimming
+from sit_jax.models.trees import Params, Variables
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
 from sit_jax.parallel import sharding
-from sit_jax.training.optim import Schedule, make_optimizer, schedules
+from sit_jax.training.optim import make_optimizer, schedules
 from sit_jax.training.state import TrainState, update_ema
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-Step = Callable[[TrainState, Batch, dict[str, Any]], tuple[TrainState, Metrics]]
+# Variables of the teachers that the step takes, by the name of their section: `teacher`, `cnn_teacher`.
+Teachers = dict[str, Variables]
+Step = Callable[[TrainState, Batch, Teachers], tuple[TrainState, Metrics]]
+
+# Names in the metrics of a step, which custom loss terms cannot have.
+_TERMS = ("classification", "token", "logits", "hard", "token_label")
+_BUILT_IN = {"loss", *_TERMS, "accuracy", "grad_norm", "skipped", "lr/model", "lr/reverse"}
 
 
 class LossInputs(NamedTuple):
@@ -45,9 +54,9 @@ class LossInputs(NamedTuple):
     images: jax.Array
     labels: jax.Array
     logits: jax.Array
-    outputs: Any
+    outputs: Outputs
     teacher_logits: jax.Array | None
-    teacher_outputs: Any
+    teacher_outputs: Outputs | None
 
 
 Loss = Callable[[LossInputs], jax.Array]
@@ -63,52 +72,53 @@ class TrainSpec(NamedTuple):
         cnn_teacher: The convolutional teacher's module, or None.
         optimizer: The optimizer over `{'model': ..., 'reverse': ...}`.
         rates: The learning-rate schedule of each parameter group.
-        config: The run's configuration.
+        config: The configuration of the run.
         losses: Custom loss terms by name, weighted by `config.loss.extra`.
     """
 
-    model: Any
-    reverse: Any
-    teacher: Any
-    cnn_teacher: Any
+    model: nn.Module
+    reverse: ReverseSlimming | None
+    teacher: nn.Module | None
+    cnn_teacher: nn.Module | None
     optimizer: optax.GradientTransformation
-    rates: dict[str, Schedule]
+    rates: dict[str, optax.Schedule]
     config: Config
     losses: Mapping[str, Loss] = {}
 
 
 def make_train_spec(
-    config: Config,
-    steps_per_epoch: int,
-    model: nn.Module | None = None,
-    losses: Mapping[str, Loss] | None = None,
+    config: Config, steps_per_epoch: int, model: nn.Module | None = None, losses: Mapping[str, Loss] | None = None
 ) -> TrainSpec:
     """Builds the modules and the optimizer of a run.
 
     Args:
-        config: The run's configuration.
-        steps_per_epoch: Steps per epoch, for the schedules.
+        config: The configuration of the run.
+        steps_per_epoch: For the schedules.
         model: A custom module that replaces that of the configuration; called as `sit_jax.ViT`, returns logits and
             `Outputs`.
         losses: Custom loss terms: name -> function of `LossInputs` that returns a scalar.
 
     Raises:
-        ConfigError: `loss.extra` names a term that does not exist.
+        ConfigError: `loss.extra` names a term that does not exist, or that has the name of a built-in metric.
     """
     losses = losses or {}
     for name in config.loss.extra:
+        if name in _BUILT_IN:
+            raise ConfigError(f"loss.extra.{name}", f"must not be one of the built-in {', '.join(sorted(_BUILT_IN))}")
         if name not in losses:
             known = f"there are {', '.join(losses)}" if losses else "give it to sit_jax.train(losses=...)"
             raise ConfigError(f"loss.extra.{name}", f"there is no such loss term; {known}")
 
-    def build(section: ModelConfig) -> Any:
+    def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
 
     loss, arch = config.loss, config.model.architecture
-    recovers = loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed
+    reverse = None
+    if loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed:
+        reverse = build_reverse(arch, config.model.dtype)
     return TrainSpec(
         model=model or build(config.model),
-        reverse=build_reverse(arch, config.model.dtype) if recovers and isinstance(arch, Architecture) else None,
+        reverse=reverse,
         teacher=build(config.teacher.model) if config.teacher and (loss.needs_teacher or loss.extra) else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
@@ -118,17 +128,13 @@ def make_train_spec(
     )
 
 
-def init_state(spec: TrainSpec, mesh: Mesh, variables: dict[str, Any] | None = None) -> TrainState:
+def init_state(spec: TrainSpec, mesh: Mesh, variables: Variables | None = None) -> TrainState:
     """Returns the initial training state, created with its sharding.
 
-    Args:
-        spec: The functions of the run.
-        mesh: The mesh of the state.
-        variables: `{'params': ..., 'batch_stats': ...}` to initialize the model with; missing parameters (such as a
-            student's slimming modules) are initialized randomly.
+    The model starts with `variables`; parameters that they lack (such as a student's slimming modules) are random.
     """
-    create = jax.jit(lambda: _fresh_state(spec), out_shardings=sharding.state_shardings(mesh, abstract_state(spec)))
-    state = create()
+    shardings = sharding.state_shardings(mesh, abstract_state(spec))
+    state = jax.jit(lambda: _fresh_state(spec), out_shardings=shardings)()
     if variables is None:
         return state
     params = {**state.params, "model": _overlay(state.params["model"], variables["params"])}
@@ -142,14 +148,10 @@ def abstract_state(spec: TrainSpec) -> TrainState:
     return jax.eval_shape(lambda: _fresh_state(spec))
 
 
-def freeze_teachers(spec: TrainSpec, teachers: dict[str, Any]) -> dict[str, Any]:
+def freeze_teachers(spec: TrainSpec, teachers: Teachers) -> Teachers:
     """Returns the teacher variables that the train step takes, with kernels cast to the type of the matrix products.
 
     They are cast here once instead of in every step, and need half the memory in bfloat16.
-
-    Args:
-        spec: The functions of the run.
-        teachers: Variables by the name of the teacher's section.
     """
     cast = jax.jit(cast_kernels, static_argnums=1)
     return {name: cast(teachers[name], model.dtype) for name, model in _teacher_models(spec).items()}
@@ -157,11 +159,10 @@ def freeze_teachers(spec: TrainSpec, teachers: dict[str, Any]) -> dict[str, Any]
 
 def _teacher_models(spec: TrainSpec) -> dict[str, ModelConfig]:
     """Returns the models of the teachers that the train step takes, by the name of their section."""
-    teachers = spec.config.teachers
-    return {name: teacher.model for name, teacher in teachers.items() if getattr(spec, name) is not None}
+    return {name: x.model for name, x in spec.config.teachers.items() if getattr(spec, name) is not None}
 
 
-def abstract_teachers(spec: TrainSpec) -> dict[str, Any]:
+def abstract_teachers(spec: TrainSpec) -> Teachers:
     """Returns the shapes and types of the teacher variables that the train step takes."""
     teachers = {name: abstract_variables(model.architecture) for name, model in _teacher_models(spec).items()}
     return jax.eval_shape(lambda tree: freeze_teachers(spec, tree), teachers)
@@ -172,22 +173,17 @@ def _fresh_state(spec: TrainSpec) -> TrainState:
     key = stream_key(spec.config.seed, "init")
     images = jnp.zeros((2, arch.image_size, arch.image_size, arch.in_channels))
     variables = spec.model.init(key, images)
-    params = {"model": variables["params"]}
-    stats = variables.get("batch_stats", {})
+    params: Params = {"model": variables["params"]}
+    stats = dict(variables.get("batch_stats", {}))
     if spec.reverse is not None:
-        (_, outputs) = spec.model.apply(variables, images)
+        _, outputs = spec.model.bind(variables)(images)
         params["reverse"] = spec.reverse.init(jax.random.fold_in(key, 1), outputs.tokens)["params"]
     ema = {"params": params["model"], "batch_stats": stats} if spec.config.optim.ema_decay > 0 else None
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=stats,
-        opt_state=spec.optimizer.init(params),
-        ema=ema,
-    )
+    step, opt_state = jnp.zeros((), jnp.int32), spec.optimizer.init(params)
+    return TrainState(step=step, params=params, batch_stats=stats, opt_state=opt_state, ema=ema)
 
 
-def _overlay(mine: Any, theirs: Any) -> Any:
+def _overlay(mine: PyTree, theirs: PyTree) -> PyTree:
     """Returns `mine` with each leaf that `theirs` has replaced by a copy, in the sharding of `mine`.
 
     The train step donates the state, so an array shared with a teacher would be deleted.
@@ -218,9 +214,7 @@ def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
     )
 
 
-def train_step(
-    spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any]
-) -> tuple[TrainState, Metrics]:
+def train_step(spec: TrainSpec, state: TrainState, batch: Batch, teachers: Teachers) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; a pure function. See `make_train_step`."""
     config = spec.config
     key = stream_key(config.seed, "drop_path", state.step)
@@ -243,8 +237,8 @@ def train_step(
 
 
 def _accumulated_gradients(
-    spec: TrainSpec, state: TrainState, batch: Batch, teachers: dict[str, Any], key: jax.Array
-) -> tuple[Any, Any, Metrics]:
+    spec: TrainSpec, state: TrainState, batch: Batch, teachers: Teachers, key: jax.Array
+) -> tuple[Params, Params, Metrics]:
     """Returns gradients, BatchNorm statistics and metrics of a batch, accumulated over micro-batches."""
     optim = spec.config.optim
     parts = optim.accumulate_steps
@@ -257,7 +251,7 @@ def _accumulated_gradients(
     # Each micro-batch takes every n-th example, so that each device keeps its own examples and none is transferred.
     split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def work(carry: tuple[Any, Any], part: tuple[Batch, jax.Array]) -> tuple[tuple[Any, Any], Metrics]:
+    def work(carry: tuple[Params, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[Params, Params], Metrics]:
         summed, stats = carry
         micro, index = part
         micro_key = jax.random.fold_in(key, index)
@@ -271,12 +265,14 @@ def _accumulated_gradients(
 
 
 def compute_loss(
-    spec: TrainSpec, params: Any, batch_stats: Any, batch: Batch, teachers: dict[str, Any], key: jax.Array
-) -> tuple[jax.Array, tuple[Any, Metrics]]:
+    spec: TrainSpec, params: Params, batch_stats: Params, batch: Batch, teachers: Teachers, key: jax.Array
+) -> tuple[jax.Array, tuple[Params, Metrics]]:
     """Returns the loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
-    weights: LossConfig = spec.config.loss
+    config = spec.config.loss
+    weights = {"classification": 1.0, "token": config.token, "logits": config.logits, "hard": config.hard}
+    weights |= {"token_label": config.token_label, **config.extra}
     images, labels = batch["image"], batch["label"]
-    mixed = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
+    mixed: dict[str, Any] = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
     variables = {"params": params["model"], "batch_stats": batch_stats}
     (logits, outputs), updated = spec.model.apply(
         variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **mixed
@@ -284,35 +280,23 @@ def compute_loss(
     terms = {"classification": losses.soft_target_cross_entropy(logits, labels)}
     teacher_logits = teacher_outputs = None
     if spec.teacher is not None:
-        teacher_logits, teacher_outputs = jax.lax.stop_gradient(
-            spec.teacher.apply(teachers["teacher"], images, **mixed)
-        )
-        if weights.token > 0:
-            terms["token"] = _token_distillation(spec, params, outputs.tokens, teacher_outputs.tokens)
-        if weights.logits > 0:
-            terms["logits"] = losses.logits_distillation(logits, teacher_logits, weights.temperature)
-    if weights.token_label > 0:
-        terms["token_label"] = losses.token_labelling(outputs.patch_logits, batch["patch_label"])
+        teacher = spec.teacher.bind(teachers["teacher"])
+        teacher_logits, teacher_outputs = jax.lax.stop_gradient(teacher(images, **mixed))
+        if config.token > 0 and spec.reverse is not None:
+            reverse = spec.reverse.bind({"params": params["reverse"]})
+            errors = reverse.errors(outputs.tokens, teacher_outputs.tokens, losses.mean_squared_error)
+            terms["token"] = jnp.stack(errors).mean()
+        elif config.token > 0:
+            terms["token"] = losses.token_distillation(outputs.tokens, teacher_outputs.tokens)
+        if config.logits > 0:
+            terms["logits"] = losses.logits_distillation(logits, teacher_logits, config.temperature)
+    if config.token_label > 0:
+        terms["token_label"] = losses.soft_target_cross_entropy(outputs.patch_logits, batch["patch_label"])
     if spec.cnn_teacher is not None:
-        cnn_logits, _ = jax.lax.stop_gradient(spec.cnn_teacher.apply(teachers["cnn_teacher"], images))
+        cnn_logits, _ = jax.lax.stop_gradient(spec.cnn_teacher.bind(teachers["cnn_teacher"])(images))
         terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)
     given = LossInputs(images, labels, logits, outputs, teacher_logits, teacher_outputs)
-    terms |= {name: spec.losses[name](given) for name in weights.extra}
-    total = sum((_weight(weights, name) * value for name, value in terms.items()), start=jnp.zeros(()))
+    terms |= {name: spec.losses[name](given) for name in config.extra}
+    total = sum((weights[name] * value for name, value in terms.items()), start=jnp.zeros(()))
     accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
     return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})
-
-
-def _token_distillation(spec: TrainSpec, params: Any, tokens: Any, targets: Any) -> jax.Array:
-    """Returns the mean over all blocks of the error of the student's recovered tokens."""
-    if spec.reverse is None:
-        return losses.token_distillation(tokens, targets)
-    variables = {"params": params["reverse"]}
-    errors = spec.reverse.apply(variables, tokens, targets, losses.mean_squared_error, method="errors")
-    return jnp.stack(errors).mean()
-
-
-def _weight(weights: LossConfig, term: str) -> float:
-    if term in weights.extra:
-        return weights.extra[term]
-    return 1.0 if term == "classification" else float(getattr(weights, term))

@@ -9,9 +9,10 @@ import importlib
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from sit_jax.errors import ConfigError, one_line
@@ -67,8 +68,21 @@ class Reducer(Protocol):
         ...
 
 
-ReducerClass = TypeVar("ReducerClass")
-_REDUCERS: dict[str, Any] = {}
+@runtime_checkable
+class ReducerFactory(Protocol):
+    """The class of a `Reducer`."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    @property
+    def place(self) -> Place: ...
+
+    def __call__(self, *, dtype: DTypeLike, name: str) -> Reducer: ...
+
+
+ReducerClass = TypeVar("ReducerClass", bound=ReducerFactory)
+_REDUCERS: dict[str, ReducerFactory] = {}
 
 
 def register_reducer(name: str) -> Callable[[ReducerClass], ReducerClass]:
@@ -81,20 +95,20 @@ def register_reducer(name: str) -> Callable[[ReducerClass], ReducerClass]:
     return register
 
 
-def find_reducer(name: str) -> Any:
+def find_reducer(name: str) -> ReducerFactory:
     """Returns the class of a reducer: a registered name, or `MODULE:CLASS` of a module that can be imported.
 
     Raises:
         ConfigError: There is no such reducer.
     """
     reducer = _REDUCERS[name] if name in _REDUCERS else _import_reducer(name)
-    if not hasattr(reducer, "needs") or getattr(reducer, "place", None) not in get_args(Place):
+    if not isinstance(reducer, ReducerFactory) or reducer.place not in get_args(Place):
         known = " or ".join(get_args(Place))
         raise ConfigError("reducer", f"{name!r} is not a reducer: it must have `needs`, and a `place`, {known}")
     return reducer
 
 
-def _import_reducer(name: str) -> Any:
+def _import_reducer(name: str) -> object:
     module, colon, attribute = name.partition(":")
     if not colon:
         known = ", ".join(sorted(_REDUCERS))

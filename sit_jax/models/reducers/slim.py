@@ -1,10 +1,11 @@
 """Token slimming (TSM), the paper's reducer: section 3.1."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sit_jax.models.layers import Dense, gelu, layer_norm
 from sit_jax.models.reducers.base import Cues, Place, Reduced, merge, register_reducer
@@ -18,15 +19,12 @@ class TokenSlimming(nn.Module):
     """TSM: softly merges N patch tokens into fewer tokens.
 
     `A = softmax over the N tokens of scale * W2 GELU(W1 LN(X))` and `X' = A^T X` on the un-normalized tokens, so each
-    kept token is a convex combination of the input tokens.
-
-    Attributes:
-        dtype: Type of the matrix products; the softmax is float32.
+    kept token is a convex combination of the input tokens. The softmax is float32.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = "behind_block"
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, cues: Cues, kept: int) -> Reduced:
