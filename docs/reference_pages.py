@@ -45,10 +45,10 @@ Made from the parsers themselves; `sit VERB --help` says the same.
 | exit code | meaning |
 |---|---|
 | 0 | done |
-| 1 | some inputs could not be read, the others were done; or processes of the run did not come |
-| 2 | nothing was done: the message names the input, and what to do |
-| 75 | told to end, saved; the same command with `--resume` goes on |
-| 130 | interrupted |
+| 1 | some inputs could not be read and were skipped, or processes of the run are missing |
+| 2 | user error: the message names the input and says what to do |
+| 75 | the run stopped and saved its state; the same command with `--resume` continues it |
+| 130 | interrupted by Ctrl-C |
 """
 
 
@@ -210,12 +210,12 @@ def command_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.Argume
 
 
 def words_table(parser: argparse.ArgumentParser) -> str:
-    """A command's words, with what they mean.
+    """A Markdown table of a command's arguments.
 
     Raises:
-        ValueError: A word has no help.
+        ValueError: An argument has no help.
     """
-    lines = ["| word | default | meaning |", "|---|---|---|"]
+    lines = ["| argument | default | meaning |", "|---|---|---|"]
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue

@@ -14,6 +14,7 @@ from launch_machine import Machine
 from test_distributed import free_port
 
 from sit_jax.cli import app as cli
+from sit_jax.errors import PreemptedError, UserError
 
 MANIFEST = pathlib.Path("launch/kubernetes.yaml")
 AWKWARD = '/data/my "run" \\ $(HOME) it\'s & more # --name'
@@ -65,8 +66,8 @@ def check(text: str, name: str, workers: int, processes: bool) -> None:
     exits = {
         rule["action"]: rule["onExitCodes"] for rule in rules if rule.get("onExitCodes", {}).get("operator") == "In"
     }
-    assert exits["FailJob"]["values"] == [cli.USER_ERROR]
-    assert exits["Ignore"]["values"] == [cli.STOPPED]
+    assert exits["FailJob"]["values"] == [UserError.exit_code]
+    assert exits["Ignore"]["values"] == [PreemptedError.exit_code]
     assert all(code["containerName"] == container["name"] for code in exits.values())
     assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in rules
     # Kubernetes puts a number in place of the variable before sit sees it.
