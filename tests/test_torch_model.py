@@ -18,7 +18,7 @@ import tiny
 import torch
 from golden_files import TRAINED, Golden
 
-from sit_jax.config import Config, OptimConfig
+from sit_jax.config import Config, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export.torch_model import (
     SiT,
@@ -61,33 +61,24 @@ def weights(name: str) -> tuple[Golden, dict[str, np.ndarray], dict[str, np.ndar
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_teacher(name: str) -> None:
-    golden, teacher, _ = weights(name)
+@pytest.mark.parametrize("of", ["teacher", "student", "trained student"])
+def test_logits_and_tokens(name: str, of: str) -> None:
+    golden, teacher, student = weights(name)
     images = torch.tensor(golden.data["images_nchw"])
-    logits, outputs = module(golden.arch.without_slimming(), teacher)(images, return_outputs=True)
-    close(logits, golden.data["eval/teacher_logits"])
+    if of == "trained student":
+        trained = golden_files.part(golden.data, "final/")
+        close(module(golden.arch, trained, reverse=True)(images), golden.data["final_eval/student_logits"])
+        return
+    if of == "teacher":
+        model = module(golden.arch.without_slimming(), teacher)
+    else:
+        model = module(golden.arch, student, reverse=True)
+    logits, outputs = model(images, return_outputs=True)
+    close(logits, golden.data[f"eval/{of}_logits"])
     for block, tokens in enumerate(outputs.tokens):
-        close(tokens, golden.data[f"eval/teacher_tokens/{block}"])
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_student(name: str) -> None:
-    golden, _, student = weights(name)
-    model = module(golden.arch, student, reverse=True)
-    logits, outputs = model(torch.tensor(golden.data["images_nchw"]), return_outputs=True)
-    close(logits, golden.data["eval/student_logits"])
-    for block, tokens in enumerate(outputs.tokens):
-        close(tokens, golden.data[f"eval/student_tokens/{block}"])
+        close(tokens, golden.data[f"eval/{of}_tokens/{block}"])
     for assignment in outputs.assignments:
         np.testing.assert_allclose(assignment.detach().sum(1), 1, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_trained_student(name: str) -> None:
-    golden, _, _ = weights(name)
-    final = golden_files.part(golden.data, "final/")
-    logits = module(golden.arch, final, reverse=True)(torch.tensor(golden.data["images_nchw"]))
-    close(logits, golden.data["final_eval/student_logits"])
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -170,14 +161,20 @@ def test_distillation_token() -> None:
     close(outputs.distillation_logits, np.asarray(ours.distillation_logits))
 
 
-def test_five_steps_of_distillation_equal_those_in_jax() -> None:
-    student, teacher = random_weights.draw(reverse=True), random_weights.draw(tiny.TEACHER, seed=5)
+def test_steps_of_distillation_equal_those_in_jax() -> None:
+    arch = tiny.plain(depth=2)
+    student = random_weights.draw(dataclasses.replace(arch, stage_blocks=(1, 1), keep_ratio=0.5), reverse=True)
+    teacher = random_weights.draw(arch, seed=5)
     rng = np.random.default_rng(0)
     batches = [
-        (random_weights.images(tiny.STUDENT, 8, seed), rng.dirichlet(np.ones(10), 8).astype(np.float32))
-        for seed in range(5)
+        (random_weights.images(arch, 8, seed), rng.dirichlet(np.ones(10), 8).astype(np.float32)) for seed in range(5)
     ]
-    config = tiny.config(optim=OptimConfig(lr=1e-3, min_lr=1e-3, rtsm_lr_scale=1.0), batch_size=8)
+    config = tiny.config(
+        arch=student.arch,
+        teacher=TeacherConfig(model=ModelConfig(architecture=arch), batch_size=8),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-3, rtsm_lr_scale=1.0),
+        batch_size=8,
+    )
     ours = losses_in_jax(config, student, teacher, batches)
     models = [module(x.arch, to_original(tree(x), x.arch), reverse=bool(x.reverse)) for x in (student, teacher)]
     optimizer = torch.optim.AdamW(parameter_groups(models[0], 1e-3, weight_decay=0.05, rtsm_lr_scale=1.0), eps=1e-8)
@@ -204,13 +201,7 @@ def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> l
     step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
     params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
     stats = jax.tree.map(jnp.array, student.batch_stats)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=stats,
-        opt_state=task.optimizer.init(params),
-        ema=None,
-    )
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), ema=None)
     found = []
     teachers = {"teacher": jax.tree.map(jnp.asarray, random_weights.variables(teacher))}
     for images, labels in batches:
