@@ -17,11 +17,6 @@ SLURM = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "2"}
 QUICK = ("--pause", "0")
 
 
-@pytest.fixture
-def machine(tmp_path: pathlib.Path) -> Machine:
-    return Machine(tmp_path / "a machine")
-
-
 @pytest.mark.parametrize("script", [*SCRIPTS, "tpu_worker.sh", "slurm_task.sh"])
 def test_help(script: str, machine: Machine) -> None:
     assert os.access(f"launch/{script}", os.X_OK)

@@ -2,13 +2,11 @@
 
 import os
 import pathlib
-import re
 import shlex
 import subprocess
 import sys
 from typing import Any
 
-import pytest
 import yaml
 from launch_machine import Machine
 from test_distributed import free_port
@@ -19,11 +17,6 @@ from sit_jax.errors import PreemptedError, UserError
 MANIFEST = pathlib.Path("launch/kubernetes.yaml")
 AWKWARD = '/data/my "run" \\ $(HOME) it\'s & more # --name'
 RUN = ("--image", "registry.io/me/sit:1.0", "--config", "configs/digits.py", "--workdir", AWKWARD)
-
-
-@pytest.fixture
-def machine(tmp_path: pathlib.Path) -> Machine:
-    return Machine(tmp_path / "a machine")
 
 
 def parts(text: str) -> tuple[Any, Any, Any]:
@@ -129,14 +122,6 @@ def test_on_gke(machine: Machine) -> None:
     assert pod["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "pictures"
     assert pod["serviceAccountName"] == "writer"
     assert job["spec"]["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
-
-
-def test_every_marked_line_is_filled_in(machine: Machine) -> None:
-    marks = set(re.findall(r"--[a-z]+", " ".join(re.findall(r" # (--.*)$", MANIFEST.read_text(), re.MULTILINE))))
-    listed = set(re.findall(r"^  (--[a-z-]+)", machine.run("kubernetes.sh", "--help").stdout, re.MULTILINE))
-    assert marks - listed == {"--words", "--coordinator", "--mount"}
-    text = machine.run("kubernetes.sh", *RUN[:-1], "/data/w", "--dry-run").stdout
-    assert not re.search(r"#tpu#|#bucket#| # --", text.partition("\napiVersion")[2])
 
 
 def test_pods_meet_before_they_start() -> None:

@@ -18,11 +18,6 @@ UP = (
 WORDS = ["train", "--config", "configs/digits.py", "--workdir", "/gcs/it's/my run", "--resume", "--config.epochs=3"]
 
 
-@pytest.fixture
-def machine(tmp_path: pathlib.Path) -> Machine:
-    return Machine(tmp_path / "a machine")
-
-
 def what(command: list[str]) -> str:
     """A command in a word: what gcloud was to do, or tpu_worker.sh."""
     if command[0] != "gcloud":

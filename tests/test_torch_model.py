@@ -82,21 +82,24 @@ def test_logits_and_tokens(name: str, of: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_gradients_of_the_first_step(name: str) -> None:
+def test_losses_and_gradients_of_the_first_step(name: str) -> None:
     golden, teacher, student = weights(name)
     model = module(golden.arch, student, reverse=True).train()
     images, labels = (torch.tensor(golden.data[f"steps/{key}"][0]) for key in ("images_nchw", "soft_labels"))
     _, outputs = model(images, return_outputs=True)
     for block, tokens in enumerate(model.recover(outputs.tokens)):
         close(tokens, golden.data[f"train0/student_tokens/{block}"])
-    losses(golden, model, module(golden.arch.without_slimming(), teacher), images, labels)["loss"].backward()
+    terms = losses(golden, model, module(golden.arch.without_slimming(), teacher), images, labels)
+    mine = [terms["loss"].item(), *weighted(golden, terms)]
+    np.testing.assert_allclose(mine, golden.data["steps/0/losses"], rtol=1e-4)
+    terms["loss"].backward()
     theirs = golden_files.part(golden.data, "train0/grad/")
     largest = max(float(np.abs(value).max()) for value in theirs.values())
-    mine = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
-    assert set(mine) == set(theirs)
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert set(gradients) == set(theirs)
     for key, gradient in theirs.items():
         bound = max(1e-3 * np.abs(gradient).max(), 1e-7 * largest)
-        np.testing.assert_allclose(mine[key], gradient, rtol=0, atol=bound, err_msg=key)
+        np.testing.assert_allclose(gradients[key], gradient, rtol=0, atol=bound, err_msg=key)
 
 
 def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any) -> dict[str, torch.Tensor]:
@@ -104,40 +107,11 @@ def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any)
     return distillation_loss(student, teacher, images, labels, kept["lambda_token"], kept["lambda_logits"], kept["tau"])
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_losses_of_every_step(name: str) -> None:
-    golden, teacher_state, student_state = weights(name)
-    optim, kept = golden.meta["optimizer"], golden.meta["distillation"]
-    teacher = module(golden.arch.without_slimming(), teacher_state)
-    student = module(golden.arch, student_state, reverse=True).train()
-    undecayed = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for key, parameter in student.named_parameters():
-        if key.startswith("aux_head"):
-            continue
-        reverse = key.startswith("rtsm.")
-        # The original decays everything in the reverse modules, and the slimming scale.
-        decays = reverse or (parameter.ndim > 1 and key not in undecayed)
-        groups.setdefault((reverse, decays), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": optim["weight_decay"] * decays, "reverse": reverse}
-            for (reverse, decays), members in groups.items()
-        ],
-        eps=optim["eps"],
-    )
-    batches = zip(golden.data["steps/images_nchw"], golden.data["steps/soft_labels"], strict=True)
-    for index, (images, labels) in enumerate(batches):
-        rates = golden.data[f"steps/{index}/lr_backbone_rtsm"]
-        for group in optimizer.param_groups:
-            group["lr"] = float(rates[int(group["reverse"])])
-        terms = losses(golden, student, teacher, torch.tensor(images), torch.tensor(labels))
-        weighted = [terms["loss"], terms["classification"]]
-        weighted += [terms["token"] * kept["lambda_token"], terms["logits"] * kept["lambda_logits"]]
-        np.testing.assert_allclose([x.item() for x in weighted], golden.data[f"steps/{index}/losses"], rtol=1e-4)
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
+def weighted(golden: Golden, terms: dict[str, torch.Tensor]) -> list[float]:
+    """The terms as the original stores them, times their weights."""
+    kept = golden.meta["distillation"]
+    factors = {"classification": 1.0, "token": kept["lambda_token"], "logits": kept["lambda_logits"]}
+    return [terms[name].item() * factor for name, factor in factors.items()]
 
 
 def test_distillation_token() -> None:
@@ -150,9 +124,7 @@ def test_distillation_token() -> None:
     close(outputs.distillation_logits, data["train0/dist_logits"])
     teacher = module(golden.arch.without_slimming(), teacher_state)
     terms = losses(golden, student, teacher, images, labels)
-    kept = golden.meta["distillation"]
-    mine = [terms["classification"], terms["token"] * kept["lambda_token"], terms["logits"] * kept["lambda_logits"]]
-    np.testing.assert_allclose([x.item() for x in mine], data["losses"][1:4], rtol=1e-4)
+    np.testing.assert_allclose(weighted(golden, terms), data["losses"][1:4], rtol=1e-4)
     # Training has moved BatchNorm's statistics: evaluation starts anew.
     evaluated, outputs = module(golden.arch, student_state, reverse=True)(images, return_outputs=True)
     variables = {key: value for key, value in golden.student.items() if key != "reverse"}
