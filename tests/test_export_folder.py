@@ -123,20 +123,11 @@ def header(**changes: Any) -> Callable[[pathlib.Path], Any]:
 FC1 = "blocks.0.mlp.fc1.weight"
 TERA = 2**42
 Damage = Callable[[pathlib.Path], Any]
-# Each with what the message must name.
+# Each with what the message must name. Damaged headers are tried with the reader that conversions share.
 DAMAGE: dict[str, tuple[Damage, str]] = {
     "empty": (content(lambda raw: b""), WEIGHTS),
-    "cut in the header": (content(lambda raw: raw[:100]), WEIGHTS),
     "cut in the data": (content(lambda raw: raw[:-5]), WEIGHTS),
-    "longer": (content(lambda raw: raw + b"more"), WEIGHTS),
-    "header of terabytes": (content(lambda raw: TERA.to_bytes(8, "little") + raw[8:]), WEIGHTS),
-    "largest header": (content(lambda raw: b"\xff" * 8 + raw[8:]), WEIGHTS),
     "tensor of terabytes": (header(shape=[1, 1, TERA // 4], data_offsets=[0, TERA]), WEIGHTS),
-    "overflowing shape": (header(shape=[2**40, 2**40, 2**40]), WEIGHTS),
-    "negative offset": (header(data_offsets=[-4, 4]), WEIGHTS),
-    "unknown type": (header(dtype="F99"), WEIGHTS),
-    "no JSON": (content(lambda raw: raw[:8] + b"!" * (len(raw) - 8)), WEIGHTS),
-    "an image": (content(lambda raw: b"\x89PNG\r\n\x1a\n" + bytes(100)), WEIGHTS),
     "gone": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "one missing": (tensors(lambda x: x.pop("norm.weight")), "norm.weight"),
     "one extra": (tensors(lambda x: x.update(unknown=np.zeros(3, np.float32))), "unknown"),

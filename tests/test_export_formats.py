@@ -298,25 +298,26 @@ def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
     silent = random_weights.draw(tiny.plain(stem="patch"))
     del silent.metadata["licence"]
     save_folder(tmp_path / "silent", silent)
-
-    def run_command(verb: str, source: str, dest: str, *words: str) -> int:
-        return cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *words])
-
-    assert run_command("convert", "silent", "a", "--licence", "MIT") == 0
-    assert run_command("convert", "a", "b") == 0
-    assert run_command("convert", "a", "c", "--num_classes", "3", "--image_size", "64") == 0
-    assert run_command("export", "b", "d", "--format", "folder") == 0
-    assert run_command("export", "silent", "e", "--format", "folder", "--licence", "MIT") == 0
-    for name in "abcde":
-        assert load_folder(tmp_path / name).metadata["licence"] == "MIT", name
-    assert run_command("export", "a", "f", "--format", "folder", "--licence", "CC BY 4.0") == 0
-    assert load_folder(tmp_path / "f").metadata["licence"] == "CC BY 4.0"
-    capsys.readouterr()
-    for command in ("convert", "export --format original", "export --format timm"):
-        verb, *more = command.split()
-        assert run_command(verb, "silent", "x.safetensors", *more, "--licence", "MIT") == 2
-        assert capsys.readouterr().err.startswith(f"sit {verb}: --licence: ")
-        assert not (tmp_path / "x.safetensors").exists()
+    for words, licence in (
+        ("convert silent a --licence MIT", "MIT"),
+        ("convert a b", "MIT"),
+        ("convert a c --num_classes 3 --image_size 64", "MIT"),
+        ("export b d --format folder", "MIT"),
+        ("export silent e --format folder --licence MIT", "MIT"),
+        ("export a f --format folder --licence CC-BY-4.0", "CC-BY-4.0"),
+        ("convert silent x.safetensors --licence MIT", None),
+        ("export silent x.safetensors --format original --licence MIT", None),
+        ("export silent x.safetensors --format timm --licence MIT", None),
+    ):
+        verb, source, dest, *options = words.split()
+        code = cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *options])
+        assert code == (2 if licence is None else 0), words
+        error = capsys.readouterr().err
+        if licence is None:
+            assert error.startswith(f"sit {verb}: --licence: ")
+            assert not (tmp_path / dest).exists()
+        else:
+            assert load_folder(tmp_path / dest).metadata["licence"] == licence, words
 
 
 def test_evaluating_a_model_of_unknown_origin(
