@@ -49,9 +49,9 @@ class Jax:
         import numpy as np
 
         from sit_jax.io.inference import inference_model
-        from sit_jax.io.model_folder import load_folder
+        from sit_jax.io.load import load
 
-        weights = load_folder(pathlib.Path(folder))
+        weights = load(pathlib.Path(folder))
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}
         model = inference_model(arch, variables, dtype)
         forward, prepared = model.jitted(batch), jax.device_put(model.weights)

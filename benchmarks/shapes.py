@@ -22,8 +22,7 @@ def write_folder(folder: pathlib.Path, name: str, tiny: bool, reverse: bool, see
     import numpy as np
 
     from sit_jax.io.convert.load_params import expected_shapes
-    from sit_jax.io.model_folder import save_folder
-    from sit_jax.io.weights import Weights
+    from sit_jax.io.model import Model
 
     rng = np.random.default_rng(seed)
     arch = architecture(name, tiny)
@@ -36,7 +35,8 @@ def write_folder(folder: pathlib.Path, name: str, tiny: bool, reverse: bool, see
         return values / np.sqrt(np.prod(shape[:-1]), dtype=np.float32) if kind == "kernel" else 0.1 * values
 
     tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, reverse))
-    save_folder(folder, Weights(arch, tree["params"], tree["batch_stats"], tree["reverse"], {}), with_reverse=reverse)
+    rtsm = tree.pop("reverse")
+    Model(arch, tree, rtsm=rtsm).save(folder, with_rtsm=reverse)
 
 
 def images(shape: tuple[int, ...], buffer: int) -> Any:

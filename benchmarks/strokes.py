@@ -17,7 +17,9 @@ import numpy as np
 
 from sit_jax.data.registry import open_source
 from sit_jax.errors import UserError
-from sit_jax.visual.inspected_model import open_inspected_model
+from sit_jax.io.load import load
+from sit_jax.visual.model_input import preprocess
+from sit_jax.visual.token_maps import model_token_maps
 
 STROKE = 0.5
 
@@ -32,13 +34,13 @@ def measure(folder: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]
     Raises:
         UserError: There is no run, or its model slims nothing.
     """
-    subject = open_inspected_model(folder)
-    if not subject.arch.is_slimmed:
+    model = load(folder)
+    if not model.vit.is_slimmed:
         raise UserError(f"{folder}: this model has no slimming modules; give a student's run")
-    data = subject.data if data_dir is None else dataclasses.replace(subject.data, data_dir=data_dir)
+    data = model.data if data_dir is None else dataclasses.replace(model.data, data_dir=data_dir)
     source = open_source(data, data.eval_split)
-    pixels = np.stack([subject.preprocess(source[index]).pixels for index in range(len(source))])
-    maps = subject.maps(pixels)
+    pixels = np.stack([preprocess(model.vit, model.data, source[index]).pixels for index in range(len(source))])
+    maps = model_token_maps(model, pixels)
     side = pixels.shape[1] // maps.grid
     levels = pixels.reshape(len(pixels), maps.grid, side, maps.grid, side).mean(axis=(2, 4)).reshape(len(pixels), -1)
     strokes = levels / 255 > STROKE

@@ -60,13 +60,13 @@ class Jax:
         import jax.numpy as jnp
 
         from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
-        from sit_jax.io.model_folder import load_folder
+        from sit_jax.io.load import load
         from sit_jax.parallel import sharding
         from sit_jax.training.state import TrainState
         from sit_jax.training.step import freeze_teachers, make_train_spec, make_train_step
 
         before = turns.resident_mib()
-        student, teacher = (load_folder(pathlib.Path(folder) / name) for name in ("student", "teacher"))
+        student, teacher = (load(pathlib.Path(folder) / name) for name in ("student", "teacher"))
         models = [ModelConfig(architecture=x.arch, dtype=dtype) for x in (student, teacher)]
         config = Config(
             model=models[0],
@@ -76,7 +76,7 @@ class Jax:
             optim=OptimConfig(lr=RATE, min_lr=RATE, rtsm_lr_scale=1.0),
         )
         task, mesh = make_train_spec(config, steps_per_epoch=1000), sharding.make_mesh(devices=jax.devices()[:1])
-        params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
+        params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.rtsm})
         stats = jax.tree.map(jnp.array, student.batch_stats)
         fresh = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), None)
         self.state = jax.device_put(fresh, sharding.state_shardings(mesh, fresh))

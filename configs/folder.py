@@ -1,7 +1,7 @@
 """Your own images: a ViT is trained (or fine-tuned) on a folder of them, then slimmed to about half its cost.
 
 The folder holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or `CLASS/*.jpg`, of which a tenth is then held out. The
-number of classes and their names come from it. The image size stands behind the colon, 224 without one. Look at the
+number of classes and their names come from it. The image size is given after a colon; the default is 224. Look at the
 images first: `sit data check`, `sit data show`. Expect what a small ViT makes of as many images as you have: with
 few, start the teacher from a trained one of the same shape (`--config.teacher.init=RUN`; its head may have other
 classes). Hardware: one GPU or TPU chip at 224 pixels; at 64 pixels two CPU cores train some 100 images per second.

@@ -26,29 +26,29 @@ from sit_jax.models.regnet import RegNetArchitecture
 
 CONFIGURATION = "reference/configuration.md"
 COMMANDS = "reference/commands.md"
-# Where a page of the site lies in the repository, if not in docs/.
+# Location in the repository of pages that are not in docs/.
 TAKEN_IN = {"launch.md": "launch/README.md", "changelog.md": "CHANGELOG.md"}
 OTHER_PAGES = "More"
 
 _CONFIGURATION_INTRO = """# Configuration
 
-A configuration is a Python file whose `get_config()` returns an `ml_collections.ConfigDict`; `configs/` has one page
+A configuration is a Python file whose `get_config()` returns an `ml_collections.ConfigDict`; `configs/` has one file
 per experiment. Every key below can be set there, or on the command line as `--config.KEY=VALUE`
-(`--config.optim.lr=1e-3`). What neither mentions has its default. A wrong key or value is one line that names it.
+(`--config.optim.lr=1e-3`). Other keys have their defaults. The error message of a wrong key or value names the key.
 
-This page is made from `sit_jax.config.schema` and `sit_jax.data.config`, which check the values.
+This page is generated from `sit_jax.config.schema` and `sit_jax.data.config`, which validate the values.
 """
 _COMMANDS_INTRO = """# Commands
 
-Made from the parsers themselves; `sit VERB --help` says the same.
+This page is generated from the parsers; `sit VERB --help` prints the same text.
 
 | exit code | meaning |
 |---|---|
-| 0 | done |
-| 1 | some inputs could not be read and were skipped, or processes of the run are missing |
-| 2 | user error: the message names the input and says what to do |
-| 75 | the run stopped and saved its state; the same command with `--resume` continues it |
-| 130 | interrupted by Ctrl-C |
+| 0 | success |
+| 1 | some inputs could not be read, all others were processed; or processes of the run are missing |
+| 2 | nothing was done; the message names the input and what to do |
+| 75 | stopped by a signal after saving; the same command with `--resume` continues |
+| 130 | interrupted |
 """
 
 
@@ -57,9 +57,9 @@ class Key(typing.NamedTuple):
 
     Attributes:
         name: Without its section.
-        kind: What may stand there, in words.
-        default: As it is written in Python; empty where it must be given.
-        meaning: What its class's docstring says of it.
+        kind: Description of its type.
+        default: The default as Python code; empty for a required key.
+        meaning: Its description in the docstring of its class.
     """
 
     name: str
@@ -81,7 +81,7 @@ def configuration_page() -> str:
 
 
 def keys_of(section: type) -> list[Key]:
-    """The keys that stand directly in a section; those of sections within it are left out.
+    """Returns the keys of a section, without those of the sections in it.
 
     Raises:
         ValueError: A field has no description in its class's docstring.
@@ -163,7 +163,7 @@ def _python(value: Any) -> str:
 
 
 def _summary(section: type) -> str:
-    """The docstring above `Attributes:`, and which keys are sections of their own."""
+    """Returns the docstring above `Attributes:`, and a list of the keys that are sections."""
     text = inspect.cleandoc(section.__doc__ or "").partition("Attributes:\n")[0].strip() + "\n"
     meanings, hints = field_descriptions(section), typing.get_type_hints(section, include_extras=True)
     within = [name for name, kind in hints.items() if name in meanings and _section_of(kind) is not None]
@@ -172,10 +172,11 @@ def _summary(section: type) -> str:
     if section is ModelConfig:
         return (
             text
-            + "\nThe shape's fields stand beside these, directly in the section. `family` says which shape it is.\n"
+            + "\nThe fields of the architecture are keys of this section, too. `family` selects the kind of\n"
+            + "architecture.\n"
         )
     listed = "\n".join(f"- `{name}`: {meanings[name]} Its keys are those of [{name}](#{name})." for name in within)
-    return f"{text}\nBesides the keys of the table:\n\n{listed}\n"
+    return f"{text}\nIn addition to the keys of the table:\n\n{listed}\n"
 
 
 def _table(keys: list[Key]) -> str:
@@ -247,7 +248,7 @@ def _usage(parser: argparse.ArgumentParser) -> str:
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Adds the pages that do not lie in docs/."""
+    """Adds the pages that are not in docs/."""
     from mkdocs.structure.files import File
 
     root = pathlib.Path(config.config_file_path).parent

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sit_jax import losses as losses
-    from sit_jax.api import Model, create_model, load, slim, train
+    from sit_jax.api import create_model, slim, train
     from sit_jax.config.files import get_config
+    from sit_jax.io.load import load
+    from sit_jax.io.model import Model
     from sit_jax.models.architecture import Architecture
     from sit_jax.models.reducers.base import Cues, Reduced, Reducer, register_reducer
     from sit_jax.models.reducers.slim import TokenSlimming
@@ -22,7 +24,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Architecture": "sit_jax.models.architecture",
     "Cues": "sit_jax.models.reducers.base",
-    "Model": "sit_jax.api",
+    "Model": "sit_jax.io.model",
     "Reduced": "sit_jax.models.reducers.base",
     "Reducer": "sit_jax.models.reducers.base",
     "ReverseTokenSlimming": "sit_jax.models.reverse",
@@ -31,7 +33,7 @@ _HOMES = {
     "create_model": "sit_jax.api",
     "get_config": "sit_jax.config.files",
     "list_models": "sit_jax.models.variants",
-    "load": "sit_jax.api",
+    "load": "sit_jax.io.load",
     "register_reducer": "sit_jax.models.reducers.base",
     "slim": "sit_jax.api",
     "train": "sit_jax.api",

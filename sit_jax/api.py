@@ -4,87 +4,28 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from sit_jax.config import Config
 from sit_jax.config.config_dict import from_config_dict, with_defaults
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError
-from sit_jax.io.export.forward import normalize_with
-from sit_jax.io.inference import inference_model
-from sit_jax.io.model_folder import save_folder
-from sit_jax.io.predictor import open_weights
-from sit_jax.io.preprocessing import settled
-from sit_jax.io.weights import Weights
+from sit_jax.io.model import Model
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 from sit_jax.models.variants import get_architecture
 from sit_jax.training.loop import Callback, Extensions, run
 from sit_jax.training.step import Loss
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model with its weights.
-
-    Attributes:
-        arch: Its shape.
-        variables: `{'params': ...}`, and `batch_stats` where it has BatchNorm; float32.
-        metadata: What is known about it: `class_names`, `preprocessing`, `provenance`, `licence`; any may be missing.
-    """
-
-    arch: Architecture
-    variables: dict[str, Any]
-    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @cached_property
-    def module(self) -> Any:
-        """The Linen module: `module.apply(variables, images)` gives logits and `sit_jax.models.Outputs`."""
-        return build_model(self.arch)
-
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, "batch height width channels"]
-    ) -> Float[Array, "batch classes"]:
-        """Logits in evaluation mode, float32 (batch, classes).
-
-        Args:
-            images: Of the model's size and channels (`arch.image_size`, `arch.in_channels`), channels last: uint8
-                pixels, which are normalised as `metadata` says (as for ImageNet where it is silent), or normalised
-                floats.
-        """
-        if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
-            raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalised floats")
-        return self._forward(jnp.asarray(images))
-
-    def save(self, folder: str | pathlib.Path) -> None:
-        """Writes a model folder, which `sit_jax.load`, the `sit` commands and PyTorch read.
-
-        Raises:
-            UserError: The folder is there already, or cannot be written.
-        """
-        stats = self.variables.get("batch_stats", {})
-        save_folder(pathlib.Path(folder), Weights(self.arch, self.variables["params"], stats, {}, self.metadata))
-
-    @cached_property
-    def _forward(self) -> Any:
-        preprocessing = settled(self.metadata, self.arch.in_channels)["preprocessing"]
-
-        def normalized(images: Array) -> Array:
-            return normalize_with(images, preprocessing) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
-
-        return inference_model(self.arch, self.variables).jit(before=normalized)
-
-
-def create_model(name: str, seed: int = 0, **changes: Any) -> Model:
+def create_model(name: str, seed: int = 0, **changes: object) -> Model:
     """A named model with random weights.
 
     Args:
@@ -97,22 +38,6 @@ def create_model(name: str, seed: int = 0, **changes: Any) -> Model:
     """
     arch = get_architecture(name, **changes)
     return Model(arch, _draw(arch, seed))
-
-
-def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None) -> Model:
-    """The model of a model folder, or of a run's folder.
-
-    Args:
-        path: The folder.
-        ema: A run's moving average instead of its weights.
-        step: Which of a run's checkpoints; the newest where None.
-
-    Raises:
-        UserError: There is no such model, or its files are damaged.
-    """
-    weights = open_weights(pathlib.Path(path), ema, step)
-    variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-    return Model(weights.arch, jax.tree.map(jnp.asarray, _without_empty(variables)), weights.metadata)
 
 
 def slim(
@@ -137,7 +62,8 @@ def slim(
     Raises:
         ConfigError: The teacher is slimmed already, or it has no such blocks.
     """
-    arch, ends = teacher.arch, [0, *after, teacher.arch.depth]
+    arch = teacher.vit
+    ends = [0, *after, arch.depth]
     if arch.is_slimmed:
         raise ConfigError("teacher", "is slimmed already")
     if len(after) == 0 or any(later <= earlier for earlier, later in itertools.pairwise(ends)):
@@ -146,7 +72,9 @@ def slim(
     student = dataclasses.replace(arch, stage_blocks=stages, keep_ratio=keep_ratio, reducer=reducer)
     given = flatten_dict(teacher.variables["params"])
     params = {**flatten_dict(_draw(student, seed, given)["params"]), **given}
-    return Model(student, {**teacher.variables, "params": unflatten_dict(params)}, teacher.metadata)
+    return Model(
+        student, {**teacher.variables, "params": unflatten_dict(params)}, teacher.metadata, dtype=teacher.dtype
+    )
 
 
 def train(
@@ -185,17 +113,13 @@ def train(
     return run(checked, pathlib.Path(workdir), resume, extensions=Extensions(model, losses, source, callbacks))
 
 
-def _draw(arch: Architecture, seed: int, given: Collection[tuple[str, ...]] = ()) -> dict[str, Any]:
+def _draw(arch: Architecture, seed: int, given: Collection[tuple[str, ...]] = ()) -> Variables:
     """Random variables, without the parameters whose paths are given; these are then not computed either."""
 
-    def init(key: Array, images: Array) -> dict[str, Any]:
+    def init(key: Array, images: Array) -> Variables:
         variables = build_model(arch).init(key, images)
         left = {path: x for path, x in flatten_dict(variables["params"]).items() if path not in given}
         return {**variables, "params": unflatten_dict(left)}
 
     images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
     return jax.jit(init)(jax.random.key(seed), images)
-
-
-def _without_empty(variables: dict[str, Any]) -> dict[str, Any]:
-    return {name: tree for name, tree in variables.items() if tree}

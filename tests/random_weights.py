@@ -7,13 +7,13 @@ import numpy as np
 import tiny
 
 from sit_jax.io.convert.load_params import expected_shapes
-from sit_jax.io.weights import Weights
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 
 PREPROCESSING = {"interpolation": "bicubic", "crop_fraction": 0.875, "resize": "crop"}
 
 
-def draw(arch: Architecture = tiny.STUDENT, reverse: bool = False, seed: int = 0) -> Weights:
+def draw(arch: Architecture = tiny.STUDENT, reverse: bool = False, seed: int = 0) -> Model:
     """Random weights of a model."""
     rng = np.random.default_rng(seed)
 
@@ -34,10 +34,10 @@ def draw(arch: Architecture = tiny.STUDENT, reverse: bool = False, seed: int = 0
         "preprocessing": {**PREPROCESSING, **means},
         "licence": "Apache-2.0",
     }
-    return Weights(arch, tree["params"], tree["batch_stats"], tree["reverse"], metadata)
+    return Model(arch, {"params": tree["params"], "batch_stats": tree["batch_stats"]}, metadata, tree["reverse"])
 
 
-def variables(weights: Weights) -> dict[str, Any]:
+def variables(weights: Model) -> dict[str, Any]:
     """What the model's `apply` takes."""
     return {"params": weights.params, "batch_stats": weights.batch_stats}
 

@@ -33,7 +33,7 @@ def test_models_by_name() -> None:
     assert sit_jax.list_models() == list(VARIANTS)
     model, other = (sit_jax.create_model("deit_tiny", seed=seed, depth=1, **SMALL) for seed in (0, 1))
     assert model.arch.num_classes == 7
-    images = random_weights.images(model.arch, 2)
+    images = random_weights.images(model.vit, 2)
     logits = model(images)
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
     expected = jax.jit(build_model(model.arch).apply)(model.variables, jnp.asarray(images))[0]
@@ -48,13 +48,13 @@ def test_models_by_name() -> None:
 def test_slimming_a_teacher() -> None:
     teacher = sit_jax.create_model("deit_tiny", seed=3, depth=4, **SMALL)
     student = sit_jax.slim(teacher, keep_ratio=0.7, after=(1, 2, 3))
-    assert student.arch.stage_blocks == (1, 1, 1, 1)
-    assert student.arch.token_counts == (4, 2, 1, 1)
+    assert student.vit.stage_blocks == (1, 1, 1, 1)
+    assert student.vit.token_counts == (4, 2, 1, 1)
     own = {"slimming_0", "slimming_1", "slimming_2"}
     assert set(student.variables["params"]) == set(teacher.variables["params"]) | own
     for name, value in teacher.variables["params"].items():
         jax.tree.map(np.testing.assert_array_equal, student.variables["params"][name], value)
-    assert student(random_weights.images(teacher.arch, 2)).shape == (2, 7)
+    assert student(random_weights.images(teacher.vit, 2)).shape == (2, 7)
     with pytest.raises(ConfigError) as raised:
         sit_jax.slim(student)
     assert raised.value.key == "teacher"
@@ -85,7 +85,7 @@ def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
     assert loaded.arch == model.arch
     assert loaded.metadata == model.metadata
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, model.variables)
-    pixels = random_weights.pixels(weights.arch, 2)
+    pixels = random_weights.pixels(weights.vit, 2)
     images = ((pixels / 255 - 0.4) / 0.2).astype(np.float32)
     np.testing.assert_allclose(loaded(pixels), loaded(images), atol=1e-5)
     plain = sit_jax.Model(tiny.plain(stem="patch"), {"params": random_weights.draw(tiny.plain(stem="patch")).params})

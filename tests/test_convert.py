@@ -26,11 +26,10 @@ from sit_jax.io.convert.convert import convert
 from sit_jax.io.convert.infer_config import infer
 from sit_jax.io.convert.load_params import expected_shapes
 from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import read_weights
 from sit_jax.io.convert.resolve_config import resolve
 from sit_jax.io.convert.sit_names import Tree, name_table, to_original
-from sit_jax.io.model_folder import load_folder, save_folder
-from sit_jax.io.weights import Weights
+from sit_jax.io.load import load, read_weights
+from sit_jax.io.model import Model
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
@@ -43,7 +42,7 @@ def words(arch: Architecture) -> list[str]:
     return [f"--model.{key}={value}" for key, value in original_models.options(arch).items()]
 
 
-def run_model(weights: Weights, images: np.ndarray) -> np.ndarray:
+def run_model(weights: Model, images: np.ndarray) -> np.ndarray:
     variables = {"params": weights.params, "batch_stats": weights.batch_stats}
     model = build_model(weights.arch)
     return np.asarray(jax.jit(lambda variables, x: model.apply(variables, x)[0])(variables, jnp.asarray(images)))
@@ -70,8 +69,8 @@ def test_golden_round_trips_bit_for_bit(name: str, tmp_path: pathlib.Path) -> No
     assert_same({key: value.numpy() for key, value in loaded.items()}, theirs)
     assert_same(safetensors.numpy.load_file(other), theirs)
     assert_same(safetensors.numpy.load_file(folder / "model.safetensors"), theirs)
-    assert read_weights(folder).arch.token_counts == golden.arch.token_counts
-    assert read_weights(folder).arch.stage_blocks == golden.arch.stage_blocks
+    assert read_weights(folder).vit.token_counts == golden.arch.token_counts
+    assert read_weights(folder).vit.stage_blocks == golden.arch.stage_blocks
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(p.name for p in (source, folder, back, other))
 
 
@@ -97,12 +96,12 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     assert lines[1].startswith(
         "found: SiT original layout, student conv4 stem, width 16, depth 5 with RTSMs, 11 classes"
     )
-    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse}
-    assert_same(to_original(tree, weights.arch), theirs)
+    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.rtsm}
+    assert_same(to_original(tree, weights.vit), theirs)
     averaged = read_weights(source, options=options._replace(ema=True))
     np.testing.assert_array_equal(averaged.params["norm"]["bias"], theirs["norm.bias"] + 1)
     without = read_weights(source, options=options._replace(reverse=False), log=lines.append)
-    assert without.reverse == {}
+    assert without.rtsm == {}
     assert lines[-1] == "changed: RTSMs left out"
 
 
@@ -271,10 +270,10 @@ def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.C
     assert "give --model.num_heads VALUE --model.residual_scale VALUE --model.norm_eps VALUE" in error
     assert error.count("\n") == 1
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "residual_scale": 2.0, "norm_eps": 1e-5}))
-    assert read_weights(path).arch.residual_scale == 2.0
-    assert read_weights(path, {"residual_scale": 3.0}).arch.residual_scale == 3.0
+    assert read_weights(path).vit.residual_scale == 2.0
+    assert read_weights(path, {"residual_scale": 3.0}).vit.residual_scale == 3.0
     assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.num_heads", "4"]) == 0
-    assert read_weights(tmp_path / "out").arch.num_heads == 4
+    assert read_weights(tmp_path / "out").vit.num_heads == 4
     for values, message in (
         ({"dim": 33}, "model.dim: is given as 33"),
         ({"num_heads": "two"}, "model.num_heads: 'two' in config.json"),
@@ -290,7 +289,7 @@ def test_model_folders_come_back_whole(tmp_path: pathlib.Path) -> None:
     weights = read_weights(source, original_models.options(golden.arch))
     metadata = {"class_names": ["a"] * 11, "licence": "MIT", "preprocessing": {"mean": [0.5]}, "provenance": {"x": 1}}
     arch = dataclasses.replace(golden.arch, aux_head=True)
-    save_folder(tmp_path / "folder", weights._replace(metadata=metadata, arch=arch), with_reverse=True)
+    dataclasses.replace(weights, metadata=metadata, arch=arch).save(tmp_path / "folder", with_rtsm=True)
     again = read_weights(tmp_path / "folder")
     assert again.arch == arch
     assert again.metadata == metadata
@@ -307,9 +306,9 @@ def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.
     assert f"positions interpolated from {old}x{old} to {new}x{new} (bicubic)" in out
     assert f"changed: RTSMs left out, since they recover {old}x{old} tokens" in out
     weights = read_weights(tmp_path / "out")
-    assert weights.arch.num_patches == new**2
-    assert weights.arch.token_counts[1:] == golden.arch.token_counts[1:]
-    assert weights.reverse == {}
+    assert weights.vit.num_patches == new**2
+    assert weights.vit.token_counts[1:] == golden.arch.token_counts[1:]
+    assert weights.rtsm == {}
     theirs = original_models.golden_weights("lvvit_4c")["pos_embed"]
     grid = torch.from_numpy(theirs[:, 1:].copy()).reshape(1, old, old, -1).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
@@ -357,10 +356,10 @@ def test_timm_folder_tells_its_preprocessing(tmp_path: pathlib.Path) -> None:
 def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
     arch = dataclasses.replace(PLAIN, dim=24, mlp_ratio=2.7)
     source = random_weights.draw(arch)
-    save_folder(tmp_path / "folder", source)
+    source.save(tmp_path / "folder")
     assert source.params["blocks_0"]["mlp"]["fc1"]["kernel"].shape == (24, 64)
     assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out")]) == 0
-    assert load_folder(tmp_path / "out").arch == arch
+    assert load(tmp_path / "out").arch == arch
     for ratio, message in ((2.8, "model.mlp_ratio: is given as 2.8"), ("wide", "mlp_ratio")):
         values = json.loads((tmp_path / "folder" / "config.json").read_text())
         values["architecture"]["mlp_ratio"] = ratio

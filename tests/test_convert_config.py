@@ -11,8 +11,8 @@ from test_other_stems import SCALED, torch_model
 
 from sit_jax.errors import UserError
 from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import read_weights
-from sit_jax.io.weights import Weights
+from sit_jax.io.load import read_weights
+from sit_jax.io.model import Model
 
 PICTURES = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_pct": 0.9}
 OURS = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "crop_fraction": 0.9, "resize": "crop"}
@@ -21,7 +21,7 @@ VIT = {"architecture": "some_vit"}
 
 def read(
     folder: pathlib.Path, config: dict[str, Any], fields: dict[str, Any] | None = None, **state: Any
-) -> tuple[Weights, list[str]]:
+) -> tuple[Model, list[str]]:
     """The weights of a small timm model with a `config.json` beside them, and what the reader says."""
     lines: list[str] = []
     values = {key: value.numpy() for key, value in torch_model(state.get("arch", PLAIN)).state_dict().items()}
@@ -45,9 +45,9 @@ def read(
 )
 def test_heads(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
     weights, lines = read(tmp_path, config)
-    assert weights.arch.num_heads == 4
+    assert weights.vit.num_heads == 4
     assert not any("guess" in line or "not used" in line for line in lines)
-    assert read(tmp_path, config, {"num_heads": 8})[0].arch.num_heads == 8
+    assert read(tmp_path, config, {"num_heads": 8})[0].vit.num_heads == 8
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_a_guess_is_called_one(tmp_path: pathlib.Path) -> None:
         ({**VIT, "model_args": {"num_heads": 3}}, {}, False),
     ):
         weights, lines = read(tmp_path, config, fields, arch=tiny)
-        assert weights.arch.num_heads == 3
+        assert weights.vit.num_heads == 3
         assert [("guess" in line and "num_heads" in line) for line in lines if line.startswith("found:")] == [guess]
 
 

@@ -16,7 +16,7 @@ from sit_jax.cli import app as cli
 from sit_jax.config import ModelConfig, TeacherConfig
 from sit_jax.errors import UserError
 from sit_jax.io.convert.initial import initial_weights
-from sit_jax.io.convert.read import read_weights
+from sit_jax.io.load import read_weights
 from sit_jax.models.architecture import Architecture
 from sit_jax.training.init import given_teacher
 

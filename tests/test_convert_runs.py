@@ -18,7 +18,7 @@ from sit_jax.errors import UserError
 from sit_jax.io import runs as workdir
 from sit_jax.io.convert.initial import initial_weights
 from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import read_weights
+from sit_jax.io.load import read_weights
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.checkpoint import Checkpoints
@@ -57,23 +57,23 @@ def test_a_run_and_its_checkpoints(student: Run, tmp_path: pathlib.Path, capsys:
     weights = read_weights(tmp_path / "out")
     assert weights.arch == tiny.STUDENT
     assert_equal(weights.params, state.params["model"])
-    assert_equal(weights.reverse, state.params["reverse"])
+    assert_equal(weights.rtsm, state.params["reverse"])
     assert_equal(weights.batch_stats, state.batch_stats)
     assert weights.metadata["preprocessing"]["interpolation"] == "bicubic"
     newest = read_weights(folder)
     assert_equal(newest.params, jax.tree.map(lambda x: x + 1, state.params["model"]))
-    assert_equal(newest.reverse, jax.tree.map(lambda x: x + 1, state.params["reverse"]))
+    assert_equal(newest.rtsm, jax.tree.map(lambda x: x + 1, state.params["reverse"]))
     assert state.ema is not None
     assert_equal(read_weights(folder, options=Options(ema=True, reverse=False)).params, state.ema["params"])
 
 
 def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path) -> None:
     write_run(tmp_path / "alone", tiny.config(Loss(), teacher=None))
-    assert read_weights(tmp_path / "alone").reverse == {}
+    assert read_weights(tmp_path / "alone").rtsm == {}
     cnn = tiny.config(Loss(), teacher=None, model=ModelConfig(architecture=tiny.CNN))
     workdir.create_or_verify(tmp_path / "cnn", cnn, resume=False)
     (tmp_path / "cnn" / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="its model is a regnet; only vision transformers can be converted"):
+    with pytest.raises(UserError, match="cnn: is a regnet"):
         read_weights(tmp_path / "cnn")
 
 

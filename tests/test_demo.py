@@ -1,6 +1,7 @@
 """The demo: fewer tokens are the same tokens, the server gives away nothing, and the page works in a real browser."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,7 +28,6 @@ from PIL import Image
 from sit_jax.cli import app as cli
 from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
 from sit_jax.demo.models import milliseconds, open_demo_models
-from sit_jax.io.model_folder import save_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import Reduced
@@ -94,7 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
     shapes = {"student": STUDENT, "single": SINGLE, "teacher": STUDENT.without_slimming()}
     for name, shape in shapes.items():
         weights = random_weights.draw(shape)
-        save_folder(place / name, weights._replace(metadata={**weights.metadata, "class_names": NAMES}))
+        dataclasses.replace(weights, metadata={**weights.metadata, "class_names": NAMES}).save(place / name)
     return {name: place / name for name in shapes}
 
 
@@ -111,9 +111,9 @@ def test_mistakes(
         assert cli.main(["demo", "--student", student, "--teacher", teacher, "--host", host, "--port", port]) == 2
         assert f"--host: {host} cannot be listened at" in capsys.readouterr().err
     cases = [
-        (["--student", teacher, "--teacher", teacher], "has no slimming modules; give it as --teacher"),
-        (["--student", student], "--teacher: which model shall the students be compared with?"),
-        (["--student", str(tmp_path / "none"), "--teacher", teacher], "there is no such file or folder"),
+        (["--student", teacher, "--teacher", teacher], "--student: "),
+        (["--student", student], "--teacher: "),
+        (["--student", str(tmp_path / "none"), "--teacher", teacher], f"{tmp_path / 'none'}: "),
     ]
     for words, message in cases:
         assert cli.main(["demo", *words, "--port", port]) == 2
@@ -140,31 +140,31 @@ def test_mistakes(
 def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     weights = random_weights.draw(STUDENT)
     names = ["crane", *NAMES[1:9], "crane"]
-    save_folder(tmp_path / "cranes", weights._replace(metadata={**weights.metadata, "class_names": names}))
+    dataclasses.replace(weights, metadata={**weights.metadata, "class_names": names}).save(tmp_path / "cranes")
     student = open_demo_models([tmp_path / "cranes"], [folders["teacher"]]).students[str(tmp_path / "cranes")]
     maps: Any = SimpleNamespace(probabilities=np.array([[0.6, *[0.0] * 8, 0.4]]))
-    assert list(student.likeliest(maps).items())[:3] == [("crane (0)", 0.6), ("crane (9)", 0.4), ("one", 0.0)]
+    assert list(student.most_likely(maps).items())[:3] == [("crane (0)", 0.6), ("crane (9)", 0.4), ("one", 0.0)]
 
 
 def test_a_runs_own_teacher_is_found(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
     run.symlink_to(folders["student"])
-    contest = open_demo_models([run], [folders["teacher"]])
-    assert list(contest.students) == [str(run)]
+    models = open_demo_models([run], [folders["teacher"]])
+    assert list(models.students) == [str(run)]
     copy = tmp_path / "copy"
     weights = random_weights.draw(STUDENT)
-    save_folder(copy, weights)
-    save_folder(copy / "teacher", random_weights.draw(STUDENT.without_slimming()))
+    weights.save(copy)
+    random_weights.draw(STUDENT.without_slimming()).save(copy / "teacher")
     assert list(open_demo_models([copy], []).teachers) == [str(copy / "teacher")]
 
 
-def test_a_session_keeps_one_picture(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+def test_a_session_keeps_one_image(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     page = pytest.importorskip("sit_jax.demo.page")
     Image.new("RGB", (300, 200), "red").save(tmp_path / "red.png")
-    contest = open_demo_models([folders["student"]], [folders["teacher"]])
-    (teacher,), (student,) = contest.teachers.values(), contest.students.values()
-    _, _, _, kept, _, text, drawn, tokens = page._answer(str(tmp_path / "red.png"), teacher, student, None)
-    assert "4 tokens behind block 2" in text
+    models = open_demo_models([folders["student"]], [folders["teacher"]])
+    (teacher,), (student,) = models.teachers.values(), models.students.values()
+    _, _, _, kept, _, text, drawn, tokens = page.classify(str(tmp_path / "red.png"), teacher, student, None)
+    assert "4 tokens after block 2" in text
     assert len(tokens) == 4
     assert sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(kept)) < 2 * drawn.nbytes
 
@@ -255,8 +255,8 @@ ENDED = re.compile(r"http://127\.0\.0\.1:\d+/gradio_api/(queue/data|heartbeat|up
 
 
 def drop(page: Any, path: pathlib.Path) -> None:
-    page.wait_for_selector("#picture input[type=file]", state="attached")
-    page.set_input_files("#picture input[type=file]", path)
+    page.wait_for_selector("#image input[type=file]", state="attached")
+    page.set_input_files("#image input[type=file]", path)
 
 
 @pytest.mark.slow
@@ -274,11 +274,11 @@ def test_the_page(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
             says = page.inner_text(who)
             assert sum(name in says for name in NAMES) == 5, says
             assert page.locator(f"{who} b").count() == 0  # Class names are text.
-        # Behind the last module stand four tokens; behind the first, eight; before it, the picture.
+        # Behind the last module stand four tokens; behind the first, eight; before it, the image.
         maps: dict[int, str] = {}
         for stage, text, tokens in (
-            (2, "4 tokens behind block 2", 4),
-            (1, "8 tokens behind block 1", 8),
+            (2, "4 tokens after block 2", 4),
+            (1, "8 tokens after block 1", 8),
             (0, "16 patches", 0),
         ):
             page.locator("#stage input[type=range]").fill(str(stage))
@@ -290,12 +290,12 @@ def test_the_page(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
             maps[stage] = page.locator("#map img").get_attribute("src")
         assert len(set(maps.values())) == 3
         page.get_by_label("keep ratio 0.4: 6/2 tokens").check()
-        page.wait_for_selector("#text :text('2 tokens behind block 2')")
+        page.wait_for_selector("#text :text('2 tokens after block 2')")
         # This one has no other number of tokens, and the page says why.
         page.locator("#student input").click()
         page.get_by_role("option").nth(1).click()
         page.wait_for_selector(":text('makes a single one')")
-        page.wait_for_selector("#text :text('1 token behind block 1')")
+        page.wait_for_selector("#text :text('1 token after block 1')")
         assert page.locator("#keep").count() == 0 or not page.locator("#keep").is_visible()
         assert [error for error in seen.errors if not ENDED.match(error)] == []
         assert {request.partition("/gradio_api")[0] for request in seen.requests if "/gradio_api" in request} == {
@@ -308,7 +308,7 @@ def test_the_page(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
 @pytest.mark.browser
 def test_what_the_page_refuses(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
     (tmp_path / "large.png").write_bytes(b"0" * 1_500_000)
-    (tmp_path / "broken<b>.png").write_bytes(b"no picture")
+    (tmp_path / "broken<b>.png").write_bytes(b"no image")
     Image.new("1", (8000, 8000)).save(tmp_path / "bomb.png")
     messages = {
         "large.png": "exceed the maximum allowed size of 1",

@@ -20,8 +20,7 @@ import random_weights
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
 from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, PreemptedError, RunError
-from sit_jax.io.model_folder import save_folder
-from sit_jax.io.runs import trained_variables
+from sit_jax.io.load import load_run
 from sit_jax.parallel import distributed
 from sit_jax.parallel.distributed import Processes, wait_for_processes
 from sit_jax.training.metrics import read_metrics
@@ -226,7 +225,7 @@ def assert_same_run(mine: pathlib.Path, theirs: pathlib.Path) -> None:
         for one, other in zip(*lines, strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert lines[0][-1]["examples"] == lines[1][-1]["examples"] == 359
-        weights = [trained_variables(run / part)[1] for run in (mine, theirs)]
+        weights = [load_run(run / part).variables for run in (mine, theirs)]
         assert weights[0]["batch_stats"]
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *weights)
 
@@ -248,7 +247,7 @@ def test_processes_train_what_one_trains(
 
 @pytest.mark.slow
 def test_exported_model_is_evaluated_by_several_processes(tmp_path: pathlib.Path, digits_dir: str) -> None:
-    save_folder(tmp_path / "model", random_weights.draw())
+    random_weights.draw().save(tmp_path / "model")
     words = ["evaluate", str(tmp_path / "model"), "--name=digits", f"--data_dir={digits_dir}", "--json"]
     one = start(1, *words)
     two = start_together(2, *words)

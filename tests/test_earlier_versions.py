@@ -8,7 +8,7 @@ import pytest
 
 import sit_jax
 from sit_jax.cli import app as cli
-from sit_jax.io.predictor import open_predictor
+from sit_jax.io.load import load
 from sit_jax.io.runs import read_config
 
 ARCHIVES = sorted(pathlib.Path(__file__).with_name("earlier").glob("*.tar.xz"))
@@ -35,7 +35,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_models_give_the_same_logits(written: pathlib.Path, name: str, place: str, ema: bool) -> None:
     with np.load(written / "logits.npz") as known:
         pixels, expected = known["pixels"], known[name]
-    np.testing.assert_allclose(open_predictor(written / place, ema=ema).logits(pixels), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(load(written / place, ema=ema).logits(pixels), expected, rtol=0, atol=1e-5)
     if place != "model.stablehlo":
         model = sit_jax.load(written / place, ema=ema)
         np.testing.assert_allclose(model(pixels), expected, rtol=0, atol=1e-5)
@@ -44,7 +44,7 @@ def test_models_give_the_same_logits(written: pathlib.Path, name: str, place: st
 def test_configs_and_checkpoints(written: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = read_config(written / "run")
     # Their keys had other names.
-    for data in (config.data, open_predictor(written / "model").data):
+    for data in (config.data, load(written / "model").data):
         assert (data.on_decode_error, data.val_fraction) == ("skip", 0.25)
     assert config.optim.decay_like_original
     assert capsys.readouterr().err == ""

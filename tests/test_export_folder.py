@@ -19,8 +19,9 @@ from PIL import Image
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
-from sit_jax.io.model_folder import CONFIG, WEIGHTS, load_folder, save_folder
-from sit_jax.io.weights import Weights
+from sit_jax.io.load import load
+from sit_jax.io.model import Model
+from sit_jax.io.model_folder import CONFIG, WEIGHTS
 
 SHAPES = {
     "student": tiny.STUDENT,
@@ -31,10 +32,10 @@ SHAPES = {
 }
 
 
-def equal(mine: Weights, theirs: Weights) -> None:
+def equal(mine: Model, theirs: Model) -> None:
     assert mine.arch == theirs.arch
     assert mine.metadata == theirs.metadata
-    for one, other in zip(mine[1:4], theirs[1:4], strict=True):
+    for one, other in ((mine.params, theirs.params), (mine.batch_stats, theirs.batch_stats), (mine.rtsm, theirs.rtsm)):
         jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
@@ -42,13 +43,13 @@ def equal(mine: Weights, theirs: Weights) -> None:
 def test_a_folder_returns_what_was_put_in(shape: str, tmp_path: pathlib.Path) -> None:
     weights = random_weights.draw(SHAPES[shape], reverse=SHAPES[shape].is_slimmed)
     folder = tmp_path / "deep" / "model"
-    save_folder(folder, weights, with_reverse=bool(weights.reverse))
-    equal(load_folder(folder), weights)
+    weights.save(folder, with_rtsm=bool(weights.rtsm))
+    equal(load(folder), weights)
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, "torch_model.py"}
     assert list(folder.parent.iterdir()) == [folder]
     config = json.loads((folder / CONFIG).read_text())
     assert (config["format"], config["format_version"], config["licence"]) == ("sit_jax", 1, "Apache-2.0")
-    assert config["kept_tokens"] == list(weights.arch.token_counts)
+    assert config["kept_tokens"] == list(weights.vit.token_counts)
 
 
 @pytest.mark.parametrize("name", ["lvvit_4c", "deit_naive", "dist_token", "lvvit_6c"])
@@ -56,8 +57,9 @@ def test_the_file_holds_the_originals_tensors(name: str, tmp_path: pathlib.Path)
     golden = golden_files.load(name)
     # In Fortran's order: safetensors' own writer takes the memory of a transposed array as it is.
     trees = jax.tree.map(np.asfortranarray, golden.student)
-    weights = Weights(golden.arch, trees["params"], trees.get("batch_stats", {}), trees["reverse"], {})
-    save_folder(tmp_path / "with", weights, with_reverse=True)
+    rtsm = trees.pop("reverse")
+    weights = Model(golden.arch, trees, rtsm=rtsm)
+    weights.save(tmp_path / "with", with_rtsm=True)
     stored = safetensors.numpy.load_file(tmp_path / "with" / WEIGHTS)
     teacher, own = (golden_files.part(golden.data, prefix) for prefix in ("teacher/", "student_own/"))
     original = {key: value for key, value in {**teacher, **own}.items() if not key.endswith("num_batches_tracked")}
@@ -65,16 +67,16 @@ def test_the_file_holds_the_originals_tensors(name: str, tmp_path: pathlib.Path)
     for key, value in original.items():
         assert stored[key].shape == value.shape
         assert np.array_equal(stored[key], value), key
-    save_folder(tmp_path / "without", weights)
+    weights.save(tmp_path / "without")
     slim = safetensors.numpy.load_file(tmp_path / "without" / WEIGHTS)
     assert set(slim) == {key for key in original if not key.startswith("rtsm.")}
-    assert load_folder(tmp_path / "without").reverse == {}
+    assert load(tmp_path / "without").rtsm == {}
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("good") / "model"
-    save_folder(folder, random_weights.draw())
+    random_weights.draw().save(folder)
     return folder
 
 
@@ -163,7 +165,7 @@ DAMAGE: dict[str, tuple[Damage, str]] = {
     "config a list": (text("[1]"), "JSON"),
     "config nested": (text("[" * 100_000), "JSON"),
     "config no text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), "JSON"),
-    "config gone": (lambda folder: (folder / CONFIG).unlink(), CONFIG),
+    "config gone": (lambda folder: (folder / CONFIG).unlink(), "--model.stage_blocks"),
 }
 
 
@@ -176,7 +178,7 @@ def test_damaged_folders(
     shutil.copytree(good, folder)
     spoil(folder)
     with pytest.raises(UserError, match=re.escape(named)) as raised:
-        load_folder(folder)
+        load(folder)
     message = str(raised.value)
     assert len(message.splitlines()) == 1
     assert len(message) < 1000
@@ -221,14 +223,14 @@ def test_nothing_is_overwritten_or_left_behind(tmp_path: pathlib.Path, monkeypat
     (tmp_path / "file").write_text("")
     for place in ("taken", "file/model"):
         with pytest.raises(UserError, match=place):
-            save_folder(tmp_path / place, weights)
+            weights.save(tmp_path / place)
     assert (tmp_path / "taken" / "mine").read_text() == "precious"
     with pytest.raises(UserError, match="reverse modules"):
-        save_folder(tmp_path / "new", weights, with_reverse=True)
-    broken = weights._replace(params={**weights.params, "head": {}})
+        weights.save(tmp_path / "new", with_rtsm=True)
+    broken = dataclasses.replace(weights, variables={"params": {**weights.params, "head": {}}})
     with pytest.raises(KeyError):
-        save_folder(tmp_path / "new", broken)
+        broken.save(tmp_path / "new")
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"new: .*No space left on device"):
-        save_folder(tmp_path / "new", weights)
+        weights.save(tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}

@@ -26,10 +26,9 @@ from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file, torch_model
-from sit_jax.io.model_folder import load_folder, save_folder
-from sit_jax.io.predictor import open_predictor
+from sit_jax.io.load import load
 from sit_jax.models import build_model
-from sit_jax.training.loop import evaluate_run
+from sit_jax.training.evaluate import evaluate_model
 
 WEIGHTS = random_weights.draw(reverse=True)
 IMAGES = random_weights.images(tiny.STUDENT, 5)
@@ -48,7 +47,7 @@ def expected() -> dict[bool, np.ndarray]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A model folder; beside it are its exports, `images.onnx`, `pixels.onnx` (--raw_input) and so on."""
     path = tmp_path_factory.mktemp("formats") / "model"
-    save_folder(path, WEIGHTS, with_reverse=True)
+    WEIGHTS.save(path, with_rtsm=True)
     for kind in ("onnx", "stablehlo"):
         for name, words in (("images", []), ("pixels", ["--raw_input", "--licence", "MIT"])):
             assert cli.main(["export", str(path), str(path.parent / f"{name}.{kind}"), "--format", kind, *words]) == 0
@@ -69,7 +68,7 @@ def test_onnx(raw: bool, folder: pathlib.Path, expected: dict[bool, np.ndarray])
     for count in (1, 2, 5):
         (logits,) = session.run(["logits"], {name: given[:count]})
         np.testing.assert_allclose(logits, expected[raw][:count], atol=1e-4)
-    predictor = open_predictor(file)
+    predictor = load(file)
     np.testing.assert_allclose(predictor.logits(PIXELS), expected[True], atol=1e-4)
     assert predictor.class_names == WEIGHTS.metadata["class_names"]
     assert predictor.metadata["licence"] == ("MIT" if raw else "Apache-2.0")
@@ -82,7 +81,7 @@ def test_onnx_in_float16(folder: pathlib.Path, tmp_path: pathlib.Path, expected:
     assert onnx.TensorProto.FLOAT16 in types
     parameters = sum(np.size(x) for x in jax.tree.leaves(WEIGHTS.params))
     assert parameters * 2 < file.stat().st_size < parameters * 2 + 200_000
-    logits = open_predictor(file).logits(PIXELS)
+    logits = load(file).logits(PIXELS)
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected[True], atol=2e-2)
 
@@ -114,7 +113,7 @@ assert sorted(loaded) == ["sit_jax", "sit_jax.errors", "sit_jax.io", "sit_jax.io
             np.testing.assert_allclose(logits, expected[raw][:count], atol=1e-5)
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    np.testing.assert_allclose(open_predictor(file).logits(PIXELS), expected[True], atol=1e-4)
+    np.testing.assert_allclose(load(file).logits(PIXELS), expected[True], atol=1e-4)
 
 
 def flip(raw: bytes, at: int) -> bytes:
@@ -141,14 +140,14 @@ def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: p
     for kind, content in damaged:
         (tmp_path / f"m.{kind}").write_bytes(content)
         with pytest.raises(UserError, match=rf"m\.{kind}: ") as raised:
-            open_predictor(tmp_path / f"m.{kind}")
+            load(tmp_path / f"m.{kind}")
         assert len(str(raised.value).splitlines()) == 1
     (tmp_path / "m.stablehlo").write_bytes(raw)
     for description in ("[]", "[" * 100_000, None):
         path = tmp_path / "m.stablehlo.json"
         path.unlink() if description is None else path.write_text(description)
         with pytest.raises(UserError, match=r"m\.stablehlo"):
-            open_predictor(tmp_path / "m.stablehlo")
+            load(tmp_path / "m.stablehlo")
     assert capsys.readouterr() == ("", "")
 
 
@@ -158,7 +157,7 @@ def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path
     words = ["export", str(folder), str(file), "--format", "original"]
     assert cli.main([*words, "--with_rtsm"]) == 0
     original = to_original(
-        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "reverse": WEIGHTS.reverse}, tiny.STUDENT
+        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "reverse": WEIGHTS.rtsm}, tiny.STUDENT
     )
     stored = read(file)
     assert set(stored) == set(original)
@@ -177,7 +176,7 @@ def read(file: pathlib.Path) -> dict[str, np.ndarray]:
 def test_timms_layout(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     arch = tiny.plain(stem="patch", distillation_token=True, aux_head=True)
     weights = random_weights.draw(arch)
-    save_folder(tmp_path / "model", weights)
+    weights.save(tmp_path / "model")
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "vit.safetensors"), "--format", "timm"]) == 0
     assert "aux_head is left out" in capsys.readouterr().err
     stored = read(tmp_path / "vit.safetensors")
@@ -204,7 +203,7 @@ def test_timms_layout(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 def test_the_digits_student_scores_the_same_in_every_format(
     digits_run: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = evaluate_run(digits_run)
+    result = evaluate_model(load(digits_run))
     assert 0.15 < result["top1"] < 1
     places = {"folder": "model", "onnx": "model.onnx", "stablehlo": "model.stablehlo"}
     for kind, place in places.items():
@@ -215,15 +214,15 @@ def test_the_digits_student_scores_the_same_in_every_format(
         scores = json.loads(capsys.readouterr().out)
         assert (scores["examples"], scores["top1"], scores["top5"]) == (359, result["top1"], result["top5"]), kind
         assert scores["loss"] == pytest.approx(result["loss"], abs=1e-4)
-    weights = load_folder(tmp_path / "model")
+    weights = load(tmp_path / "model")
     assert weights.metadata["class_names"] == [str(digit) for digit in range(10)]
     assert weights.metadata["provenance"]["step"] == 2 * (1438 // 128)
-    assert set(weights.reverse) == {f"blocks_{block}" for block in range(4)}
+    assert set(weights.rtsm) == {f"blocks_{block}" for block in range(4)}
     assert torch_accuracy(tmp_path / "model") == pytest.approx(result["top1"], abs=1e-6)
     assert cli.main(["evaluate", str(digits_run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == result
     assert cli.main(["export", str(digits_run), str(tmp_path / "ema"), "--format", "folder", "--ema"]) == 0
-    averaged = load_folder(tmp_path / "ema")
+    averaged = load(tmp_path / "ema")
     assert averaged.metadata["provenance"]["ema"] is True
     assert not np.allclose(averaged.params["head"]["kernel"], weights.params["head"]["kernel"])
 
@@ -268,7 +267,7 @@ def torch_accuracy(folder: pathlib.Path) -> float:
 
 
 def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_folder(tmp_path / "plain", random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)))
+    random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)).save(tmp_path / "plain")
     plain, onnx_place, nothing = tmp_path / "plain", tmp_path / "m.onnx", tmp_path / "nothing"
     cases: list[tuple[list[Any], str]] = [
         ([nothing, onnx_place, "--format", "onnx"], str(nothing)),
@@ -281,8 +280,8 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
         ([folder, onnx_place, "--format", "onnx", "--with_reverse"], "--with_rtsm"),
         ([folder, nothing, "--format", "folder", "--raw_input"], "--raw_input"),
         ([folder, nothing, "--format", "folder", "--dtype", "float16"], "--dtype"),
-        ([folder, nothing, "--format", "folder", "--ema"], str(folder)),
-        ([folder, nothing, "--format", "folder", "--step", "3"], str(folder)),
+        ([folder, nothing, "--format", "folder", "--ema"], "--ema"),
+        ([folder, nothing, "--format", "folder", "--step", "3"], "--step"),
         ([folder, folder, "--format", "folder"], str(folder)),
     ]
     for words, named in cases:
@@ -291,13 +290,13 @@ def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.C
         assert named in line
         assert list(tmp_path.iterdir()) == [plain]
     with pytest.raises(UserError, match=r"gone\.onnx: "):
-        open_predictor(tmp_path / "gone.onnx")
+        load(tmp_path / "gone.onnx")
 
 
 def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     silent = random_weights.draw(tiny.plain(stem="patch"))
     del silent.metadata["licence"]
-    save_folder(tmp_path / "silent", silent)
+    silent.save(tmp_path / "silent")
     for words, licence in (
         ("convert silent a --licence MIT", "MIT"),
         ("convert a b", "MIT"),
@@ -317,7 +316,7 @@ def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) ->
             assert error.startswith(f"sit {verb}: --licence: ")
             assert not (tmp_path / dest).exists()
         else:
-            assert load_folder(tmp_path / dest).metadata["licence"] == licence, words
+            assert load(tmp_path / dest).metadata["licence"] == licence, words
 
 
 def test_evaluating_a_model_of_unknown_origin(

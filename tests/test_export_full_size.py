@@ -12,7 +12,6 @@ import torch
 
 from sit_jax.cli import app as cli
 from sit_jax.io.export import torch_model
-from sit_jax.io.model_folder import save_folder
 from sit_jax.models.variants import VARIANTS
 
 PAPER = tuple(name for name in VARIANTS if name.startswith("sit_"))
@@ -32,7 +31,7 @@ np.save(folder / f"{sys.argv[2]}.npy", np.asarray(run(np.load(folder / "images.n
 @pytest.mark.parametrize("name", PAPER)
 def test_logits_agree(name: str, tmp_path: pathlib.Path) -> None:
     arch = VARIANTS[name]
-    save_folder(tmp_path / "model", random_weights.draw(arch))
+    random_weights.draw(arch).save(tmp_path / "model")
     images = random_weights.images(arch, 2)
     np.save(tmp_path / "images.npy", images)
     nchw = np.ascontiguousarray(images.transpose(0, 3, 1, 2))

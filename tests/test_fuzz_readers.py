@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from sit_jax.errors import UserError
 from sit_jax.io.convert.load_params import expected_shapes
-from sit_jax.io.convert.read import read_weights
 from sit_jax.io.convert.sit_names import name_table
+from sit_jax.io.load import read_weights
 from sit_jax.models.architecture import Architecture
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")

@@ -18,7 +18,7 @@ from test_distributed import SMALL
 from sit_jax.analysis.checkpoints import verify
 from sit_jax.errors import PreemptedError
 from sit_jax.io.checkpoint import FOLDER
-from sit_jax.io.runs import trained_variables
+from sit_jax.io.load import load_run
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.metrics import read_metrics
 
@@ -49,7 +49,7 @@ def wait_for_step(run: pathlib.Path, process: "subprocess.Popen[str]", step: int
 
 
 def assert_same_weights(mine: pathlib.Path, theirs: pathlib.Path) -> None:
-    jax.tree.map(np.testing.assert_array_equal, trained_variables(mine)[1], trained_variables(theirs)[1])
+    jax.tree.map(np.testing.assert_array_equal, load_run(mine).variables, load_run(theirs).variables)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from sit_jax.data import transforms
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import findings
 from sit_jax.data.sources import Example
-from sit_jax.visual.inspected_model import InspectedModel
+from sit_jax.visual.model_input import preprocess
 
 PHOTO = skimage.data.chelsea()
 
@@ -79,7 +79,7 @@ def test_small_crop_fraction_is_the_middle() -> None:
 @pytest.mark.parametrize("resize", ["crop", "stretch"])
 def test_what_is_shown_is_what_the_model_sees(size: tuple[int, int], resize: str) -> None:
     data = DataConfig(resize=resize)  # type: ignore[arg-type]
-    seen = InspectedModel(tiny.plain(in_channels=3), {}, data, {}).preprocess(Example(png(*size), 0))
+    seen = preprocess(tiny.plain(in_channels=3), data, Example(png(*size), 0))
     smaller = Image.fromarray(seen.shown).resize((32, 32), Image.Resampling.BOX)
     assert np.abs(np.asarray(smaller, np.int64) - seen.pixels).mean() < 3
 

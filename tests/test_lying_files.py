@@ -23,8 +23,8 @@ from test_other_stems import torch_model
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
-from sit_jax.io.convert.read import read_weights
 from sit_jax.io.convert.state_dict import select_torch
+from sit_jax.io.load import read_weights
 
 ARCH = golden_files.architecture(golden_files.load("dist_token").meta["model"])
 OPTIONS = original_models.options(ARCH)
@@ -458,7 +458,7 @@ def test_a_write_that_fails_leaves_the_old_one(
         (path / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sit_jax.io.convert.convert.save_folder", full)
+    monkeypatch.setattr("sit_jax.io.model.write_folder", full)
     assert cli.main(["convert", str(source), str(folder), *WORDS, "--force"]) == 2
     assert "folder: cannot be written: No space left on device" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == old

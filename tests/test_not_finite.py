@@ -20,11 +20,13 @@ from sit_jax.config import CheckpointConfig, Config, DataConfig, LossConfig, Mod
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.io import runs as workdir
+from sit_jax.io.load import load
 from sit_jax.parallel import sharding
-from sit_jax.report.load_run import gather
+from sit_jax.report.load_run import read_run
 from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.evaluate import evaluate_model
 from sit_jax.training.init import initial_state
-from sit_jax.training.loop import evaluate_run, run
+from sit_jax.training.loop import run
 from sit_jax.training.metrics import EvalMetrics, eval_metrics
 from sit_jax.training.step import make_train_spec
 
@@ -161,7 +163,7 @@ def test_every_command_refuses_weights_that_are_not_finite(
 
 
 def test_a_report_leaves_out_an_evaluation_that_is_not_finite(sick: pathlib.Path) -> None:
-    record = gather(sick)
+    record = read_run(sick)
     assert [line["step"] for line in record.scores] == [11, 22]
     assert any("step 33 is not finite" in sentence for sentence in record.missing)
 
@@ -204,6 +206,6 @@ def never_right(teacher: pathlib.Path) -> str:
     for index in range(40):
         split = f"test[{index}:{index + 1}]"
         data = dataclasses.replace(workdir.read_config(teacher).data, eval_split=split)
-        if evaluate_run(teacher, data=data)["top1"] == 0:
+        if evaluate_model(load(teacher), data)["top1"] == 0:
             return split
     raise AssertionError("the model has every image right")

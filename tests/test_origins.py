@@ -16,8 +16,7 @@ from test_other_stems import torch_model
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import UserError
 from sit_jax.io import runs as workdir
-from sit_jax.io.model_folder import save_folder
-from sit_jax.io.weights import Weights
+from sit_jax.io.model import Model
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
@@ -32,8 +31,7 @@ def variables(arch: Architecture, seed: int) -> dict[str, Any]:
 
 
 def folder_of(path: pathlib.Path, arch: Architecture, seed: int) -> pathlib.Path:
-    weights = variables(arch, seed)
-    save_folder(path, Weights(arch, weights["params"], weights["batch_stats"], {}, {}), with_reverse=False)
+    Model(arch, variables(arch, seed)).save(path)
     return path
 
 

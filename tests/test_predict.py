@@ -19,12 +19,11 @@ from PIL import Image
 
 from sit_jax.analysis.predict import Prediction, predict
 from sit_jax.cli import app as cli
-from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import find_pictures
 from sit_jax.errors import ImageDecodeError, UserError
 from sit_jax.io.inference import softmax
-from sit_jax.io.model_folder import save_folder
-from sit_jax.io.predictor import Predictor, open_predictor
+from sit_jax.io.load import load
+from sit_jax.io.model import Exported, Model
 
 BROKEN = list(malformed.BROKEN.values())
 
@@ -32,7 +31,7 @@ BROKEN = list(malformed.BROKEN.values())
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("predict") / "model"
-    save_folder(path, random_weights.draw())
+    random_weights.draw().save(path)
     return path
 
 
@@ -74,7 +73,7 @@ def test_a_thousand_pictures(model: pathlib.Path, pictures: pathlib.Path, capsys
 
 def test_predictions_are_the_models(model: pathlib.Path, pictures: pathlib.Path) -> None:
     some = [name for index, name in enumerate(names(pictures)[:90]) if index % 20 != 7]
-    predictor = open_predictor(model)
+    predictor = load(model)
     found = list(predict(predictor, some, top=10, batch_size=8))
     # By hand: the preprocessing that the folder names (crop, bicubic), then the model.
     pixels = []
@@ -93,15 +92,15 @@ def test_predictions_are_the_models(model: pathlib.Path, pictures: pathlib.Path)
         assert sum(answer.probabilities) == pytest.approx(1)
 
 
-def counting(size: int) -> Predictor:
+def counting(size: int) -> Model:
     """A model that finds the class by the first pixel, and needs nothing compiled."""
-    data = DataConfig(resize="stretch")
 
     def logits(pixels: np.ndarray) -> np.ndarray:
         assert pixels.shape == (size, 32, 32, 1)
         return np.eye(10, dtype=np.float32)[pixels[:, 0, 0, 0] % 10]
 
-    return Predictor(logits, tiny.STUDENT, data, {})
+    metadata = {"preprocessing": {"resize": "stretch"}}
+    return Model(tiny.STUDENT, {}, metadata, exported=Exported(logits, "pixels", True))
 
 
 def test_memory_does_not_grow_with_the_pictures(pictures: pathlib.Path) -> None:
@@ -210,9 +209,9 @@ def test_softmax() -> None:
 def test_mistakes(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         ([tmp_path / "none", model / "config.json"], "none: there is no such file or folder"),
-        ([tmp_path, model / "config.json"], "is not the folder of a run"),
+        ([tmp_path, model / "config.json"], "is neither a run nor a model folder"),
         ([model, tmp_path / "x.png"], "x.png: there is no such file, folder or match"),
-        ([model, model / "config.json", "--ema"], "is no run"),
+        ([model, model / "config.json", "--ema"], "--ema"),
     ):
         assert cli.main(["predict", *map(str, words)]) == 2, words
         error = capsys.readouterr().err.strip()

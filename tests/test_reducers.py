@@ -105,7 +105,7 @@ def test_own_reducers_are_saved_opened_and_exported(reducer: str, tmp_path: path
     assert cli.main(words) == 0
     np.testing.assert_allclose(stablehlo.load(exported)[0](pixels), logits, rtol=1e-5, atol=1e-5)
     held = sum(leaf.size for leaf in jax.tree.leaves(model.variables["params"]))
-    assert count_cost(model.arch).params == held
+    assert count_cost(model.vit).params == held
 
 
 def test_formats_of_pytorch_refuse_them(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

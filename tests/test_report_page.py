@@ -11,8 +11,8 @@ import pytest
 import reports
 
 from sit_jax.analysis.summary import summarize
-from sit_jax.report.evaluation import find
-from sit_jax.report.load_run import gather
+from sit_jax.report.evaluation import evaluate
+from sit_jax.report.load_run import read_run
 from sit_jax.report.page import render, view_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
@@ -24,16 +24,16 @@ def page(digits_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("a report") / "digits"
     shutil.copytree(digits_run, folder)
     summarize(folder)
-    record = gather(folder)
-    findings = find(record, examples=2)
-    views = [view_run("run-1", record, findings), view_run("run-2", gather(folder, "again"), findings)]
+    run = read_run(folder)
+    evaluation = evaluate(run, examples=2)
+    views = [view_run("run-1", run, evaluation), view_run("run-2", read_run(folder, "again"), evaluation)]
     path = folder / "report.html"
     path.write_text(render(views, datetime.datetime.now(datetime.UTC)))
     return path
 
 
 def shown(seen: browser.Visit) -> list[str]:
-    """The regions pictures that are to be seen in the first run, by their alternative text."""
+    """The images of regions that are visible in the first run, by their alternative text."""
     script = """[...document.querySelectorAll('#run-1-maps img.regions')]
         .filter((image) => image.offsetParent !== null && image.naturalWidth > 0).map((image) => image.alt)"""
     return list(seen.evaluate(script))
@@ -141,7 +141,7 @@ def lowest_contrast(seen: browser.Visit) -> float:
 def test_page_on_paper(chromium: Any, page: pathlib.Path) -> None:
     with browser.visit(chromium, page.as_uri(), color_scheme="dark") as seen:
         seen.page.emulate_media(media="print")
-        assert len(shown(seen)) == 4  # Every stage of both pictures.
+        assert len(shown(seen)) == 4  # Every stage of both images.
         assert not seen.page.get_by_role("slider").first.is_visible()
         assert seen.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         seen.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -25,14 +25,15 @@ from sit_jax.config import LossConfig as Loss
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import ConfigError, PreemptedError, RunError
 from sit_jax.io import runs as workdir
-from sit_jax.io.runs import trained_variables
+from sit_jax.io.load import load_run
+from sit_jax.io.runs import read_config
 from sit_jax.models import build_model
 from sit_jax.parallel.distributed import PreemptionMonitor
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.checkpoint import Checkpoints
-from sit_jax.training.evaluate import evaluate, make_eval_step
+from sit_jax.training.evaluate import evaluate, evaluate_model, make_eval_step
 from sit_jax.training.init import initial_state
-from sit_jax.training.loop import evaluate_run, run
+from sit_jax.training.loop import run
 from sit_jax.training.metrics import read_metrics
 from sit_jax.training.step import make_train_spec
 
@@ -84,7 +85,7 @@ def test_summary(finished: pathlib.Path) -> None:
     for name in ("teacher", "student"):
         assert set(summary[name]) == {"top1", "params", "gmac", "images_per_s"}
         folder = finished / "teacher" if name == "teacher" else finished
-        assert summary[name]["top1"] == pytest.approx(evaluate_run(folder)["top1"])
+        assert summary[name]["top1"] == pytest.approx(evaluate_model(load_run(folder))["top1"])
     assert summary["gmac_ratio"] == pytest.approx(summary["teacher"]["gmac"] / summary["student"]["gmac"])
     assert summary["kept_accuracy"] == pytest.approx(summary["student"]["top1"] / summary["teacher"]["top1"])
     assert summary["speedup"] > 0
@@ -93,7 +94,7 @@ def test_summary(finished: pathlib.Path) -> None:
 
 
 def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
-    config, variables = trained_variables(finished)
+    config, variables = read_config(finished), load_run(finished).variables
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 32, 32, 1), np.uint8), rng.integers(0, 10, 40).astype(np.int32)
     mask = (np.arange(40) < 33).astype(np.float32)
@@ -173,7 +174,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config
     (tmp_path / "config.json").write_text(json.dumps(to_dict(wild)))
     with pytest.raises(RunError, match=rf"^step 1\d: .* is not finite; .* checkpoint is of step {EPOCH} "):
         run(wild, tmp_path, resume=True)
-    _, variables = trained_variables(tmp_path)
+    variables = load_run(tmp_path).variables
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
@@ -221,7 +222,7 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
         (["train", "--config", "pyproject.toml", "--workdir", fresh], "pyproject.toml"),
         ([*train, "--workdir", "/proc/none"], "/proc/none cannot be written"),
         ([*train, "--workdir", finished], "holds another configuration's run"),
-        (["evaluate", "--workdir", fresh], "is not the folder of a run"),
+        (["evaluate", "--workdir", fresh], "fresh"),
         (["evaluate", "--workdir", finished, "--step", "3"], "checkpoint 3"),
         (["evaluate", "--workdir", finished / "teacher", "--ema"], "optim.ema_decay"),
     ]
@@ -256,6 +257,6 @@ def test_evaluate_prints(finished: pathlib.Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["evaluate", "--workdir", str(finished), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["examples"] == 359
-    assert result == evaluate_run(finished)
+    assert result == evaluate_model(load_run(finished))
     assert cli.main(["evaluate", "--workdir", str(finished), "--ema"]) == 0
     assert "over 359 examples" in capsys.readouterr().out

@@ -15,7 +15,7 @@ import quick_compile
 from test_interruption import LONG
 
 from sit_jax.analysis.checkpoints import list_checkpoints, verify
-from sit_jax.io.runs import trained_variables
+from sit_jax.io.load import load_run
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.metrics import read_metrics
 
@@ -79,7 +79,7 @@ def test_full_disk_leaves_the_earlier_checkpoints(
     for place, run in ((filled.parent, "run"), (tmp_path, "undisturbed")):
         done = finish([sys.executable, "-m", "sit_jax", *words(place / run, digits_dir)])
         assert done.returncode == 0, done.stderr
-    weights = [trained_variables(run)[1] for run in (filled, tmp_path / "undisturbed")]
+    weights = [load_run(run).variables for run in (filled, tmp_path / "undisturbed")]
     jax.tree.map(np.testing.assert_array_equal, *weights)
 
 

@@ -10,7 +10,7 @@ import tiny
 
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-from sit_jax.visual.pictures import as_rgb, colour_table, heat, patch_index, regions
+from sit_jax.visual.images import as_rgb, colour_table, heat, patch_index, regions
 from sit_jax.visual.token_maps import (
     TokenMaps,
     cumulative_maps,

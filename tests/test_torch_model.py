@@ -28,7 +28,7 @@ from sit_jax.io.export.torch_model import (
     parameter_groups,
     read_safetensors,
 )
-from sit_jax.io.model_folder import describe, save_folder
+from sit_jax.io.model_folder import describe
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel.sharding import make_mesh
@@ -142,13 +142,13 @@ def test_steps_of_distillation_equal_those_in_jax() -> None:
         (random_weights.images(arch, 8, seed), rng.dirichlet(np.ones(10), 8).astype(np.float32)) for seed in range(5)
     ]
     config = tiny.config(
-        arch=student.arch,
+        arch=student.vit,
         teacher=TeacherConfig(model=ModelConfig(architecture=arch), batch_size=8),
         optim=OptimConfig(lr=1e-3, min_lr=1e-3, rtsm_lr_scale=1.0),
         batch_size=8,
     )
     ours = losses_in_jax(config, student, teacher, batches)
-    models = [module(x.arch, to_original(tree(x), x.arch), reverse=bool(x.reverse)) for x in (student, teacher)]
+    models = [module(x.vit, to_original(tree(x), x.vit), reverse=bool(x.rtsm)) for x in (student, teacher)]
     optimizer = torch.optim.AdamW(parameter_groups(models[0], 1e-3, weight_decay=0.05, rtsm_lr_scale=1.0), eps=1e-8)
     models[0].train()
     theirs = []
@@ -164,14 +164,14 @@ def test_steps_of_distillation_equal_those_in_jax() -> None:
 
 
 def tree(x: Any) -> dict[str, Any]:
-    collections = {"params": x.params, "batch_stats": x.batch_stats, "reverse": x.reverse}
+    collections = {"params": x.params, "batch_stats": x.batch_stats, "reverse": x.rtsm}
     return {name: value for name, value in collections.items() if value}
 
 
 def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> list[list[float]]:
     task = make_train_spec(config, steps_per_epoch=1)
     step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
-    params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.reverse})
+    params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.rtsm})
     stats = jax.tree.map(jnp.array, student.batch_stats)
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), ema=None)
     found = []
@@ -186,7 +186,7 @@ def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> l
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("torch") / "model"
-    save_folder(path, random_weights.draw(reverse=True), with_reverse=True)
+    random_weights.draw(reverse=True).save(path, with_rtsm=True)
     return path
 
 

@@ -8,42 +8,37 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
-Forward = Callable[[Any], Any]
+# A function of an input buffer; its result may be asynchronous.
+Forward = Callable[[PyTree], PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A computation to time.
-
-    Attributes:
-        run: Starts the computation on an input buffer and returns its result, which may be asynchronous.
-        buffers: Input buffers on the device of the computation; each call uses the next one.
-    """
+    """A computation to time; each call uses the next of its input buffers, which are on its device."""
 
     run: Forward
-    buffers: Sequence[Any]
+    buffers: Sequence[PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
     """Timings of one computation.
 
-    Attributes:
-        latencies: Seconds from the start of each call to its result.
-        turns: Seconds per call of each turn whose calls are started without waiting, except at the end.
+    `latencies` are the seconds from the start of each call to its result. `turns` are the seconds per call of each turn
+    whose calls are started without waiting, except at the end.
     """
 
     latencies: list[float]
     turns: list[float]
 
-    def latency(self, share: float = 0.5) -> float:
+    def latency(self, fraction: float = 0.5) -> float:
         """Returns the latency in seconds that this fraction of the calls does not exceed."""
-        return float(np.quantile(self.latencies, share))
+        return float(np.quantile(self.latencies, fraction))
 
     @property
     def seconds(self) -> float:
@@ -55,22 +50,22 @@ class Times:
         return statistics.median(b / a for a, b in zip(self.turns, other.turns, strict=True))
 
 
-def time_interleaved(contenders: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
+def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
     """Times computations in turns, A B A B ..., after three warm-up calls of each.
 
     Args:
-        contenders: Name -> computation; compiled already.
+        computations: Name -> computation; compiled already.
         rounds: Number of turns of each.
         seconds: Approximate duration of a turn: in one half each call is waited for, in the other only the last one.
     """
     calls = {}
-    for name, timed in contenders.items():
+    for name, timed in computations.items():
         jax.block_until_ready(timed.run(timed.buffers[0]))
         once = _each(timed, 2)[-1]
         calls[name] = max(1, math.ceil(seconds / 2 / once))
-    times = {name: Times([], []) for name in contenders}
+    times = {name: Times([], []) for name in computations}
     for _ in range(rounds):
-        for name, timed in contenders.items():
+        for name, timed in computations.items():
             times[name].latencies.extend(_each(timed, calls[name]))
             times[name].turns.append(_all(timed, calls[name]))
     return times

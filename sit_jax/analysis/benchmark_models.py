@@ -4,22 +4,23 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.stages import Wrapped as JitWrapped
+from jaxtyping import PyTree
 
 from sit_jax.analysis.benchmark import Timed
 from sit_jax.analysis.flops import count_cost
 from sit_jax.errors import UserError
 from sit_jax.io.convert.load_params import expected_shapes
-from sit_jax.io.export import onnx_file, stablehlo
 from sit_jax.io.inference import InferenceModel, inference_model
-from sit_jax.io.model_folder import read_description
-from sit_jax.io.predictor import is_run, open_folder
+from sit_jax.io.load import load
+from sit_jax.io.model import Model
+from sit_jax.io.runs import find_checkpoint
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.trees import Params, Variables
 from sit_jax.models.variants import VARIANTS
 from sit_jax.training.metrics import evaluations, read_metrics
 
@@ -41,104 +42,81 @@ class Compiled:
     memory_bytes: int | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BenchmarkModel:
     """A model to benchmark.
 
     Attributes:
         name: The given name.
-        arch: Its architecture.
-        top1: Its accuracy, fraction of 1, if its run recorded one.
-        ready: Batch size and type of the matrix products -> the compiled model. Exported files keep their own type.
+        model: The model.
     """
 
     name: str
-    arch: Architecture | RegNetArchitecture
-    top1: float | None
-    ready: Callable[[int, str], Compiled]
+    model: Model
 
     @property
     def gmac(self) -> float | None:
         """Billions of multiply-accumulates (GMAC) per image; None for convolutional models, which are not counted."""
-        return count_cost(self.arch).gmac if isinstance(self.arch, Architecture) else None
+        arch = self.model.arch
+        return count_cost(arch).gmac if isinstance(arch, Architecture) else None
+
+    @functools.cached_property
+    def top1(self) -> float | None:
+        """Its accuracy, fraction of 1, if its run recorded one."""
+        if self.model.config is None:
+            return None
+        folder, _ = find_checkpoint(pathlib.Path(self.model.source))
+        scores = [line["top1"] for line in evaluations(read_metrics(folder)) if "top1" in line]
+        return float(scores[-1]) if scores else None
+
+    def compile(self, batch: int, dtype: str) -> Compiled:
+        """Compiles the model for a batch size and type of the matrix products; exported files keep their own type."""
+        arch, exported = self.model.arch, self.model.exported
+        shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
+        images = [np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in range(_BUFFERS)]
+        if exported is None:
+            inference, weights = self._inference(dtype)
+            return _compile(inference.jitted(batch), weights, images)
+        if exported.input == "pixels":
+            images = [np.clip(128 + 64 * image, 0, 255).astype(np.uint8) for image in images]
+        elif not exported.channels_last:
+            images = [np.ascontiguousarray(image.transpose(0, 3, 1, 2)) for image in images]
+        if exported.channels_last:
+            return _compile(jax.jit(lambda _, image: exported.run(image)), (), images)
+        return Compiled(Timed(exported.run, images), None, None)
+
+    @functools.cache  # noqa: B019 - models live as long as the benchmark
+    def _inference(self, dtype: str) -> tuple[InferenceModel, Params]:
+        inference = inference_model(self.model.arch, self.model.variables, dtype)
+        return inference, jax.device_put(inference.weights)
 
 
 def open_benchmark_model(name: str) -> BenchmarkModel:
-    """Opens a named model (with random weights), a run, a model folder, an ONNX file or a StableHLO artifact.
+    """Opens a named model (with random weights), or whatever `load` opens.
 
     Raises:
         UserError: The name is none of these, the files are damaged, or a required package is missing.
     """
     if name in VARIANTS:
-        shape = VARIANTS[name]
-        return BenchmarkModel(name, shape, None, _from_variables(shape, _random_variables(shape)))
-    source = pathlib.Path(name)
-    if not source.exists():
-        raise UserError(f"{name}: is no named model, see `sit models`, and there is no such file or folder")
-    if source.is_file():
-        return _exported(name, source)
-    arch, variables, *_ = open_folder(source)
-    return BenchmarkModel(name, arch, _accuracy(source) if is_run(source) else None, _from_variables(arch, variables))
+        return BenchmarkModel(name, Model(VARIANTS[name], _random_variables(VARIANTS[name]), source=name))
+    if not pathlib.Path(name).exists():
+        raise UserError(f"{name}: is not a named model (see `sit models`), and there is no such file or folder")
+    return BenchmarkModel(name, load(name))
 
 
-def _from_variables(
-    arch: Architecture | RegNetArchitecture, variables: dict[str, Any]
-) -> Callable[[int, str], Compiled]:
-    @functools.cache
-    def prepared(dtype: str) -> tuple[InferenceModel, Any]:
-        model = inference_model(arch, variables, dtype)
-        return model, jax.device_put(model.weights)
-
-    def ready(batch: int, dtype: str) -> Compiled:
-        model, weights = prepared(dtype)
-        return _compiled(model.jitted(batch), weights, _images(arch, batch))
-
-    return ready
-
-
-def _compiled(forward: Any, prepared: Any, images: list[np.ndarray]) -> Compiled:
+def _compile(forward: JitWrapped, weights: PyTree, images: list[np.ndarray]) -> Compiled:
     buffers = [jax.device_put(image) for image in images]
     begun = time.perf_counter()
-    compiled = forward.lower(prepared, buffers[0]).compile()
+    compiled = forward.lower(weights, buffers[0]).compile()
     seconds = time.perf_counter() - begun
     needs = compiled.memory_analysis()
     memory = None
     if needs is not None:
         memory = needs.argument_size_in_bytes + needs.output_size_in_bytes + needs.temp_size_in_bytes
-    return Compiled(Timed(lambda image: compiled(prepared, image), buffers), seconds, memory)
+    return Compiled(Timed(lambda image: compiled(weights, image), buffers), seconds, memory)
 
 
-def _exported(name: str, source: pathlib.Path) -> BenchmarkModel:
-    channels_last = source.suffix == stablehlo.SUFFIX
-    run: Any
-    if channels_last:
-        run, description = stablehlo.load(source)
-    elif source.suffix == onnx_file.SUFFIX:
-        run, description = onnx_file.load(source)
-    else:
-        known = f"a {onnx_file.SUFFIX} or a {stablehlo.SUFFIX} file"
-        raise UserError(f"{name}: is no model that can be timed; give a named model, a folder, {known}")
-    arch, metadata = read_description(description, source)
-
-    def ready(batch: int, _: str) -> Compiled:
-        images = _images(arch, batch)
-        if metadata.get("input") == "pixels":
-            images = [np.clip(128 + 64 * image, 0, 255).astype(np.uint8) for image in images]
-        elif not channels_last:
-            images = [np.ascontiguousarray(image.transpose(0, 3, 1, 2)) for image in images]
-        if channels_last:
-            return _compiled(jax.jit(lambda _, image: run(image)), (), images)
-        return Compiled(Timed(run, images), None, None)
-
-    return BenchmarkModel(name, arch, None, ready)
-
-
-def _images(arch: Architecture | RegNetArchitecture, batch: int) -> list[np.ndarray]:
-    shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
-    return [np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in range(_BUFFERS)]
-
-
-def _random_variables(arch: Architecture) -> dict[str, Any]:
+def _random_variables(arch: Architecture) -> Variables:
     """Returns weights of a scale that keeps all activations finite; their values do not affect the speed."""
     rng = np.random.default_rng(0)
 
@@ -149,8 +127,3 @@ def _random_variables(arch: Architecture) -> dict[str, Any]:
 
     tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, reverse=False))
     return {"params": tree["params"], "batch_stats": tree["batch_stats"]}
-
-
-def _accuracy(folder: pathlib.Path) -> float | None:
-    scores = [line["top1"] for line in evaluations(read_metrics(folder)) if "top1" in line]
-    return float(scores[-1]) if scores else None

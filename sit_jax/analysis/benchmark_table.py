@@ -6,27 +6,21 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
 from sit_jax.analysis.benchmark import Times, product_rate, time_interleaved
 from sit_jax.analysis.benchmark_models import BenchmarkModel, Compiled, open_benchmark_model
 from sit_jax.analysis.chips import published_flops
+from sit_jax.analysis.table import cell, print_table
+from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings of a benchmark.
-
-    Attributes:
-        batch_sizes: Batch sizes to time.
-        dtype: Type of the matrix products.
-        seconds: Total duration of each model's turns, for each batch size.
-        rounds: Number of turns of each model.
-    """
+    """Settings of a benchmark; `seconds` is the total duration of each model's `rounds` turns, for each batch size."""
 
     batch_sizes: Sequence[int]
     dtype: str
@@ -43,7 +37,7 @@ def command(
         UserError: A model cannot be opened, is named twice, or does not fit the device's memory.
     """
     if plot is not None and (plot.suffix != ".png" or plot.exists() or not plot.parent.is_dir()):
-        raise UserError(f"--plot: {plot}: give a .png file that is not there yet, in a folder that is")
+        raise UserError(f"--plot: {plot} must be a new .png file in an existing folder")
     first = teacher if teacher is not None else names[0]
     ordered = [first, *(name for name in names if name != first)]
     if len(set(names)) < len(names):
@@ -57,7 +51,7 @@ def command(
         _print(result)
 
 
-def benchmark(contenders: Sequence[BenchmarkModel], settings: Settings) -> dict[str, Any]:
+def benchmark(models: Sequence[BenchmarkModel], settings: Settings) -> JsonObject:
     """Times models in turns; the first model is the reference.
 
     Returns:
@@ -68,28 +62,10 @@ def benchmark(contenders: Sequence[BenchmarkModel], settings: Settings) -> dict[
     published = published_flops(device.device_kind) if settings.dtype == "bfloat16" else None
     _log(f"measuring matrix products in {settings.dtype}")
     peak = product_rate(settings.dtype)
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     for batch in settings.batch_sizes:
-        ready: dict[str, Compiled] = {}
-        try:
-            for contender in contenders:
-                _log(f"batch {batch}: compiling {contender.name}")
-                ready[contender.name] = contender.ready(batch, settings.dtype)
-            _log(f"batch {batch}: {settings.rounds} rounds")
-            timed = {name: each.timed for name, each in ready.items()}
-            times = time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-                raise
-            raise UserError(f"--batch_sizes: {batch} does not fit the memory of {device.device_kind}") from None
-        reference = contenders[0]
-        for contender in contenders:
-            row = _row(contender, batch, ready[contender.name], times[contender.name])
-            if row["flops_per_s"] is not None:
-                row["peak_share"] = row["flops_per_s"] / peak
-                row["published_share"] = row["flops_per_s"] / published if published else None
-            row |= _compared(contender, reference, times)
-            rows.append(row)
+        compiled, times = _time(models, batch, settings)
+        rows += [_row(x, models[0], batch, compiled[x.name], times, peak, published) for x in models]
     return {
         "device": device.device_kind,
         "jax": jax.__version__,
@@ -101,32 +77,57 @@ def benchmark(contenders: Sequence[BenchmarkModel], settings: Settings) -> dict[
     }
 
 
-def _row(contender: BenchmarkModel, batch: int, ready: Compiled, times: Times) -> dict[str, Any]:
-    speed, gmac = batch / times.seconds, contender.gmac
+def _time(
+    models: Sequence[BenchmarkModel], batch: int, settings: Settings
+) -> tuple[dict[str, Compiled], dict[str, Times]]:
+    compiled: dict[str, Compiled] = {}
+    try:
+        for model in models:
+            _log(f"batch {batch}: compiling {model.name}")
+            compiled[model.name] = model.compile(batch, settings.dtype)
+        _log(f"batch {batch}: {settings.rounds} rounds")
+        timed = {name: each.timed for name, each in compiled.items()}
+        return compiled, time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        kind = jax.devices()[0].device_kind
+        raise UserError(f"--batch_sizes: {batch} does not fit the memory of {kind}") from None
+
+
+def _row(
+    model: BenchmarkModel,
+    reference: BenchmarkModel,
+    batch: int,
+    compiled: Compiled,
+    times: dict[str, Times],
+    peak: float,
+    published: float | None,
+) -> JsonObject:
+    """Returns one row; its `speedup_share` is the fraction of the saving in GMAC that became speed."""
+    mine = times[model.name]
+    speed, speedup = batch / mine.seconds, mine.speed_over(times[reference.name])
+    flops = 2e9 * model.gmac * speed if model.gmac is not None else None
+    gmac_ratio = reference.gmac / model.gmac if model.gmac is not None and reference.gmac is not None else None
     return {
-        "model": contender.name,
+        "model": model.name,
         "batch": batch,
         "images_per_s": speed,
-        "latency_ms": {name: 1e3 * times.latency(x) for name, x in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))},
-        "compile_s": ready.compile_s,
-        "memory_mib": ready.memory_bytes / 2**20 if ready.memory_bytes is not None else None,
-        "gmac": gmac,
-        "flops_per_s": 2e9 * gmac * speed if gmac is not None else None,
-        "peak_share": None,
-        "published_share": None,
-        "top1": contender.top1,
+        "latency_ms": {name: 1e3 * mine.latency(x) for name, x in (("median", 0.5), ("p10", 0.1), ("p90", 0.9))},
+        "compile_s": compiled.compile_s,
+        "memory_mib": compiled.memory_bytes / 2**20 if compiled.memory_bytes is not None else None,
+        "gmac": model.gmac,
+        "flops_per_s": flops,
+        "peak_share": flops / peak if flops is not None else None,
+        "published_share": flops / published if flops is not None and published else None,
+        "top1": model.top1,
+        "speedup": speedup,
+        "gmac_ratio": gmac_ratio,
+        "speedup_share": speedup / gmac_ratio if gmac_ratio else None,
     }
 
 
-def _compared(contender: BenchmarkModel, reference: BenchmarkModel, times: dict[str, Times]) -> dict[str, Any]:
-    """Returns speed and cost relative to the reference, and the fraction of the cost saving that became speed."""
-    speedup = times[contender.name].speed_over(times[reference.name])
-    mine, theirs = contender.gmac, reference.gmac
-    ratio = theirs / mine if mine is not None and theirs is not None else None
-    return {"speedup": speedup, "gmac_ratio": ratio, "speedup_share": speedup / ratio if ratio else None}
-
-
-def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
+def draw(path: pathlib.Path, rows: Sequence[JsonObject]) -> None:
     """Plots accuracy (GMAC if the accuracy of a model is not known) against the best throughput of each model.
 
     Raises:
@@ -134,10 +135,8 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
     """
     from matplotlib.figure import Figure
 
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["images_per_s"] > best.get(row["model"], {"images_per_s": 0.0})["images_per_s"]:
-            best[row["model"]] = row
+    names = dict.fromkeys(row["model"] for row in rows)
+    best = {x: max((row for row in rows if row["model"] == x), key=lambda row: row["images_per_s"]) for x in names}
     key, label = ("top1", "top-1, %") if all(row["top1"] is not None for row in rows) else ("gmac", "GMAC")
     figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
@@ -154,38 +153,29 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
         figure.savefig(part, dpi=110, format="png")
 
 
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def _print(result: JsonObject) -> None:
     peak = f"matrix products {result['product_flops'] / 1e9:,.0f} GFLOP/s"
     if result["published_flops"]:
         peak += f" (published {result['published_flops'] / 1e9:,.0f})"
     title = f"{result['device']}, {result['dtype']}, JAX {result['jax']}, {result['date']}; {peak}"
-    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
     headings = ("model", "batch", "images/s", "ms", "p10", "p90", "compile s", "MiB", "GMAC", "GFLOP/s", "of peak")
-    for heading in (*headings, "speed", "of GMAC ratio"):
-        table.add_column(heading, justify="left" if heading == "model" else "right", overflow="fold")
-    for row in result["rows"]:
-        latency = row["latency_ms"]
-        table.add_row(
+    rows = [
+        (
             row["model"],
             str(row["batch"]),
             f"{row['images_per_s']:,.1f}",
-            *(f"{latency[name]:.2f}" for name in ("median", "p10", "p90")),
-            _cell(row["compile_s"], "{:.1f}"),
-            _cell(row["memory_mib"], "{:,.0f}"),
-            _cell(row["gmac"], "{:.3f}"),
-            _cell(row["flops_per_s"] and row["flops_per_s"] / 1e9, "{:,.1f}"),
-            _cell(row["peak_share"], "{:.0%}"),
+            *(f"{row['latency_ms'][name]:.2f}" for name in ("median", "p10", "p90")),
+            cell(row["compile_s"], "{:.1f}"),
+            cell(row["memory_mib"], "{:,.0f}"),
+            cell(row["gmac"], "{:.3f}"),
+            cell(row["flops_per_s"] and row["flops_per_s"] / 1e9, "{:,.1f}"),
+            cell(row["peak_share"], "{:.0%}"),
             f"x{row['speedup']:.2f}",
-            _cell(row["speedup_share"], "{:.2f}"),
+            cell(row["speedup_share"], "{:.2f}"),
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+        for row in result["rows"]
+    ]
+    print_table((*headings, "speed", "of GMAC ratio"), rows, left=("model",), title=title)
 
 
 def _log(line: str) -> None:

@@ -6,17 +6,18 @@ import json
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
+from sit_jax.analysis.table import cell, print_table
+from sit_jax.config import JsonObject
 from sit_jax.errors import RunError, one_line
 from sit_jax.io import runs
 from sit_jax.io.checkpoint import best_step, open_checkpoints, silent_threads
@@ -31,13 +32,8 @@ _READ_AT_ONCE = 2**29
 class Entry(NamedTuple):
     """One checkpoint of a run.
 
-    Attributes:
-        step: Number of optimizer steps done.
-        time: When its writing was completed, ISO 8601 in UTC.
-        metrics: Metrics of the evaluation of its weights; empty if there is none.
-        best: Whether it is the best by accuracy.
-        newest: Whether a resumed run starts from it.
-        bytes: Size on disk.
+    `time` is when its writing was completed, ISO 8601 in UTC; `metrics` are empty if its weights were not evaluated;
+    `best` is by accuracy; a resumed run starts from the `newest`; `bytes` is the size on disk.
     """
 
     step: int
@@ -51,11 +47,8 @@ class Entry(NamedTuple):
 class ArrayEntry(NamedTuple):
     """One array of a checkpoint.
 
-    Attributes:
-        name: Its path, starting with the item: `model/params/blocks_0/attn/qkv/kernel`.
-        shape: Its shape.
-        dtype: Name of its type.
-        written_from: Its sharding on the devices that wrote it, if Orbax recorded it.
+    `name` is its path, starting with the item: `model/params/blocks_0/attn/qkv/kernel`. `written_from` is its sharding
+    on the devices that wrote it, if Orbax recorded it.
     """
 
     name: str
@@ -81,7 +74,7 @@ class Contents(NamedTuple):
     """
 
     step: int
-    metadata: dict[str, Any]
+    metadata: JsonObject
     metrics: dict[str, float]
     arrays: tuple[ArrayEntry, ...]
 
@@ -128,36 +121,24 @@ def read_contents(folder: pathlib.Path, step: int | None = None) -> Contents:
         RunError: There is no such checkpoint, or its metadata is damaged.
     """
     with silent_threads(), open_checkpoints(folder, step) as checkpointer:
-        chosen = checkpointer.latest.step if step is None else step
-        metrics = next(dict(c.metrics or {}) for c in checkpointer.checkpoints if c.step == chosen)
-        return _contents(checkpointer, chosen, metrics, folder)
-
-
-def _contents(checkpointer: Any, step: int, metrics: dict[str, float], folder: pathlib.Path) -> Contents:
-    try:
-        described = checkpointer.checkpointables_metadata(step)
-        parts = {name: described.metadata[name] for name in _PARTS if name in described.metadata}
-        arrays = tuple(
-            ArrayEntry(name, tuple(leaf.shape), np.dtype(leaf.dtype).name, _written_from(leaf))
-            for part, tree in parts.items()
-            for name, leaf in _leaves(tree, part)
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # A damaged file raises many types.
-        raise RunError(f"checkpoint {step} in {folder} is damaged: {one_line(error)}") from None
+        found = next(c for c in reversed(checkpointer.checkpoints) if step in (None, c.step))
+        try:
+            described = checkpointer.checkpointables_metadata(found.step)
+            arrays = tuple(
+                ArrayEntry(name, tuple(leaf.shape), np.dtype(leaf.dtype).name, _written_from(leaf))
+                for part in _PARTS
+                if part in described.metadata
+                for name, leaf in _leaves(described.metadata[part], part)
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # A damaged file raises many types.
+            raise RunError(f"checkpoint {found.step} in {folder} is damaged: {one_line(error)}") from None
     if not arrays:
-        raise RunError(f"checkpoint {step} in {folder} is damaged: it describes no array")
-    return Contents(step, dict(described.custom_metadata or {}), metrics, arrays)
+        raise RunError(f"checkpoint {found.step} in {folder} is damaged: it describes no array")
+    return Contents(found.step, dict(described.custom_metadata or {}), dict(found.metrics or {}), arrays)
 
 
 class Verdict(NamedTuple):
-    """Result of verifying a checkpoint.
-
-    Attributes:
-        step: Step of the checkpoint.
-        arrays: Number of arrays read.
-        bytes: Their size in memory.
-        problems: Problems, one line each; empty for a valid checkpoint.
-    """
+    """Number of arrays of a checkpoint, their size in memory, and its problems, one line each; none if it is valid."""
 
     step: int
     arrays: int
@@ -177,29 +158,23 @@ def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
     Raises:
         RunError: There is no such checkpoint, or its metadata is damaged.
     """
-    with silent_threads():
-        return _verify(folder, step)
-
-
-def _verify(folder: pathlib.Path, step: int | None) -> Verdict:
     contents = read_contents(folder, step)
     problems = list(_wrong_shapes(folder, contents))
     problems += [f"metrics: {name} is {x}" for name, x in contents.metrics.items() if not math.isfinite(x)]
-    sizes = {array.name: array.bytes for array in contents.arrays}
-    done = 0
+    total = sum(array.bytes for array in contents.arrays)
     with (
+        silent_threads(),
         open_checkpoints(folder, contents.step) as checkpointer,
-        tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
     ):
         described = checkpointer.checkpointables_metadata(contents.step).metadata
         for part in [name for name in _PARTS if name in described]:
-            names = [name for name, _ in _leaves(described[part], part)]
-            for group in _groups([sizes[name] for name in names]):
+            arrays = [array for array in contents.arrays if array.name.startswith(f"{part}/")]
+            for group in _groups([array.bytes for array in arrays]):
                 found = _read(checkpointer, contents.step, part, described[part], group)
-                problems += [f"{names[index]}: {problem}" for index, problem in found.items()]
-                bar.update(sum(sizes[names[index]] for index in group))
-                done += len(group)
-    return Verdict(contents.step, done, sum(sizes.values()), tuple(problems))
+                problems += [f"{arrays[index].name}: {problem}" for index, problem in found.items()]
+                bar.update(sum(arrays[index].bytes for index in group))
+    return Verdict(contents.step, len(contents.arrays), total, tuple(problems))
 
 
 def _groups(sizes: list[int]) -> Iterator[list[int]]:
@@ -214,13 +189,16 @@ def _groups(sizes: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[int]) -> dict[int, str]:
+def _read(
+    checkpointer: ocp.training.Checkpointer, step: int, part: str, described: PyTree, group: list[int]
+) -> dict[int, str]:
     """Returns the problems of arrays of an item, by their index."""
     device = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     leaves, structure = jax.tree.flatten(described)
-    wanted: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
-    for index in group:
-        wanted[index] = jax.ShapeDtypeStruct(leaves[index].shape, leaves[index].dtype, sharding=device)
+    wanted = [
+        jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device) if index in group else ocp.PLACEHOLDER
+        for index, leaf in enumerate(leaves)
+    ]
     try:
         loaded = checkpointer.load_checkpointables(step, {part: jax.tree.unflatten(structure, wanted)})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -244,19 +222,18 @@ def _read(checkpointer: Any, step: int, part: str, described: Any, group: list[i
 def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
     """Yields arrays whose shape differs from the run's configuration, or that are missing or unexpected."""
     state = abstract_state(make_train_spec(runs.read_config(folder), steps_per_epoch=1))
-    # The optimizer's structure has other names on disk, so only the sizes of its arrays are compared.
     expected = {
-        name: tuple(leaf.shape)
-        for part, tree in checkpoint_parts(state).items()
-        for name, leaf in _leaves(tree, part)
-        if not name.startswith("training/opt_state")
+        name: tuple(leaf.shape) for part, tree in checkpoint_parts(state).items() for name, leaf in _leaves(tree, part)
     }
-    moments = [sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(state.opt_state))]
-    moments.append(sorted((a.shape, a.dtype) for a in contents.arrays if a.name.startswith("training/opt_state")))
-    if moments[0] != moments[1]:
-        yield "training/opt_state: its arrays are not those of the configuration's optimizer"
-    there = {a.name: a.shape for a in contents.arrays if not a.name.startswith("training/opt_state")}
+    there = {a.name: a.shape for a in contents.arrays}
+    # The optimizer's structure has other names on disk, so only the sizes of its arrays are compared.
+    optimizer = "training/opt_state"
+    moments = sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(state.opt_state))
+    if moments != sorted((a.shape, a.dtype) for a in contents.arrays if a.name.startswith(optimizer)):
+        yield f"{optimizer}: its arrays are not those of the configuration's optimizer"
     for name in sorted(expected.keys() | there.keys()):
+        if name.startswith(optimizer):
+            continue
         if name not in there:
             yield f"{name}: is missing"
         elif name not in expected:
@@ -272,17 +249,20 @@ def describe_problems(verdict: Verdict) -> str:
     return shown + (f"; and {more} more" if more > 0 else "")
 
 
-def print_list(entries: list[Entry]) -> None:
+def print_list(entries: Sequence[Entry]) -> None:
     """Prints checkpoints as a table on standard output."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("step", "written", "MiB", *sorted({name for e in entries for name in e.metrics}), ""):
-        table.add_column(heading, justify="left" if heading in ("written", "") else "right", no_wrap=True)
-    names = sorted({name for e in entries for name in e.metrics})
-    for e in entries:
-        marks = [word for word, applies in (("best", e.best), ("newest", e.newest)) if applies]
-        scores = [f"{e.metrics[name]:.4f}" if name in e.metrics else "" for name in names]
-        table.add_row(str(e.step), e.time, f"{e.bytes / 2**20:.1f}", *scores, ", ".join(marks))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    names = sorted({name for entry in entries for name in entry.metrics})
+    rows = [
+        (
+            str(entry.step),
+            entry.time,
+            f"{entry.bytes / 2**20:.1f}",
+            *(cell(entry.metrics.get(name), "{:.4f}") for name in names),
+            ", ".join(word for word in ("best", "newest") if getattr(entry, word)),
+        )
+        for entry in entries
+    ]
+    print_table(("step", "written", "MiB", *names, ""), rows, left=("written", ""))
 
 
 def print_contents(contents: Contents) -> None:
@@ -293,33 +273,30 @@ def print_contents(contents: Contents) -> None:
             print(f"{name}: {json.dumps(value)}")
     if contents.metrics:
         print("metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(contents.metrics.items())))
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("array", "shape", "type", "KiB", "written from"):
-        table.add_column(heading, justify="right" if heading == "KiB" else "left", overflow="fold")
-    for array in contents.arrays:
-        shape = " x ".join(map(str, array.shape))
-        table.add_row(array.name, shape, array.dtype, f"{array.bytes / 1024:,.1f}", array.written_from)
+    rows = [
+        (array.name, " x ".join(map(str, array.shape)), array.dtype, f"{array.bytes / 1024:,.1f}", array.written_from)
+        for array in contents.arrays
+    ]
     total = sum(array.bytes for array in contents.arrays) / 1024
-    table.add_row(f"{len(contents.arrays)} arrays", "", "", f"{total:,.1f}", "")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    rows.append((f"{len(contents.arrays)} arrays", "", "", f"{total:,.1f}", ""))
+    print_table(
+        ("array", "shape", "type", "KiB", "written from"), rows, left=("array", "shape", "type", "written from")
+    )
 
 
-def _leaves(tree: Any, part: str) -> Iterator[tuple[str, Any]]:
+def _leaves(tree: PyTree, part: str) -> Iterator[tuple[str, PyTree]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield "/".join([part, *(jax.tree_util.keystr((key,), simple=True) for key in path)]), leaf
+        yield f"{part}/{jax.tree_util.keystr(path, simple=True, separator='/')}", leaf
 
 
-def _written_from(leaf: Any) -> str:
+def _written_from(leaf: object) -> str:
+    """Returns the sharding of an array on disk as text; empty if Orbax did not record it."""
     noted = getattr(leaf, "sharding_metadata", None)
     shape, spec = getattr(noted, "shape", None), getattr(noted, "partition_spec", None)
     if shape is None or spec is None:
         return "one device" if noted is not None else ""
     split = [str(axis) for axis in spec if axis is not None]
-    return (
-        f"{' x '.join(map(str, shape))}, split along {', '.join(split)}"
-        if split
-        else f"{' x '.join(map(str, shape))}, copies"
-    )
+    return f"{' x '.join(map(str, shape))}, " + (f"split along {', '.join(split)}" if split else "copies")
 
 
 def _time(nanoseconds: int | None) -> str:

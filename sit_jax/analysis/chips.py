@@ -1,6 +1,7 @@
 """Published specifications of chips, and the slices that TPU topology names describe."""
 
 import dataclasses
+import math
 
 from sit_jax.errors import ConfigError
 
@@ -61,13 +62,7 @@ def published_flops(device_kind: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to plan for: `v5e:16x16`, or `cpu:8` for virtual devices of this machine.
-
-    Attributes:
-        name: The given name.
-        chip: The chip; None for virtual devices, which have no published figures.
-        devices: Number of devices.
-    """
+    """Devices to plan for: `v5e:16x16`, or `cpu:8` for virtual devices of this machine, which have no chip."""
 
     name: str
     chip: Chip | None
@@ -84,9 +79,7 @@ def parse_topology(name: str) -> Topology:
     numbers = sizes.split("x")
     if not all(number.isdigit() and int(number) > 0 for number in numbers):
         raise ConfigError("--topology", f"{name!r} is not of the form v5e:4x4, v4:2x2x4 or cpu:8")
-    devices = 1
-    for number in numbers:
-        devices *= int(number)
+    devices = math.prod(map(int, numbers))
     if kind == "cpu":
         if len(numbers) > 1 or devices > 4096:
             raise ConfigError("--topology", f"{name!r}: virtual devices are one number, such as cpu:8, up to 4096")

@@ -38,12 +38,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tile sizes to which token axes are padded; by default, there is no padding.
-
-    Attributes:
-        rows: Tile size of an array's second-last axis.
-        lanes: Tile size of its last axis.
-    """
+    """Sizes to which an array's second-last axis (`rows`) and last axis (`lanes`) are padded; by default, none."""
 
     rows: int = 1
     lanes: int = 1

@@ -1,6 +1,7 @@
-"""Parses the text of a compiled program for its collectives and memory traffic, with loop trip counts.
+"""Reads the collectives and the memory traffic of a compiled program from its text, with loop trip counts.
 
-The compiler's `cost_analysis` counts a loop body once, and thus misses most of a transformer with looped blocks.
+The compiler's `cost_analysis` has no collectives, and it counts the body of a loop once, which misses all micro-batches
+but one of a step with gradient accumulation. Without loops, its `bytes accessed` is `memory_bytes` to 0.02% (on CPU).
 """
 
 import dataclasses
@@ -16,26 +17,15 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
 # These rename or rearrange buffers, or call other computations, which are counted separately; no data are moved.
-_FREE = frozenset(
-    {
-        "parameter",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "constant",
-        "after-all",
-        "while",
-        "conditional",
-        "call",
-        "async-start",
-    }
-)
-# Custom calls that only rename buffers.
-_FREE_CALLS = ('custom_call_target="ConcatBitcast"',)
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_FREE |= {"while", "conditional", "call", "async-start"}
+# A custom call that only renames buffers.
+_FREE_CALL = 'custom_call_target="ConcatBitcast"'
 # Asynchronous instructions whose result contains their operands in addition to the output.
-_WITH_OPERANDS = frozenset({"copy-start", "all-gather-start", "collective-permute-start"})
+_WITH_OPERANDS = ("copy-start", "all-gather-start", "collective-permute-start")
 # The second half of an asynchronous pair; the first half is counted.
-_SECOND_HALF = re.compile(r"-(done|update)$")
+_SECOND_HALF = ("-done", "-update")
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +47,8 @@ class Collective:
     @property
     def sent(self) -> float:
         """Minimum number of bytes that each device sends, by the bandwidth-optimal algorithm."""
-        share = (self.group - 1) / self.group
-        return self.bytes * {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
+        others = (self.group - 1) / self.group
+        return self.bytes * {"all-reduce": 2 * others, "collective-permute": 1.0}.get(self.kind, others)
 
 
 class Traffic(NamedTuple):
@@ -90,47 +80,37 @@ def read_traffic(text: str, devices: int) -> Traffic:
         devices: Number of devices that run the program.
     """
     computations, entry = _parse(text)
-    found: dict[tuple[str, int], list[int]] = {}
+    found: dict[tuple[str, int], tuple[int, int]] = {}
     memory = 0
     for name, times in _calls(computations, entry):
         types = {i.name: i.type for i in computations[name]}
         for instruction in computations[name]:
-            opcode = instruction.opcode
-            if opcode in _FREE or _SECOND_HALF.search(opcode):
+            if instruction.opcode in _FREE or instruction.opcode.endswith(_SECOND_HALF):
                 continue
-            kind = opcode.removesuffix("-start")
+            operands = [types.get(operand, "") for operand in instruction.operands]
+            kind = instruction.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                size = _payload(instruction, types, kind)
-                entry_of = found.setdefault((kind, _group_size(instruction.attributes, kind, devices)), [0, 0])
-                entry_of[0] += times
-                entry_of[1] += times * size
-            memory += times * _moved(instruction, types, computations)
-    collectives = tuple(
-        Collective(kind, group, count, size) for (kind, group), (count, size) in sorted(found.items()) if group > 1
-    )
-    return Traffic(collectives, memory)
+                key = kind, _group_size(instruction.attributes, kind, devices)
+                runs, size = found.get(key, (0, 0))
+                found[key] = runs + times, size + times * _payload(instruction, operands, kind)
+            memory += times * _moved(instruction, operands, computations)
+    return Traffic(tuple(Collective(*key, *found[key]) for key in sorted(found) if key[1] > 1), memory)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Returns the instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[_Instruction]] = {}
-    entry, current = "", ""
+    entry = ""
     for line in text.splitlines():
-        if not line.startswith(" "):
-            head = _COMPUTATION.match(line)
-            if head:
-                current = head[2]
-                computations[current] = []
-                entry = current if head[1] else entry
-            continue
-        match = _INSTRUCTION.match(line)
-        if match and current:
+        if head := _COMPUTATION.match(line):
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif match := _INSTRUCTION.match(line):
             inner, attributes = _split_operands(match[5])
-            operands = tuple(re.findall(r"%([\w.\-]+)", inner)) or tuple(re.findall(r"\b([a-z][\w\-]*\.\d+)\b", inner))
+            operands = tuple(re.findall(r"%([\w.\-]+)", inner))
             if match[4] in ("constant", "parameter"):
                 attributes = inner  # A literal value or a number: no operands.
-            computations[current].append(
-                _Instruction(match[2], match[3], match[4], operands, attributes, bool(match[1]))
-            )
+            current.append(_Instruction(match[2], match[3], match[4], operands, attributes, bool(match[1])))
     return computations, entry
 
 
@@ -149,30 +129,27 @@ def _calls(computations: dict[str, list[_Instruction]], entry: str, times: int =
     yield entry, times
     for instruction in computations[entry]:
         if instruction.opcode == "while":
-            body, condition = _attribute(instruction, "body"), _attribute(instruction, "condition")
-            count = _trip_count(instruction.attributes, computations.get(condition, []))
-            yield from _calls(computations, body, times * count)
+            condition = computations.get(_called(instruction, "condition"), [])
+            count = _trip_count(instruction.attributes, condition)
+            yield from _calls(computations, _called(instruction, "body"), times * count)
         elif instruction.opcode in ("call", "async-start", "conditional"):
-            names = [_attribute(instruction, key) for key in ("to_apply", "calls", "true_computation")]
-            for name in names:
-                if name in computations:
+            for key in ("to_apply", "calls", "true_computation"):
+                if (name := _called(instruction, key)) in computations:
                     yield from _calls(computations, name, times)
 
 
-def _attribute(instruction: _Instruction, key: str) -> str:
+def _called(instruction: _Instruction, key: str) -> str:
     match = re.search(rf"\b{key}=%?([\w.\-]+)", instruction.attributes)
     return match[1] if match else ""
 
 
 def _trip_count(attributes: str, condition: list[_Instruction]) -> int:
     """Returns the trip count of a loop: the compiler's annotation, or a counter's bound; 1 if it depends on data."""
-    noted = re.search(r"known_trip_count[^\d]*(\d+)", attributes)
-    if noted:
+    if noted := re.search(r"known_trip_count[^\d]*(\d+)", attributes):
         return int(noted[1])
-    root = next((i for i in condition if i.is_root), None)
-    bounds = [int(i.attributes) for i in condition if i.opcode == "constant" and re.fullmatch(r"\d+", i.attributes)]
-    counts = root is not None and (root.opcode == "compare" or "compare" in root.name) and len(bounds) == 1
-    return max(1, bounds[0]) if counts else 1
+    bounds = [int(i.attributes) for i in condition if i.opcode == "constant" and i.attributes.isdigit()]
+    compares = any(i.is_root and (i.opcode == "compare" or "compare" in i.name) for i in condition)
+    return max(1, bounds[0]) if compares and len(bounds) == 1 else 1
 
 
 def _arrays(type_text: str) -> list[tuple[int, bool]]:
@@ -181,71 +158,65 @@ def _arrays(type_text: str) -> list[tuple[int, bool]]:
     for name, shape, layout in _ARRAY.findall(type_text):
         bits = _BITS.get(name) or int((re.findall(r"\d+", name) or ["0"])[0])
         elements = math.prod(int(n) for n in shape.split(",") if n)
-        found.append((elements * bits // 8, not re.search(r"S\([1-9]", layout or "")))
+        found.append((elements * bits // 8, not re.search(r"S\([1-9]", layout)))
     return found
 
 
-def _size(type_text: str) -> int:
-    return sum(size for size, main in _arrays(type_text) if main)
+def _size(*types: str) -> int:
+    """Returns the bytes of the arrays that are in main memory."""
+    return sum(size for text in types for size, in_main in _arrays(text) if in_main)
 
 
-def _moved(instruction: _Instruction, types: dict[str, str], computations: dict[str, list[_Instruction]]) -> int:
+def _whole(*types: str) -> int:
+    """Returns the bytes of all arrays."""
+    return sum(size for text in types for size, _ in _arrays(text))
+
+
+def _moved(instruction: _Instruction, operands: list[str], computations: dict[str, list[_Instruction]]) -> int:
     """Returns the bytes of main memory that one kernel reads and writes; for a slice, only those of the slice."""
-    operands = [types.get(name, "") for name in instruction.operands]
     match instruction.opcode:
-        case "dynamic-slice" | "slice" | "gather":
+        case opcode if opcode in _SLICES:
             return 2 * _size(instruction.type)
         case "slice-start":  # Its result is (operand, slice, context). Either may be in the chip's own memory.
-            arrays = _arrays(instruction.type)
-            (_, operand_in_main), (size, slice_in_main) = arrays[:2]
+            (_, operand_in_main), (size, slice_in_main) = _arrays(instruction.type)[:2]
             return size * (operand_in_main + slice_in_main)
         case "dynamic-update-slice":
-            return 2 * (_size(operands[1]) if len(operands) > 1 else 0)
+            return 2 * _size(operands[1])
         case opcode if opcode in _WITH_OPERANDS:
             return _size(instruction.type)
-        case "custom-call" if any(call in instruction.attributes for call in _FREE_CALLS):
+        case "custom-call" if _FREE_CALL in instruction.attributes:
             return 0
         case "fusion":
-            body = computations.get(_attribute(instruction, "calls"), [])
-            return _moved_by_fusion(instruction, operands, body)
-    return _size(instruction.type) + sum(_size(operand) for operand in operands)
+            return _moved_by_fusion(instruction, operands, computations[_called(instruction, "calls")])
+    return _size(instruction.type, *operands)
 
 
 def _moved_by_fusion(instruction: _Instruction, operands: list[str], body: list[_Instruction]) -> int:
-    inside = {i.name: i for i in body}
-    parameters = {int(i.attributes): i for i in body if i.opcode == "parameter"}
+    types = {i.name: i.type for i in body}
+    parameters = {int(i.attributes): i.name for i in body if i.opcode == "parameter"}
     moved, updated = 0, 0
     for index, operand in enumerate(operands):
-        parameter = parameters.get(index)
-        users = [i for i in body if parameter and parameter.name in i.operands]
-        if users and all(_touches_a_slice(i, parameter.name) for i in users if parameter):
-            for user in users:
-                if user.opcode == "dynamic-update-slice":
-                    part = inside.get(user.operands[1])
-                    updated += _whole(part.type) if part else 0
-                else:
-                    moved += _whole(user.type)
-        else:
+        users = [i for i in body if parameters[index] in i.operands]
+        if not users or not all(_touches_a_slice(user, parameters[index]) for user in users):
             moved += _size(operand)
+            continue
+        updates = [user for user in users if user.opcode == "dynamic-update-slice"]
+        updated += _whole(*(types[user.operands[1]] for user in updates))
+        moved += _whole(*(user.type for user in users if user not in updates))
     # A result that is updated in place uses the memory of its operand.
-    return moved + (2 * updated if updated else _size(instruction.type))
+    return moved + (2 * updated or _size(instruction.type))
 
 
 def _touches_a_slice(user: _Instruction, name: str) -> bool:
-    return user.opcode in ("dynamic-slice", "slice", "gather", "dynamic-update-slice") and user.operands[0] == name
+    return user.opcode in (*_SLICES, "dynamic-update-slice") and user.operands[0] == name
 
 
-def _whole(type_text: str) -> int:
-    return sum(size for size, _ in _arrays(type_text))
-
-
-def _payload(instruction: _Instruction, types: dict[str, str], kind: str) -> int:
-    operands = sum(_whole(types.get(name, "")) for name in instruction.operands)
-    if kind == "reduce-scatter" or (instruction.opcode.endswith("-start") and kind != "all-gather"):
-        return operands
-    if instruction.opcode.endswith("-start"):
-        return max(0, _whole(instruction.type) - operands)
-    return _whole(instruction.type)
+def _payload(instruction: _Instruction, operands: list[str], kind: str) -> int:
+    """Returns the bytes of a collective's result on each device; of its operands for reduce-scatter."""
+    starts = instruction.opcode.endswith("-start")
+    if kind == "reduce-scatter" or (starts and kind != "all-gather"):
+        return _whole(*operands)
+    return _whole(instruction.type) - (_whole(*operands) if starts else 0)
 
 
 def _group_size(attributes: str, kind: str, devices: int) -> int:
@@ -256,12 +227,10 @@ def _group_size(attributes: str, kind: str, devices: int) -> int:
     """
     if kind == "collective-permute":
         return 2
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
-    if mesh:
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
         return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2]))
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes)
-    if iota:
-        return int(iota[2])
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
+        return int(iota[1])
     groups = re.search(r"replica_groups=\{\{([\d,]*)\}", attributes)
     return len(groups[1].split(",")) if groups and groups[1] else devices

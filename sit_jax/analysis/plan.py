@@ -10,8 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -23,10 +22,13 @@ from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
 from sit_jax.config import Config
 from sit_jax.errors import ConfigError, UserError, one_line
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 from sit_jax.parallel import sharding
+from sit_jax.training.state import TrainState
 from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
-SECONDS_PER_DAY = 86400.0
+# Shapes with shardings of the arrays of a batch, by their name.
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 # Number of compilations to find the largest batch that fits; each takes minutes.
 _TRIES = 3
 
@@ -93,18 +95,18 @@ class Plan:
     """Result of `sit plan`.
 
     Attributes:
-        topology: The devices.
+        topology: Name of the topology.
         devices: Number of devices.
         mesh: Sizes of the mesh axes.
         batch_size: Global batch size.
         steps: Total number of steps; None if the number of examples is not known.
-        fits: Whether the step fits in memory, by the compiler.
-        largest_batch: If the batch does not fit, the largest batch found to fit in a few tries; None if there is none.
-        memory: Memory of a step; None if it does not fit.
-        needed_bytes: Memory that the compiler requested if the step does not fit.
         flops: FLOPs of a step on each device, counted from the architectures: two per multiply-accumulate.
         padding: Fraction of the TPU's products that is padding, if token counts do not fill tiles of 8 by 128.
         fuller_token_counts: Kept tokens that leave rows of their tiles empty -> the nearest counts that fill them.
+        fits: Whether the step fits in memory, by the compiler.
+        largest_batch: If the batch does not fit, the largest batch found to fit in a few tries; None if there is none.
+        needed_bytes: Memory that the compiler requested if the step does not fit.
+        memory: Memory of a step; None if it does not fit.
         memory_bytes: Bytes transferred between each device and its memory in a step.
         collectives: Collectives of a step.
         bound: Lower bound of the step time; None for virtual devices and if the step does not fit.
@@ -116,17 +118,17 @@ class Plan:
     mesh: dict[str, int]
     batch_size: int
     steps: int | None
-    fits: bool
-    largest_batch: int | None
-    memory: Memory | None
-    needed_bytes: int | None
     flops: float
     padding: float | None
     fuller_token_counts: dict[int, tuple[int, ...]]
-    memory_bytes: int | None
-    collectives: tuple[Collective, ...]
-    bound: Bound | None
-    compile_s: float
+    fits: bool = False
+    largest_batch: int | None = None
+    needed_bytes: int | None = None
+    memory: Memory | None = None
+    memory_bytes: int | None = None
+    collectives: tuple[Collective, ...] = ()
+    bound: Bound | None = None
+    compile_s: float = 0.0
 
 
 class _TooLargeError(Exception):
@@ -137,14 +139,16 @@ class _TooLargeError(Exception):
         self.needed = needed
 
 
-def plan(config: Config, topology: Topology, examples: int | None = None, progress: Any = None) -> Plan:
+def plan(
+    config: Config, topology: Topology, examples: int | None = None, log: Callable[[str], None] = lambda _: None
+) -> Plan:
     """Compiles a run's train step for a topology and reads its cost from the compiled program.
 
     Args:
         config: The run's configuration, with the numbers of classes resolved.
         topology: The devices.
         examples: Number of training examples, for the number of steps; None if not known.
-        progress: Called with a line of text before each compilation.
+        log: Called with a line of text before each compilation.
 
     Raises:
         ConfigError: The mesh does not match the devices, or batches or heads are not divisible by the mesh axes.
@@ -152,43 +156,36 @@ def plan(config: Config, topology: Topology, examples: int | None = None, progre
     """
     arch = config.model.architecture
     assert isinstance(arch, Architecture)
-    devices = topology_devices(topology)
-    mesh = sharding.make_mesh(config.mesh, devices)
+    mesh = sharding.make_mesh(config.mesh, topology_devices(topology))
     sharding.check_mesh(mesh, config)
-    log = progress or (lambda _: None)
     log(f"compiling the step for {topology.name}, batch {config.batch_size}; this takes minutes for large models")
     steps = None
     if examples:
         steps = (config.epochs + config.optim.cooldown_epochs) * max(1, examples // config.batch_size)
-    shared: dict[str, Any] = {
-        "topology": topology.name,
-        "devices": topology.devices,
-        "mesh": dict(mesh.shape),
-        "batch_size": config.batch_size,
-        "steps": steps,
-        "padding": padding(config) if topology.chip else None,
-        "fuller_token_counts": fuller_token_counts(arch) if topology.chip else {},
-        "flops": (2.0 * count_step_macs(config) + _cnn_teacher_flops(config)) * config.batch_size / topology.devices,
-    }
+    flops = (2.0 * count_step_macs(config) + _cnn_teacher_flops(config)) * config.batch_size / topology.devices
+    result = Plan(
+        topology.name, topology.devices, dict(mesh.shape), config.batch_size, steps, flops,
+        padding(config) if topology.chip else None, fuller_token_counts(arch) if topology.chip else {},
+    )  # fmt: skip
     begun = time.monotonic()
     try:
-        compiled = _compile(config, mesh)
+        compiled = compile_step(config, mesh)
     except _TooLargeError as error:
         largest = _largest_batch(config, mesh, topology.chip, error.needed, log)
-        return Plan(
-            **shared, fits=False, largest_batch=largest, memory=None, needed_bytes=error.needed, memory_bytes=None,
-            collectives=(), bound=None, compile_s=time.monotonic() - begun,
-        )  # fmt: skip
+        seconds = time.monotonic() - begun
+        return dataclasses.replace(result, largest_batch=largest, needed_bytes=error.needed, compile_s=seconds)
     seconds = time.monotonic() - begun
-    traffic = read_traffic(compiled.as_text(), topology.devices)
-    bound = _bound(topology, config, shared["flops"], traffic, steps) if topology.chip else None
-    return Plan(
-        **shared, fits=True, largest_batch=None, memory=_memory(compiled, topology.chip), needed_bytes=None,
-        memory_bytes=traffic.memory_bytes, collectives=traffic.collectives, bound=bound, compile_s=seconds,
+    traffic = read_traffic(compiled.as_text() or "", topology.devices)
+    bound = None
+    if topology.chip is not None:
+        bound = lower_bound(topology.chip, topology.devices, config.batch_size, flops, traffic, steps)
+    return dataclasses.replace(
+        result, fits=True, memory=_memory(compiled, topology.chip), memory_bytes=traffic.memory_bytes,
+        collectives=traffic.collectives, bound=bound, compile_s=seconds,
     )  # fmt: skip
 
 
-def topology_devices(topology: Topology) -> list[Any]:
+def topology_devices(topology: Topology) -> list[jax.Device]:
     """Returns the devices of a topology.
 
     Raises:
@@ -226,17 +223,19 @@ def libtpu_requirement() -> str:
     return wanted[0].partition(";")[0].strip() if wanted else "libtpu"
 
 
-def _compile(config: Config, mesh: Mesh) -> Any:
+def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
+    """Compiles the train step of a run for a mesh, whose devices may be absent."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     state, batch, teachers = abstract_arguments(config, mesh)
     lowered = make_train_step(spec, mesh).lower(state, batch, teachers)  # type: ignore[attr-defined]
     try:
         with _without_cache():
-            return lowered.compile()
+            compiled: jax.stages.Compiled = lowered.compile()
+            return compiled
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _TooLargeError(_needed(str(error), _fixed(state, teachers))) from None
+        raise _TooLargeError(requested_bytes(str(error), _fixed_bytes(state, teachers))) from None
 
 
 @contextlib.contextmanager
@@ -266,18 +265,18 @@ def _cnn_teacher_flops(config: Config) -> float:
     return float(analysis["flops"])
 
 
-def _fixed(state: Any, teachers: Any) -> int:
+def _fixed_bytes(state: TrainState, teachers: dict[str, Variables]) -> int:
     """Returns the bytes on each device that do not depend on the batch size."""
     leaves = jax.tree.leaves((state, teachers))
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, AbstractBatch, dict[str, Variables]]:
     """Returns state, batch and teachers of a run's train step as shapes with shardings."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(spec).items()}
     arch, count = config.model.architecture, config.batch_size
-    fields: dict[str, tuple[tuple[int, ...], Any]] = {
+    fields: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]] = {
         "image": ((count, arch.image_size, arch.image_size, arch.in_channels), np.uint8),
         "label": ((count,), np.int32),
     }
@@ -293,8 +292,9 @@ def abstract_arguments(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any],
     return sharding.place_abstract(mesh, abstract_state(spec)), batch, teachers
 
 
-def _memory(compiled: Any, chip: Chip | None) -> Memory:
+def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> Memory:
     stats = compiled.memory_analysis()
+    assert stats is not None
     arguments, temporaries = int(stats.argument_size_in_bytes), int(stats.temp_size_in_bytes)
     outputs = int(stats.output_size_in_bytes - stats.alias_size_in_bytes)
     program = int(stats.generated_code_size_in_bytes)
@@ -303,47 +303,50 @@ def _memory(compiled: Any, chip: Chip | None) -> Memory:
     return Memory(arguments, temporaries, outputs, program, peak, chip.memory_bytes if chip else None)
 
 
-def _bound(topology: Topology, config: Config, flops: float, traffic: Traffic, steps: int | None) -> Bound:
-    chip = topology.chip
-    assert chip is not None
-    times = {
-        "compute": flops / chip.flops,
-        "memory": traffic.memory_bytes / chip.memory_rate,
-        "network": sum(collective.sent for collective in traffic.collectives) / chip.link_rate,
-    }
-    binds = max(times, key=lambda name: times[name])
-    step = times[binds]
-    days = steps * step / SECONDS_PER_DAY if steps else None
-    return Bound(
-        compute_s=times["compute"],
-        memory_s=times["memory"],
-        network_s=times["network"],
-        binds=binds,
-        step_s=step,
-        images_per_s=config.batch_size / step,
-        days=days,
-        chip_hours=None if days is None else days * 24 * topology.devices,
-    )
+def lower_bound(chip: Chip, devices: int, batch_size: int, flops: float, traffic: Traffic, steps: int | None) -> Bound:
+    """Returns the lower bound of the step time on a TPU slice.
+
+    Args:
+        chip: The chip of the slice.
+        devices: Number of chips.
+        batch_size: Global batch size.
+        flops: FLOPs of a step on each device.
+        traffic: Data transfers of a step.
+        steps: Total number of steps; None if not known.
+    """
+    network = sum(collective.sent for collective in traffic.collectives)
+    compute_s, memory_s = flops / chip.flops, traffic.memory_bytes / chip.memory_rate
+    network_s = network / chip.link_rate
+    step, binds = max((compute_s, "compute"), (memory_s, "memory"), (network_s, "network"))
+    hours = None if steps is None else steps * step / 3600
+    days, chip_hours = (None, None) if hours is None else (hours / 24, hours * devices)
+    return Bound(compute_s, memory_s, network_s, binds, step, batch_size / step, days, chip_hours)
 
 
-def _needed(message: str, fixed: int) -> int | None:
-    """Returns the bytes that the compiler requested, from either message; the second excludes arguments (`fixed`)."""
+def requested_bytes(message: str, fixed: int) -> int | None:
+    """Returns the bytes that the compiler requested, from either of its messages, or None.
+
+    Args:
+        message: The message. One of the two counts only temporary values.
+        fixed: Bytes of the other values.
+    """
     amount = r"([\d.]+)([KMGT])"
-    match = re.search(rf"Used {amount} of", message)
-    temporaries = re.search(rf"required for HLO temporaries \({amount}\)", message)
-    found = match or temporaries
+    total = re.search(rf"Used {amount} of", message)
+    found = total or re.search(rf"required for HLO temporaries \({amount}\)", message)
     if found is None:
         return None
     size = int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
-    return size if match else size + fixed
+    return size if total else size + fixed
 
 
-def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, log: Any) -> int | None:
+def _largest_batch(
+    config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, log: Callable[[str], None]
+) -> int | None:
     """Finds a nearly maximal batch whose step compiles, starting from an estimate by the requested bytes."""
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
     per_unit = config.batch_size // unit
     state, _, teachers = abstract_arguments(config, mesh)
-    fixed, guess = _fixed(state, teachers), per_unit // 2
+    fixed, guess = _fixed_bytes(state, teachers), per_unit // 2
     if needed and chip and needed > fixed:
         guess = min(per_unit - 1, int(per_unit * (chip.memory_bytes - fixed) / (needed - fixed)))
     fits, fails = 0, per_unit
@@ -354,7 +357,7 @@ def _largest_batch(config: Config, mesh: Mesh, chip: Chip | None, needed: int | 
         guess = min(max(guess, fits + 1), fails - 1)
         log(f"does not fit; trying batch {guess * unit}")
         try:
-            _compile(dataclasses.replace(config, batch_size=guess * unit), mesh)
+            compile_step(dataclasses.replace(config, batch_size=guess * unit), mesh)
             fits, guess = guess, max(guess + 1, int(guess * 1.05))
         except _TooLargeError:
             fails, guess = guess, min(guess - 1, int(guess * 0.95))

@@ -2,11 +2,9 @@
 
 import sys
 
-from rich.console import Console
-from rich.table import Table
-
 from sit_jax.analysis.chips import Topology
 from sit_jax.analysis.plan import Plan, plan
+from sit_jax.analysis.table import print_table
 from sit_jax.config import Config
 from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, UserError
@@ -33,7 +31,7 @@ def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
         raise ConfigError("model", "only vision transformers can be planned")
     for teacher in config.teachers.values():
         if not teacher.run:
-            _log("the teacher's own training is left out: plan it with a page of its own")
+            _log("the teacher's own training is left out: plan it with a config of its own")
     classes = _CLASSES.get(config.data.name)
     models = [config.model, *(teacher.model for teacher in config.teachers.values())]
     if examples is None or (classes is None and not all(m.architecture.num_classes for m in models)):
@@ -62,46 +60,39 @@ def print_plan(result: Plan) -> None:
         largest = f"the largest batch that fits is {result.largest_batch}" if result.largest_batch else "no batch fits"
         print(f"does not fit{needed}; {largest}; {advice}")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
-    for name, value, note in _rows(result):
-        table.add_row(name, value, note)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    print_table(("quantity", "value", "note"), _rows(result), left=("quantity", "note"), show_header=False)
 
 
 def _rows(result: Plan) -> list[tuple[str, str, str]]:
     memory, bound = result.memory, result.bound
     assert memory is not None
     assert result.memory_bytes is not None
-    of = f"of {memory.available / _GIB:.0f}" if memory.available else ""
+
+    def at_least(seconds: float | None) -> str:
+        return "" if seconds is None else f"at least {1e3 * seconds:.1f} ms"
+
+    available = f"of {memory.available / _GIB:.0f}" if memory.available else ""
     rows = [
-        ("memory per device, GiB", f"{memory.peak / _GIB:.2f}", of),
+        ("memory per device, GiB", f"{memory.peak / _GIB:.2f}", available),
         ("  arguments", f"{memory.arguments / _GIB:.2f}", "state, teachers, batch"),
         ("  temporaries", f"{memory.temporaries / _GIB:.2f}", "activations, gradients"),
         ("  outputs and program", f"{(memory.outputs + memory.program) / _GIB:.2f}", ""),
         ("per device and step", "", ""),
-        ("  TFLOP", f"{result.flops / 1e12:.2f}", "" if bound is None else f"at least {1e3 * bound.compute_s:.1f} ms"),
+        ("  TFLOP", f"{result.flops / 1e12:.2f}", at_least(bound.compute_s if bound else None)),
     ]
     if result.padding is not None:
         counts = [f"{n}: {' or '.join(map(str, better))}" for n, better in result.fuller_token_counts.items() if better]
         note = f"token counts that fill tiles: {'; '.join(counts)}" if counts else ""
         rows.append(("  tile padding in products, %", f"{100 * result.padding:.0f}", note))
-    rows += [
-        (
-            "  memory traffic, GB",
-            f"{result.memory_bytes / 1e9:.1f}",
-            "" if bound is None else f"at least {1e3 * bound.memory_s:.1f} ms",
-        ),
-    ]
+    rows.append(
+        ("  memory traffic, GB", f"{result.memory_bytes / 1e9:.1f}", at_least(bound.memory_s if bound else None))
+    )
     for c in result.collectives:
-        size = f"{c.bytes / 1e6:.1f}"
-        rows.append((f"  {c.kind} over {c.group}, MB", size, f"{c.runs} of them"))
+        rows.append((f"  {c.kind} over {c.group}, MB", f"{c.bytes / 1e6:.1f}", f"{c.runs} of them"))
     if bound is None:
         return rows
     rows += [
-        ("  collectives", "", f"at least {1e3 * bound.network_s:.1f} ms"),
+        ("  collectives", "", at_least(bound.network_s)),
         ("step, lower bound, ms", f"{1e3 * bound.step_s:.1f}", f"bound by {bound.binds}"),
         ("images/s, upper bound", f"{bound.images_per_s:,.0f}", ""),
     ]

@@ -13,7 +13,7 @@ from sit_jax.data.sources import read_picture
 from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import ImageDecodeError, PartialFailureError
 from sit_jax.io.inference import softmax
-from sit_jax.io.predictor import Predictor
+from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
 
 Style = Literal["table", "jsonl", "csv"]
@@ -40,32 +40,32 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    predictor: Predictor, pictures: Sequence[str], top: int = 5, batch_size: int = 32
+    model: Model, pictures: Sequence[str], top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction | ImageDecodeError]:
     """Yields predictions in the order of the images, or an error for an image that cannot be read.
 
     Files are read one batch ahead, which bounds the memory.
 
     Args:
-        predictor: The model.
+        model: The model.
         pictures: Image files.
         top: Number of top classes to return; all if there are fewer.
         batch_size: Number of images per batch.
     """
     waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
     readable = 0
-    for name, pixels in _read(predictor, pictures, ahead=2 * batch_size):
+    for name, pixels in _read(model, pictures, ahead=2 * batch_size):
         waiting.append((name, pixels))
         readable += not isinstance(pixels, ImageDecodeError)
         # Errors of a folder of unreadable files are then reported during reading.
         if readable == batch_size or len(waiting) == 4 * batch_size:
-            yield from _answer(predictor, waiting, top, batch_size)
+            yield from _answer(model, waiting, top, batch_size)
             waiting, readable = [], 0
-    yield from _answer(predictor, waiting, top, batch_size)
+    yield from _answer(model, waiting, top, batch_size)
 
 
 def run_predict(
-    predictor: Predictor,
+    model: Model,
     pictures: Sequence[str],
     top: int,
     style: Style,
@@ -81,9 +81,9 @@ def run_predict(
         PartialFailureError: Some images could not be read.
     """
     skipped = 0
-    write = _WRITERS[style](out, predictor.class_names)
+    write = _WRITERS[style](out, model.class_names)
     with Progress("predict", len(pictures), 0, 1) as progress:
-        for done, answer in enumerate(predict(predictor, pictures, top, batch_size), start=1):
+        for done, answer in enumerate(predict(model, pictures, top, batch_size), start=1):
             if isinstance(answer, ImageDecodeError):
                 skipped += 1
                 progress.note(f"skipped {answer}")
@@ -100,12 +100,10 @@ def run_predict(
         )
 
 
-def _read(
-    predictor: Predictor, pictures: Sequence[str], ahead: int
-) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
+def _read(model: Model, pictures: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
     """Yields the pixels of each image in order, with at most `ahead` images read in advance."""
-    arch = predictor.arch
-    transform = EvalTransform(predictor.data, arch.image_size, arch.in_channels)
+    arch = model.arch
+    transform = EvalTransform(model.data, arch.image_size, arch.in_channels)
 
     def load(name: str) -> tuple[str, np.ndarray | ImageDecodeError]:
         try:
@@ -127,7 +125,7 @@ def _read(
 
 
 def _answer(
-    predictor: Predictor, pictures: list[tuple[str, np.ndarray | ImageDecodeError]], top: int, batch_size: int
+    model: Model, pictures: list[tuple[str, np.ndarray | ImageDecodeError]], top: int, batch_size: int
 ) -> Iterator[Prediction | ImageDecodeError]:
     pixels = [x for _, x in pictures if not isinstance(x, ImageDecodeError)]
     rows: Iterator[np.ndarray] = iter(())
@@ -135,8 +133,8 @@ def _answer(
         # The last batch is padded, so that it needs no compilation.
         batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
         batch[: len(pixels)] = pixels
-        rows = iter(softmax(predictor.logits(batch))[: len(pixels)])
-    names = predictor.class_names
+        rows = iter(softmax(model.logits(batch))[: len(pixels)])
+    names = model.class_names
     for name, read in pictures:
         if isinstance(read, ImageDecodeError):
             yield read

@@ -1,38 +1,40 @@
 """Summarizes a finished run: summary.json, a table, curves.png and slimming.png."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from jaxtyping import Array
 
 from sit_jax.analysis.benchmark import measure_throughput
 from sit_jax.analysis.flops import count_cost
-from sit_jax.config import Config
+from sit_jax.analysis.table import cell, print_table
+from sit_jax.config import JsonObject
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.io import runs
-from sit_jax.io.preprocessing import run_class_names
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed
-from sit_jax.training.init import given_teacher, is_own_run
-from sit_jax.training.loop import evaluate_variables
+from sit_jax.training.evaluate import evaluate_model
+from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.slimming_png import draw_slimming
-from sit_jax.visual.token_maps import token_maps
+from sit_jax.visual.token_maps import model_token_maps
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
-_PICTURES_SHOWN = 6
+_IMAGES_SHOWN = 6
+# Ratios of a summary and their form in the table.
+_RATIOS = {"gmac_ratio": "MMAC 1/{:.2f}", "speedup": "speed x{:.2f}"}
 
 
-def summarize(folder: pathlib.Path) -> dict[str, Any]:
+def summarize(folder: pathlib.Path) -> JsonObject:
     """Evaluates and times a finished run's student and its teacher, and writes the summary and the images.
 
     Returns:
@@ -41,129 +43,95 @@ def summarize(folder: pathlib.Path) -> dict[str, Any]:
         `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
         None if its denominator is 0 or a value is missing.
     """
-    models, folders = trained_models(folder)
-    config, variables = models["student"]
+    student = load_run(folder)
+    teacher = trained_teacher(student, folder)
+    models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    config = student.config
+    assert config is not None
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config.inputs, source)))["image"]
     images = np.asarray(normalize(jnp.asarray(pixels), config.data))
-    forwards = {name: _forward(model, weights) for name, (model, weights) in models.items()}
-    speed = measure_throughput(forwards, images)
-    summary: dict[str, Any] = {}
-    for name, (model, weights) in sorted(models.items(), reverse=True):
-        arch = model.model.architecture
-        what = str(folders.get(name, name))
-        entry: dict[str, Any] = {"top1": evaluate_variables(model, weights, what)["top1"]}
-        if isinstance(arch, Architecture):
-            cost = count_cost(arch)
-            entry |= {"params": cost.params, "gmac": cost.gmac}
-        summary[name] = {**entry, "images_per_s": speed[name]}
+    speed = measure_throughput({name: functools.partial(_logits, model) for name, model in models.items()}, images)
+    summary: JsonObject = {}
+    for name, model in models.items():
+        summary[name] = {"top1": evaluate_model(model, match_names=False)["top1"]}
+        if isinstance(model.arch, Architecture):
+            cost = count_cost(model.arch)
+            summary[name] |= {"params": cost.params, "gmac": cost.gmac}
+        summary[name]["images_per_s"] = speed[name]
     if "teacher" in summary:
-        student, teacher = summary["student"], summary["teacher"]
-        summary["kept_accuracy"] = _ratio(student["top1"], teacher["top1"])
-        summary["gmac_ratio"] = _ratio(teacher.get("gmac"), student.get("gmac"))
-        summary["speedup"] = _ratio(student["images_per_s"], teacher["images_per_s"])
+        mine, theirs = summary["student"], summary["teacher"]
+        summary["kept_accuracy"] = _ratio(mine["top1"], theirs["top1"])
+        summary["gmac_ratio"] = _ratio(theirs.get("gmac"), mine.get("gmac"))
+        summary["speedup"] = _ratio(mine["images_per_s"], theirs["images_per_s"])
     summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
     if not distributed.is_process_0():
         return summary
     with runs.writing(folder):
         runs.write_json(folder / runs.SUMMARY, summary)
-        draw_curves(folder, folders)
-        _draw_examples(folder, config, variables, pixels, images, source.class_names)
+        folders = {name: pathlib.Path(model.source) for name, model in models.items()}
+        draw_curves(folder, {name: path for name, path in folders.items() if runs.is_run(path)})
+        _draw_examples(folder, student, pixels, source.class_names)
     return summary
 
 
-def trained_models(folder: pathlib.Path) -> tuple[dict[str, tuple[Config, dict[str, Any]]], dict[str, pathlib.Path]]:
-    """Returns configuration and variables of a run's `student` and, if any, its `teacher`, and their run directories.
-
-    Raises:
-        UserError: The weights of a model cannot be read.
-    """
-    config, variables = runs.trained_variables(folder)
-    models, folders = {"student": (config, variables)}, {"student": folder}
-    teacher = trained_teacher(folder, config)
-    if teacher is not None:
-        models["teacher"] = teacher.config, teacher.variables
-        if teacher.folder is not None:
-            folders["teacher"] = teacher.folder
-    return models, folders
-
-
-class Teacher(NamedTuple):
-    """A run's teacher.
-
-    Attributes:
-        config: Its model, with the student's data.
-        variables: Its variables, with the heads in the order of the student's classes.
-        folder: Its run directory; None for weights of another framework, which have no curves.
-    """
-
-    config: Config
-    variables: dict[str, Any]
-    folder: pathlib.Path | None
-
-
-def trained_teacher(folder: pathlib.Path, config: Config) -> Teacher | None:
-    """Returns the teacher of a run, or None for a run without a teacher.
+def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
+    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none.
 
     Args:
+        student: The run's model.
         folder: The run directory.
-        config: The run's configuration.
 
     Raises:
         UserError: Its weights cannot be read.
     """
-    if config.teacher is None:
+    config = student.config
+    if config is None or config.teacher is None:
         return None
     if not config.teacher.run:
-        return Teacher(*runs.trained_variables(folder / "teacher"), folder / "teacher")
-    place = pathlib.Path(config.teacher.run) if is_own_run(config.teacher.run) else None
-    variables = given_teacher(config.teacher, "teacher", run_class_names(config, folder))
+        return load_run(folder / "teacher")
+    variables = given_teacher(config.teacher, "teacher", student.metadata.get("class_names"))
     # The teacher is evaluated on the student's data, independent of its own training data.
-    return Teacher(config.teacher_run(config.teacher), variables, place)
+    own = config.teacher_run(config.teacher)
+    arch, dtype = own.model.architecture, own.model.dtype
+    return Model(arch, variables, dtype=dtype, config=own, source=config.teacher.run)
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_summary(summary: JsonObject) -> None:
     """Prints a summary as a table on standard output."""
-    table = Table(title=f"Images/s: {summary['images_per_s_measured']}")
-    for heading in ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name in ("teacher", "student"):
-        if name not in summary:
-            continue
-        entry = summary[name]
-        compared = name == "student" and "teacher" in summary
-        forms = (("gmac_ratio", "MMAC 1/{:.2f}"), ("speedup", "speed x{:.2f}"))
-        ratios = [_cell(summary.get(key), form) for key, form in forms]
-        table.add_row(
-            name,
-            f"{entry['top1']:.2%}",
-            _cell(summary["kept_accuracy"] if compared else None, "{:.2%}"),
-            f"{entry['params']:,}" if "params" in entry else "",
-            f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
-            f"{entry['images_per_s']:,.0f}",
-            ", ".join(filter(None, ratios)) if compared else "",
+    names = [name for name in ("teacher", "student") if name in summary]
+    rows = []
+    for name in names:
+        entry, compared = summary[name], summary if names[0] != name else {}
+        ratios = [cell(compared.get(key), form) for key, form in _RATIOS.items()]
+        rows.append(
+            (
+                name,
+                f"{entry['top1']:.2%}",
+                cell(compared.get("kept_accuracy"), "{:.2%}"),
+                cell(entry.get("params"), "{:,}"),
+                f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
+                f"{entry['images_per_s']:,.0f}",
+                ", ".join(filter(None, ratios)),
+            )
         )
-    Console().print(table)
+    headings = ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio")
+    print_table(headings, rows, left=("",), title=f"Images/s: {summary['images_per_s_measured']}")
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
-
-
-def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
+def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
     """Plots loss terms and accuracy of one or several runs against their epochs, in `curves.png`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(runs), 7), layout="constrained")
-    axes = figure.subplots(2, len(runs), squeeze=False)
-    for column, (name, place) in enumerate(sorted(runs.items(), reverse=True)):
+    figure = Figure(figsize=(6 * len(folders), 7), layout="constrained")
+    axes = figure.subplots(2, len(folders), squeeze=False)
+    for column, (name, place) in enumerate(folders.items()):
         lines = read_metrics(place)
-        train = [line for line in lines if line["kind"] == "train"]
-        scores = evaluations(lines)
+        train, scores = [line for line in lines if line["kind"] == "train"], evaluations(lines)
         terms = ("loss", "classification", "token", "logits", "hard")
         for term in [term for term in terms if train and term in train[0]]:
             axes[0, column].plot([x["step"] for x in train], [x[term] for x in train], label=term)
@@ -177,23 +145,15 @@ def draw_curves(folder: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
     figure.savefig(folder / CURVES, dpi=110)
 
 
-def _forward(config: Config, variables: dict[str, Any]) -> Any:
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
-    return lambda images: model.apply(variables, images)[0]
+def _logits(model: Model, images: Array) -> Array:
+    logits: Array = model.module.apply(model.variables, images)[0]
+    return logits
 
 
-def _draw_examples(
-    folder: pathlib.Path,
-    config: Config,
-    variables: dict[str, Any],
-    pixels: np.ndarray,
-    images: np.ndarray,
-    class_names: Sequence[str],
-) -> None:
+def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class_names: Sequence[str]) -> None:
     """Draws the token maps of the student's kept tokens, for the first images of the evaluation split."""
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture) or not arch.is_slimmed:
+    if not isinstance(model.arch, Architecture) or not model.arch.is_slimmed:
         return
-    maps = token_maps(build_model(arch), variables, images[:_PICTURES_SHOWN])
-    titles = [f"says {class_names[index]}" for index in maps.logits.argmax(axis=1)]
-    draw_slimming(folder / SLIMMING, pixels[:_PICTURES_SHOWN], maps, titles)
+    maps = model_token_maps(model, pixels[:_IMAGES_SHOWN])
+    titles = [f"predicted: {class_names[index]}" for index in maps.logits.argmax(axis=1)]
+    draw_slimming(folder / SLIMMING, pixels[:_IMAGES_SHOWN], maps, titles)

@@ -1,7 +1,6 @@
 """`sit evaluate`."""
 
 import argparse
-import dataclasses
 import json
 import pathlib
 
@@ -35,21 +34,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluates and prints the metrics."""
     first = join(arguments)
     keep_memory()
-    from sit_jax.io.predictor import evaluation_data, is_run, open_predictor
-    from sit_jax.io.runs import read_config
-    from sit_jax.training.evaluate import evaluate_predictor
-    from sit_jax.training.loop import evaluate_run
+    from sit_jax.io.load import load
+    from sit_jax.training.evaluate import evaluate_model
 
     keys = ("name", "eval_split", "data_dir", "val_fraction", "on_decode_error")
     changes = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
     match_names = arguments.match_classes == "names"
-    model = arguments.workdir or arguments.source
-    if arguments.workdir or is_run(model):
-        data = dataclasses.replace(read_config(model).data, **changes)
-        result = evaluate_run(model, arguments.ema, arguments.step, data, match_names)
-    else:
-        predictor = open_predictor(model, arguments.ema, arguments.step)
-        result = evaluate_predictor(predictor, evaluation_data(predictor, changes), match_names=match_names)
+    model = load(arguments.workdir or arguments.source, ema=arguments.ema, step=arguments.step)
+    result = evaluate_model(model, model.evaluation_data(changes), match_names)
     if first and arguments.json:
         print(json.dumps(result))
     elif first:

@@ -25,9 +25,9 @@ def run(arguments: argparse.Namespace) -> None:
     keep_memory()
     from sit_jax.analysis.predict import run_predict
     from sit_jax.data.folder import find_pictures
-    from sit_jax.io.predictor import open_predictor
+    from sit_jax.io.load import load
 
     pictures = find_pictures(arguments.pictures, sys.stdin)
-    predictor = open_predictor(arguments.source, arguments.ema, arguments.step)
+    model = load(arguments.source, ema=arguments.ema, step=arguments.step)
     how = (arguments.top, arguments.format, arguments.batch_size)
-    run_predict(predictor, pictures, *how, sys.stdout, reader_gone)
+    run_predict(model, pictures, *how, sys.stdout, reader_gone)

@@ -30,9 +30,10 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Draws figures, or writes arrays."""
-    from sit_jax.visual.visualize import FIGURES, Ways, command
+    from sit_jax.visual.visualize import FIGURES, OutputSettings, command
 
     default = FIGURES if arguments.arrays is None else None
-    ways = Ways(arguments.output or default, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
+    figures = arguments.output or default
+    output = OutputSettings(figures, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
     data = {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir}
-    command(arguments.source, arguments.pictures, ways, data, arguments.limit, arguments.ema, arguments.step)
+    command(arguments.source, arguments.pictures, output, data, arguments.limit, arguments.ema, arguments.step)

@@ -7,36 +7,29 @@ column has its own weights. The model was not trained for fewer tokens, so the a
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Params
 
-_SHARES = (0.8, 0.6, 0.4)
+# Factors of the keep ratio.
+_FACTORS = (0.8, 0.6, 0.4)
 
 
 class Keep(NamedTuple):
-    """Number of tokens that each slimming module keeps.
-
-    Attributes:
-        label: Label on the page.
-        counts: One number per module, in order.
-    """
+    """Number of tokens that each slimming module keeps, in order, with a label for the page."""
 
     label: str
     counts: tuple[int, ...]
 
 
 def keeps(arch: Architecture) -> tuple[Keep, ...]:
-    """Returns the trained token counts, then smaller ones: those of a smaller keep ratio, at least one per module.
-
-    Args:
-        arch: A slimmed model's architecture.
-    """
+    """Returns a slimmed model's trained token counts, then those of smaller keep ratios, at least one per module."""
     trained = arch.token_counts[1:]
     found = {trained: "as trained"}
-    for share in _SHARES:
-        counts = tuple(max(1, int(count * share ** (stage + 1))) for stage, count in enumerate(trained))
-        ratio = f"keep ratio {arch.keep_ratio * share:.2g}" if arch.keep_ratio else f"{share:.0%} per module"
+    for factor in _FACTORS:
+        counts = tuple(max(1, int(count * factor ** (stage + 1))) for stage, count in enumerate(trained))
+        ratio = f"keep ratio {arch.keep_ratio * factor:.2g}" if arch.keep_ratio else f"{factor:.0%} per module"
         found.setdefault(counts, ratio)
     return tuple(Keep(f"{label}: {tokens_in_words(counts)}", counts) for counts, label in found.items())
 
@@ -46,9 +39,7 @@ def tokens_in_words(counts: tuple[int, ...]) -> str:
     return f"{'/'.join(map(str, counts))} {'token' if counts == (1,) else 'tokens'}"
 
 
-def with_fewer_tokens(
-    arch: Architecture, params: dict[str, Any], counts: tuple[int, ...]
-) -> tuple[Architecture, dict[str, Any]]:
+def with_fewer_tokens(arch: Architecture, params: Params, counts: tuple[int, ...]) -> tuple[Architecture, Params]:
     """Returns architecture and parameters of a model whose slimming modules output only the first of their tokens.
 
     Args:

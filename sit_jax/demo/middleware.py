@@ -5,6 +5,7 @@ it uploaded itself.
 """
 
 import asyncio
+import itertools
 import json
 import pathlib
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
@@ -30,12 +31,7 @@ _FORM, _MOST_UPLOADS = 100_000, 50
 class Guard:
     """ASGI middleware that closes unused endpoints, limits uploads, and rejects requests that name other files.
 
-    Only uploaded files may be named in a request.
-
-    Args:
-        app: The wrapped application.
-        uploads: Folder of uploaded files and drawn images.
-        max_bytes: Largest size of an uploaded file.
+    Only files in `uploads`, the folder of uploaded files and drawn images, may be named in a request.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], uploads: pathlib.Path, max_bytes: int) -> None:
@@ -69,11 +65,11 @@ class Guard:
         """Returns status and reason, or None if the upload is allowed."""
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or b"transfer-encoding" in headers:
-            return 411, "uploads must say how long they are"
+            return 411, "uploads must have a Content-Length"
         if int(length) > self._max_bytes + _FORM:
             return 413, f"uploads of this page have at most {self._max_bytes} bytes"
         if await asyncio.to_thread(_size, self._uploads) > _MOST_UPLOADS * self._max_bytes:
-            return 507, "too many uploads lie here; they are deleted within about an hour"
+            return 507, "too many uploads are stored here; they are deleted within about an hour"
         return None
 
     def _names_uploads_only(self, body: bytes) -> bool:
@@ -111,14 +107,14 @@ def _size(folder: pathlib.Path) -> int:
     return total
 
 
-def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+def _entries(value: object) -> Iterator[tuple[str, object]]:
+    """Yields all keys and values of JSON objects, on all levels."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield key, inner
             yield from _entries(inner)
     elif isinstance(value, list):
-        for inner in value:
-            yield from _entries(inner)
+        yield from itertools.chain.from_iterable(map(_entries, value))
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -6,160 +6,169 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
-import numpy as np
 
 from sit_jax.data.sources import read_picture
 from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
-from sit_jax.visual.inspected_model import ModelInput
-from sit_jax.visual.pictures import as_rgb, heat, regions
-from sit_jax.visual.token_maps import StageMaps, TokenMaps
+from sit_jax.visual.images import as_rgb, heat, regions
+from sit_jax.visual.model_input import ModelInput
+from sit_jax.visual.token_maps import TokenMaps
 
 _MOST_TOKENS_SHOWN = 24
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Number of sessions whose images are kept in memory, and seconds for which files and sessions are kept.
 SESSIONS, KEPT_SECONDS = 50, 3600
-_HEAD = """# What slimming does to a picture
-A student passes on fewer and fewer tokens. Drop a picture: both models say what is on it, and below stands where the
-student's tokens look. The picture stays on the machine that serves this page."""
-_WHY_FEWER = """Each token is made by itself, and nothing behind a slimming module depends on how many come: so fewer
-can be had with the weights as they are. More cannot, and nothing was trained for fewer."""
+_HEAD = """# What slimming does to an image
+A student keeps fewer and fewer tokens. Drop an image: both models classify it, and the maps show which patches each of
+the student's tokens is made of. The image stays on the machine that serves this page."""
+_WHY_FEWER = """Each token has its own weights, and no weight after a slimming module depends on the number of tokens:
+fewer tokens need no other weights. More are not possible. The model was not trained for fewer, which costs accuracy."""
 _TOKENS = "Where each token looks, and how many patches it is made of"
 _WHY_NOT = "No other number of tokens: each of this model's slimming modules makes a single one."
-_SERIF_FREE = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
+_SANS_SERIF = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
-class Looked(NamedTuple):
-    """State of a session: its last image.
+# New values of the page's components.
+Updates = Sequence[object]
+
+
+class Session(NamedTuple):
+    """State of a session: the last image, preprocessed, and the student's token maps.
 
     Stages are drawn when the slider requests them: all of them together need tens of megabytes.
-
-    Attributes:
-        seen: The preprocessed image.
-        maps: The student's token maps.
     """
 
-    seen: ModelInput
+    inputs: ModelInput
     maps: TokenMaps
 
 
-class _Words(gr.themes.Font):
+class _LocalFont(gr.themes.Font):
     """A font of the user's machine, which needs no download."""
 
-    def stylesheet(self) -> dict[str, Any]:
+    def stylesheet(self) -> dict[str, None]:
         return {"url": None, "css": None}
 
 
 def theme() -> gr.themes.Base:
     """Returns Gradio's default theme with the user's own fonts."""
-    return gr.themes.Default(font=[_Words(x) for x in _SERIF_FREE], font_mono=[_Words(x) for x in _MONOSPACE])
+    fonts, monospace = [_LocalFont(name) for name in _SANS_SERIF], [_LocalFont(name) for name in _MONOSPACE]
+    return gr.themes.Default(font=fonts, font_mono=monospace)
 
 
-def build_page(contest: DemoModels, max_mb: int) -> gr.Blocks:
+def build_page(models: DemoModels, max_mb: int) -> gr.Blocks:
     """Builds the page without serving it.
 
     Args:
-        contest: The models.
+        models: The models.
         max_mb: Largest file size, for the label; the server enforces it.
     """
-    students, teachers = list(contest.students), list(contest.teachers)
+    students, teachers = list(models.students), list(models.teachers)
+    first = models.students[students[0]]
     with gr.Blocks(title="sit demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
-        looked = gr.State(None, time_to_live=KEPT_SECONDS)
+        session = gr.State(None, time_to_live=KEPT_SECONDS)
         gr.Markdown(_HEAD)
         with gr.Row():
             with gr.Column(scale=1):
-                label = f"Picture, up to {max_mb} MB and {MAX_PIXELS // 10**6} megapixels"
-                file = gr.File(label=label, file_types=["image"], type="filepath", elem_id="picture", height=140)
+                label = f"Image, up to {max_mb} MB and {MAX_PIXELS // 10**6} megapixels"
+                file = gr.File(label=label, file_types=["image"], type="filepath", elem_id="image", height=140)
                 teacher = gr.Dropdown(teachers, value=teachers[0], label="Teacher", elem_id="teacher")
                 student = gr.Dropdown(students, value=students[0], label="Student", elem_id="student")
-                keep = gr.Radio(
-                    **_keep_control(contest.students[students[0]]), label="Tokens passed on", elem_id="keep"
-                )
-                why = gr.Markdown(_keep_reason(contest.students[students[0]]))
+                keep, why = _keep_control(first), gr.Markdown(_keep_reason(first))
             with gr.Column(scale=2):
                 with gr.Row():
                     answers = [gr.Label(label=who, elem_id=f"{who.lower()}-says") for who in ("Teacher", "Student")]
                 costs = gr.Markdown(elem_id="costs")
         slider = gr.Slider(0, 1, step=1, value=0, label="Stage", elem_id="stage", interactive=False)
-        text = gr.Markdown("Stage 0 is the picture; each further one stands behind a slimming module.", elem_id="text")
+        text = gr.Markdown("Stage 0 is the image; each further one follows a slimming module.", elem_id="text")
         with gr.Row():
-            quiet: dict[str, Any] = {"buttons": [], "format": "png", "interactive": False}
-            picture = gr.Image(label="Which patches go together", elem_id="map", scale=1, **quiet)
+            image = gr.Image(
+                label="Patches of each token", elem_id="map", scale=1, buttons=[], format="png", interactive=False
+            )
             tokens = gr.Gallery(
                 label=_TOKENS, elem_id="tokens", columns=4, scale=2, height="auto", buttons=[], format="png"
             )
 
-        def answer(path: str | None, left: str, right: str, chosen: str | None) -> Sequence[Any]:
+        def answer(path: str | None, left: str, right: str, chosen: str | None) -> Updates:
             if path is None:
                 nothing = gr.Slider(maximum=1, value=0, interactive=False)
                 return None, None, "", None, nothing, "", None, []
             try:
-                return _answer(path, contest.teachers[left], contest.students[right], chosen)
+                return classify(path, models.teachers[left], models.students[right], chosen)
             except UserError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
-        def choose(name: str) -> Sequence[Any]:
-            return gr.Radio(**_keep_control(contest.students[name])), _keep_reason(contest.students[name])
+        def choose(name: str) -> Updates:
+            return _keep_control(models.students[name]), _keep_reason(models.students[name])
 
         # If the user proceeds during a prediction, only the result of the last request is shown.
         private: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
-        inputs, shown = [file, teacher, student, keep], [slider, text, picture, tokens]
-        outputs = [*answers, costs, looked, *shown]
+        inputs, shown = [file, teacher, student, keep], [slider, text, image, tokens]
+        outputs = [*answers, costs, session, *shown]
         gr.on([file.upload, file.clear, teacher.input, keep.input], answer, inputs, outputs, **private)
         student.input(choose, student, [keep, why], **private).then(answer, inputs, outputs, **private)
-        slider.input(_at, [looked, slider], [text, picture, tokens], show_progress="hidden", **private)
+        slider.input(_show_stage, [session, slider], [text, image, tokens], show_progress="hidden", **private)
     return page
 
 
-def _answer(path: str, teacher: DemoModel, student: DemoModel, chosen: str | None) -> Sequence[Any]:
-    """Returns the values of all components for one image; the keep control is given by its label."""
+def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | None) -> Updates:
+    """Returns the values of all components for one image file.
+
+    Args:
+        path: The file.
+        teacher: The teacher.
+        student: The student.
+        chosen: Label of one of its `keeps`; the trained token counts if it has no such label.
+
+    Raises:
+        UserError: The file is not an image.
+    """
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
-        raise UserError(f"{file.name}: is no picture; give one of {', '.join(_SUFFIXES)}")
+        raise UserError(f"{file.name}: is not an image; give one of {', '.join(_SUFFIXES)}")
     example = read_picture(path, name=file.name)  # Messages on the page must not contain folders of the server.
     keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
-    ways: list[tuple[DemoModel, Keep | None]] = [(teacher, None), (student, keep)]
-    seen = [model.preprocess(example) for model, _ in ways]
-    maps = [model.maps(view, way) for (model, way), view in zip(ways, seen, strict=True)]
-    times = milliseconds([model.forward(view, way) for (model, way), view in zip(ways, seen, strict=True)])
-    says = [model.likeliest(own) for (model, _), own in zip(ways, maps, strict=True)]
-    looked, last = Looked(seen[1], maps[1]), len(maps[1].stages)
-    costs = f"One picture, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
+    runs: list[tuple[DemoModel, Keep | None, ModelInput]] = [
+        (model, own, model.preprocess(example)) for model, own in ((teacher, None), (student, keep))
+    ]
+    maps = [model.maps(inputs, own) for model, own, inputs in runs]
+    times = milliseconds([model.forward(inputs, own) for model, own, inputs in runs])
+    answers = [model.most_likely(own) for (model, _, _), own in zip(runs, maps, strict=True)]
+    session, last = Session(runs[1][2], maps[1]), len(maps[1].stages)
+    costs = f"One image, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
     slider = gr.Slider(maximum=last, value=last, interactive=True)
-    return *says, f"{costs} ({times[0] / times[1]:.2f} times as fast).", looked, slider, *_at(looked, last)
+    faster = f"{costs} ({times[0] / times[1]:.2f} times as fast)."
+    return *answers, faster, session, slider, *_show_stage(session, last)
 
 
-def _at(looked: Looked | None, index: float) -> Sequence[Any]:
+def _show_stage(session: Session | None, index: float) -> Updates:
     """Returns the number of tokens at a slider position, their image, and image and caption of each token.
 
     The image is the input or, after slimming, the tokens' patches as regions. The tokens are sorted by class attention,
     in decreasing order.
     """
-    if looked is None:
+    if session is None:
         return "", None, []
-    seen, maps = looked
+    shown, maps = session.inputs.shown, session.maps
     place = min(int(index), len(maps.stages))
     if place < 1:
-        return f"**Stage 0**: the picture, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", as_rgb(seen.shown), []
+        return f"**Stage 0**: the image, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", as_rgb(shown), []
     stage = maps.stages[place - 1]
-    drawn = regions(seen.shown, stage.hard[0], maps.grid, stage.overlooked[0])
-    text = f"**Stage {place}**: {tokens_in_words((stage.kept,))} behind block {stage.after_block}."
+    text = f"**Stage {place}**: {tokens_in_words((stage.kept,))} after block {stage.after_block}."
     order = maps.most_attended(place - 1, 0, _MOST_TOKENS_SHOWN)
     if stage.kept > len(order):
         text += f" Shown are the {len(order)} that the class token attends to most."
-    return text, drawn, [_token(seen, maps, stage, token) for token in order]
+    tokens = [
+        (heat(shown, stage.cumulative[0, token], maps.grid), f"{stage.effective_patches[0, token]:.1f} patches")
+        for token in order
+    ]
+    return text, regions(shown, stage.hard[0], maps.grid, stage.overlooked[0]), tokens
 
 
-def _token(seen: ModelInput, maps: TokenMaps, stage: StageMaps, token: int) -> tuple[np.ndarray, str]:
-    patches = stage.effective_patches[0, token]
-    return heat(seen.shown, stage.cumulative[0, token], maps.grid), f"{patches:.1f} patches"
-
-
-def _keep_control(student: DemoModel) -> dict[str, Any]:
+def _keep_control(student: DemoModel) -> gr.Radio:
     labels = [keep.label for keep in student.keeps]
-    return {"choices": labels, "value": labels[0], "visible": len(labels) > 1}
+    return gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
 
 
 def _keep_reason(student: DemoModel) -> str:

@@ -8,7 +8,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 from sit_jax.demo.middleware import Guard
 from sit_jax.demo.models import DemoModels, open_demo_models
@@ -33,45 +32,22 @@ def serve(
         UserError: A model cannot be opened, Gradio is not installed, the port is in use, or the page does not start.
     """
     _check_address(host, port)
-    contest = open_demo_models(students, teachers)
+    models = open_demo_models(students, teachers)
     # By default, SIGTERM ends the process at once, which would leave the uploaded files.
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         with tempfile.TemporaryDirectory(prefix="sit_demo_") as folder:
-            page = start(contest, pathlib.Path(folder), host, port, max_mb)
-            shown = "localhost" if host == "0.0.0.0" else host
-            print(f"Open http://{shown}:{port} in a browser; Ctrl-C ends it", flush=True)
-            try:
-                page.block_thread()
-            finally:
-                page.close(verbose=False)
+            _serve(models, pathlib.Path(folder), host, port, max_mb)
     finally:
         signal.signal(signal.SIGTERM, former)
 
 
-def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_mb: int) -> Any:
-    """Starts serving the page; returns Gradio's `Blocks`, whose `close` stops it.
-
-    Args:
-        contest: The models.
-        folder: Folder of uploaded files and drawn images; the page reads no other files.
-        host: Address to listen on.
-        port: Port to listen on.
-        max_mb: Largest file size that the page accepts, in megabytes.
-
-    Raises:
-        UserError: Gradio is not installed, or does not start.
-    """
+def _serve(models: DemoModels, folder: pathlib.Path, host: str, port: int, max_mb: int) -> None:
+    """Serves the page; `folder` has the uploaded files and drawn images, and the page reads no other files."""
     # Read when Gradio is imported and while it runs: it connects only to its own page, for which it would use the proxy
     # of the environment, and stores its files where they are cleaned up.
-    os.environ |= {
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "GRADIO_SHARE": "False",
-        "GRADIO_TEMP_DIR": str(folder),
-        "HF_HUB_OFFLINE": "1",
-        "NO_PROXY": "*",
-        "no_proxy": "*",
-    }
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_SHARE": "False", "GRADIO_TEMP_DIR": str(folder)}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "NO_PROXY": "*", "no_proxy": "*"}
     os.environ.pop("GRADIO_ALLOWED_PATHS", None)
     try:
         from sit_jax.demo.page import SESSIONS, build_page, theme
@@ -82,7 +58,7 @@ def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
     import httpx
     from starlette.middleware import Middleware
 
-    page = build_page(contest, max_mb)
+    page = build_page(models, max_mb)
     page.queue(api_open=False, max_size=32)
     guard = Middleware(Guard, uploads=folder, max_bytes=max_mb * 2**20)
     try:
@@ -110,7 +86,12 @@ def start(contest: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
         # not respond.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Gradio cannot serve the page at {host}:{port}: {reason}") from error
-    return page
+    shown = "localhost" if host == "0.0.0.0" else host
+    print(f"Open http://{shown}:{port} in a browser; Ctrl-C ends it", flush=True)
+    try:
+        page.block_thread()
+    finally:
+        page.close(verbose=False)
 
 
 def _check_address(host: str, port: int) -> None:
@@ -119,11 +100,9 @@ def _check_address(host: str, port: int) -> None:
         socket.getaddrinfo(host, port, socket.AF_INET)
         with socket.create_server((host, port)):
             pass
-    except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else "is no name"
-        raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        if error.errno == errno.EADDRNOTAVAIL:
+    except (OSError, UnicodeError) as error:
+        unknown = isinstance(error, socket.gaierror | UnicodeError)
+        reason = (isinstance(error, OSError) and error.strerror) or "is not a name"
+        if unknown or (isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL):
             raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
         raise UserError(f"--port: {host}:{port} cannot be opened: {reason}; choose another one") from None

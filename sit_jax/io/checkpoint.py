@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from sit_jax.errors import NotFiniteError, RunError, one_line
+from sit_jax.models.trees import Params, Variables
 
 FOLDER = "checkpoints"
 BEST_BY = "top1"
@@ -54,8 +55,8 @@ def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator
 
 
 def load_variables(
-    workdir: pathlib.Path, abstract: dict[str, Any], ema: bool = False, step: int | None = None
-) -> dict[str, Any]:
+    workdir: pathlib.Path, abstract: Variables, ema: bool = False, step: int | None = None
+) -> tuple[Variables, int]:
     """Restores a model's variables, without the optimizer state, onto the default device.
 
     Args:
@@ -63,6 +64,9 @@ def load_variables(
         abstract: Shapes and types of `{'params': ..., 'batch_stats': ...}`.
         ema: Restore the moving average instead of the weights.
         step: Step of the checkpoint; the newest if None.
+
+    Returns:
+        The variables, and the step of the checkpoint.
 
     Raises:
         RunError: There is no checkpoint, it is of another model, or it contains no moving average.
@@ -78,7 +82,7 @@ def load_variables(
         except (ValueError, KeyError) as error:
             raise RunError(f"checkpoint {chosen} in {workdir} does not hold this {part}: {one_line(error)}") from None
     _check_finite(loaded[part], f"checkpoint {chosen} in {workdir}")
-    return dict(loaded[part])
+    return dict(loaded[part]), chosen
 
 
 def _check_finite(tree: Any, where: str) -> None:
@@ -94,8 +98,8 @@ def _check_finite(tree: Any, where: str) -> None:
         raise NotFiniteError(f"{where}: {bad[0]}{more} holds values that are not finite; choose another --step")
 
 
-def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) -> Any:
-    """Restores the parameters of the reverse modules; call `load_variables` first, which checks that the step exists.
+def load_reverse(workdir: pathlib.Path, abstract: Params, step: int) -> Params:
+    """Restores the parameters of the reverse modules from a checkpoint that exists.
 
     Raises:
         RunError: The checkpoint contains no such reverse modules.
@@ -112,14 +116,6 @@ def load_reverse(workdir: pathlib.Path, abstract: Any, step: int | None = None) 
     reverse = loaded["training"]["params"]["reverse"]
     _check_finite(reverse, f"{workdir}: its reverse modules")
     return reverse
-
-
-def latest_step(workdir: pathlib.Path) -> int:
-    """Returns the step of a run's newest checkpoint; raises an error if there is none."""
-    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
-        latest = checkpointer.latest
-        assert latest is not None, "there is no checkpoint"
-        return int(latest.step)
 
 
 @contextlib.contextmanager

@@ -5,21 +5,22 @@ import functools
 import json
 import pathlib
 import shutil
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from pydantic import TypeAdapter, ValidationError
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.atomic_write import atomic_create, write_safetensors
 from sit_jax.io.convert.layouts import ORIGINAL
 from sit_jax.io.convert.load_params import expected_shapes, load_params
 from sit_jax.io.convert.safetensors_npz import read_safetensors
 from sit_jax.io.convert.sit_names import name_table
-from sit_jax.io.preprocessing import check_about
-from sit_jax.io.weights import Weights
+from sit_jax.io.metadata import check_metadata
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Params, Variables
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # PyTorch users need nothing but the folder.
@@ -31,28 +32,38 @@ _OWN = ("format", "format_version", "architecture", "kept_tokens")
 _ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
 
 
-def save_folder(path: pathlib.Path, weights: Weights, with_reverse: bool = False) -> None:
+def write_folder(
+    path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params, metadata: JsonObject
+) -> None:
     """Writes a model folder atomically, with a copy of the PyTorch module next to the weights.
 
     Args:
         path: The folder; must not exist.
-        weights: The model.
-        with_reverse: Also write the reverse modules, which only training needs.
+        arch: The model's architecture.
+        variables: Its variables.
+        rtsm: Parameters of the reverse modules, which only training needs; empty to leave them out.
+        metadata: See `sit_jax.io.model.Model`.
 
     Raises:
-        UserError: The folder exists or cannot be written, or the model has no reverse modules and `with_reverse` is
-            set.
+        UserError: The folder exists or cannot be written.
     """
-    if with_reverse and not weights.reverse:
-        raise UserError(f"{path}: the model holds no reverse modules that could be written")
     with atomic_create(path) as part:
         part.mkdir()
-        write_weights(part / WEIGHTS, weights, with_reverse)
-        (part / CONFIG).write_text(json.dumps(describe(weights.arch, weights.metadata), indent=2) + "\n")
+        write_weights(part / WEIGHTS, arch, variables, rtsm)
+        (part / CONFIG).write_text(json.dumps(describe(arch, metadata), indent=2) + "\n")
         shutil.copyfile(TORCH_MODULE, part / TORCH_MODULE.name)
 
 
-def load_folder(path: pathlib.Path) -> Weights:
+class Folder(NamedTuple):
+    """The contents of a model folder; the fields are those of `sit_jax.io.model.Model`."""
+
+    arch: Architecture
+    variables: Variables
+    metadata: JsonObject
+    rtsm: Params
+
+
+def read_folder(path: pathlib.Path) -> Folder:
     """Reads a model folder, with the reverse modules if it has them.
 
     Raises:
@@ -67,10 +78,11 @@ def load_folder(path: pathlib.Path) -> Weights:
         tree = load_params(arch, tensors, ORIGINAL, reverse=any(name.startswith("rtsm.") for name in tensors))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), metadata)
+    rtsm = tree.pop("reverse", {})
+    return Folder(arch, tree, metadata, rtsm)
 
 
-def is_folder(path: pathlib.Path) -> bool:
+def is_model_folder(path: pathlib.Path) -> bool:
     """Returns whether a path is a model folder and not a run directory."""
     if not (path / CONFIG).is_file():
         return False
@@ -81,12 +93,12 @@ def is_folder(path: pathlib.Path) -> bool:
     return isinstance(values, dict) and "format" in values
 
 
-def write_weights(path: pathlib.Path, weights: Weights, with_reverse: bool) -> None:
-    """Writes the weights file in the original's layout; see `save_folder`."""
-    arrays = flatten_dict({"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse})
-    table = name_table(weights.arch, with_reverse)
+def write_weights(path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params) -> None:
+    """Writes the weights file in the original's layout; see `write_folder`."""
+    arrays = flatten_dict({**variables, "reverse": rtsm})
+    table = name_table(arch, bool(rtsm))
     tensors = (entry.to_torch(np.asarray(arrays[entry.path], np.float32)) for entry in table)
-    write_safetensors(path, original_shapes(weights.arch, with_reverse), tensors)
+    write_safetensors(path, original_shapes(arch, bool(rtsm)), tensors)
 
 
 @functools.cache
@@ -100,13 +112,13 @@ def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, .
     return {entry.key: entry.to_torch(ours[entry.path]).shape for entry in name_table(arch, reverse)}
 
 
-def describe(arch: Architecture, metadata: dict[str, Any]) -> dict[str, Any]:
+def describe(arch: Architecture, metadata: JsonObject) -> JsonObject:
     """Returns the description of a model as JSON values: the contents of `config.json`."""
     own = {"format": FORMAT, "format_version": VERSION, "architecture": dataclasses.asdict(arch)}
     return {**own, "kept_tokens": list(arch.token_counts), **metadata}
 
 
-def read_description(values: dict[str, Any], where: object) -> tuple[Architecture, dict[str, Any]]:
+def read_description(values: JsonObject, where: object) -> tuple[Architecture, JsonObject]:
     """Returns the architecture and `metadata` that a description holds; the inverse of `describe`.
 
     Args:
@@ -131,11 +143,11 @@ def read_description(values: dict[str, Any], where: object) -> tuple[Architectur
         kept, counts = values.get("kept_tokens"), list(arch.token_counts)
         raise UserError(f"{where}: kept_tokens is {kept}, but the architecture gives {counts}")
     metadata = {name: value for name, value in values.items() if name not in _OWN}
-    check_about(metadata, arch.num_classes, where)
+    check_metadata(metadata, arch.num_classes, where)
     return arch, metadata
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> JsonObject:
     """Reads a JSON object from a file.
 
     Raises:

@@ -15,11 +15,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sit_jax.config import Config
+from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.errors import RunError
-from sit_jax.io.checkpoint import FOLDER, load_variables
-from sit_jax.models import abstract_variables
+from sit_jax.io.checkpoint import FOLDER
 
 CONFIG = "config.json"
 CLASS_NAMES = "class_names.json"
@@ -56,6 +55,25 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
         write_json(path, to_dict(config))
 
 
+def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
+    """Returns run directory and step of a path `RUN/checkpoints/STEP`; for a run directory, the step is None."""
+    if path.parent.name == FOLDER and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Returns whether a path is a run directory, with a checkpoint or without, or one of its checkpoints."""
+    folder, _ = find_checkpoint(path)
+    if (folder / FOLDER).is_dir():
+        return True
+    try:
+        # Model folders, of this or another program, have a config.json as well.
+        return "optim" in read_object(folder / CONFIG)
+    except RunError:
+        return False
+
+
 def read_config(workdir: pathlib.Path) -> Config:
     """Returns the configuration of a run directory.
 
@@ -64,11 +82,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     """
     path = workdir / CONFIG
     if not path.is_file():
-        raise RunError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
-    values = _read(path)
-    if not isinstance(values, dict):
-        raise RunError(f"{path} holds no JSON object")
-    return from_config_dict(values, quiet=True)
+        raise RunError(f"{workdir} is not a run directory: it has no {CONFIG}")
+    return from_config_dict(read_object(path), quiet=True)
 
 
 def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) -> None:
@@ -119,6 +134,18 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.replace(path)
 
 
+def read_object(path: pathlib.Path) -> JsonObject:
+    """Reads a JSON object.
+
+    Raises:
+        RunError: The file cannot be read, or is not a JSON object.
+    """
+    values = _read(path)
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: is not a JSON object")
+    return values
+
+
 def _read(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -139,23 +166,3 @@ def _difference(theirs: Any, mine: Any, where: str = "") -> str:
                 return inner
         return ""
     return "" if theirs == mine else f"{where} is {theirs!r} there and {mine!r} here"
-
-
-def trained_variables(
-    folder: pathlib.Path, ema: bool = False, step: int | None = None
-) -> tuple[Config, dict[str, Any]]:
-    """Returns the configuration and the model's variables of a run.
-
-    Args:
-        folder: The run directory.
-        ema: Read the moving average instead of the weights.
-        step: Step of the checkpoint; the newest if None.
-
-    Raises:
-        RunError: There is no run, no checkpoint, or no moving average in it.
-    """
-    config = read_config(folder)
-    if ema and config.optim.ema_decay == 0:
-        raise RunError(f"{folder} keeps no moving average: optim.ema_decay is 0 there")
-    abstract = {"batch_stats": {}, **abstract_variables(config.model.architecture)}
-    return config, load_variables(folder, abstract, ema, step)

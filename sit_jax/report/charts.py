@@ -3,11 +3,13 @@
 import dataclasses
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import plotly.graph_objects as go
 
+from sit_jax.config import JsonObject
 from sit_jax.report.evaluation import EvalReport
 from sit_jax.report.load_run import Line, RunInfo
 
@@ -23,15 +25,8 @@ _FEW_POINTS = 60
 _MOST_BARS = 30
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
-    """A curve.
-
-    Attributes:
-        name: Name of the curve.
-        steps: Optimizer steps of the values.
-        values: One value per step.
-    """
+class Series(NamedTuple):
+    """A curve: one value for each of these optimizer steps."""
 
     name: str
     steps: list[int]
@@ -40,33 +35,27 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart with its values and description.
+    """A chart with its description in one or two sentences, and its values as the headings and rows of a table.
 
-    Attributes:
-        key: A key unique within the page; letters, digits and hyphens.
-        title: Heading of the chart.
-        summary: Description in one or two sentences.
-        figure: Plotly's `data` and `layout`, as plain values; the page sets the colours.
-        headings: Column headings of the table.
-        rows: Rows of the table; the first cell is the row's name.
-        note: What the chart or the table omits; empty for nothing.
+    `key` is unique within the page: letters, digits and hyphens. `figure` is Plotly's `data` and `layout`, as plain
+    values; the page sets the colors. `note` states what the chart or the table omits.
     """
 
     key: str
     title: str
     summary: str
-    figure: dict[str, Any]
+    figure: JsonObject
     headings: list[str]
     rows: list[list[str]]
     note: str
 
 
-def run_charts(record: RunInfo, key: str) -> list[Chart]:
+def run_charts(run: RunInfo, key: str) -> list[Chart]:
     """Returns charts of loss terms, accuracy, learning rates and gradient norm of one run."""
-    losses = [*_all_of(record.train, LOSS_TERMS), *_all_of(record.scores, ("loss",), "{} (evaluation)")]
-    accuracies = [*_all_of(record.scores, ACCURACIES), *_all_of(record.train, ("accuracy",), "training {}")]
-    rates = _all_of(record.train, _with_prefix(record.train, "lr/"))
-    norms = _all_of(record.train, ("grad_norm",))
+    losses = [*_all_of(run.train, LOSS_TERMS), *_all_of(run.scores, ("loss",), "{} (evaluation)")]
+    accuracies = [*_all_of(run.scores, ACCURACIES), *_all_of(run.train, ("accuracy",), "training {}")]
+    rates = _all_of(run.train, _with_prefix(run.train, "lr/"))
+    norms = _all_of(run.train, ("grad_norm",))
     charts = [
         _curves(f"{key}-loss", "Loss, and its terms before weighting", losses, "log"),
         _curves(f"{key}-accuracy", "Accuracy", accuracies, "percent"),
@@ -76,27 +65,27 @@ def run_charts(record: RunInfo, key: str) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def comparing_charts(records: Sequence[RunInfo], key: str) -> list[Chart]:
+def comparing_charts(runs: Sequence[RunInfo], key: str) -> list[Chart]:
     """Returns one chart per quantity of the runs, with the curves of all runs."""
-    charts: list[Chart | None] = []
-    for name in ACCURACIES:
-        series = _one_of_each([(record.name, record.scores) for record in records], name)
-        charts.append(_curves(f"{key}-{name.replace('_', '-')}", f"Evaluation: {name}", series, "percent"))
-    scores = _one_of_each([(record.name, record.scores) for record in records], "loss")
-    charts.append(_curves(f"{key}-evaluation-loss", "Evaluation: loss", scores, "log"))
-    trained = [(record.name, record.train) for record in records]
-    for name in LOSS_TERMS:
-        title = "Training: loss" if name == "loss" else f"Training: {name} term, before weighting"
-        charts.append(_curves(f"{key}-{name.replace('_', '-')}", title, _one_of_each(trained, name), "log"))
-    for name in dict.fromkeys(name for record in records for name in _with_prefix(record.train, "lr/")):
-        title, series = f"Learning rate: {name[3:]}", _one_of_each(trained, name)
-        charts.append(_curves(f"{key}-{name.replace('/', '-')}", title, series, "log"))
+
+    def compare(lines: list[list[Line]], name: str, title: str, scale: Scale, part: str = "") -> Chart | None:
+        series = [_series(own, name, run.name) for own, run in zip(lines, runs, strict=True)]
+        return _curves(f"{key}-{re.sub('[_/]', '-', part or name)}", title, series, scale)
+
+    scores, trained = [run.scores for run in runs], [run.train for run in runs]
+    titles = {name: f"Training: {name} term, before weighting" for name in LOSS_TERMS} | {"loss": "Training: loss"}
+    titles |= {name: f"Learning rate: {name[3:]}" for lines in trained for name in _with_prefix(lines, "lr/")}
+    charts = [
+        *(compare(scores, name, f"Evaluation: {name}", "percent") for name in ACCURACIES),
+        compare(scores, "loss", "Evaluation: loss", "log", part="evaluation-loss"),
+        *(compare(trained, name, title, "log") for name, title in titles.items()),
+    ]
     return [chart for chart in charts if chart is not None]
 
 
-def class_chart(findings: EvalReport, key: str) -> Chart | None:
+def class_chart(evaluation: EvalReport, key: str) -> Chart | None:
     """Returns a chart of the accuracy of each class: bars, or a scatter plot for many classes; None without images."""
-    scores = findings.classes
+    scores = evaluation.classes
     if not scores:
         return None
     paired = all(score.teacher is not None for score in scores)
@@ -157,11 +146,11 @@ def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart |
     return Chart(key, title, "; ".join(ends) + ".", _plain(figure), headings, rows, note + table_note)
 
 
-def _log_axis(series: list[Series]) -> dict[str, Any]:
+def _log_axis(series: list[Series]) -> JsonObject:
     """Returns a logarithmic axis with sparse labels; Plotly's default of one per digit does not fit."""
     values = [value for one in series for value in one.values]
     decades = math.log10(max(values) / min(values))
-    ticks: dict[str, Any] = {} if decades < 1 else {"dtick": "D2"} if decades < 3 else {"dtick": 1}
+    ticks: JsonObject = {} if decades < 1 else {"dtick": "D2"} if decades < 3 else {"dtick": 1}
     return {"type": "log", "tickformat": "~g", **ticks}
 
 
@@ -187,11 +176,6 @@ def _all_of(lines: list[Line], names: Iterable[str], label: str = "{}") -> list[
     return [one for one in found if one.steps]
 
 
-def _one_of_each(runs: Sequence[tuple[str, list[Line]]], name: str) -> list[Series]:
-    """Returns one quantity's curve for each run."""
-    return [_series(lines, name, run) for run, lines in runs]
-
-
 def _series(lines: list[Line], name: str, label: str) -> Series:
     there = {int(line["step"]): line[name] for line in lines if name in line}
     return Series(label, list(there), list(there.values()))
@@ -206,7 +190,7 @@ def _above_zero(one: Series) -> Series:
     return Series(one.name, [step for step, _ in kept], [value for _, value in kept])
 
 
-def _plain(figure: Any) -> dict[str, Any]:
+def _plain(figure: go.Figure) -> JsonObject:
     """Returns Plotly's `data` and `layout` without its default theme."""
     figure.update_layout(
         template=go.layout.Template(),
@@ -215,5 +199,5 @@ def _plain(figure: Any) -> dict[str, Any]:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
         showlegend=len(figure.data) > 1,
     )
-    values: dict[str, Any] = figure.to_plotly_json()
+    values: JsonObject = figure.to_plotly_json()
     return values

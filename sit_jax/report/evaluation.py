@@ -1,7 +1,8 @@
 """Evaluates a run's models for its report: accuracy per class, images that the student lost, and token maps."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +12,23 @@ from numpy import ndarray
 
 from sit_jax.analysis.summary import trained_teacher
 from sit_jax.config import Config
-from sit_jax.data.config import DataConfig
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
 from sit_jax.errors import ImageDecodeError, NotFiniteError
-from sit_jax.io.runs import trained_variables
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 from sit_jax.report.load_run import RunInfo, attempt
 from sit_jax.training.progress import Progress
-from sit_jax.visual.inspected_model import InspectedModel, ModelInput
-from sit_jax.visual.token_maps import TokenMaps
+from sit_jax.visual.model_input import ModelInput, preprocess
+from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 
 class Verdict(NamedTuple):
-    """Prediction of a model for one image.
-
-    Attributes:
-        name: The most likely class.
-        probability: Its probability.
-        right: Whether it is the image's class; different classes may have the same name.
-    """
+    """A model's most likely class for an image, and whether it is the image's; classes may have the same name."""
 
     name: str
     probability: float
@@ -41,15 +36,10 @@ class Verdict(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image of the evaluation split.
+class EvalImage:
+    """An image of the evaluation split in display size, with the predictions of the `student` and the `teacher`.
 
-    Attributes:
-        index: Index of the image in the split.
-        file: Its file or record.
-        label: Name of its class.
-        verdicts: Prediction of each model, by `student` and `teacher`.
-        pixels: The image in display size, uint8 (side, side, channels).
+    `file` is the image's file or record, `label` the name of its class.
     """
 
     index: int
@@ -60,17 +50,10 @@ class Picture:
 
 
 class ClassScore(NamedTuple):
-    """Accuracy of one class.
-
-    Attributes:
-        name: Name of the class.
-        pictures: Number of images.
-        student: Fraction that the student classifies correctly.
-        teacher: Fraction that the teacher classifies correctly; None without a teacher.
-    """
+    """Number of images of a class, and the fractions of them that the student and the teacher, if any, have right."""
 
     name: str
-    pictures: int
+    images: int
     student: float
     teacher: float | None
 
@@ -94,160 +77,134 @@ class EvalReport:
 
     classes: list[ClassScore]
     outcomes: dict[tuple[bool, bool], int]
-    lost: list[Picture]
-    examples: list[Picture]
+    lost: list[EvalImage]
+    examples: list[EvalImage]
     maps: TokenMaps | None
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Number of evaluated images."""
-        return sum(score.pictures for score in self.classes)
+        return sum(score.images for score in self.classes)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Answers:
-    """The labels of a split and the predictions of each model, in the split's order; label -1 for a skipped image."""
+class _Predictions(NamedTuple):
+    """Labels of a split, -1 for skipped images, and each model's top-1 classes with their probabilities."""
 
-    labels: Int[ndarray, " pictures"]
-    classes: dict[str, Int[ndarray, " pictures"]]
-    probabilities: dict[str, Float[ndarray, " pictures"]]
+    labels: Int[ndarray, " images"]
+    classes: dict[str, Int[ndarray, " images"]]
+    probabilities: dict[str, Float[ndarray, " images"]]
 
     def right(self, model: str) -> ndarray:
         return (self.classes[model] == self.labels) & (self.labels >= 0)
 
 
-def find(record: RunInfo, examples: int) -> EvalReport:
+def evaluate(run: RunInfo, examples: int) -> EvalReport:
     """Evaluates a run's student and its teacher on the evaluation split, with progress output.
 
     Args:
-        record: The run. Problems of the teacher alone are added to its `missing`.
+        run: The run. Problems of the teacher alone are added to its `missing`.
         examples: Largest number of images of each kind.
 
     Raises:
         UserError: The student has no complete checkpoint, or the data is not available.
     """
-    config, variables = trained_variables(record.folder)
-    models = {"student": (config, variables)}
-    teacher = attempt(lambda: trained_teacher(record.folder, config), None, record.missing, "The teacher")
+    student = load_run(run.folder)
+    config, models = student.config, {"student": student}
+    assert config is not None
+    teacher = attempt(lambda: trained_teacher(student, run.folder), None, run.missing, "The teacher")
     if teacher is not None:
-        models["teacher"] = teacher.config, teacher.variables
+        models["teacher"] = teacher
     source = open_source(config.data, config.data.eval_split)
     check_classes(config.inputs, source)
-    answers = _ask(record.name, models, config, source)
-    subject = _subject(config, variables, source)
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int))
-    shown, seen = _pictures(source, subject, config.data, answers, [int(index) for index in chosen])
-    slimmed = subject is not None and subject.arch.is_slimmed and seen
-    maps = subject.maps(np.stack([picture.pixels for picture in seen])) if subject and slimmed else None
-    lost, _ = _pictures(source, subject, config.data, answers, _lost(answers)[:examples])
-    return EvalReport(_per_class(answers, source.class_names), _outcomes(answers), lost, shown, maps)
+    predictions = _predict(run.name, models, config, source)
+    classes, outcomes = _per_class(predictions, source.class_names), _outcomes(predictions)
+    if not isinstance(student.arch, Architecture):  # A model without tokens.
+        return EvalReport(classes, outcomes, [], [], None)
+    spread = np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int)
+    shown, inputs = _load(source, student, predictions, np.unique(spread))
+    slimmed = student.arch.is_slimmed and inputs
+    maps = model_token_maps(student, np.stack([x.pixels for x in inputs])) if slimmed else None
+    lost, _ = _load(source, student, predictions, _lost(predictions)[:examples])
+    return EvalReport(classes, outcomes, lost, shown, maps)
 
 
-def _ask(name: str, models: dict[str, tuple[Config, Any]], config: Config, source: Source) -> _Answers:
-    steps = {part: _step(model, variables) for part, (model, variables) in models.items()}
+def _predict(name: str, models: dict[str, Model], config: Config, source: Source) -> _Predictions:
+    steps = {part: _step(model) for part, model in models.items()}
     labels: list[ndarray] = []
     found: dict[str, list[tuple[ndarray, ndarray]]] = {part: [] for part in models}
-    size = config.eval_batch_size
-    total = -(-len(source) // size)
-    with Progress(f"report: pictures of {name}", total, 0, size) as progress:
+    count, size = len(source), config.eval_batch_size
+    with Progress(f"report: images of {name}", -(-count // size), 0, size) as progress:
         for done, batch in enumerate(eval_batches(config.inputs, source, Hosts()), start=1):
             labels.append(np.where(batch["mask"] > 0, batch["label"], -1))
             for part, step in steps.items():
-                found[part].append(jax.device_get(step(batch["image"])))
-                if not np.isfinite(found[part][-1][1]).all():
+                top1, probability = jax.device_get(step(batch["image"]))
+                if not np.isfinite(probability).all():
                     raise NotFiniteError(f"the {part}'s outputs are not finite, so they say nothing about the images")
+                found[part].append((top1, probability))
             progress.update(done, {})
-    columns = {part: [np.concatenate(x)[: len(source)] for x in zip(*found[part], strict=True)] for part in models}
-    return _Answers(
-        np.concatenate(labels)[: len(source)],
-        {part: classes for part, (classes, _) in columns.items()},
-        {part: probabilities for part, (_, probabilities) in columns.items()},
-    )
+    columns = {part: [np.concatenate(x)[:count] for x in zip(*found[part], strict=True)] for part in models}
+    classes, probabilities = ({part: columns[part][index] for part in models} for index in (0, 1))
+    return _Predictions(np.concatenate(labels)[:count], classes, probabilities)
 
 
-def _step(config: Config, variables: Any) -> Any:
+def _step(model: Model) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
     """Returns a jitted map from uint8 pixels to the top-1 class and its probability."""
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
 
     @jax.jit
-    def step(variables: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        shares = jax.nn.softmax(model.apply(variables, normalize(pixels, config.data))[0])
-        return shares.argmax(axis=1), shares.max(axis=1)
+    def step(variables: Variables, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        probabilities = jax.nn.softmax(model.module.apply(variables, normalize(pixels, model.data))[0])
+        return probabilities.argmax(axis=1), probabilities.max(axis=1)
 
-    placed = jax.device_put(variables)
+    placed = jax.device_put(model.variables)
     return lambda pixels: step(placed, jnp.asarray(pixels))
 
 
-def _subject(config: Config, variables: Any, source: Source) -> InspectedModel | None:
-    """Returns the student as a model for visualization, or None for a model without tokens."""
-    arch = config.model.architecture
-    if not isinstance(arch, Architecture):
-        return None
-    metadata = {"class_names": list(source.class_names)}
-    return InspectedModel(arch, jax.device_put(variables), config.data, metadata, config.model.dtype)
+def _per_class(predictions: _Predictions, names: Sequence[str]) -> list[ClassScore]:
+    def count(images: ndarray) -> ndarray:
+        return np.bincount(predictions.labels[images], minlength=len(names))
+
+    counts = count(predictions.labels >= 0)
+    right = {model: count(predictions.right(model)) / np.maximum(1, counts) for model in predictions.classes}
+    students = right["student"].tolist()
+    teachers = right["teacher"].tolist() if "teacher" in right else [None] * len(names)
+    rows = zip(names, counts.tolist(), students, teachers, strict=True)
+    return [ClassScore(str(name), images, student, teacher) for name, images, student, teacher in rows if images]
 
 
-def _per_class(answers: _Answers, names: Any) -> list[ClassScore]:
-    kept = answers.labels >= 0
-    counts = np.bincount(answers.labels[kept], minlength=len(names))
-    right = {
-        part: np.bincount(answers.labels[answers.right(part)], minlength=len(names)) / np.maximum(1, counts)
-        for part in answers.classes
-    }
-    return [
-        ClassScore(
-            str(name),
-            int(counts[index]),
-            float(right["student"][index]),
-            float(right["teacher"][index]) if "teacher" in right else None,
-        )
-        for index, name in enumerate(names)
-        if counts[index]
-    ]
-
-
-def _outcomes(answers: _Answers) -> dict[tuple[bool, bool], int]:
-    if "teacher" not in answers.classes:
+def _outcomes(predictions: _Predictions) -> dict[tuple[bool, bool], int]:
+    if "teacher" not in predictions.classes:
         return {}
-    kept, student, teacher = answers.labels >= 0, answers.right("student"), answers.right("teacher")
-    return {
-        (mine, theirs): int((kept & (student == mine) & (teacher == theirs)).sum())
-        for mine in (True, False)
-        for theirs in (True, False)
-    }
+    read, student, teacher = predictions.labels >= 0, predictions.right("student"), predictions.right("teacher")
+    pairs = [(mine, theirs) for mine in (True, False) for theirs in (True, False)]
+    return {(mine, theirs): int((read & (student == mine) & (teacher == theirs)).sum()) for mine, theirs in pairs}
 
 
-def _lost(answers: _Answers) -> list[int]:
+def _lost(predictions: _Predictions) -> Int[ndarray, " lost"]:
     """Returns the indices of the images that only the teacher classifies correctly, most confident mistakes first."""
-    if "teacher" not in answers.classes:
-        return []
-    lost = np.flatnonzero(answers.right("teacher") & ~answers.right("student"))
-    order = np.argsort(-answers.probabilities["student"][lost], kind="stable")
-    return [int(index) for index in lost[order]]
+    if "teacher" not in predictions.classes:
+        return np.zeros(0, int)
+    lost = np.flatnonzero(predictions.right("teacher") & ~predictions.right("student"))
+    return lost[np.argsort(-predictions.probabilities["student"][lost], kind="stable")]
 
 
-def _pictures(
-    source: Source, subject: InspectedModel | None, data: DataConfig, answers: _Answers, places: list[int]
-) -> tuple[list[Picture], list[ModelInput]]:
+def _load(
+    source: Source, student: Model, predictions: _Predictions, indices: Int[ndarray, " chosen"]
+) -> tuple[list[EvalImage], list[ModelInput]]:
     """Returns the images at these indices of the split, and their model inputs; unreadable ones are skipped."""
-    pictures, seen = [], []
-    for index in places:
-        if subject is None or answers.labels[index] < 0:
-            continue
+    images, inputs, names = [], [], source.class_names
+    for index in indices[predictions.labels[indices] >= 0].tolist():
         try:
             example = source[index]
-            view = subject.preprocess(example)
+            inputs.append(preprocess(student.vit, student.data, example))
         except ImageDecodeError:
             continue
-        names = source.class_names
         verdicts = {
-            part: Verdict(
-                str(names[int(answers.classes[part][index])]),
-                float(answers.probabilities[part][index]),
-                bool(answers.right(part)[index]),
+            model: Verdict(
+                str(names[classes[index]]),
+                float(predictions.probabilities[model][index]),
+                bool(predictions.right(model)[index]),
             )
-            for part in answers.classes
+            for model, classes in predictions.classes.items()
         }
-        pictures.append(Picture(index, example.name, str(names[example.label]), verdicts, view.shown))
-        seen.append(view)
-    return pictures, seen
+        images.append(EvalImage(index, example.name, str(names[example.label]), verdicts, inputs[-1].shown))
+    return images, inputs

@@ -6,18 +6,18 @@ import functools
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sit_jax.analysis.checkpoints import Entry, list_checkpoints, read_contents
 from sit_jax.analysis.flops import count_cost
-from sit_jax.config import Config
+from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.checkpoint import FOLDER, silent_threads
-from sit_jax.io.runs import CONFIG, SUMMARY
+from sit_jax.io.runs import CONFIG, SUMMARY, is_run
 from sit_jax.models.architecture import Architecture
-from sit_jax.training.init import is_own_run
 from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 
 _METRICS = "metrics.jsonl"
@@ -47,13 +47,13 @@ class RunInfo:
 
     name: str
     folder: pathlib.Path
-    values: dict[str, Any]
+    values: JsonObject
     config: Config | None
     train: list[Line]
     scores: list[Line]
-    summary: dict[str, Any]
+    summary: JsonObject
     checkpoints: list[Entry]
-    metadata: dict[str, Any]
+    metadata: JsonObject
     teachers: dict[str, "RunInfo"]
     missing: list[str]
 
@@ -70,7 +70,7 @@ class RunInfo:
 
     @property
     def total_steps(self) -> int | None:
-        """Total number of steps; None if no checkpoint records the length of an epoch."""
+        """Total number of steps; None if no checkpoint runs the length of an epoch."""
         data = self.metadata.get("data")
         epoch = finite(data.get("epoch")) if isinstance(data, dict) else None
         if self.config is None or not self.checkpoints or not epoch:
@@ -117,19 +117,19 @@ class RunInfo:
         if self.config is None:
             return None
         pairs = zip(self.train, self.train[1:], strict=False)
-        rates = sorted(
+        rates = [
             (after["step"] - before["step"]) * self.config.batch_size / (after["time"] - before["time"])
             for before, after in pairs
             if after.get("time", 0) > before.get("time", math.inf)
-        )
-        return rates[len(rates) // 2] if rates else None
+        ]
+        return statistics.median_high(rates) if rates else None
 
 
-def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
+def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
     """Loads a run directory; lists what is missing or damaged in `missing`.
 
     Args:
-        folder: The run directory.
+        folder: The directory.
         name: Name of the run; the folder's name if empty.
         is_teacher: Whether the run is the training of a teacher, which has no summary.
 
@@ -139,7 +139,7 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
     if not any((folder / part).exists() for part in (CONFIG, _METRICS, FOLDER)):
-        raise UserError(f"{folder}: is not the folder of a run: it holds no {CONFIG}, {_METRICS} or {FOLDER}")
+        raise UserError(f"{folder}: is not a run directory: it has no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
     config = (
@@ -157,13 +157,12 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
         missing.append(f"The evaluation of step {', '.join(wrong)} is not finite; its accuracy is left out.")
     if wrong and str(evaluated[-1]["step"]) in wrong and isinstance(summary.get("student"), dict):
         summary["student"]["top1"] = None  # Older versions counted correct predictions differently.
-    checkpoints: list[Entry] = []
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
     with silent_threads():
-        checkpoints = attempt(lambda: list_checkpoints(folder), checkpoints, missing, "The checkpoints")
+        checkpoints: list[Entry] = attempt(lambda: list_checkpoints(folder), [], missing, "The checkpoints")
         if checkpoints:
             metadata = attempt(lambda: read_contents(folder).metadata, metadata, missing, "The newest checkpoint")
-    record = RunInfo(
+    run = RunInfo(
         name=name or folder.resolve().name,
         folder=folder,
         values=values,
@@ -173,15 +172,15 @@ def gather(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> Ru
         summary=summary,
         checkpoints=checkpoints,
         metadata=metadata,
-        teachers=_gather_teachers(folder, config, missing),
+        teachers=_load_teachers(folder, config, missing),
         missing=missing,
     )
-    if not summary and not (is_teacher and record.step == record.total_steps):
-        missing.insert(0, _progress(record))
-    return record
+    if not summary and not (is_teacher and run.step == run.total_steps):
+        missing.insert(0, _progress(run))
+    return run
 
 
-def gather_all(folders: list[pathlib.Path]) -> list[RunInfo]:
+def read_runs(folders: list[pathlib.Path]) -> list[RunInfo]:
     """Loads several runs and gives each a unique name.
 
     Raises:
@@ -191,20 +190,17 @@ def gather_all(folders: list[pathlib.Path]) -> list[RunInfo]:
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise UserError(f"{folders[index]}: is given twice")
-    return [gather(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
+    return [read_run(folder, name) for folder, name in zip(folders, _short_names(resolved), strict=True)]
 
 
 def _short_names(folders: list[pathlib.Path]) -> list[str]:
     """Returns the last parts of the paths, as few as make them unique."""
-    longest = max(len(folder.parts) for folder in folders)
-    for count in range(1, longest + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
+    counts = range(1, 1 + max(len(folder.parts) for folder in folders))
+    names = (["/".join(folder.parts[-count:]) for folder in folders] for count in counts)
+    return next(found for found in names if len(set(found)) == len(found))
 
 
-def finite(value: Any) -> float | None:
+def finite(value: object) -> float | None:
     """Returns a value if it is a finite number, otherwise None, as damaged files may contain any value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
@@ -215,25 +211,24 @@ def finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _finite_line(line: dict[str, Any]) -> Line:
+def _finite_line(line: JsonObject) -> Line:
     return {key: number for key, value in line.items() if (number := finite(value)) is not None}
 
 
-def _gather_teachers(folder: pathlib.Path, config: Config | None, missing: list[str]) -> dict[str, RunInfo]:
+def _load_teachers(folder: pathlib.Path, config: Config | None, missing: list[str]) -> dict[str, RunInfo]:
     found: dict[str, RunInfo] = {}
     for name, teacher in (config.teachers if config else {}).items():
         place = pathlib.Path(teacher.run) if teacher.run else folder / name
-        if teacher.run and not place.exists():
-            missing.append(f"{name}.run: {place} is not there.")
-        elif not teacher.run and not place.exists():
-            missing.append(f"The {name}'s training has not begun.")
-        elif not teacher.run or is_own_run(teacher.run):  # Weights of another framework have no history.
+        if not place.exists():
+            problem = f"{name}.run: there is no {place}." if teacher.run else f"The {name}'s training has not begun."
+            missing.append(problem)
+        elif not teacher.run or is_run(place):  # Weights of another framework have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
-            read = functools.partial(gather, place, name, is_teacher=True)
-            record: RunInfo | None = attempt(read, None, missing, f"The {name}")
-            if record is not None:
-                found[name] = record
-                missing += [f"{name}: {text}" for text in record.missing]
+            read = functools.partial(read_run, place, name, is_teacher=True)
+            run: RunInfo | None = attempt(read, None, missing, f"The {name}")
+            if run is not None:
+                found[name] = run
+                missing += [f"{name}: {text}" for text in run.missing]
     return found
 
 
@@ -248,7 +243,7 @@ def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) 
     return otherwise
 
 
-def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
+def _read_object(path: pathlib.Path, missing: list[str]) -> JsonObject:
     if not path.exists():
         missing.append(f"There is no {path.name}.")
         return {}
@@ -266,7 +261,7 @@ def _read_object(path: pathlib.Path, missing: list[str]) -> dict[str, Any]:
 
 def _tell_damage(folder: pathlib.Path, metrics: MetricLines, missing: list[str]) -> None:
     if not (folder / _METRICS).exists():
-        missing.append(f"There is no {_METRICS}: no step has been written down.")
+        missing.append(f"There is no {_METRICS}: no step was logged.")
     damaged = metrics.damaged[:-1] if metrics.cut_off else metrics.damaged
     if damaged:
         numbers = ", ".join(map(str, damaged[:_NUMBERS_NAMED])) + (", ..." if len(damaged) > _NUMBERS_NAMED else "")
@@ -276,8 +271,8 @@ def _tell_damage(folder: pathlib.Path, metrics: MetricLines, missing: list[str])
         missing.append(f"{_METRICS}: the last line is cut off, as while a run writes it.")
 
 
-def _progress(record: RunInfo) -> str:
-    total = record.total_steps
-    if total is not None and record.step == total:
+def _progress(run: RunInfo) -> str:
+    total = run.total_steps
+    if total is not None and run.step == total:
         return f"All {total:,} steps are done, but there is no {SUMMARY}; sit train --resume makes it."
-    return f"The run has not finished: it has got to step {record.step:,}" + (f" of {total:,}." if total else ".")
+    return f"The run has not finished: it is at step {run.step:,}" + (f" of {total:,}." if total else ".")

@@ -5,20 +5,21 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.resources
 import platform
 from collections.abc import Sequence
-from typing import Any
 
 import jinja2
 import plotly.offline
 from markupsafe import Markup
 
 from sit_jax import __version__
+from sit_jax.config import JsonObject
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences, flatten, show
-from sit_jax.report.evaluation import EvalReport
+from sit_jax.report.evaluation import ClassScore, EvalImage, EvalReport
+from sit_jax.report.images import Example, Shown, show_examples, show_image, stage_titles
 from sit_jax.report.load_run import RunInfo, finite
-from sit_jax.report.pictures import Example, Shown, show_examples, show_picture, stage_titles
 
 # Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
 _MOST_CLASSES = 400
@@ -28,38 +29,28 @@ _MOST_CLASSES = 400
 class RunView:
     """A run in the form that the template uses.
 
-    Attributes:
-        key: A key unique within the page: `run-1`.
-        record: The contents of the run directory.
-        findings: The evaluation of its model; None if it was not evaluated.
-        charts: Charts of its curves.
-        teacher_charts: Charts of its teachers, by the name of their section.
-        classes: Chart of the accuracy of each class.
-        examples: Images with their token maps.
-        stages: Titles of the stages of the token maps.
-        lost: Images that only the teacher classifies correctly.
-        data: The data set, as (name, value).
-        environment: Versions and devices, as (name, value).
-        sections: The configuration, as (section, its keys and values).
+    `key` is unique within the page: `run-1`. `evaluation` is None if the model was not evaluated. `lost` are images
+    that only the teacher classifies correctly. `data` and `environment` are pairs of name and value, `sections` is the
+    configuration.
     """
 
     key: str
-    record: RunInfo
-    findings: EvalReport | None
+    run: RunInfo
+    evaluation: EvalReport | None
     charts: list[Chart]
     teacher_charts: dict[str, list[Chart]]
     classes: Chart | None
     examples: list[Example]
     stages: list[str]
-    lost: list[tuple[Any, Shown]]
+    lost: list[tuple[EvalImage, Shown]]
     data: list[tuple[str, str]]
     environment: list[tuple[str, str]]
     sections: list[tuple[str, dict[str, str]]]
 
     @property
-    def class_rows(self) -> list[Any]:
+    def class_rows(self) -> list[ClassScore]:
         """The classes, the largest losses first; for many classes, only both ends."""
-        scores = sorted(self.findings.classes, key=lambda x: (x.change, x.student)) if self.findings else []
+        scores = sorted(self.evaluation.classes, key=lambda x: (x.change, x.student)) if self.evaluation else []
         half = _MOST_CLASSES // 2
         return scores if len(scores) <= _MOST_CLASSES else scores[:half] + scores[-half:]
 
@@ -70,24 +61,24 @@ class RunView:
         return [*self.charts, *others, *([self.classes] if self.classes else [])]
 
 
-def view_run(key: str, record: RunInfo, findings: EvalReport | None) -> RunView:
+def view_run(key: str, run: RunInfo, evaluation: EvalReport | None) -> RunView:
     """Prepares all charts, images and texts of a run for the template."""
-    maps = findings.maps if findings else None
+    maps = evaluation.maps if evaluation else None
     return RunView(
         key=key,
-        record=record,
-        findings=findings,
-        charts=run_charts(record, key),
+        run=run,
+        evaluation=evaluation,
+        charts=run_charts(run, key),
         teacher_charts={
-            name: run_charts(teacher, f"{key}-{name.replace('_', '-')}") for name, teacher in record.teachers.items()
+            name: run_charts(teacher, f"{key}-{name.replace('_', '-')}") for name, teacher in run.teachers.items()
         },
-        classes=class_chart(findings, f"{key}-classes") if findings else None,
-        examples=show_examples(findings) if findings else [],
+        classes=class_chart(evaluation, f"{key}-classes") if evaluation else None,
+        examples=show_examples(evaluation) if evaluation else [],
         stages=stage_titles(maps) if maps else [],
-        lost=[(picture, show_picture(picture)) for picture in findings.lost] if findings else [],
-        data=_data_rows(record),
-        environment=_environment_rows(record),
-        sections=_sections(record.values),
+        lost=[(image, show_image(image)) for image in evaluation.lost] if evaluation else [],
+        data=_data_rows(run),
+        environment=_environment_rows(run),
+        sections=_sections(run.values),
     )
 
 
@@ -98,29 +89,26 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
         views: The runs, in order.
         made: Creation time of the page.
     """
-    records = [view.record for view in views]
+    runs = [view.run for view in views]
     several = len(views) > 1
-    comparing = comparing_charts(records, "compared") if several else []
+    comparing = comparing_charts(runs, "compared") if several else []
     charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
     plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=records[0].name if not several else f"{len(views)} runs compared",
-            views=views,
-            several=several,
-            comparing=comparing,
-            differences=differences(records) if several else {},
-            unread=[record.name for record in records if not record.values],
-            figures={chart.key: chart.figure for chart in charts},
-            style=Markup(_source("style.css")),
-            plotly_code=plotly_code if charts else Markup(""),
-            own_code=own_code,
-            script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
-            made=made.strftime("%Y-%m-%d %H:%M UTC"),
-            maker=_maker(),
-        )
+    template = _environment().get_template("page.html")
+    return template.render(
+        title=f"{len(views)} runs compared" if several else runs[0].name,
+        views=views,
+        several=several,
+        comparing=comparing,
+        differences=differences(runs) if several else {},
+        unread=[run.name for run in runs if not run.values],
+        figures={chart.key: chart.figure for chart in charts},
+        style=Markup(_source("style.css")),
+        plotly_code=plotly_code if charts else Markup(""),
+        own_code=own_code,
+        script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
+        made=made.strftime("%Y-%m-%d %H:%M UTC"),
+        maker=_maker(),
     )
 
 
@@ -167,55 +155,53 @@ def day(seconds: float | None) -> str:
     return ABSENT if seconds is None else when.strftime("%Y-%m-%d %H:%M UTC")
 
 
-def _data_rows(record: RunInfo) -> list[tuple[str, str]]:
-    config = record.config
+def _data_rows(run: RunInfo) -> list[tuple[str, str]]:
+    config = run.config
     if config is None:
         return []
     arch, data = config.model.architecture, config.data
-    examples = record.scores[-1].get("examples") if record.scores else None
-    noted = record.metadata.get("data")
+    examples = run.scores[-1].get("examples") if run.scores else None
+    noted = run.metadata.get("data")
     position = finite(noted.get("epoch")) if isinstance(noted, dict) else None
     colours = "grey" if arch.in_channels == 1 else f"{arch.in_channels} channels"
     rows = [
         ("data set", data.name),
         ("folder", data.data_dir or "tfds's own"),
         ("training split", data.train_split),
-        ("evaluation split", data.eval_split + (f", {examples:,.0f} pictures" if examples else "")),
+        ("evaluation split", data.eval_split + (f", {examples:,.0f} images" if examples else "")),
         ("classes", f"{arch.num_classes:,}" if arch.num_classes else "as many as the data has"),
-        ("pictures", f"{arch.image_size} x {arch.image_size} pixels, {colours}"),
+        ("images", f"{arch.image_size} x {arch.image_size} pixels, {colours}"),
         ("resize", f"{data.resize}, {data.interpolation}"),
-        ("batch", f"{config.batch_size:,} pictures"),
+        ("batch", f"{config.batch_size:,} images"),
     ]
-    if record.total_steps:
+    if run.total_steps:
         epochs = config.epochs + config.optim.cooldown_epochs
-        rows.append(("steps in an epoch", f"{record.total_steps / epochs:,.0f}"))
+        rows.append(("steps in an epoch", f"{run.total_steps / epochs:,.0f}"))
     if position is not None:
         rows.append(("newest checkpoint", f"after {position:g} epochs of the data"))
-    skipped = sum(line.get("skipped", 0.0) for line in record.train)
+    skipped = sum(line.get("skipped", 0.0) for line in run.train)
     if skipped:
-        rows.append(("broken pictures", "were met and skipped"))
+        rows.append(("unreadable images", "were skipped"))
     return rows
 
 
-def _environment_rows(record: RunInfo) -> list[tuple[str, str]]:
-    metadata = record.metadata
-    rows: list[tuple[str, str]] = [
-        (name, show(metadata[name])) for name in ("devices", "processes") if name in metadata
-    ]
+def _environment_rows(run: RunInfo) -> list[tuple[str, str]]:
+    metadata = run.metadata
+    rows = [(str(name), show(metadata[name])) for name in ("devices", "processes") if name in metadata]
     mesh, versions = metadata.get("mesh"), metadata.get("versions")
     if isinstance(mesh, dict):
         rows.append(("mesh", ", ".join(f"{axis} {show(size)}" for axis, size in mesh.items())))
     if isinstance(versions, dict):
         rows += [(str(name), show(version)) for name, version in versions.items()]
-    measured = record.summary.get("images_per_s_measured")
+    measured = run.summary.get("images_per_s_measured")
     if isinstance(measured, str):
         rows.append(("images/s measured on", measured))
-    if record.last_time is not None:
-        rows.append(("last metrics", day(record.last_time)))
+    if run.last_time is not None:
+        rows.append(("last metrics", day(run.last_time)))
     return rows
 
 
-def _sections(values: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
+def _sections(values: JsonObject) -> list[tuple[str, dict[str, str]]]:
     flat = {key: show(value) for key, value in values.items() if not isinstance(value, dict)}
     sections = [(key, flatten(value)) for key, value in values.items() if isinstance(value, dict)]
     return ([("run", flat)] if flat else []) + sections
@@ -228,8 +214,7 @@ def _maker() -> list[tuple[str, str]]:
 
 
 def _source(name: str) -> str:
-    text: str = _environment().loader.get_source(_environment(), name)[0]  # type: ignore[union-attr]
-    return text
+    return importlib.resources.files("sit_jax.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
 def _script(code: str) -> Markup:

@@ -22,7 +22,7 @@ def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> p
     if output is None:
         return folders[0] / REPORT if len(folders) == 1 else pathlib.Path(COMPARISON)
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise UserError(f"--output: {output} is no name for a page; let it end in .html")
+        raise UserError(f"--output: {output} is not a file name of a page; it must end in .html")
     return output
 
 
@@ -36,7 +36,7 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
 
     Args:
         folders: The run directories.
-        output: The file to write; an existing page is replaced.
+        output: The page; an existing one is replaced.
         examples: Largest number of images of each kind.
         with_model: Whether to also evaluate the newest checkpoints on the whole evaluation split.
 
@@ -44,19 +44,19 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
         UserError: A folder is not a run directory, or the page cannot be written.
     """
     from sit_jax.data.sources import writing
-    from sit_jax.report.evaluation import EvalReport, find
-    from sit_jax.report.load_run import attempt, gather_all
+    from sit_jax.report.evaluation import EvalReport, evaluate
+    from sit_jax.report.load_run import attempt, read_runs
     from sit_jax.report.page import render, view_run
 
     views = []
-    for index, record in enumerate(gather_all(list(folders)), start=1):
-        findings: EvalReport | None = None
+    for index, run in enumerate(read_runs(list(folders)), start=1):
+        evaluation: EvalReport | None = None
         if not with_model:
-            record.missing.append("The model was not asked (--no_model): no classes, no pictures, no token maps.")
-        elif record.config is not None and record.checkpoints:
-            ask = functools.partial(find, record, examples)
-            findings = attempt(ask, None, record.missing, "The model, or its evaluation split,")
-        views.append(view_run(f"run-{index}", record, findings))
+            run.missing.append("The model was not evaluated (--no_model): no classes, no images, no token maps.")
+        elif run.config is not None and run.checkpoints:
+            read = functools.partial(evaluate, run, examples)
+            evaluation = attempt(read, None, run.missing, "The model, or its evaluation split,")
+        views.append(view_run(f"run-{index}", run, evaluation))
     print("report: writing the page", file=sys.stderr)
     page = render(views, datetime.datetime.now(datetime.UTC))
     with writing(output, key="--output"), atomic_replace(output) as part:

@@ -2,21 +2,23 @@
 
 import dataclasses
 import pathlib
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from tqdm import tqdm
 
-from sit_jax.config import Config, DataConfig
+from sit_jax.config import DataConfig
 from sit_jax.data.label_maps import LabelMapWriter
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.errors import PartialFailureError, UserError
-from sit_jax.io.runs import trained_variables
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
+from sit_jax.io.model import Model
+from sit_jax.models import Outputs
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
@@ -38,11 +40,12 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
         UserError: There is no such run, its model has no dense head, or the folder cannot be written.
         PartialFailureError: Some images could not be read; the folder is complete, with uniform labels for them.
     """
-    config, variables = trained_variables(run)
-    config = dataclasses.replace(config, data=data or config.data)
+    model = load_run(run)
+    assert model.config is not None
+    config = dataclasses.replace(model.config, data=data or model.data)
     source = open_source(config.data, config.data.train_split)
     check_classes(config.inputs, source)
-    forward, grid = _dense_forward(config, variables)
+    forward, grid = _dense_forward(model)
     arch = config.model.architecture
     # The whole image is labelled, independent of the training crop.
     whole = dataclasses.replace(config.data, resize="stretch", on_decode_error="skip")
@@ -72,17 +75,16 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     return labelled
 
 
-def _dense_forward(config: Config, variables: dict[str, Any]) -> tuple[Any, int]:
+def _dense_forward(model: Model) -> tuple[Callable[[Array], Array], int]:
     """Returns the jitted map from uint8 images to probabilities (batch, positions, classes), and the grid size."""
-    arch = config.model.architecture
-    model = build_model(arch, dtype=config.model.dtype)
-    forward = jax.jit(lambda images: _patch_probabilities(model, variables, normalize(images, config.data)))
+    arch, module = model.arch, model.module
+
+    def forward(images: Array) -> Array:
+        outputs = module.apply(model.variables, normalize(images, model.data))[1]
+        if not isinstance(outputs, Outputs) or outputs.patch_logits is None:
+            raise UserError("--workdir: its model has no dense head; use one with model.aux_head=True, or a RegNet")
+        return jax.nn.softmax(outputs.patch_logits)
+
     shape = (1, arch.image_size, arch.image_size, arch.in_channels)
-    result = jax.eval_shape(lambda x: model.apply(variables, x)[1], jax.ShapeDtypeStruct(shape, jnp.float32))
-    if result.patch_logits is None:
-        raise UserError("--workdir: its model labels no single places; use one with model.aux_head=True, or a RegNet")
-    return forward, round(result.patch_logits.shape[1] ** 0.5)
-
-
-def _patch_probabilities(model: Any, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-    return jax.nn.softmax(model.apply(variables, images)[1].patch_logits)
+    positions = jax.eval_shape(forward, jax.ShapeDtypeStruct(shape, jnp.uint8)).shape[1]
+    return jax.jit(forward), round(positions**0.5)

@@ -1,8 +1,8 @@
 """Evaluation on exactly the whole split, on any mesh."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
@@ -11,17 +11,21 @@ from sit_jax.data.config import DataConfig, InputSpec
 from sit_jax.data.pipeline import HostBatch, Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
-from sit_jax.io.predictor import Predictor
-from sit_jax.parallel import sharding
+from sit_jax.io.model import Model
+from sit_jax.models.trees import Variables
+from sit_jax.parallel import distributed, sharding
 from sit_jax.training.metrics import EvalMetrics, eval_metrics, warn_of_missing
 
-EvalStep = Callable[[dict[str, Any], Any, EvalMetrics], EvalMetrics]
+EvalStep = Callable[[Variables, dict[str, jax.Array], EvalMetrics], EvalMetrics]
+
+# Images in a batch for models without a configuration, at least.
+_BATCH_SIZE = 64
 
 
-def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
+def make_eval_step(model: nn.Module, data: DataConfig) -> EvalStep:
     """Returns the jitted step `(variables, batch, metrics so far) -> metrics`; `batch` is one of `eval_batches`."""
 
-    def eval_step(variables: dict[str, Any], batch: Any, metrics: EvalMetrics) -> EvalMetrics:
+    def eval_step(variables: Variables, batch: dict[str, jax.Array], metrics: EvalMetrics) -> EvalMetrics:
         logits, _ = model.apply(variables, normalize(batch["image"], data))
         return metrics.merge(eval_metrics(logits, batch["label"], batch["mask"]))
 
@@ -29,7 +33,7 @@ def make_eval_step(model: Any, data: DataConfig) -> EvalStep:
 
 
 def evaluate(
-    step: EvalStep, variables: dict[str, Any], batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
+    step: EvalStep, variables: Variables, batches: Iterable[HostBatch], mesh: Mesh, what: str = "evaluation"
 ) -> dict[str, float]:
     """Returns loss, top-1 and top-5 (fractions of 1) and the number of examples of a model over all batches.
 
@@ -50,21 +54,27 @@ def evaluate(
     return metrics.result(what)
 
 
-def evaluate_predictor(
-    predictor: Predictor, data: DataConfig, batch_size: int = 64, match_names: bool = True
-) -> dict[str, float]:
-    """Evaluates a predictor on the whole evaluation split: loss, top-1, top-5 (fractions of 1), number of examples.
+def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bool = True) -> dict[str, float]:
+    """Evaluates a model on the whole evaluation split: loss, top-1, top-5 (fractions of 1), number of examples.
+
+    All processes and devices take part, except for an exported file: each process evaluates the whole split then.
 
     Args:
-        predictor: The model.
-        data: The data set.
-        batch_size: Number of images per batch.
+        model: The model.
+        data: The data set; that of its training if None.
         match_names: Match classes by name if both sides have names; otherwise by index.
 
     Raises:
-        UserError: The data cannot be read, or has different classes from the model.
+        UserError: The data does not exist, or has different classes from the model.
+        RunError: No image of the split can be read.
+        NotFiniteError: The loss is not finite.
     """
-    arch = predictor.arch
+    data, arch, mesh = data or model.data, model.arch, sharding.make_mesh()
+    if model.config is not None:
+        batch_size = model.config.eval_batch_size
+        sharding.check_batch(mesh, "eval_batch_size", batch_size)
+    else:
+        batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
     spec = InputSpec(
         data=data,
         image_size=arch.image_size,
@@ -72,14 +82,19 @@ def evaluate_predictor(
         num_classes=arch.num_classes,
         eval_batch_size=batch_size,
     )
-    names = predictor.metadata.get("class_names") if match_names else None
-    source = match_classes(open_source(data, data.eval_split), names, "the model")
+    names = model.metadata.get("class_names") if match_names else None
+    source = match_classes(open_source(data, data.eval_split), names, model.source)
     check_classes(spec, source)
-    metrics = EvalMetrics.empty()
-    merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))
-    # With several processes, each evaluates the whole split: no mesh combines their results.
-    for batch in eval_batches(spec, source, Hosts()):
-        metrics = merge(metrics, predictor.logits(batch["image"]), batch["label"], batch["mask"])
-    result = metrics.result("evaluation")
-    warn_of_missing(result, len(source))
+    if model.exported is None:
+        variables = sharding.place(model.variables, sharding.state_shardings(mesh, model.variables))
+        batches = eval_batches(spec, source)
+        result = evaluate(make_eval_step(model.module, data), variables, batches, mesh, model.source)
+    else:
+        metrics = EvalMetrics.empty()
+        merge = jax.jit(lambda metrics, *batch: metrics.merge(eval_metrics(*batch)))
+        for batch in eval_batches(spec, source, Hosts()):
+            metrics = merge(metrics, model.logits(batch["image"]), batch["label"], batch["mask"])
+        result = metrics.result(model.source)
+    if distributed.is_process_0():
+        warn_of_missing(result, len(source))
     return result

@@ -14,10 +14,9 @@ from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.convert.compare import check_start, differences
 from sit_jax.io.convert.initial import initial_weights
 from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import read_weights
-from sit_jax.io.preprocessing import run_class_names
-from sit_jax.io.run_weights import is_run
-from sit_jax.io.runs import read_config, trained_variables
+from sit_jax.io.load import load_run, read_weights
+from sit_jax.io.metadata import run_class_names
+from sit_jax.io.runs import find_checkpoint, is_run, read_config
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed, sharding
@@ -93,14 +92,12 @@ def _initial(
     arch = config.model.architecture
     if (path / FOLDER).is_dir():
         check_start(read_config(path).model.architecture, arch, str(path))
-        theirs, variables = trained_variables(path)
-        names, count = run_class_names(theirs, path), theirs.model.architecture.num_classes
+        model = load_run(path)
     elif isinstance(arch, Architecture):
-        weights = initial_weights(path, arch, log)
-        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-        names, count = weights.metadata.get("class_names"), arch.num_classes
+        model = initial_weights(path, arch, log)
     else:
-        raise ConfigError("init", f"{path} is no run; other models than transformers start from runs alone")
+        raise ConfigError("init", f"{path} is not a run; models other than vision transformers start from runs only")
+    variables, names, count = model.variables, model.metadata.get("class_names"), model.arch.num_classes
     try:
         if count != arch.num_classes:
             raise UserError(f"{path} has {count} classes and not {arch.num_classes}")
@@ -114,11 +111,6 @@ def _initial(
 def _log(line: str) -> None:
     if distributed.is_process_0():
         print(f"init: {line}", file=sys.stderr)
-
-
-def is_own_run(path: str) -> bool:
-    """Returns whether a path is a run directory or one of its checkpoints, and not weights of another framework."""
-    return is_run(pathlib.Path(path))
 
 
 def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> dict[str, Any]:
@@ -135,18 +127,17 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
         ConfigError: The teacher has different classes.
     """
     path, arch = pathlib.Path(teacher.run), teacher.model.architecture
-    if is_own_run(teacher.run):
-        config, variables = trained_variables(path)
-        _check_teacher(config.model.architecture, teacher, name)
-        names = run_class_names(config, path)
+    if is_run(path):
+        _check_teacher(read_config(find_checkpoint(path)[0]).model.architecture, teacher, name)
+        model = load_run(path)
     elif isinstance(arch, Architecture):
-        weights = read_weights(teacher.run, options=Options(like=arch, reverse=False))
-        _check_teacher(weights.arch, teacher, name)
-        variables = {"params": weights.params, "batch_stats": weights.batch_stats}
-        names = weights.metadata.get("class_names")
+        model = read_weights(path, options=Options(like=arch, reverse=False))
+        _check_teacher(model.arch, teacher, name)
     else:
-        raise ConfigError(f"{name}.run", f"{teacher.run} is no run; other teachers than transformers must be runs")
-    return reorder_heads(variables, _teacher_order(teacher, name, names, class_names), HEADS)
+        problem = "is not a run; teachers other than vision transformers must be runs"
+        raise ConfigError(f"{name}.run", f"{teacher.run} {problem}")
+    order = _teacher_order(teacher, name, model.metadata.get("class_names"), class_names)
+    return reorder_heads(model.variables, order, HEADS)
 
 
 def _teacher_order(
@@ -185,10 +176,11 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
     for name, teacher in config.teachers.items():
         if not teacher.run:
             check_origins(config.teacher_run(teacher), folder / name, class_names)
-        elif is_own_run(teacher.run):
-            theirs = read_config(pathlib.Path(teacher.run))
+        elif is_run(pathlib.Path(teacher.run)):
+            run, _ = find_checkpoint(pathlib.Path(teacher.run))
+            theirs = read_config(run)
             _check_teacher(theirs.model.architecture, teacher, name)
-            _teacher_order(teacher, name, run_class_names(theirs, pathlib.Path(teacher.run)), class_names)
+            _teacher_order(teacher, name, run_class_names(theirs, run), class_names)
         else:
             given_teacher(teacher, name, class_names)
     if starts:

@@ -1,7 +1,6 @@
 """The training loop: runs training from the initial weights to the last checkpoint; contains all its side effects."""
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import math
 import pathlib
@@ -18,20 +17,17 @@ from jax.sharding import Mesh
 from sit_jax import __version__
 from sit_jax.config import Config, DataConfig, TeacherConfig
 from sit_jax.config.config_dict import to_dict
-from sit_jax.data.classes import match_classes
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
-from sit_jax.io.preprocessing import run_class_names
-from sit_jax.io.runs import trained_variables
-from sit_jax.models import build_model
+from sit_jax.io.load import load_run
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
 from sit_jax.training.evaluate import evaluate, make_eval_step
 from sit_jax.training.init import check_origins, given_teacher, initial_state
-from sit_jax.training.metrics import MetricWriter, is_finite, warn_of_missing
+from sit_jax.training.metrics import MetricWriter, is_finite
 from sit_jax.training.progress import Progress
 from sit_jax.training.state import TrainState, has_finite_weights
 from sit_jax.training.step import (
@@ -293,59 +289,6 @@ def _package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def evaluate_run(
-    folder: pathlib.Path,
-    ema: bool = False,
-    step: int | None = None,
-    data: DataConfig | None = None,
-    match_names: bool = True,
-) -> dict[str, float]:
-    """Evaluates a run's checkpoint on its evaluation split, or on that of other data; see `trained_variables`.
-
-    Args:
-        folder: The run directory.
-        ema: Evaluate the moving average instead of the weights.
-        step: Step of the checkpoint; the newest if None.
-        data: The data set; that of the run if None.
-        match_names: Match classes by name if both sides have names; otherwise by index.
-
-    Raises:
-        UserError: There is no such checkpoint or data.
-        ConfigError: The data has different classes from the model.
-    """
-    config, variables = trained_variables(folder, ema, step)
-    names = run_class_names(config, folder) if match_names else None
-    return evaluate_variables(dataclasses.replace(config, data=data or config.data), variables, str(folder), names)
-
-
-def evaluate_variables(
-    config: Config, variables: dict[str, Any], what: str, class_names: Sequence[str] | None = None
-) -> dict[str, float]:
-    """Evaluates a model's variables on the evaluation split of a configuration.
-
-    Args:
-        config: The configuration.
-        variables: The model's variables.
-        what: Name of what is evaluated, for messages.
-        class_names: Class names of the model, by index; None matches classes by index.
-
-    Raises:
-        RunError: No image of the split can be read, or the loss is not finite.
-        UserError: The data does not exist.
-        ConfigError: The data has different classes from the model.
-    """
-    mesh = sharding.make_mesh()
-    sharding.check_batch(mesh, "eval_batch_size", config.eval_batch_size)
-    source = match_classes(open_source(config.data, config.data.eval_split), class_names, what)
-    check_classes(config.inputs, source)
-    model = build_model(config.model.architecture, dtype=config.model.dtype)
-    variables = sharding.place(variables, sharding.state_shardings(mesh, variables))
-    result = evaluate(make_eval_step(model, config.data), variables, eval_batches(config.inputs, source), mesh, what)
-    if distributed.is_process_0():
-        warn_of_missing(result, len(source))
-    return result
-
-
 def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
     config = spec.config
     step = make_eval_step(spec.model, config.data)
@@ -375,7 +318,7 @@ def _teacher_variables(
     else:
         shared = Extensions(source=extensions.source)
         run(config.teacher_run(teacher), folder, resume=True, label=name, extensions=shared)
-        _, variables = trained_variables(folder)
+        variables = load_run(folder).variables
     return sharding.place(variables, sharding.state_shardings(mesh, variables))
 
 

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -40,18 +39,15 @@ def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray
 
 
 def write_arrays(
-    path: pathlib.Path, names: Sequence[str], class_names: Sequence[str], pictures: Sequence[dict[str, ndarray]]
+    path: pathlib.Path, names: Sequence[str], class_names: Sequence[str], images: Sequence[dict[str, ndarray]]
 ) -> None:
     """Writes one compressed .npz file: the arrays of `arrays_of`, with the images as the first axis.
 
-    Args:
-        path: The file.
-        names: Names of the images; `pictures` in the file.
-        class_names: Class names by index; `class_names` in the file.
-        pictures: Arrays of one image per name.
+    The names of the images are `pictures` in the file, the class names by index are `class_names`.
     """
     # The arrays of all images of a model have the same shapes. Text is stored as plain arrays, so that no pickle is
     # needed.
-    stacked: dict[str, Any] = {key: np.stack([picture[key] for picture in pictures]) for key in pictures[0]}
+    stacked = {key: np.stack([image[key] for image in images]) for key in images[0]}
+    stacked |= {"pictures": np.array(names), "class_names": np.array(class_names)}
     with path.open("wb") as file:
-        np.savez_compressed(file, pictures=np.array(names), class_names=np.array(class_names), **stacked)
+        np.savez_compressed(file, allow_pickle=False, **stacked)

@@ -1,53 +1,51 @@
 """The class token's attention, computed without changes to the deployed model."""
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from sit_jax.models import Outputs
 from sit_jax.models.layers import Attention
+from sit_jax.models.trees import Params, Variables
 
 
 def apply_watched(
-    model: Any, variables: dict[str, Any], images: Float[Array, "batch height width channels"]
+    model: nn.Module, variables: Variables, images: Float[Array, "batch height width channels"]
 ) -> tuple[Float[Array, "batch classes"], Outputs, tuple[Array, ...]]:
     """Applies a model and also returns the class token's attention.
 
     The class query of every attention module is computed a second time; the model itself is unchanged.
 
-    Args:
-        model: A vision transformer's module, with or without slimming.
-        variables: Its variables.
-        images: Normalized images.
-
     Returns:
         Logits, the model's `Outputs`, and for each block the class token's attention to all tokens of the block (batch,
         tokens), prefix tokens first; mean over the heads, float32, rows sum to one.
     """
-    seen: list[Array] = []
-    with nn.intercept_methods(_watch(seen)):
-        logits, outputs = model.clone(remat=False).apply(variables, images)
-    return logits, outputs, tuple(seen)
+    attention: list[Array] = []
 
-
-def _watch(seen: list[Array]) -> Callable[..., Any]:
-    def intercept(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    def intercept(
+        call: Callable[..., PyTree],
+        args: tuple[PyTree, ...],
+        kwargs: dict[str, PyTree],
+        context: nn.module.InterceptorContext,
+    ) -> PyTree:
         if isinstance(context.module, Attention) and context.method_name == "__call__":
-            seen.append(_class_attention(context.module, args[0]))
+            attention.append(_class_attention(context.module, args[0]))
         return call(*args, **kwargs)
 
-    return intercept
+    forward = nn.apply(lambda module: module(images), model.clone(remat=False))
+    with nn.intercept_methods(intercept):
+        logits, outputs = forward(variables)
+    return logits, outputs, tuple(attention)
 
 
 def _class_attention(module: Attention, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens"]:
     """Returns the first token's attention, mean over the heads, as `Attention` computes it."""
     batch, tokens, dim = x.shape
     head_dim = dim // module.num_heads
-    layer: Any = module.get_variable("params", "qkv")
+    layer: Params = module.get_variable("params", "qkv")
     x, kernel = x.astype(module.dtype), layer["kernel"].astype(module.dtype)
     query, key = x[:, 0] @ kernel[:, :dim], x @ kernel[:, dim : 2 * dim]
     if module.qkv_bias:

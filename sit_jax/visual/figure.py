@@ -1,6 +1,5 @@
 """Print-quality figures of one image's token maps."""
 
-import dataclasses
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -8,10 +7,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
 from numpy import ndarray
 
-from sit_jax.visual.pictures import as_rgb, bar_colours, heat, regions
-from sit_jax.visual.token_maps import StageMaps, TokenMaps
+from sit_jax.visual.images import as_rgb, bar_colours, heat, regions
+from sit_jax.visual.token_maps import TokenMaps
 
 # Sizes in inches and points.
 _WIDTH, _MARGIN, _GAP = 10.4, 0.25, 0.09
@@ -28,11 +31,11 @@ _INK, _FAINT = "#1a1a1a", "#5c5c5c"
 
 def draw_maps(
     path: pathlib.Path,
-    picture: UInt8[ndarray, "side side channels"],
+    image: UInt8[ndarray, "side side channels"],
     maps: TokenMaps,
     index: int,
     title: str,
-    says: str,
+    prediction: str,
     tokens: int = 8,
     dpi: int = 150,
 ) -> None:
@@ -44,68 +47,58 @@ def draw_maps(
 
     Args:
         path: PNG file to write.
-        picture: The image in display size.
+        image: The image in display size.
         maps: Token maps of a batch.
         index: Index of the image in the batch.
         title: The figure's title.
-        says: The model's prediction, below the title.
+        prediction: Text below the title.
         tokens: Largest number of tokens per slimming module, and of blocks.
-        dpi: Resolution in dots per inch; 300 for print.
+        dpi: Dots per inch; 300 for print.
     """
-    from matplotlib.figure import Figure
-
     most = max([len(maps.attention), *(stage.kept for stage in maps.stages)])
     sheet = _Sheet(min(tokens, most), len(maps.stages))
-    figure = Figure(figsize=(_WIDTH, sheet.height), facecolor="white")
-    sheet = dataclasses.replace(sheet, figure=figure)
     top = sheet.height - _MARGIN
     sheet.write(_MARGIN, top, _short(title), _TITLE_SIZE, weight="bold", va="top", color=_INK)
-    sheet.write(_MARGIN, top - 0.27, _short(says), _HEADING_SIZE, va="top")
-    top = _draw_views(sheet, top - _HEADER, picture, maps, index)
+    sheet.write(_MARGIN, top - 0.27, _short(prediction), _HEADING_SIZE, va="top")
+    top = _draw_views(sheet, top - _HEADER, image, maps, index)
     for stage in range(len(maps.stages)):
-        top = _draw_tokens(sheet, top, picture, maps, index, stage)
-    _draw_attention(sheet, top, picture, maps, index)
+        top = _draw_tokens(sheet, top, image, maps, index, stage)
+    _draw_attention(sheet, top, image, maps, index)
     with warnings.catch_warnings():
         # Characters that the font lacks are drawn as boxes, without an error.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
-        figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
+        sheet.figure.savefig(path, dpi=dpi, format="png", metadata={"Software": None})
 
 
-@dataclasses.dataclass(frozen=True)
 class _Sheet:
-    """The figure, with coordinates in inches from the lower left corner."""
+    """The figure, with coordinates in inches from the lower left corner.
 
-    tokens: int
-    stages: int
-    figure: Any = None
+    Attributes:
+        tokens: Number of heat maps in a row, at most.
+        cell: Side of a heat map.
+        view: Side of the image and of the regions.
+        height: Height of the figure.
+        figure: The figure.
+    """
 
-    @property
-    def cell(self) -> float:
-        """Side of a heat map."""
-        room = _WIDTH - 2 * _MARGIN - _BAR_ROOM
-        return min(_LARGEST_CELL, (room - (self.tokens - 1) * _GAP) / self.tokens)
-
-    @property
-    def view(self) -> float:
-        """Side of the image and of the regions."""
-        plot = sum(_PLOT) if self.stages else 0.0
-        return min(_LARGEST_VIEW, (_WIDTH - 2 * _MARGIN - plot - self.stages * _GAP) / (self.stages + 1))
-
-    @property
-    def height(self) -> float:
-        rows = (self.stages + 1) * (_HEADING + self.cell + _CAPTION + _BETWEEN)
-        return 2 * _MARGIN + _HEADER + self.view + _CAPTION + _BETWEEN + rows - _BETWEEN
+    def __init__(self, tokens: int, stages: int) -> None:
+        self.tokens = tokens
+        width, plot = _WIDTH - 2 * _MARGIN, sum(_PLOT) if stages else 0.0
+        self.cell = min(_LARGEST_CELL, (width - _BAR_ROOM - (tokens - 1) * _GAP) / tokens)
+        self.view = min(_LARGEST_VIEW, (width - plot - stages * _GAP) / (stages + 1))
+        rows = (stages + 1) * (_HEADING + self.cell + _CAPTION + _BETWEEN)
+        self.height = 2 * _MARGIN + _HEADER + self.view + _CAPTION + _BETWEEN + rows - _BETWEEN
+        self.figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
 
     def caption(self, name: str, number: int, what: str) -> str:
         """Returns the caption of a heat map."""
         return f"{name} {number}: {what}" if self.cell >= _CAPTIONED else f"{number}"
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
-        """Writes text."""
         # Names of files and classes may contain dollar signs, which are not formulas here.
         self.figure.text(x / _WIDTH, y / self.height, text, size=size, parse_math=False, **{"color": _FAINT, **style})
 
-    def axes(self, x: float, y: float, width: float, height: float) -> Any:
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Returns axes at a lower left corner."""
         return self.figure.add_axes((x / _WIDTH, y / self.height, width / _WIDTH, height / self.height))
 
@@ -118,9 +111,6 @@ class _Sheet:
 
     def bar(self, top: float, largest: float, label: str) -> None:
         """Draws the colour bar of a row of heat maps, on its right."""
-        from matplotlib.cm import ScalarMappable
-        from matplotlib.colors import ListedColormap, Normalize
-
         axes = self.axes(_WIDTH - _MARGIN - _BAR_ROOM + 0.08, top - self.cell, _BAR, self.cell)
         scale = ScalarMappable(Normalize(0, largest), ListedColormap(bar_colours()))
         bar = self.figure.colorbar(scale, cax=axes)
@@ -132,14 +122,14 @@ class _Sheet:
             self.write(_WIDTH - _MARGIN, top + _HEADING, label, _CAPTION_SIZE, ha="right", va="top")
 
 
-def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
+def _draw_views(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int) -> float:
     """Draws the image, the regions after each slimming module, and the effective number of patches."""
     x, side = _MARGIN, sheet.view
-    sheet.show(x, top, side, as_rgb(picture), f"the picture, {maps.grid} x {maps.grid} patches")
+    sheet.show(x, top, side, as_rgb(image), f"the image, {maps.grid} x {maps.grid} patches")
     for number, stage in enumerate(maps.stages, start=1):
         x += side + _GAP
-        painted = regions(picture, stage.hard[index], maps.grid, stage.overlooked[index])
-        sheet.show(x, top, side, painted, f"regions of the {stage.kept} tokens of TSM {number}")
+        drawn = regions(image, stage.hard[index], maps.grid, stage.overlooked[index])
+        sheet.show(x, top, side, drawn, f"regions of the {stage.kept} tokens of TSM {number}")
     if maps.stages:
         left = _WIDTH - _MARGIN - _PLOT[0]
         _plot_effective(sheet.axes(left, top - side + 0.05, _PLOT[0], side - 0.25), maps, index)
@@ -147,7 +137,7 @@ def _draw_views(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, in
     return top - side - _CAPTION - _BETWEEN
 
 
-def _plot_effective(axes: Any, maps: TokenMaps, index: int) -> None:
+def _plot_effective(axes: Axes, maps: TokenMaps, index: int) -> None:
     names = []
     for place, stage in enumerate(maps.stages):
         counts = np.sort(stage.effective_patches[index])
@@ -165,38 +155,37 @@ def _plot_effective(axes: Any, maps: TokenMaps, index: int) -> None:
         spine.set(visible=name in ("left", "bottom"), linewidth=0.4)
 
 
-def _draw_tokens(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int, number: int) -> float:
+def _draw_tokens(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int, number: int) -> float:
     stage = maps.stages[number]
     chosen = maps.most_attended(number, index, sheet.tokens)
     shown = (
         f"the {len(chosen)} that the class token attends to most" if len(chosen) < stage.kept else "all, by attention"
     )
-    heading = f"TSM {number + 1}, behind block {stage.after_block}:"
+    heading = f"TSM {number + 1}, after block {stage.after_block}:"
     text = f"{heading} {stage.assignment.shape[1]} to {stage.kept} tokens ({shown})"
     effective = stage.effective_patches[index]
     captions = [sheet.caption("token", token + 1, f"{_number(effective[token])} patches") for token in chosen]
     rows = stage.cumulative[index][list(chosen)]
-    scale = float(rows.max()) * rows.shape[1], "times an even share"
-    return _draw_row(sheet, top, text, picture, rows, captions, maps.grid, scale)
+    scale = float(rows.max()) * rows.shape[1], "times the uniform weight"
+    return _draw_row(sheet, top, text, image, rows, captions, maps.grid, scale)
 
 
-def _draw_attention(sheet: _Sheet, top: float, picture: ndarray, maps: TokenMaps, index: int) -> float:
+def _draw_attention(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int) -> float:
     depth = len(maps.attention)
     blocks = np.unique(np.round(np.linspace(1, depth, min(depth, sheet.tokens))).astype(int))
     rows = np.stack([maps.attention_on_patches(int(block))[index] for block in blocks])
-    counts = [_tokens_of(maps.stage_of(int(block)), maps.grid) for block in blocks]
-    captions = [sheet.caption("block", block, f"{count} tokens") for block, count in zip(blocks, counts, strict=True)]
-    heading = "Attention of the class token, handed on to the patches that its tokens are made of (mean over heads)"
+    captions = [sheet.caption("block", int(b), f"{maps.attention[b - 1].shape[1]} tokens") for b in blocks]
+    heading = "Attention of the class token, distributed to the patches of its tokens (mean over heads)"
     # Early blocks can be much sharper than those after the slimming, whose maps would be black on a common scale.
     peaks = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return _draw_row(sheet, top, heading, picture, peaks, captions, maps.grid, (1.0, "of each map's largest"))
+    return _draw_row(sheet, top, heading, image, peaks, captions, maps.grid, (1.0, "of each map's largest"))
 
 
 def _draw_row(
     sheet: _Sheet,
     top: float,
     heading: str,
-    picture: ndarray,
+    image: ndarray,
     rows: ndarray,
     captions: Sequence[str],
     grid: int,
@@ -207,14 +196,10 @@ def _draw_row(
     top -= _HEADING
     largest = float(rows.max())
     for place, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        pixels = heat(picture, row, grid, largest)
+        pixels = heat(image, row, grid, largest)
         sheet.show(_MARGIN + place * (sheet.cell + _GAP), top, sheet.cell, pixels, caption)
     sheet.bar(top, *scale)
     return top - sheet.cell - _CAPTION - _BETWEEN
-
-
-def _tokens_of(stage: StageMaps | None, grid: int) -> int:
-    return grid**2 if stage is None else stage.kept
 
 
 def _short(text: str) -> str:

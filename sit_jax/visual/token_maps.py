@@ -6,16 +6,21 @@ figures, the maps include only the slimming.)
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from numpy import ndarray
 
+from sit_jax.data.preprocess import normalize
 from sit_jax.io.inference import softmax
+from sit_jax.io.model import Model
+from sit_jax.models.trees import Variables
 from sit_jax.visual.attention import apply_watched
 
 
@@ -39,17 +44,17 @@ class StageMaps(NamedTuple):
 
     @property
     def hard(self) -> Int[ndarray, "batch patches"]:
-        """The token in which each patch has its largest weight; see `hard_assignment`."""
+        """See `hard_assignment`."""
         return hard_assignment(self.cumulative)
 
     @property
     def overlooked(self) -> Bool[ndarray, "batch patches"]:
-        """Patches with little weight in all tokens; see `overlooked_patches`."""
+        """See `overlooked_patches`."""
         return overlooked_patches(self.cumulative)
 
     @property
     def effective_patches(self) -> Float[ndarray, "batch kept"]:
-        """Effective number of patches of each token; see `effective_patches`."""
+        """See `effective_patches`."""
         return effective_patches(self.cumulative)
 
 
@@ -80,48 +85,31 @@ class TokenMaps(NamedTuple):
         return before[-1] if before else None
 
     def attention_on_patches(self, block: int) -> Float[ndarray, "batch patches"]:
-        """Returns the class token's attention in a block, distributed to the patches of the block's tokens.
+        """Returns the class token's attention in a block (counted from 1), distributed to the patches of its tokens.
 
-        Args:
-            block: Index of the block, counted from 1.
-
-        Returns:
-            (batch, patches); sums to the total attention to the block's patch tokens.
+        It sums to the total attention to the block's patch tokens.
         """
         weights, stage = self.attention[block - 1], self.stage_of(block)
         return weights if stage is None else np.einsum("bk,bkp->bp", weights, stage.cumulative)
 
     def token_attention(self, stage: int) -> Float[ndarray, "batch kept"]:
-        """Returns the class token's attention to each token of a stage: the mean over the blocks of the stage.
-
-        Args:
-            stage: Index into `stages`.
-        """
+        """Returns the class token's attention to each token of `stages[stage]`: the mean over the stage's blocks."""
         first = self.stages[stage].after_block
         last = self.stages[stage + 1].after_block if stage + 1 < len(self.stages) else len(self.attention)
         return np.mean(self.attention[first:last], axis=0)
 
     def most_attended(self, stage: int, index: int, count: int) -> tuple[int, ...]:
-        """Returns the tokens of a stage with the most class attention in the stage's blocks, in decreasing order.
-
-        Args:
-            stage: Index into `stages`.
-            index: Index of the image in the batch.
-            count: Largest number of tokens.
-        """
+        """Returns the `count` tokens of `stages[stage]` to which image `index`'s class token attends most, in order."""
         order = np.argsort(-self.token_attention(stage)[index], kind="stable")
         return tuple(int(token) for token in order[:count])
 
 
-def token_maps(model: Any, variables: dict[str, Any], images: Float[Any, "batch height width channels"]) -> TokenMaps:
-    """Applies a model to images and returns their token maps.
+def token_maps(
+    model: nn.Module, variables: Variables, images: Float[Array | ndarray, "batch height width channels"]
+) -> TokenMaps:
+    """Returns the token maps of normalized images; compiled once per model and batch size.
 
-    Compiled once per model and batch size.
-
-    Args:
-        model: A vision transformer's module (`sit_jax.models.build_model`), slimmed or not.
-        variables: Its variables.
-        images: Normalized images, (batch, height, width, channels).
+    The model is a vision transformer's module (`sit_jax.models.build_model`), slimmed or not.
     """
     logits, assignments, attention = jax.device_get(_forward(model, variables, jnp.asarray(images)))
     arch = model.arch
@@ -136,10 +124,15 @@ def token_maps(model: Any, variables: dict[str, Any], images: Float[Any, "batch 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(
-    model: Any, variables: dict[str, Any], images: Float[Array, "batch height width channels"]
+    model: nn.Module, variables: Variables, images: Float[Array, "batch height width channels"]
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
     logits, outputs, attention = apply_watched(model, variables, images)
     return logits, outputs.assignments, attention
+
+
+def model_token_maps(model: Model, pixels: UInt8[ndarray, "batch height width channels"]) -> TokenMaps:
+    """Returns the token maps of uint8 images of the model's size; compiled once per model and batch size."""
+    return token_maps(model.module, model.variables, normalize(jnp.asarray(pixels), model.data))
 
 
 def cumulative_maps(
@@ -147,19 +140,10 @@ def cumulative_maps(
 ) -> list[Float[ndarray, "batch _kept patches"]]:
     """Returns the weight of each patch in each token after each slimming module: the product of the assignments so far.
 
-    Args:
-        assignments: The modules' assignments in order, each (batch, tokens, kept), columns summing to one.
-
-    Returns:
-        One array per module, float32; rows sum to one.
+    The columns of an assignment sum to one, and so do the rows of a map, which is float32.
     """
-    maps: list[ndarray] = []
-    total: ndarray | None = None
-    for assignment in assignments:
-        own = np.swapaxes(np.asarray(assignment, np.float64), 1, 2)
-        total = own if total is None else own @ total
-        maps.append(total.astype(np.float32))
-    return maps
+    own = (np.swapaxes(np.asarray(assignment, np.float64), 1, 2) for assignment in assignments)
+    return [total.astype(np.float32) for total in itertools.accumulate(own, lambda total, maps: maps @ total)]
 
 
 def hard_assignment(cumulative: Float[ndarray, "batch kept patches"]) -> Int[ndarray, "batch patches"]:
@@ -184,6 +168,6 @@ def effective_patches(cumulative: Float[ndarray, "batch kept patches"]) -> Float
 
     It is 1 for a token of a single patch, and the number of patches for the mean of all patches.
     """
-    shares = cumulative.astype(np.float64)
-    logarithms = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
-    return np.exp(-(shares * logarithms).sum(axis=2))
+    weights = cumulative.astype(np.float64)
+    logarithms = np.log(weights, where=weights > 0, out=np.zeros_like(weights))
+    return np.exp(-(weights * logarithms).sum(axis=2))

@@ -12,32 +12,30 @@ from numpy import ndarray
 
 from sit_jax.data.folder import find_pictures
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Example, Source, read_picture, writing
+from sit_jax.data.sources import Example, read_picture, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
-from sit_jax.io.predictor import evaluation_data
+from sit_jax.io.load import load
+from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
 from sit_jax.visual.arrays import arrays_of, write_arrays
 from sit_jax.visual.figure import draw_maps
-from sit_jax.visual.inspected_model import InspectedModel, ModelInput, open_inspected_model
-from sit_jax.visual.token_maps import TokenMaps
+from sit_jax.visual.model_input import ModelInput, preprocess
+from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 # Default folder of the figures.
 FIGURES = pathlib.Path("maps")
 # Default number of images of a split.
 FEW = 16
 _NPZ = ".npz"
-_CLASSES_TOLD = 3
+_CLASSES_SHOWN = 3
 
 
-class Picture(NamedTuple):
-    """An image to visualize.
+class ImageFile(NamedTuple):
+    """An image to visualize: a file, or an example of a data set.
 
-    Attributes:
-        name: Name in messages and arrays.
-        title: Title of its figure.
-        stem: Name of its files, without a suffix.
-        load: Reads the image and the name of its class, which is empty if unknown.
+    `name` is for messages and arrays, `title` for its figure, and `stem` is the name of its files, without a suffix.
+    `load` reads the image and the name of its class, which is empty if unknown.
     """
 
     name: str
@@ -46,21 +44,7 @@ class Picture(NamedTuple):
     load: Callable[[], tuple[Example, str]]
 
 
-class Read(NamedTuple):
-    """An image that was read.
-
-    Attributes:
-        picture: The image's description.
-        seen: The preprocessed image.
-        label: Name of its class, empty if unknown.
-    """
-
-    picture: Picture
-    seen: ModelInput
-    label: str
-
-
-class Ways(NamedTuple):
+class OutputSettings(NamedTuple):
     """Output settings.
 
     Attributes:
@@ -80,8 +64,8 @@ class Ways(NamedTuple):
 
 def command(
     source: pathlib.Path,
-    words: Sequence[str],
-    ways: Ways,
+    paths: Sequence[str],
+    output: OutputSettings,
     data: dict[str, str | None],
     limit: int | None = None,
     ema: bool = False,
@@ -91,8 +75,8 @@ def command(
 
     Args:
         source: A run directory or a model folder.
-        words: Files, folders, patterns, or `-`; see `find_pictures`. None for images of a split.
-        ways: The output settings.
+        paths: Files, folders, patterns, or `-`; see `find_pictures`. Empty for images of a split.
+        output: The output settings.
         data: `split`, `name` and `data_dir` of a data set; None for the one that the model was trained on.
         limit: Largest number of images; if None, all, or `FEW` of a split.
         ema: Use a run's moving average instead of its weights.
@@ -102,58 +86,56 @@ def command(
         UserError: The model, an image or the data set cannot be opened, or a file cannot be written.
         PartialFailureError: Some images could not be read.
     """
-    if bool(words) == (data["split"] is not None):
-        raise UserError("which pictures? Give files, folders or patterns, or else --split")
-    if words and (data["name"] or data["data_dir"]):
-        raise UserError("--name and --data_dir: tell where a --split is; pictures are given by themselves")
-    found = from_files(find_pictures(words, sys.stdin)) if words else []
-    subject = open_inspected_model(source, ema, step)
-    pictures = found if words else from_split(subject, data, FEW if limit is None else limit)
-    if not subject.arch.is_slimmed:
+    if bool(paths) == (data["split"] is not None):
+        raise UserError("which images? Give files, folders or patterns, or else --split")
+    if paths and (data["name"] or data["data_dir"]):
+        raise UserError("--name and --data_dir are for a --split, not for image files")
+    files = from_files(find_pictures(paths, sys.stdin)) if paths else []
+    model = load(source, ema=ema, step=step)
+    if not model.vit.is_slimmed:
         print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
-    done = visualize(subject, pictures[:limit], ways)
-    for place in (ways.figures, ways.arrays):
+    images = files[:limit] if paths else from_split(model, data, FEW if limit is None else limit)
+    done = visualize(model, images, output)
+    for place in (output.figures, output.arrays):
         if place is not None and done:
-            print(f"Written: {place} ({done} pictures)")
-    skipped = len(pictures[:limit]) - done
-    if skipped:
-        raise PartialFailureError(
-            f"{skipped} of {len(pictures[:limit])} pictures could not be read and were skipped; the others were done"
-        )
+            print(f"Written: {place} ({done} images)")
+    if done < len(images):
+        skipped = f"{len(images) - done} of {len(images)} images could not be read and were skipped"
+        raise PartialFailureError(f"{skipped}; the others were done")
 
 
-def from_files(names: Sequence[str]) -> list[Picture]:
+def from_files(names: Sequence[str]) -> list[ImageFile]:
     """Returns images from files."""
-    stems = _different(pathlib.PurePath(name).stem for name in names)
 
-    def one(name: str, stem: str) -> Picture:
-        return Picture(name, pathlib.PurePath(name).name, stem, lambda: (read_picture(name), ""))
+    def one(name: str, stem: str) -> ImageFile:
+        return ImageFile(name, pathlib.PurePath(name).name, stem, lambda: (read_picture(name), ""))
 
-    return [one(name, stem) for name, stem in zip(names, stems, strict=True)]
+    return [one(*pair) for pair in zip(names, _different(pathlib.PurePath(name).stem for name in names), strict=True)]
 
 
-def from_split(subject: InspectedModel, data: dict[str, str | None], limit: int) -> list[Picture]:
+def from_split(model: Model, data: dict[str, str | None], limit: int) -> list[ImageFile]:
     """Returns the first images of a split of a data set.
 
     Raises:
         UserError: The data set cannot be opened.
     """
     fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
-    config = evaluation_data(subject, {key: value for key, value in fields.items() if value is not None})
+    config = model.evaluation_data({key: value for key, value in fields.items() if value is not None})
     source = open_source(config, config.eval_split)
     stem = re.sub(r"[^\w.%-]+", "-", config.eval_split)
-    return [_example(source, index, f"{stem}-{index:05d}") for index in range(min(limit, len(source)))]
+
+    def one(index: int) -> ImageFile:
+        def read() -> tuple[Example, str]:
+            example = source[index]
+            return example, str(source.class_names[example.label]) if example.label >= 0 else ""
+
+        name = f"{stem}-{index:05d}"
+        return ImageFile(name, name, name, read)
+
+    return [one(index) for index in range(min(limit, len(source)))]
 
 
-def _example(source: Source, index: int, name: str) -> Picture:
-    def load() -> tuple[Example, str]:
-        example = source[index]
-        return example, str(source.class_names[example.label]) if example.label >= 0 else ""
-
-    return Picture(name, name, name, load)
-
-
-def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) -> int:
+def visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings) -> int:
     """Writes figures and arrays, and reports unreadable images on standard error.
 
     Files are written atomically and replace existing ones. Memory use does not depend on the number of images, except
@@ -165,38 +147,43 @@ def visualize(subject: InspectedModel, pictures: Sequence[Picture], ways: Ways) 
     Raises:
         UserError: A file cannot be written.
     """
-    kept: list[tuple[Picture, dict[str, ndarray]]] = []
-    one_file = ways.arrays is not None and ways.arrays.suffix == _NPZ
-    readable = finished = 0
-    with Progress("visualize", len(pictures), 0, 1) as progress:
-        for batch in _read(subject, pictures, ways.batch_size, progress):
-            maps = subject.maps(_filled([read.seen.pixels for read in batch], ways.batch_size))
-            for index, read in enumerate(batch):
-                if ways.figures is not None:
-                    _write_figure(subject, read, maps, index, ways)
-                if ways.arrays is not None:
-                    picture, arrays = read.picture, arrays_of(read.seen.pixels, maps, index)
-                    if one_file:
-                        kept.append((picture, arrays))
+    collected: list[tuple[str, dict[str, ndarray]]] = []
+    done = 0
+    with Progress("visualize", len(images), 0, 1) as progress:
+        for batch in _read(model, images, output.batch_size, progress):
+            # The batch is padded, so that the last one needs no compilation.
+            pixels = np.zeros((output.batch_size, *batch[0][1].pixels.shape), np.uint8)
+            pixels[: len(batch)] = [inputs.pixels for _, inputs, _ in batch]
+            maps = model_token_maps(model, pixels)
+            for index, (image, inputs, label) in enumerate(batch):
+                if output.figures is not None:
+                    # Never the name of an image file, so that no input is replaced.
+                    path = output.figures / f"{image.stem}.maps.png"
+                    with writing(path), atomic_replace(path) as part:
+                        prediction = _describe(model, maps, index, label)
+                        draw_maps(part, inputs.shown, maps, index, image.title, prediction, output.tokens, output.dpi)
+                if output.arrays is not None:
+                    arrays = image.name, arrays_of(inputs.pixels, maps, index)
+                    if output.arrays.suffix == _NPZ:
+                        collected.append(arrays)
                     else:
-                        _write_arrays(subject, ways.arrays / f"{picture.stem}{_NPZ}", [(picture, arrays)])
-                finished += 1
-                progress.update(finished, {})
-            readable += len(batch)
-    if kept and ways.arrays is not None:
-        _write_arrays(subject, ways.arrays, kept)
-    return readable
+                        _write_arrays(model, output.arrays / f"{image.stem}{_NPZ}", [arrays])
+                done += 1
+                progress.update(done, {})
+    if collected and output.arrays is not None:
+        _write_arrays(model, output.arrays, collected)
+    return done
 
 
 def _read(
-    subject: InspectedModel, pictures: Sequence[Picture], batch_size: int, progress: Progress
-) -> Iterator[list[Read]]:
-    """Yields the readable images, batch by batch."""
-    batch: list[Read] = []
-    for picture in pictures:
+    model: Model, images: Sequence[ImageFile], batch_size: int, progress: Progress
+) -> Iterator[list[tuple[ImageFile, ModelInput, str]]]:
+    """Yields the readable images with their model inputs and labels, batch by batch."""
+    batch: list[tuple[ImageFile, ModelInput, str]] = []
+    for image in images:
         try:
-            example, label = picture.load()
-            batch.append(Read(picture, subject.preprocess(example), label))
+            example, label = image.load()
+            batch.append((image, preprocess(model.vit, model.data, example), label))
         except ImageDecodeError as error:
             progress.note(f"skipped {error}")
         if len(batch) == batch_size:
@@ -206,31 +193,18 @@ def _read(
         yield batch
 
 
-def _filled(pixels: Sequence[ndarray], batch_size: int) -> ndarray:
-    """Returns a padded batch, so that the last batch needs no compilation."""
-    batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
-    batch[: len(pixels)] = pixels
-    return batch
+def _describe(model: Model, maps: TokenMaps, index: int, label: str) -> str:
+    """Returns the label of an image, if known, and the top classes."""
+    probabilities, names = maps.probabilities[index], model.class_names
+    top = np.argsort(-probabilities, kind="stable")[:_CLASSES_SHOWN]
+    prediction = "predicted: " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in top)
+    return f"labelled {label}; {prediction}" if label else prediction
 
 
-def _write_figure(subject: InspectedModel, read: Read, maps: TokenMaps, index: int, ways: Ways) -> None:
-    probabilities, names = maps.probabilities[index], subject.class_names
-    order = np.argsort(-probabilities, kind="stable")[:_CLASSES_TOLD]
-    says = "says " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in order)
-    if read.label:
-        says = f"labelled {read.label}; {says}"
-    assert ways.figures is not None
-    # Never the name of an image file, so that no input is replaced.
-    path = ways.figures / f"{read.picture.stem}.maps.png"
+def _write_arrays(model: Model, path: pathlib.Path, named: Sequence[tuple[str, dict[str, ndarray]]]) -> None:
+    names, arrays = zip(*named, strict=True)
     with writing(path), atomic_replace(path) as part:
-        draw_maps(part, read.seen.shown, maps, index, read.picture.title, says, ways.tokens, ways.dpi)
-
-
-def _write_arrays(
-    subject: InspectedModel, path: pathlib.Path, kept: Sequence[tuple[Picture, dict[str, ndarray]]]
-) -> None:
-    with writing(path), atomic_replace(path) as part:
-        write_arrays(part, [picture.name for picture, _ in kept], subject.class_names, [x for _, x in kept])
+        write_arrays(part, names, model.class_names, arrays)
 
 
 def _different(stems: Iterable[str]) -> list[str]:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.io.weights import Weights
+from sit_jax.io.model import Model
 from sit_jax.models import HEADS
 
 # Parameter of the cubic kernel, as in PyTorch's bicubic interpolation (Pillow and the antialiased one use -0.5).
 _CUBIC = -0.75
 
 
-def resize(weights: Weights, image_size: int, log: Callable[[str], None]) -> Weights:
+def resize(model: Model, image_size: int, log: Callable[[str], None]) -> Model:
     """Returns the weights for another image size: positions are interpolated, except for the class token's.
 
     A student keeps the numbers of tokens that its slimming modules were trained with. Reverse modules recover a fixed
@@ -23,28 +23,28 @@ def resize(weights: Weights, image_size: int, log: Callable[[str], None]) -> Wei
     Raises:
         ConfigError: The patches do not fill that size, or the student keeps more tokens than the new grid has.
     """
-    arch = weights.arch
+    arch = model.vit
     if image_size == arch.image_size:
-        return weights
+        return model
     kept = arch.token_counts
     wanted = dataclasses.replace(arch.without_slimming(), image_size=image_size)
     changes: dict[str, Any] = (
         {"kept_tokens": (wanted.num_patches, *kept[1:]), "keep_ratio": None} if arch.is_slimmed else {}
     )
     new = dataclasses.replace(arch, image_size=image_size, **changes)
-    positions = weights.params["positions"]
+    positions = model.params["positions"]
     grid = interpolate(positions[0, 1:].reshape(arch.grid_size, arch.grid_size, arch.dim), new.grid_size)
     params = {
-        **weights.params,
+        **model.params,
         "positions": np.concatenate([positions[:, :1], grid.reshape(1, -1, arch.dim)], axis=1),
     }
     sides = f"{arch.grid_size}x{arch.grid_size} to {new.grid_size}x{new.grid_size}"
     log(f"changed: {arch.image_size} to {image_size} px, positions interpolated from {sides} (bicubic)")
     if arch.is_slimmed:
         log(f"changed: tokens per stage are now {'/'.join(map(str, new.token_counts))}")
-    if weights.reverse:
+    if model.rtsm:
         log(f"changed: RTSMs left out, since they recover {arch.grid_size}x{arch.grid_size} tokens")
-    return weights._replace(arch=new, params=params, reverse={})
+    return dataclasses.replace(model, arch=new, variables={**model.variables, "params": params}, rtsm={})
 
 
 def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
@@ -76,7 +76,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
     return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
-def replace_heads(weights: Weights, num_classes: int, log: Callable[[str], None]) -> Weights:
+def replace_heads(model: Model, num_classes: int, log: Callable[[str], None]) -> Model:
     """Returns the weights for another number of classes, with all heads set to zero.
 
     Raises:
@@ -84,15 +84,16 @@ def replace_heads(weights: Weights, num_classes: int, log: Callable[[str], None]
     """
     if num_classes < 1:
         raise UserError(f"--num_classes: must be at least 1, is {num_classes}")
-    arch = weights.arch
+    arch = model.vit
     if num_classes == arch.num_classes:
-        return weights
-    heads = sorted(HEADS & set(weights.params))
+        return model
+    heads = sorted(HEADS & set(model.params))
     fresh = {name: empty_head(arch.dim, num_classes) for name in heads}
     log(f"changed: {arch.num_classes} to {num_classes} classes, {' and '.join(heads)} replaced by zeros")
-    metadata = {key: value for key, value in weights.metadata.items() if key != "class_names"}
+    metadata = {key: value for key, value in model.metadata.items() if key != "class_names"}
     new = dataclasses.replace(arch, num_classes=num_classes)
-    return weights._replace(arch=new, params={**weights.params, **fresh}, metadata=metadata)
+    variables = {**model.variables, "params": {**model.params, **fresh}}
+    return dataclasses.replace(model, arch=new, variables=variables, metadata=metadata)
 
 
 def empty_head(dim: int, num_classes: int) -> dict[str, np.ndarray]:

@@ -5,10 +5,11 @@ import pathlib
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create, require_torch, write_torch
 from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import Log, read_weights
+from sit_jax.io.convert.read import Log
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.io.model_folder import CONFIG, FORMAT, read_json, save_folder, write_weights
-from sit_jax.io.preprocessing import assumptions
+from sit_jax.io.load import read_weights
+from sit_jax.io.metadata import assumptions
+from sit_jax.io.model_folder import CONFIG, FORMAT, read_json, write_weights
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
@@ -31,18 +32,17 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
     if dest.suffix in (".pth", ".pt"):
         require_torch(dest)
     _check_free(source, dest, force)
-    weights = read_weights(source, options=options, log=log)
-    assumed = assumptions(weights.metadata)
+    model = read_weights(source, options=options, log=log)
+    assumed = assumptions(model.metadata)
     if assumed:
-        log(f"assumed of pictures, as for ImageNet, since the file does not say: {assumed}")
+        log(f"assumed, as for ImageNet, since the file does not say how images are read: {assumed}")
     with atomic_create(dest, replace=True) as part:
         if not dest.suffix:
-            save_folder(part, weights, bool(weights.reverse))
+            model.save(part, with_rtsm=bool(model.rtsm))
         elif dest.suffix == ".safetensors":
-            write_weights(part, weights, bool(weights.reverse))
+            write_weights(part, model.vit, model.variables, model.rtsm)
         else:
-            tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.reverse}
-            write_torch(part, to_original(tree, weights.arch))
+            write_torch(part, to_original({**model.variables, "reverse": model.rtsm}, model.vit))
 
 
 def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:

@@ -2,13 +2,13 @@
 
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
 
 from sit_jax.errors import UserError
-from sit_jax.io.convert.adapt import empty_head, replace_heads, resize
+from sit_jax.io.convert.adapt import empty_head
 from sit_jax.io.convert.config_json import Description, read_config_json
 from sit_jax.io.convert.infer_config import Inferred, Positions, infer
 from sit_jax.io.convert.load_params import load_params
@@ -18,10 +18,9 @@ from sit_jax.io.convert.safetensors_npz import read_npz, read_safetensors
 from sit_jax.io.convert.sit_names import Entry
 from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
 from sit_jax.io.convert.tensors import FileError, Tensors, check_total
+from sit_jax.io.metadata import check_metadata
+from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
-from sit_jax.io.preprocessing import check_about
-from sit_jax.io.run_weights import is_run, read_run
-from sit_jax.io.weights import Weights
 
 Log = Callable[[str], None]
 
@@ -32,50 +31,22 @@ def silent(line: str) -> None:
     """Ignores a line."""
 
 
-def read_weights(
-    path: str | pathlib.Path,
-    overrides: Mapping[str, Any] | None = None,
-    options: Options | None = None,
-    log: Log = silent,
-) -> Weights:
-    """Reads a model's weights and infers their architecture.
+def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
+    """Reads a file of weights, or a folder that contains one, and infers the architecture.
 
     Args:
-        path: A `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.npz` file, a model folder, or a run.
-        overrides: Architecture fields that the tensors do not determine, such as `num_heads`; by default, those of
-            `options`.
-        options: The other options.
+        path: The file or folder.
+        options: Which weights to read, and what the tensors do not determine; `image_size`, `num_classes` (for a file
+            with a head) and `licence` are not applied.
         log: Called with each line about what was found and changed.
-
-    Returns:
-        The weights: NumPy float32 with Linen's names and layouts.
 
     Raises:
         UserError: The weights cannot be read; the one-line message names the file and the problem or the missing
             option.
     """
-    path, options = pathlib.Path(path), options or Options()
-    if overrides is not None:
-        options = options._replace(fields=overrides)
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file or folder")
-    if is_run(path) and options.fields:
-        words = ", ".join(f"--model.{name}" for name in options.fields)
-        raise UserError(f"{path}: is a run, whose config.json says what its model is; leave {words} out")
-    weights = read_run(path, options.ema, options.reverse, log) if is_run(path) else _read_file(path, options, log)
-    if options.licence is not None:
-        weights = weights._replace(metadata={**weights.metadata, "licence": options.licence})
-    if options.num_classes is not None:
-        weights = replace_heads(weights, options.num_classes, log)
-    if options.image_size is not None:
-        weights = resize(weights, options.image_size, log)
-    return weights
-
-
-def _read_file(path: pathlib.Path, options: Options, log: Log) -> Weights:
     file = path / WEIGHTS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
-        raise UserError(f"{path}: is neither a run nor a model folder: there is no {CONFIG} with {WEIGHTS} in it")
+        raise UserError(f"{path}: is neither a run nor a model folder: it has neither checkpoints nor {WEIGHTS}")
     tensors = strip_prefixes(_tensors(file, options.ema, log))
     config = read_config_json(file.with_name(CONFIG))
     if config.unused:
@@ -104,8 +75,9 @@ def _read_file(path: pathlib.Path, options: Options, log: Log) -> Weights:
         metadata = {"provenance": {"converted_from": path.name, "layout": inferred.layout.name}, **metadata}
     if inferred.layout.preprocessing is not None:
         metadata = {"preprocessing": inferred.layout.preprocessing, **metadata}
-    check_about(metadata, arch.num_classes, file.with_name(CONFIG))
-    return Weights(arch, tree["params"], tree.get("batch_stats", {}), tree.get("reverse", {}), metadata)
+    check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))
+    rtsm = tree.pop("reverse", {})
+    return Model(arch, tree, metadata, rtsm, source=str(path))
 
 
 def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:

@@ -1,5 +1,6 @@
 """Implementation of `sit export`: converts a run or a model folder to a deployment format."""
 
+import dataclasses
 import pathlib
 from typing import Literal
 
@@ -11,8 +12,8 @@ from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file, stablehlo
 from sit_jax.io.export.forward import make_forward
 from sit_jax.io.export.timm import to_timm
-from sit_jax.io.model_folder import describe, save_folder
-from sit_jax.io.predictor import open_weights
+from sit_jax.io.load import load
+from sit_jax.io.model_folder import describe
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
 _STATE_DICT_SUFFIXES = (".safetensors", ".pth")
@@ -49,26 +50,23 @@ def export_model(
     _check_options(dest, kind, with_reverse, dtype, raw_input)
     if licence is not None and kind in ("original", "timm"):
         raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
-    weights = open_weights(source, ema, step, with_reverse)
-    if with_reverse and not weights.reverse:
-        raise UserError(f"--with_rtsm: {source} holds no reverse modules")
+    model = load(source, ema=ema, step=step, with_rtsm=with_reverse)
+    arch = model.vit
     if licence is not None:
-        weights = weights._replace(metadata={**weights.metadata, "licence": licence})
+        model = dataclasses.replace(model, metadata={**model.metadata, "licence": licence})
     if kind == "folder":
-        save_folder(dest, weights, with_reverse)
+        model.save(dest, with_reverse)
     elif kind == "onnx":
-        onnx_file.save(dest, weights, dtype, raw_input)
+        onnx_file.save(dest, model, dtype, raw_input)
     elif kind == "stablehlo":
-        arch = weights.arch
-        description = {**describe(arch, weights.metadata), "input": "pixels" if raw_input else "images"}
+        description = {**describe(arch, model.metadata), "input": "pixels" if raw_input else "images"}
         shape = (arch.image_size, arch.image_size, arch.in_channels)
-        stablehlo.save(dest, make_forward(weights, raw_input), shape, description)
+        stablehlo.save(dest, make_forward(model, raw_input), shape, description)
     elif kind == "original":
-        reverse = weights.reverse if with_reverse else {}
-        tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": reverse}
-        _save_state_dict(dest, to_original(tree, weights.arch))
+        tree = {**model.variables, "reverse": model.rtsm if with_reverse else {}}
+        _save_state_dict(dest, to_original(tree, arch))
     else:
-        _save_state_dict(dest, to_timm(weights))
+        _save_state_dict(dest, to_timm(model))
 
 
 def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: str, raw_input: bool) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
-from sit_jax.io.weights import Weights
 
 SUFFIX = ".onnx"
 Dtype = Literal["float32", "float16"]
@@ -28,7 +28,7 @@ _LARGEST_FILE = 2**31 - 2**20
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
 
 
-def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) -> None:
+def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> None:
     """Writes a model with BatchNorm folded, for any batch size, after checking it with onnx and onnxruntime.
 
     The input is `pixels`, uint8 (batch, height, width, channels), or `images`, normalized float32 (batch, channels,
@@ -36,7 +36,7 @@ def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) ->
 
     Args:
         path: The file.
-        weights: The model; `metadata` must hold its preprocessing.
+        model: The model; `metadata` must hold its preprocessing.
         dtype: Type of the weights and matrix products.
         raw_input: Whether the input is pixels.
 
@@ -47,12 +47,12 @@ def save(path: pathlib.Path, weights: Weights, dtype: Dtype, raw_input: bool) ->
     torch = _import("torch")
     for name in ("onnx", "onnxruntime", "onnxscript"):
         _import(name)
-    served = _served(torch, weights, dtype, raw_input)
+    served = _served(torch, model, dtype, raw_input)
     size = sum(parameter.nbytes for parameter in served.parameters())
     if size > _LARGEST_FILE:
         raise UserError(f"{path}: the weights' {size / 1e9:.1f} GB do not fit into one ONNX file; try --dtype float16")
-    images = _examples(torch, weights, raw_input)
-    description = {**describe(weights.arch, weights.metadata), "input": "pixels" if raw_input else "images"}
+    images = _examples(torch, model, raw_input)
+    description = {**describe(model.vit, model.metadata), "input": "pixels" if raw_input else "images"}
     with atomic_create(path) as part:
         with _quiet():
             program = torch.onnx.export(
@@ -99,30 +99,30 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     return run, description
 
 
-def _served(torch: Any, weights: Weights, dtype: Dtype, raw_input: bool) -> Any:
+def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool) -> Any:
     """Returns the PyTorch module for deployment."""
     from sit_jax.io.export import torch_model
 
-    state = to_original({"params": weights.params, "batch_stats": weights.batch_stats}, weights.arch)
-    model = torch_model.SiT(describe(weights.arch, weights.metadata))
-    model.load_state_dict({key: torch.from_numpy(np.array(x, np.float32)) for key, x in state.items()}, strict=True)
-    model = torch_model.fold_batch_norm(model.eval()).to(getattr(torch, dtype))
+    state = to_original(model.variables, model.vit)
+    module = torch_model.SiT(describe(model.vit, model.metadata))
+    module.load_state_dict({key: torch.from_numpy(np.array(x, np.float32)) for key, x in state.items()}, strict=True)
+    module = torch_model.fold_batch_norm(module.eval()).to(getattr(torch, dtype))
 
     class Served(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model = module
 
         def forward(self, images: Any) -> Any:
             """Returns the float32 logits of images."""
-            x = model.normalize(images) if raw_input else images.to(model.pos_embed.dtype)
-            return model(x).float()
+            x = module.normalize(images) if raw_input else images.to(module.pos_embed.dtype)
+            return module(x).float()
 
     return Served().eval()
 
 
-def _examples(torch: Any, weights: Weights, raw_input: bool) -> Any:
-    arch, rng = weights.arch, np.random.default_rng(0)
+def _examples(torch: Any, model: Model, raw_input: bool) -> Any:
+    arch, rng = model.arch, np.random.default_rng(0)
     size, channels = arch.image_size, arch.in_channels
     if raw_input:
         return torch.from_numpy(rng.integers(0, 256, (2, size, size, channels), np.uint8))

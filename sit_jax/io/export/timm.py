@@ -6,12 +6,12 @@ import numpy as np
 
 from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.io.weights import Weights
+from sit_jax.io.model import Model
 
 _NORM_EPS = 1e-6
 
 
-def to_timm(weights: Weights) -> dict[str, np.ndarray]:
+def to_timm(model: Model) -> dict[str, np.ndarray]:
     """Returns a plain ViT's weights as timm's state dict.
 
     With a distillation token the layout is that of timm's `VisionTransformerDistilled`. The names are the original's,
@@ -21,14 +21,14 @@ def to_timm(weights: Weights) -> dict[str, np.ndarray]:
         UserError: timm has no such model: it is slimmed, has a convolutional stem or scaled residuals, or its
             LayerNorms have an epsilon that timm's models do not have, which no tensor stores.
     """
-    arch = weights.arch
+    arch = model.vit
     problems = ["is slimmed"] if arch.is_slimmed else []
     problems += [f"has a {arch.stem} stem"] if arch.stem != "patch" else []
     problems += [f"divides its residual branches by {arch.residual_scale:g}"] if arch.residual_scale != 1 else []
     problems += [f"has norm_eps {arch.norm_eps:g} (timm's is {_NORM_EPS:g})"] if arch.norm_eps != _NORM_EPS else []
     if problems:
         raise UserError(f"timm has plain vision transformers only, but this model {', '.join(problems)}")
-    state_dict = to_original({"params": weights.params, "batch_stats": weights.batch_stats}, arch)
+    state_dict = to_original(model.variables, arch)
     if arch.aux_head:
         print("aux_head is left out: timm has none, and only token labelling uses it", file=sys.stderr)
         state_dict = {name: array for name, array in state_dict.items() if not name.startswith("aux_head.")}

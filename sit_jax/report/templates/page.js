@@ -92,7 +92,7 @@
     matchMedia("print").addEventListener("change", redraw);
   }
 
-  // One slider for all pictures of a run.
+  // One slider for all images of a run.
   for (const slider of document.querySelectorAll(".slider input")) {
     const titles = JSON.parse(slider.dataset.titles);
     const stages = document.getElementById(slider.getAttribute("aria-controls")).querySelectorAll(".stage");

@@ -1,16 +1,16 @@
 """Images of the report, and token maps as lists of images per stage."""
 
 import base64
-import dataclasses
 import io
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 
-from sit_jax.report.evaluation import EvalReport, Picture
-from sit_jax.visual.pictures import as_rgb, heat, regions
+from sit_jax.report.evaluation import EvalImage, EvalReport
+from sit_jax.visual.images import as_rgb, heat, regions
 from sit_jax.visual.token_maps import TokenMaps
 
 # Number of tokens per stage with their own map: those with the most class attention.
@@ -19,26 +19,19 @@ _LARGE, _SMALL = 288, 144
 _QUALITY = 82
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """An image of the page.
-
-    Attributes:
-        uri: The image as a `data:` URI.
-        alt: Alternative text.
-    """
+class Shown(NamedTuple):
+    """An image of the page, as a `data:` URI with its alternative text."""
 
     uri: str
     alt: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """The tokens of one image in one stage of the model.
 
     Attributes:
         title: Name of the stage and number of its tokens.
-        regions: The image with each token's patches in their mean colour.
+        regions: The image with each token's patches in their mean color.
         tokens: Maps of single tokens.
         text: The numbers as text.
     """
@@ -49,17 +42,10 @@ class Stage:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """An image of the evaluation split and its token maps.
+class Example(NamedTuple):
+    """An image with its predictions, as it is shown, and its stages, the first of which is the patches, if any."""
 
-    Attributes:
-        picture: The image and its predictions.
-        shown: The image of the page.
-        stages: One per stage, the first of which is the patches; empty for a model without slimming.
-    """
-
-    picture: Picture
+    image: EvalImage
     shown: Shown
     stages: list[Stage]
 
@@ -74,33 +60,32 @@ def stage_titles(maps: TokenMaps) -> list[str]:
     ]
 
 
-def show_examples(findings: EvalReport) -> list[Example]:
+def show_examples(evaluation: EvalReport) -> list[Example]:
     """Returns the examples with their drawn token maps."""
+    maps = evaluation.maps
     return [
-        Example(picture, show_picture(picture), _stages(findings.maps, index, picture) if findings.maps else [])
-        for index, picture in enumerate(findings.examples)
+        Example(image, show_image(image), _stages(maps, index, image) if maps else [])
+        for index, image in enumerate(evaluation.examples)
     ]
 
 
-def show_picture(picture: Picture) -> Shown:
+def show_image(image: EvalImage) -> Shown:
     """Returns an image of the page without token maps."""
-    return Shown(data_uri(picture.pixels, _LARGE), f"Picture {picture.index} of the split: {picture.label}")
+    return Shown(data_uri(image.pixels, _LARGE), f"Image {image.index} of the split: {image.label}")
 
 
-def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
-    titles, patches = stage_titles(maps), maps.grid**2
-    first = regions(picture.pixels, np.arange(patches), maps.grid)
-    what = f"Picture {picture.index} ({picture.label})"
+def _stages(maps: TokenMaps, row: int, image: EvalImage) -> list[Stage]:
+    titles, patches, what = stage_titles(maps), maps.grid**2, f"Image {image.index} ({image.label})"
+    first = regions(image.pixels, np.arange(patches), maps.grid)
     stages = [
         Stage(titles[0], Shown(data_uri(first, _LARGE), f"{what} as {patches} patches"), [], "Every patch is a token.")
     ]
     for index, (title, stage) in enumerate(zip(titles[1:], maps.stages, strict=True)):
-        overlooked = stage.overlooked[row]
-        painted = regions(picture.pixels, stage.hard[row], maps.grid, overlooked)
-        effective = stage.effective_patches[row]
+        overlooked, effective = stage.overlooked[row], stage.effective_patches[row]
+        drawn = regions(image.pixels, stage.hard[row], maps.grid, overlooked)
         tokens = [
             Shown(
-                data_uri(heat(picture.pixels, stage.cumulative[row, token], maps.grid), _SMALL),
+                data_uri(heat(image.pixels, stage.cumulative[row, token], maps.grid), _SMALL),
                 f"{what}, where token {token + 1} looks: {effective[token]:.1f} effective patches",
             )
             for token in maps.most_attended(index, row, _TOKENS_SHOWN)
@@ -108,7 +93,7 @@ def _stages(maps: TokenMaps, row: int, picture: Picture) -> list[Stage]:
         text = f"A token is made of {effective.mean():.1f} patches on average ({effective.min():.1f} to "
         text += f"{effective.max():.1f}); {_count(int(overlooked.sum()), 'patch')} in no token."
         alt = f"{what} as {_count(stage.kept, 'region')}, one for each token"
-        stages.append(Stage(title, Shown(data_uri(painted, _LARGE), alt), tokens, text))
+        stages.append(Stage(title, Shown(data_uri(drawn, _LARGE), alt), tokens, text))
     return stages
 
 

@@ -69,10 +69,10 @@ def regions(
     flat = labels.ravel()
     counts = np.maximum(1, np.bincount(flat))
     means = np.stack([np.bincount(flat, pixels[:, :, c].ravel()) / counts for c in range(3)], axis=1)
-    painted = means[labels]
-    nobody = labels == 0
-    painted[nobody] = (_OVERLOOKED * (pixels @ _LUMA))[nobody][:, None]
-    result = np.round(painted).astype(np.uint8)
+    drawn = means[labels]
+    in_no_token = labels == 0
+    drawn[in_no_token] = (_OVERLOOKED * (pixels @ _LUMA))[in_no_token][:, None]
+    result = np.round(drawn).astype(np.uint8)
     result[_borders(labels)] = _LINE
     return result
 

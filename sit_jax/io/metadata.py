@@ -1,4 +1,4 @@
-"""Image preprocessing as plain values, which are part of an exported model."""
+"""Metadata of models as plain values: class names, image preprocessing, provenance and licence."""
 
 import math
 import pathlib
@@ -9,14 +9,13 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from sit_jax import __version__
-from sit_jax.config import Config
-from sit_jax.data.config import DataConfig
+from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.data.registry import open_source
 from sit_jax.errors import UserError
 from sit_jax.io.runs import read_class_names
 
 # Preprocessing of ImageNet models; the default for missing entries of a description.
-IMAGENET: dict[str, Any] = {
+IMAGENET: JsonObject = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
     "interpolation": "bicubic",
@@ -33,7 +32,7 @@ _FORMER = {"held_out": "val_fraction", "on_broken": "on_decode_error"}
 _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
-def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
+def preprocessing_of(data: DataConfig, channels: int) -> JsonObject:
     """Returns the evaluation preprocessing of a configuration; mean and std per channel, averaged for grey images."""
     return {
         "mean": _per_channel(data.mean, channels),
@@ -48,11 +47,11 @@ def preprocessing_of(data: DataConfig, channels: int) -> dict[str, Any]:
 _SMALLEST_STD = 1e-9
 
 
-def check_about(metadata: dict[str, Any], num_classes: int, where: object) -> None:
+def check_metadata(metadata: JsonObject, num_classes: int, where: object) -> None:
     """Raises a UserError if a model's metadata has values that are not valid for images or classes.
 
     Args:
-        metadata: See `Weights.metadata`.
+        metadata: See `sit_jax.io.model.Model`.
         num_classes: Number of classes of the model.
         where: The file, for messages.
     """
@@ -80,7 +79,7 @@ def _are_numbers(values: Any, above: float) -> bool:
     return kinds and all(abs(value) < 1e6 and value > above for value in values)
 
 
-def settled(metadata: dict[str, Any], channels: int) -> dict[str, Any]:
+def complete_metadata(metadata: JsonObject, channels: int) -> JsonObject:
     """Returns a model's `metadata` with all entries of `preprocessing` set; missing ones are ImageNet's."""
     given = metadata.get("preprocessing") or {}
     filled = {**IMAGENET, **given}
@@ -89,13 +88,13 @@ def settled(metadata: dict[str, Any], channels: int) -> dict[str, Any]:
     return {**metadata, "preprocessing": filled}
 
 
-def assumptions(metadata: dict[str, Any]) -> str:
+def assumptions(metadata: JsonObject) -> str:
     """Returns the entries of `IMAGENET` used as defaults: `name value, ...`; empty if the `metadata` is complete."""
     given = metadata.get("preprocessing") or {}
     return ", ".join(f"{name} {value}" for name, value in IMAGENET.items() if name not in given)
 
 
-def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
+def data_config(metadata: JsonObject, where: object) -> DataConfig:
     """Returns the data section with the image preprocessing of a model's `metadata`.
 
     Raises:
@@ -118,9 +117,9 @@ def data_config(metadata: dict[str, Any], where: object) -> DataConfig:
         raise UserError(f"{where}: preprocessing.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
 
 
-def about_run(config: Config, folder: pathlib.Path, step: int, ema: bool) -> dict[str, Any]:
-    """Returns the metadata of a run's model: class names, preprocessing, provenance; see `Weights.metadata`."""
-    metadata: dict[str, Any] = {
+def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> JsonObject:
+    """Returns the metadata of a run's model: class names, preprocessing, provenance; see `sit_jax.io.model.Model`."""
+    metadata: JsonObject = {
         "preprocessing": preprocessing_of(config.data, config.model.architecture.in_channels),
         "provenance": {
             "run": folder.resolve().name,

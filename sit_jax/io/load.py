@@ -1,0 +1,157 @@
+"""Loads models: runs, model folders, weights of other programs, and exported files."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from sit_jax.errors import RunError, UserError
+from sit_jax.io.checkpoint import load_reverse, load_variables
+from sit_jax.io.convert.adapt import replace_heads, resize
+from sit_jax.io.convert.load_params import expected_shapes
+from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Log, read_file, silent
+from sit_jax.io.export import onnx_file, stablehlo
+from sit_jax.io.metadata import complete_metadata, run_metadata
+from sit_jax.io.model import Exported, Model
+from sit_jax.io.model_folder import is_model_folder, read_description, read_folder
+from sit_jax.io.runs import find_checkpoint, is_run, read_config
+from sit_jax.models import abstract_variables
+from sit_jax.models.architecture import Architecture
+
+
+def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, with_rtsm: bool = False) -> Model:
+    """Loads the model at a path: the only way to open one.
+
+    Args:
+        path: A run directory or one of its checkpoints (`RUN/checkpoints/STEP`), a model folder, a folder or file of
+            weights of another program (see `read_weights`), an ONNX file or a StableHLO artifact.
+        ema: Use the moving average instead of the weights.
+        step: Step of a run's checkpoint; the newest if None.
+        with_rtsm: Also read the reverse modules.
+
+    Returns:
+        The model, with its arrays on the default device, and all entries of `preprocessing` set in its metadata.
+
+    Raises:
+        UserError: The path is none of these or is damaged, an option does not apply to it, or a package is missing.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    if is_run(path):
+        return load_run(path, ema, step, with_rtsm)
+    exported = path.suffix in (onnx_file.SUFFIX, stablehlo.SUFFIX)
+    if step is not None or (ema and (exported or is_model_folder(path))):
+        raise UserError(f"{path}: is not a run; --ema and --step select one of a run's checkpoints")
+    if exported:
+        model = _load_exported(path)
+    elif is_model_folder(path):
+        model = Model(*read_folder(path), source=str(path))
+    else:
+        model = _load_foreign(path, ema, with_rtsm)
+    if with_rtsm and not model.rtsm:
+        raise UserError(f"{path}: has no reverse modules")
+    metadata = complete_metadata(model.metadata, model.arch.in_channels)
+    return dataclasses.replace(model, variables=jax.device_put(model.variables), metadata=metadata)
+
+
+def load_run(path: pathlib.Path, ema: bool = False, step: int | None = None, with_rtsm: bool = False) -> Model:
+    """Loads the model of a run; takes the arguments of `load`.
+
+    Raises:
+        RunError: There is no run, no such checkpoint, no moving average in it, or the run has no reverse modules.
+    """
+    folder, named = find_checkpoint(path)
+    step = named if step is None else step
+    config = read_config(folder)
+    if ema and config.optim.ema_decay == 0:
+        raise RunError(f"{folder}: has no moving average, since its optim.ema_decay is 0")
+    arch = config.model.architecture
+    variables, step = load_variables(folder, {"batch_stats": {}, **abstract_variables(arch)}, ema, step)
+    rtsm = {}
+    if with_rtsm:
+        if not isinstance(arch, Architecture) or not arch.is_slimmed or config.loss.token == 0:
+            raise UserError(f"{folder}: was trained without reverse modules")
+        rtsm = load_reverse(folder, expected_shapes(arch, reverse=True)["reverse"], step)
+    metadata = run_metadata(config, folder, step, ema)
+    return Model(arch, variables, metadata, rtsm, config.model.dtype, config, source=str(path))
+
+
+def read_weights(
+    path: str | pathlib.Path,
+    overrides: Mapping[str, Any] | None = None,
+    options: Options | None = None,
+    log: Log = silent,
+) -> Model:
+    """Reads the weights of a vision transformer to convert them, or to start a training from them.
+
+    Args:
+        path: A `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.npz` file, a folder with `model.safetensors`, or a run.
+        overrides: Architecture fields that the tensors do not determine, such as `num_heads`; by default, those of
+            `options`.
+        options: The other options.
+        log: Called with each line about what was found and changed.
+
+    Returns:
+        The model: NumPy float32 with Linen's names and layouts; its metadata has only what the source says.
+
+    Raises:
+        UserError: The weights cannot be read; the one-line message names the file and the problem or the missing
+            option.
+    """
+    path, options = pathlib.Path(path), options or Options()
+    if overrides is not None:
+        options = options._replace(fields=overrides)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file or folder")
+    if is_run(path):
+        if options.fields:
+            words = ", ".join(f"--model.{name}" for name in options.fields)
+            raise UserError(f"{path}: is a run, whose config.json says what its model is; leave {words} out")
+        model = _read_run(path, options, log)
+    else:
+        model = read_file(path, options, log)
+    if options.licence is not None:
+        model = dataclasses.replace(model, metadata={**model.metadata, "licence": options.licence})
+    if options.num_classes is not None:
+        model = replace_heads(model, options.num_classes, log)
+    if options.image_size is not None:
+        model = resize(model, options.image_size, log)
+    return model
+
+
+def _read_run(path: pathlib.Path, options: Options, log: Log) -> Model:
+    config = read_config(find_checkpoint(path)[0])
+    arch = Model(config.model.architecture, {}, source=str(path)).vit
+    has_rtsm = arch.is_slimmed and config.loss.token > 0
+    model = load_run(path, options.ema, with_rtsm=has_rtsm and options.reverse)
+    kind = f"{'student' if model.vit.is_slimmed else 'model'} {config.model.name}".strip()
+    having = " with RTSMs" if model.rtsm else ""
+    log(f"found: a run of sit_jax, {kind}{having}, {model.arch.num_classes} classes, {model.arch.image_size} px")
+    if has_rtsm and not options.reverse:
+        log("changed: RTSMs left out")
+    return model
+
+
+def _load_foreign(path: pathlib.Path, ema: bool, with_rtsm: bool) -> Model:
+    try:
+        return read_file(path, Options(ema=ema, reverse=with_rtsm))
+    except UserError as error:
+        if "--model." in str(error):  # An option of sit convert alone.
+            raise UserError(f"{error} to sit convert, and open what it writes") from None
+        raise
+
+
+def _load_exported(path: pathlib.Path) -> Model:
+    run: Callable[[np.ndarray], Any]
+    run, description = onnx_file.load(path) if path.suffix == onnx_file.SUFFIX else stablehlo.load(path)
+    arch, metadata = read_description(description, path)
+    takes = metadata.pop("input", None)
+    if takes not in ("pixels", "images"):
+        raise UserError(f"{path}: does not say whether it takes pixels or normalized images")
+    exported = Exported(run, takes, channels_last=path.suffix == stablehlo.SUFFIX)
+    return Model(arch, {}, metadata, exported=exported, source=str(path))

@@ -1,0 +1,180 @@
+"""Models: an architecture with its weights, or the function of an exported file."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from sit_jax.config import Config, DataConfig, JsonObject
+from sit_jax.data.preprocess import normalize
+from sit_jax.errors import NotFiniteError, UserError
+from sit_jax.io.inference import inference_model
+from sit_jax.io.metadata import data_config
+from sit_jax.io.model_folder import write_folder
+from sit_jax.models import build_model
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+from sit_jax.models.trees import Params, Variables
+
+
+class Exported(NamedTuple):
+    """The function of an ONNX file or a StableHLO artifact.
+
+    Attributes:
+        run: Inputs (batch, ...) -> logits (batch, classes).
+        input: `pixels`, uint8 and channels last, or `images`, normalized float32.
+        channels_last: Whether `images` are (batch, height, width, channels), and not (batch, channels, height, width).
+    """
+
+    run: Callable[[np.ndarray], np.ndarray | Array]
+    input: Literal["pixels", "images"]
+    channels_last: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A model with its weights.
+
+    Attributes:
+        arch: The architecture.
+        variables: `{'params': ...}`, and `batch_stats` where it has BatchNorm; float32. Empty for an exported file.
+        metadata: JSON values: `class_names`, `preprocessing` (`mean`, `std`, `interpolation`, `crop_fraction`,
+            `resize`), `provenance`, `licence`; each is optional.
+        rtsm: Parameters of the reverse modules, which only training needs; empty if there are none.
+        dtype: Type of the matrix products, `float32` or `bfloat16`.
+        config: The configuration of the run that trained it; None for other models.
+        exported: The function of an exported file; None for models with variables.
+        source: The path that it was loaded from, for messages.
+    """
+
+    arch: Architecture | RegNetArchitecture
+    variables: Variables
+    metadata: JsonObject = dataclasses.field(default_factory=dict)
+    rtsm: Params = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+    config: Config | None = None
+    exported: Exported | None = None
+    source: str = "the model"
+
+    def __call__(
+        self, images: Shaped[Array | np.ndarray, "batch height width channels"]
+    ) -> Float[Array | np.ndarray, "batch classes"]:
+        """Returns the logits in evaluation mode, float32 (batch, classes).
+
+        Args:
+            images: Of the model's size and channels (`arch.image_size`, `arch.in_channels`), channels last: uint8
+                pixels, which are normalized as `metadata` says (as for ImageNet where it is silent), or normalized
+                floats.
+
+        Raises:
+            ValueError: The images have another integer type, or are floats for an exported file that takes pixels.
+        """
+        if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
+            raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalized floats")
+        return self._forward(images)
+
+    def logits(self, pixels: Shaped[np.ndarray, "batch height width channels"]) -> Float[np.ndarray, "batch classes"]:
+        """Returns the logits of uint8 pixels as a NumPy array.
+
+        Raises:
+            NotFiniteError: A logit is not finite.
+        """
+        values = np.asarray(self(pixels))
+        if not np.isfinite(values).all():
+            raise NotFiniteError(f"{self.source}: the model's outputs are not finite, so they say nothing about images")
+        return values
+
+    @property
+    def params(self) -> Params:
+        """The parameters, without those of the reverse modules."""
+        return self.variables["params"]
+
+    @property
+    def batch_stats(self) -> Params:
+        """The running statistics of BatchNorm; empty if the model has none."""
+        return self.variables.get("batch_stats", {})
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The Linen module: `module.apply(variables, images)` gives logits and `sit_jax.models.Outputs`."""
+        return build_model(self.arch, dtype=self.dtype)
+
+    @property
+    def vit(self) -> Architecture:
+        """The architecture of a vision transformer whose weights are known.
+
+        Raises:
+            UserError: The model is an exported file, or not a vision transformer.
+        """
+        if self.exported is not None:
+            raise UserError(f"{self.source}: gives logits only; give the run or model folder that it was exported from")
+        if not isinstance(self.arch, Architecture):
+            raise UserError(
+                f"{self.source}: is a {self.arch.family}, which has no tokens; only vision transformers have tokens"
+            )
+        return self.arch
+
+    @property
+    def class_names(self) -> list[str]:
+        """The class names, by index; the indices as text if no names are known."""
+        return self.metadata.get("class_names") or [str(index) for index in range(self.arch.num_classes)]
+
+    @cached_property
+    def data(self) -> DataConfig:
+        """How images are read: as in the run that trained it, or as `metadata` says."""
+        return data_config(self.metadata, self.source) if self.config is None else self.config.data
+
+    def evaluation_data(self, changes: Mapping[str, Any]) -> DataConfig:
+        """Returns the data section to evaluate the model with: that of its training, with some fields changed.
+
+        Raises:
+            UserError: The model does not store what it was trained on, and the changes name no data set.
+        """
+        provenance = self.metadata.get("provenance")
+        known = self.config is not None or (isinstance(provenance, dict) and "data" in provenance)
+        if not known and "name" not in changes:
+            raise UserError("--name: which data set? The model does not say what it was trained on")
+        return dataclasses.replace(self.data, **changes)
+
+    def save(self, folder: str | pathlib.Path, with_rtsm: bool = False) -> None:
+        """Writes a model folder, which `sit_jax.load`, the `sit` commands and PyTorch read.
+
+        Args:
+            folder: The folder; must not exist.
+            with_rtsm: Also write the reverse modules.
+
+        Raises:
+            UserError: The folder exists or cannot be written, the model is an exported file or not a vision
+                transformer, or it has no reverse modules and `with_rtsm` is set.
+        """
+        if with_rtsm and not self.rtsm:
+            raise UserError(f"{folder}: the model has no reverse modules to write")
+        rtsm = self.rtsm if with_rtsm else {}
+        write_folder(pathlib.Path(folder), self.vit, self.variables, rtsm, self.metadata)
+
+    @cached_property
+    def _forward(self) -> Callable[[Array | np.ndarray], Array | np.ndarray]:
+        data, exported = self.data, self.exported
+
+        def normalized(images: Array | np.ndarray) -> Array:
+            x = jnp.asarray(images)
+            return normalize(x, data) if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+
+        if exported is None:
+            return inference_model(self.arch, self.variables, self.dtype).jit(before=normalized)
+
+        def run(images: Array | np.ndarray) -> Array | np.ndarray:
+            if exported.input == "pixels":
+                if images.dtype != np.uint8:
+                    raise ValueError(f"{self.source}: takes uint8 pixels, got {images.dtype}")
+                return exported.run(np.asarray(images))
+            x = np.asarray(normalized(images))
+            return exported.run(x if exported.channels_last else np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+        return run

@@ -1,0 +1,51 @@
+"""The input of a model, and the same part of the image in display size."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sit_jax.data.config import DataConfig
+from sit_jax.data.decode import decode
+from sit_jax.data.sources import Example
+from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, resize_part, to_pillow
+from sit_jax.models.architecture import Architecture
+
+# Minimum size of a drawn patch, and minimum side of a drawn image, in pixels.
+_PIXELS_PER_PATCH, _SHOWN_SIDE = 16, 384
+
+
+class ModelInput(NamedTuple):
+    """An image in two sizes.
+
+    Attributes:
+        pixels: The model's input, uint8 (size, size, channels).
+        shown: The same part of the image in display size, uint8 (side, side, channels); `side` is a multiple of the
+            grid size.
+    """
+
+    pixels: UInt8[ndarray, "size size channels"]
+    shown: UInt8[ndarray, "side side channels"]
+
+
+def preprocess(arch: Architecture, data: DataConfig, example: Example) -> ModelInput:
+    """Decodes an image, and crops or stretches it to the model's input.
+
+    Args:
+        arch: The model's architecture.
+        data: How images are read.
+        example: The image.
+
+    Raises:
+        ImageDecodeError: The image cannot be read, or has too many pixels.
+    """
+    side = arch.grid_size * max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // arch.grid_size))
+    pixels = EvalTransform(data, arch.image_size, arch.in_channels)(example)["image"]
+    whole = to_pillow(decode(example.image, arch.in_channels, example.name, data.max_pixels))
+    box = (0.0, 0.0, float(whole.width), float(whole.height))
+    if data.resize == "crop":
+        # The exact box of the model's crop: its rounding at another size would select another part of the image.
+        box = centre_box(whole.width, whole.height, arch.image_size, data.crop_fraction)
+    shown = np.asarray(resize_part(whole, box, side, RESAMPLING[data.interpolation]))
+    return ModelInput(np.ascontiguousarray(pixels), shown[:, :, None] if shown.ndim == 2 else shown)
