@@ -12,8 +12,9 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
-from sit_jax.io.convert.sit_names import Tree, name_table
+from sit_jax.io.convert.sit_names import name_table
 from sit_jax.models.architecture import Architecture, Stem
+from sit_jax.models.trees import Variables
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 TRAINED = ("lvvit_4c", "lvvit_6c", "deit_naive")
@@ -34,8 +35,8 @@ class Golden(NamedTuple):
     data: dict[str, np.ndarray]
     meta: dict[str, Any]
     arch: Architecture
-    teacher: Tree
-    student: Tree
+    teacher: Variables
+    student: Variables
 
 
 @functools.cache
@@ -52,13 +53,13 @@ def load(name: str) -> Golden:
     )
 
 
-def from_original(weights: Mapping[str, np.ndarray], arch: Architecture) -> Tree:
+def from_original(weights: Mapping[str, np.ndarray], arch: Architecture) -> Variables:
     """The original's weights in our layout; reverse modules where there are any."""
     entries = name_table(arch, reverse=any(key.startswith("rtsm.") for key in weights))
     return unflatten_dict({entry.path: entry.to_flax(np.asarray(weights[entry.key])) for entry in entries})
 
 
-def _tree(weights: dict[str, np.ndarray], arch: Architecture) -> Tree:
+def _tree(weights: dict[str, np.ndarray], arch: Architecture) -> Variables:
     return jax.tree.map(jnp.asarray, from_original(weights, arch))
 
 

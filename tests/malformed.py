@@ -1,11 +1,11 @@
-"""Pictures as they really turn up: broken ones, and odd ones that are fine."""
+"""Image files: broken ones, and unusual ones that are fine."""
 
 import io
 import struct
 import zlib
 
+import images
 import numpy as np
-import pictures
 import skimage.data
 from PIL import Image, PngImagePlugin
 
@@ -13,7 +13,7 @@ PHOTO = Image.fromarray(skimage.data.chelsea()).resize((90, 60))
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    """A picture as a file of a format."""
+    """An image as a file of a format."""
     encoded = io.BytesIO()
     if kind == "JPEG":
         options.setdefault("quality", 95)
@@ -41,16 +41,6 @@ def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, key: bytes =
     return b"\x89PNG\r\n\x1a\n" + header + transparent + data
 
 
-def _huge_png(width: int, height: int) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + _png_chunk(b"IHDR", header)
-        + _png_chunk(b"IDAT", zlib.compress(b"x"))
-        + _png_chunk(b"IEND", b"")
-    )
-
-
 def _huge_jpeg(width: int, height: int) -> bytes:
     jpeg = bytearray(JPEG)
     start = jpeg.index(b"\xff\xc0")
@@ -58,14 +48,14 @@ def _huge_jpeg(width: int, height: int) -> bytes:
     return bytes(jpeg)
 
 
-JPEG = pictures.jpeg(np.asarray(PHOTO))
+JPEG = images.jpeg(np.asarray(PHOTO))
 PNG = saved(PHOTO, "PNG")
 GIF = saved(PHOTO.convert("P"), "GIF")
 BMP = saved(PHOTO, "BMP")
 TIFF = saved(PHOTO, "TIFF")
 WEBP = saved(PHOTO, "WEBP", lossless=True)
 
-# File name -> bytes that are no picture, or only a part of one.
+# File name -> bytes that are not an image, or only a part of one.
 BROKEN: dict[str, bytes] = {
     "empty.jpg": b"",
     "one_byte.jpg": b"\xff",
@@ -83,12 +73,10 @@ BROKEN: dict[str, bytes] = {
     "jpeg_zero_size.jpg": _huge_jpeg(0, 0),
     "png_half.png": PNG[: len(PNG) // 2],
     "png_signature_only.png": PNG[:8],
-    "png_no_data.png": b"\x89PNG\r\n\x1a\n"
-    + _png_chunk(b"IHDR", struct.pack(">IIBBBBB", 9, 9, 8, 2, 0, 0, 0))
-    + _png_chunk(b"IEND", b""),
-    "png_huge_header.png": _huge_png(50000, 50000),
-    "png_absurd_header.png": _huge_png(2**31 - 1, 2**31 - 1),
-    "png_zero_size.png": _huge_png(0, 10),
+    "png_no_data.png": PNG[:33] + PNG[-12:],  # Its header and its end.
+    "png_huge_header.png": png((50000, 50000), 8, 2, b"x"),
+    "png_absurd_header.png": png((2**31 - 1, 2**31 - 1), 8, 2, b"x"),
+    "png_zero_size.png": png((0, 10), 8, 2, b"x"),
     "png_bad_checksum.png": PNG[:20] + bytes([PNG[20] ^ 255]) + PNG[21:],
     "png_bad_data.png": PNG[:60] + bytes(len(PNG) - 120) + PNG[-60:],
     "gif_half.gif": GIF[: len(GIF) // 2],
@@ -113,11 +101,6 @@ def _exif(orientation: int) -> bytes:
     return exif.tobytes()
 
 
-def _palette_with_transparency() -> bytes:
-    image = PHOTO.convert("P")
-    return saved(image, "PNG", transparency=bytes(range(256)))
-
-
 def _text_chunks() -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "x" * 1000)
@@ -126,7 +109,7 @@ def _text_chunks() -> bytes:
 
 _DEEP = (np.asarray(PHOTO.convert("L"), np.uint16) << 8) + 77
 
-# File name -> bytes that are a picture, and a word of what `sit data check` says of it (empty: nothing).
+# File name -> bytes that are an image, and a word of what `sit data check` says of it (empty: nothing).
 ODD: dict[str, tuple[bytes, str]] = {
     "plain.jpg": (JPEG, ""),
     "plain.png": (PNG, ""),
@@ -135,7 +118,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "cmyk.jpg": (saved(PHOTO.convert("CMYK"), "JPEG"), "CMYK"),
     "deep.png": (saved(Image.fromarray(_DEEP), "PNG"), "16-bit"),
     "palette.png": (saved(PHOTO.convert("P"), "PNG"), "palette"),
-    "palette_transparent.png": (_palette_with_transparency(), "transparent"),
+    "palette_transparent.png": (saved(PHOTO.convert("P"), "PNG", transparency=bytes(range(256))), "transparent"),
     "alpha.png": (saved(PHOTO.convert("RGBA"), "PNG"), "transparent"),
     "grey_alpha.png": (saved(PHOTO.convert("LA"), "PNG"), "transparent"),
     "animated.gif": (saved(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]), "animated"),

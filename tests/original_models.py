@@ -1,6 +1,8 @@
 """State dicts under the names of other repositories, with random weights, for `sit convert` to read."""
 
 import argparse
+import collections
+import datetime
 import pathlib
 from typing import Any
 
@@ -56,6 +58,8 @@ def checkpoint(weights: dict[str, np.ndarray]) -> dict[str, Any]:
         "optimizer": {"state": {0: {"step": 3, "exp_avg": np.zeros(4, np.float32)}}, "param_groups": [{"lr": 1e-3}]},
         "args": argparse.Namespace(lr=1e-3, model="sit", path=pathlib.Path("/somewhere")),
         "best": np.float64(0.5),
+        "history": collections.defaultdict(list, {"loss": [np.float32(2.5)]}),
+        "saved": datetime.datetime(2026, 11, 27),
     }
 
 

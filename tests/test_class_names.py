@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
+import images
 import jax
 import numpy as np
-import pictures
 import pytest
 import tiny
 
@@ -35,7 +35,7 @@ def write_images(root: pathlib.Path, names: Sequence[str], per_class: int = 10) 
         (root / name).mkdir(parents=True)
         for index in range(per_class):
             pixels = rng.integers(0, 60, (32, 32, 3)) + 60 * (ord(name[0]) - ord("a"))
-            (root / name / f"{index}.jpg").write_bytes(pictures.jpeg(pixels.clip(0, 255).astype(np.uint8)))
+            (root / name / f"{index}.jpg").write_bytes(images.jpeg(pixels.clip(0, 255).astype(np.uint8)))
     return root
 
 
@@ -95,7 +95,7 @@ def test_other_classes_are_refused_with_the_differences(
     assert all(name in error.partition("differ: ")[2] for name in differences)
 
 
-def test_several_right_classes_are_renumbered(tmp_path: pathlib.Path) -> None:
+def test_several_correct_classes_are_renumbered(tmp_path: pathlib.Path) -> None:
     source = open_source(
         DataConfig(name="folder", data_dir=str(write_images(tmp_path, NAMES)), eval_split="val"), "train"
     )
@@ -121,28 +121,27 @@ def config(folder: pathlib.Path, **changes: Any) -> Config:
     """A model that is trained for an epoch on a flat folder, of which it holds out 40%."""
     data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", val_fraction=0.4, on_decode_error="skip")
     model = ModelConfig(architecture=tiny.plain(num_classes=3))
-    fields: dict[str, Any] = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3)}
-    fields |= {"model": model, "loss": LossConfig(), "teacher": None, "data": data}
-    return tiny.config(**{**fields, **changes})
+    fields = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3), "data": data}
+    return tiny.config(**{**fields, "model": model, "loss": LossConfig(), "teacher": None, **changes})
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return write_images(tmp_path_factory.mktemp("data") / "images", NAMES)
 
 
 @pytest.fixture(scope="module")
-def trained(images: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def trained(image_folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A run on the folder."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run(config(images), folder)
+    run(config(image_folder), folder)
     return folder
 
 
 def test_an_exported_run_is_evaluated_on_the_images_it_was_not_trained_on(
-    trained: pathlib.Path, images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    trained: pathlib.Path, image_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(images, tmp_path / "images")
+    shutil.copytree(image_folder, tmp_path / "images")
     (tmp_path / "images" / "dog" / "9.jpg").write_bytes(b"broken")  # One of the four that are held out.
     data = ["--data_dir", tmp_path / "images"]
     assert cli.main(["evaluate", "--workdir", str(trained), *map(str, data)]) == 0
@@ -166,7 +165,7 @@ def test_an_exported_run_is_evaluated_on_the_images_it_was_not_trained_on(
 
 
 def test_teachers_and_first_weights_are_put_into_the_datas_order(
-    tmp_path: pathlib.Path, images: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: pathlib.Path, image_folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = save_model(tmp_path / "same", NAMES)
     turned = save_model(tmp_path / "turned", ("dog", "ant", "cat"), (2, 0, 1))
@@ -183,13 +182,13 @@ def test_teachers_and_first_weights_are_put_into_the_datas_order(
     by_index = given_teacher(teacher(turned, match_classes="index"), "teacher", NAMES)["params"]["head"]["kernel"]
     np.testing.assert_array_equal(by_index, expected[:, np.array((2, 0, 1))])
     # Before the run's folder is made.
-    distilled = config(images, model=model, teacher=teacher(other), loss=LossConfig(logits=1.0), init="random")
+    distilled = config(image_folder, model=model, teacher=teacher(other), loss=LossConfig(logits=1.0), init="random")
     with pytest.raises(ConfigError, match=r"^teacher\.run: .*eel.*ant"):
         run(distilled, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # Weights to start from need not be of the same classes: their heads are new then.
     for init, drawn in ((turned, False), (other, True)):
-        task = make_train_spec(config(images, model=model, init=str(init)), 1)
+        task = make_train_spec(config(image_folder, model=model, init=str(init)), 1)
         with Checkpoints(tmp_path / "empty") as checkpoints:
             state = initial_state(task, checkpoints, make_mesh(devices=jax.devices()[:1]), {}, NAMES)
         assert np.array_equal(state.params["model"]["head"]["kernel"], expected) != drawn
@@ -197,7 +196,7 @@ def test_teachers_and_first_weights_are_put_into_the_datas_order(
 
 
 def test_a_run_knows_its_classes_when_its_folder_has_others(
-    trained: pathlib.Path, images: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    trained: pathlib.Path, image_folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert workdir.read_class_names(trained) == list(NAMES)
     other = write_images(tmp_path / "other", ("cat", "dog", "eel"))

@@ -1,6 +1,8 @@
 """Weights of other programs, read, written back and run."""
 
+import collections
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -27,11 +29,12 @@ from sit_jax.io.convert.infer_config import infer
 from sit_jax.io.convert.load_params import expected_shapes
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import resolve
-from sit_jax.io.convert.sit_names import Tree, name_table, to_original
+from sit_jax.io.convert.sit_names import name_table, to_original
 from sit_jax.io.load import load, read_weights
 from sit_jax.io.model import Model
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 from sit_jax.models.variants import VARIANTS
 
 GOLDEN = (*TRAINED, "dist_token")
@@ -92,10 +95,9 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     lines: list[str] = []
     options = Options(original_models.options(golden.arch))
     weights = read_weights(source, options=options, log=lines.append)
-    assert lines[0] == "read: the weights under 'state_dict' (there is also 'state_dict_ema')"
-    assert lines[1].startswith(
-        "found: SiT original layout, student conv4 stem, width 16, depth 5 with RTSMs, 11 classes"
-    )
+    assert "'state_dict'" in lines[0]
+    assert "'state_dict_ema'" in lines[0]
+    assert lines[1].startswith("found: SiT original layout, student conv4 stem, width 16, depth 5 with RTSMs")
     tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.rtsm}
     assert_same(to_original(tree, weights.vit), theirs)
     averaged = read_weights(source, options=options._replace(ema=True))
@@ -105,32 +107,47 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     assert lines[-1] == "changed: RTSMs left out"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("kind", ["pth", "legacy.pth", "safetensors"])
-def test_types(dtype: torch.dtype, kind: str, tmp_path: pathlib.Path) -> None:
-    model = torch_model(SCALED).to(dtype)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *itertools.product(["pth", "legacy.pth", "safetensors"], [torch.float16, torch.bfloat16, torch.float64]),
+        *[("pth", torch.float8_e4m3fn), ("pth", torch.float8_e5m2)],
+    ],
+)
+def test_types(kind: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
+    state = {key: value.to(dtype) for key, value in torch_model(SCALED).state_dict().items()}
     path = tmp_path / f"x.{kind}"
     if kind == "safetensors":
-        safetensors.torch.save_file(model.state_dict(), path)
+        safetensors.torch.save_file(state, path)
     else:
-        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=kind == "pth")
-    weights = read_weights(path, {"num_heads": 2})
-    kernel = weights.params["blocks_1"]["mlp"]["fc1"]["kernel"]
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "pth")
+    kernel = read_weights(path, {"num_heads": 2}).params["blocks_1"]["mlp"]["fc1"]["kernel"]
     assert kernel.dtype == np.float32
-    expected = model.state_dict()["blocks.1.mlp.fc1.weight"].float().numpy().T
-    np.testing.assert_array_equal(kernel, expected)
+    np.testing.assert_array_equal(kernel, state["blocks.1.mlp.fc1.weight"].float().numpy().T)
 
 
-def test_views_are_read_as_what_they_show(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("legacy", [False, True])
+def test_views_parameters_and_containers(legacy: bool, tmp_path: pathlib.Path) -> None:
     state = torch_model(SCALED).state_dict()
-    everything = torch.randn(3, 48, 16)
-    state["blocks.0.attn.qkv.weight"] = everything[1]
-    state["blocks.0.attn.proj.weight"] = torch.randn(16, 16).T
-    for legacy in (False, True):
-        torch.save(state, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-        params = read_weights(tmp_path / "x.pth", {"num_heads": 2}).params["blocks_0"]["attn"]
-        np.testing.assert_array_equal(params["qkv"]["kernel"], everything[1].numpy().T)
-        np.testing.assert_array_equal(params["proj"]["kernel"], state["blocks.0.attn.proj.weight"].numpy().T)
+    everything, bias = torch.randn(3, 48, 16), torch.randn(16)
+    proj = torch.nn.Parameter(torch.randn(16, 16).T)
+    proj.quality = "an attribute"  # type: ignore[attr-defined]
+    state |= {"blocks.0.attn.qkv.weight": everything[1], "blocks.0.attn.proj.weight": proj}
+    state |= {"blocks.0.norm1.weight": torch.full((1,), 0.5).expand(16)}
+    state |= {"blocks.0.norm1.bias": bias, "blocks.1.norm1.bias": bias}
+    value = {"model": collections.defaultdict(torch.Tensor, state)}
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    params = read_weights(tmp_path / "x.pth", {"num_heads": 2}).params
+    block = params["blocks_0"]
+    np.testing.assert_array_equal(block["attn"]["qkv"]["kernel"], everything[1].numpy().T)
+    np.testing.assert_array_equal(block["attn"]["proj"]["kernel"], proj.detach().numpy().T)
+    np.testing.assert_array_equal(block["norm1"]["scale"], np.full(16, 0.5, np.float32))
+    for name in ("blocks_0", "blocks_1"):
+        np.testing.assert_array_equal(params[name]["norm1"]["bias"], bias.numpy())
 
 
 def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:
@@ -154,7 +171,7 @@ def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(run_model(weights, images), expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def timm_state(distilled: bool, class_position: bool, gamma: str) -> tuple[dict[str, np.ndarray], Tree]:
+def timm_state(distilled: bool, class_position: bool, gamma: str) -> tuple[dict[str, np.ndarray], Variables]:
     """A timm or DeiT state dict, and the variables that it must become."""
     arch = dataclasses.replace(SCALED, distillation_token=distilled)
     model = torch_model(SCALED)
@@ -199,10 +216,6 @@ def test_google_research(patch_size: int, tmp_path: pathlib.Path) -> None:
     original_models.save_npz(tmp_path / "ViT.npz", theirs)
     weights = read_weights(tmp_path / "ViT.npz")
     assert weights.arch == arch
-    # Pixels from -1 to 1, as that repository's input pipeline has them.
-    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    stretched = {"interpolation": "bilinear", "crop_fraction": 1.0, "resize": "stretch"}
-    assert weights.metadata["preprocessing"] == {**half, **stretched}
     images = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
     np.testing.assert_allclose(run_model(weights, images), google_forward(theirs, arch, images), rtol=1e-4, atol=1e-4)
 
@@ -216,20 +229,19 @@ def google_forward(w: dict[str, np.ndarray], arch: Architecture, images: np.ndar
     x = x + w["Transformer/posembed_input/pos_embedding"]
 
     def norm(x: np.ndarray, key: str) -> np.ndarray:
-        centred = x - x.mean(axis=-1, keepdims=True)
-        scaled = centred / np.sqrt(np.square(centred).mean(axis=-1, keepdims=True) + 1e-6)
-        return scaled * w[f"{key}/scale"] + w[f"{key}/bias"]
+        weight, bias = (torch.from_numpy(w[f"{key}/{name}"]) for name in ("scale", "bias"))
+        return torch.nn.functional.layer_norm(torch.from_numpy(x), weight.shape, weight, bias, 1e-6).numpy()
 
     for block in range(arch.depth):
         key = f"Transformer/encoderblock_{block}"
         normed, attention = norm(x, f"{key}/LayerNorm_0"), f"{key}/MultiHeadDotProductAttention_1"
-        parts = ("query", "key", "value")
         q, k, v = (
-            np.einsum("btd,dhw->bthw", normed, w[f"{attention}/{p}/kernel"]) + w[f"{attention}/{p}/bias"] for p in parts
+            torch.from_numpy(np.einsum("btd,dhw->bhtw", normed, w[f"{attention}/{p}/kernel"]))
+            + torch.from_numpy(w[f"{attention}/{p}/bias"])[:, None]
+            for p in ("query", "key", "value")
         )
-        scores = torch.from_numpy(np.einsum("bqhw,bkhw->bhqk", q, k) / np.sqrt(q.shape[-1])).softmax(-1).numpy()
-        mixed = np.einsum("bhqk,bkhw->bqhw", scores, v)
-        x = x + np.einsum("bqhw,hwd->bqd", mixed, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v).numpy()
+        x = x + np.einsum("bhqw,hwd->bqd", mixed, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
         hidden = norm(x, f"{key}/LayerNorm_2") @ w[f"{key}/MlpBlock_3/Dense_0/kernel"]
         hidden = torch.nn.functional.gelu(torch.from_numpy(hidden + w[f"{key}/MlpBlock_3/Dense_0/bias"])).numpy()
         x = x + hidden @ w[f"{key}/MlpBlock_3/Dense_1/kernel"] + w[f"{key}/MlpBlock_3/Dense_1/bias"]
@@ -257,7 +269,7 @@ def test_named_models_are_recognised(name: str) -> None:
         assert resolve(infer(without), {}, {}).arch == VARIANTS[name]
         return
     # These two differ in nothing but where the slimming modules stand.
-    with pytest.raises(UserError, match=r"give --model.stage_blocks 1,1,1,13 \(sit_xsmall\) or 9,3,2,2 \(sit_small\)"):
+    with pytest.raises(UserError, match=r"--model.stage_blocks 1,1,1,13 \(sit_xsmall\) or 9,3,2,2 \(sit_small\)"):
         resolve(infer(without), {}, {})
     assert resolve(infer(without), {}, {"name": name}).arch == VARIANTS[name]
     assert resolve(infer(without), {}, {"stage_blocks": VARIANTS[name].stage_blocks}).arch == VARIANTS[name]
@@ -267,19 +279,16 @@ def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.C
     path = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
     assert cli.main(["convert", str(path), str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "give --model.num_heads VALUE --model.residual_scale VALUE --model.norm_eps VALUE" in error
+    assert all(f"--model.{key}" in error for key in ("num_heads", "residual_scale", "norm_eps"))
     assert error.count("\n") == 1
     (tmp_path / "config.json").write_text(json.dumps({"num_heads": 2, "residual_scale": 2.0, "norm_eps": 1e-5}))
     assert read_weights(path).vit.residual_scale == 2.0
     assert read_weights(path, {"residual_scale": 3.0}).vit.residual_scale == 3.0
     assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.num_heads", "4"]) == 0
     assert read_weights(tmp_path / "out").vit.num_heads == 4
-    for values, message in (
-        ({"dim": 33}, "model.dim: is given as 33"),
-        ({"num_heads": "two"}, "model.num_heads: 'two' in config.json"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(values))
-        with pytest.raises(UserError, match=message):
+    for key, value in (("dim", 33), ("num_heads", "two")):
+        (tmp_path / "config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(UserError, match=rf"model\.{key}: .*{value}.*config\.json"):
             read_weights(path)
 
 
@@ -332,25 +341,11 @@ def test_interpolation_is_pytorchs(old: int, new: int) -> None:
 def test_models_without_a_head(tmp_path: pathlib.Path) -> None:
     state = {key: value for key, value in torch_model(SCALED).state_dict().items() if not key.startswith("head.")}
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="there is no head in it: give --num_classes"):
+    with pytest.raises(UserError, match="--num_classes"):
         read_weights(tmp_path / "x.pth", {"num_heads": 2})
     weights = read_weights(tmp_path / "x.pth", options=Options({"num_heads": 2}, num_classes=4))
     assert weights.arch.num_classes == 4
     np.testing.assert_array_equal(weights.params["head"]["kernel"], np.zeros((16, 4), np.float32))
-
-
-def test_timm_folder_tells_its_preprocessing(tmp_path: pathlib.Path) -> None:
-    state = {key: value.numpy() for key, value in torch_model(PLAIN).state_dict().items()}
-    safetensors.numpy.save_file(state, tmp_path / "model.safetensors")
-    config = {
-        "architecture": "vit_tiny_patch8_32",
-        "num_classes": 5,
-        "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "crop_pct": 0.9, "license": "apache-2.0"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    metadata = read_weights(tmp_path, {"num_heads": 2}).metadata
-    assert metadata["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_fraction": 0.9, "resize": "crop"}
-    assert metadata["licence"] == "apache-2.0"
 
 
 def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
@@ -360,11 +355,11 @@ def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
     assert source.params["blocks_0"]["mlp"]["fc1"]["kernel"].shape == (24, 64)
     assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out")]) == 0
     assert load(tmp_path / "out").arch == arch
-    for ratio, message in ((2.8, "model.mlp_ratio: is given as 2.8"), ("wide", "mlp_ratio")):
-        values = json.loads((tmp_path / "folder" / "config.json").read_text())
+    values = json.loads((tmp_path / "folder" / "config.json").read_text())
+    for ratio in (2.8, "wide"):
         values["architecture"]["mlp_ratio"] = ratio
         (tmp_path / "folder" / "config.json").write_text(json.dumps(values))
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match="mlp_ratio"):
             read_weights(tmp_path / "folder")
 
 
@@ -372,14 +367,18 @@ def test_the_name_of_another_model(tmp_path: pathlib.Path, capsys: pytest.Captur
     path = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
     assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.name", "sit_large"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model.name: the tensors are no sit_large: they have stem conv4 and not conv6, dim 16 and not 768" in line
+    assert "model.name: " in line
+    assert "stem conv4 and not conv6, dim 16 and not 768" in line
     assert not (tmp_path / "out").exists()
-    shapes = named_shapes("deit_base")
-    assert resolve(infer(shapes), {}, {"name": "deit_base"}) == (VARIANTS["deit_base"], "deit_base")
-    with pytest.raises(ConfigError, match=r"are no deit_small: they have dim 768 and not 384$"):
-        resolve(infer(shapes), {}, {"name": "deit_small"})
 
 
-def test_unknown_fields() -> None:
-    with pytest.raises(ConfigError, match="no option here"):
-        resolve(infer(named_shapes("deit_base")), {}, {"depht": 3})
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [({"name": "deit_small"}, "model.name"), ({"name": "x"}, "model.name"), ({"depht": 3}, "model.depht")],
+)
+def test_options_that_do_not_fit(options: dict[str, Any], key: str) -> None:
+    inferred = infer(named_shapes("deit_base"))
+    assert resolve(inferred, {}, {"name": "deit_base"}) == (VARIANTS["deit_base"], "deit_base")
+    with pytest.raises(ConfigError) as caught:
+        resolve(inferred, {}, options)
+    assert caught.value.key == key

@@ -1,15 +1,17 @@
-"""What a `config.json` beside weights says is used, or it is refused."""
+"""What the `config.json` of weights says is used, or it is refused, and what it does not say is told."""
 
 import json
 import pathlib
 from typing import Any
 
+import original_models
 import pytest
 import safetensors.numpy
 from test_convert import PLAIN
 from test_other_stems import SCALED, torch_model
 
 from sit_jax.errors import UserError
+from sit_jax.io.convert.convert import convert
 from sit_jax.io.convert.options import Options
 from sit_jax.io.load import read_weights
 from sit_jax.io.model import Model
@@ -113,11 +115,12 @@ def test_what_agrees_is_taken(tmp_path: pathlib.Path) -> None:
         "num_features": 16,
         "global_pool": "token",
         "model_args": {**args, **more, **rest},
-        "pretrained_cfg": {**PICTURES, "input_size": [3, 32, 32], "tag": "x", "pool_size": None, "num_classes": 1000},
+        "pretrained_cfg": {**PICTURES, "input_size": [3, 32, 32], "tag": "x", "pool_size": None, "license": "mit"},
     }
     weights, lines = read(tmp_path, config, arch=SCALED)
     assert weights.arch == SCALED
     assert weights.metadata["preprocessing"] == OURS
+    assert weights.metadata["licence"] == "mit"
     assert not any("guess" in line or "not used" in line for line in lines)
 
 
@@ -157,7 +160,7 @@ def test_class_names(config: dict[str, Any], names: list[str], tmp_path: pathlib
 def test_a_head_that_is_not_there(tmp_path: pathlib.Path) -> None:
     config = {**VIT, "num_classes": 0, "label_names": list("abcde"), "num_heads": 2}
     weights, _ = read(tmp_path, config, headless=True, num_classes=3)
-    assert weights.arch.num_classes == 3
+    assert weights.vit.num_classes == 3
     assert "class_names" not in weights.metadata
 
 
@@ -192,3 +195,45 @@ def test_another_model_of_the_same_shape(heads: int, named: bool, tmp_path: path
     arch = type(PLAIN)(dim=192, depth=12, num_heads=3, num_classes=5, image_size=32)
     _, lines = read(tmp_path, {**VIT, "model_args": {"num_heads": heads}}, arch=arch)
     assert ["deit_tiny" in line for line in lines if line.startswith("found:")] == [named]
+
+
+ASSUMED = {
+    "mean": "[0.485, 0.456, 0.406]", "std": "[0.229, 0.224, 0.225]", "interpolation": "bicubic",
+    "crop_fraction": "0.875", "resize": "crop",
+}  # fmt: skip
+
+
+def notices(source: pathlib.Path, dest: pathlib.Path) -> list[str]:
+    """What `sit convert` assumes of images."""
+    lines: list[str] = []
+    convert(source, dest, Options({"num_heads": 2}), force=False, log=lines.append)
+    return [line for line in lines if line.startswith("assumed")]
+
+
+@pytest.mark.parametrize(
+    ("images", "given"),
+    [
+        (PICTURES, list(ASSUMED)),
+        ({"interpolation": "bilinear", "crop_pct": 0.9}, ["interpolation", "crop_fraction", "resize"]),
+        ({"mean": [0.5] * 3, "std": [0.5] * 3}, ["mean", "std", "resize"]),
+        (None, []),
+    ],
+)
+def test_what_is_assumed_of_images_is_told(
+    images: dict[str, Any] | None, given: list[str], tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "vit").mkdir()
+    read(tmp_path / "vit", {} if images is None else {**VIT, "pretrained_cfg": images}, {"num_heads": 2})
+    expected = ", ".join(f"{key} {value}" for key, value in ASSUMED.items() if key not in given)
+    lines = notices(tmp_path / "vit", tmp_path / "model")
+    assert len(lines) == bool(expected)
+    assert all(line.endswith(f": {expected}") for line in lines)
+
+
+def test_google_research_stretches_images(tmp_path: pathlib.Path) -> None:
+    original_models.save_npz(tmp_path / "ViT.npz", original_models.google(PLAIN))
+    assert notices(tmp_path / "ViT.npz", tmp_path / "model") == []
+    # As google-research evaluates: pixels of a whole image, resized to a square, minus 127.5, over 127.5.
+    preprocessing = json.loads((tmp_path / "model" / "config.json").read_text())["preprocessing"]
+    assert (preprocessing["resize"], preprocessing["interpolation"]) == ("stretch", "bilinear")
+    assert preprocessing["mean"] == preprocessing["std"] == [0.5] * 3

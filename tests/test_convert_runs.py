@@ -73,7 +73,7 @@ def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path)
     cnn = tiny.config(Loss(), teacher=None, model=ModelConfig(architecture=tiny.CNN))
     workdir.create_or_verify(tmp_path / "cnn", cnn, resume=False)
     (tmp_path / "cnn" / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="cnn: is a regnet"):
+    with pytest.raises(UserError, match="regnet"):
         read_weights(tmp_path / "cnn")
 
 
@@ -81,7 +81,7 @@ def test_damaged_runs(student: Run, tmp_path: pathlib.Path, capsys: pytest.Captu
     folder, _ = student
     for source, message in (
         (folder / "checkpoints" / "7", "checkpoint 7 in"),
-        (folder / "checkpoints", "is neither a run nor a model folder"),
+        (folder / "checkpoints", "model.safetensors"),
     ):
         source.mkdir(exist_ok=True)
         assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
@@ -94,9 +94,9 @@ def test_a_run_takes_no_other_model(
     word: str, student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["convert", str(student[0]), str(tmp_path / "out"), word]) == 2
-    assert (
-        f"is a run, whose config.json says what its model is; leave {word.split('=')[0]} out" in capsys.readouterr().err
-    )
+    error = capsys.readouterr().err
+    assert str(student[0]) in error
+    assert word.split("=")[0] in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,10 +5,10 @@ import json
 import pathlib
 from typing import Any
 
+import images
 import jax.numpy as jnp
 import malformed
 import numpy as np
-import pictures
 import pytest
 from PIL import Image
 
@@ -36,13 +36,14 @@ SMALL = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Eight photographs' crops: forty of each to train on, eight held out."""
     root = tmp_path_factory.mktemp("photos")
-    pictures.make_folder(root, 40, "train", size=(72, 64))
-    pictures.make_folder(root, 8, "val", seed=1, size=(72, 64))
+    images.make_folder(root, 40, "train", size=(72, 64))
+    images.make_folder(root, 8, "val", seed=1, size=(72, 64))
     return root
 
 
 def words(folder: pathlib.Path, **more: Any) -> list[str]:
-    shapes = {f"{part}model.{key}": value for part in ("", "teacher.") for key, value in SMALL.items()}
+    models = ("model",) if "teacher" in more else ("model", "teacher.model")
+    shapes = {f"{model}.{key}": value for model in models for key, value in SMALL.items()}
     values = {"data.data_dir": folder, "model.stage_blocks": "(1,1,1,1)", **shapes, **more}
     return ["--config", "configs/folder.py:64", *(f"--config.{key}={value}" for key, value in values.items())]
 
@@ -51,12 +52,14 @@ def words(folder: pathlib.Path, **more: Any) -> list[str]:
 def finished(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A teacher and its student, trained on the folder."""
     run = tmp_path_factory.mktemp("runs") / "photos"
-    short = {
+    short: dict[str, Any] = {
         "teacher.epochs": 14,
-        "teacher.batch_size": 32,
-        "teacher.optim.lr": 4e-3,
         "batch_size": 32,
         "epochs": 6,
+        "teacher.batch_size": 32,
+        "teacher.optim.lr": 4e-3,
+    }
+    short |= {
         "augment.rand_augment": "",
         "mix.probability": 0.2,
         "eval_every_epochs": 14,
@@ -84,7 +87,7 @@ def test_accuracy_is_far_above_chance(finished: pathlib.Path, capsys: Any) -> No
 
 
 def test_the_resize_decides_little_about_accuracy(finished: pathlib.Path, folder: pathlib.Path) -> None:
-    # Trained on OpenCV's crops, evaluated on Pillow's: the other resize may turn a picture or two, no more.
+    # Trained on OpenCV's crops, evaluated on Pillow's: the other resize may change a class or two, no more.
     config, variables = read_config(finished), load_run(finished).variables
     model, source = build_model(config.model.architecture), open_source(config.data, "val")
     right = {}
@@ -106,7 +109,7 @@ def test_evaluation_on_other_data(
     evaluate = ["evaluate", "--workdir", str(finished), "--json"]
     assert cli.main([*evaluate, "--split", "train"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 320
-    pictures.make_folder(tmp_path / "elsewhere", 5, "val", seed=2, size=(72, 64))
+    images.make_folder(tmp_path / "elsewhere", 5, "val", seed=2, size=(72, 64))
     (tmp_path / "elsewhere" / "train").symlink_to(tmp_path / "elsewhere" / "val")
     assert cli.main([*evaluate, "--data_dir", str(tmp_path / "elsewhere")]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 40
@@ -114,30 +117,18 @@ def test_evaluation_on_other_data(
         assert cli.main([*evaluate, *mistake]) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert cli.main([*evaluate, "--name", "digits", "--split", "test"]) == 2
-    assert "model.num_classes: is 8, but the data set has 10" in capsys.readouterr().err
+    assert "model.num_classes" in capsys.readouterr().err
 
 
 def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    # A teacher with an auxiliary head, started from the finished one, labels the pictures; the next learns from that.
+    # A teacher with an auxiliary head, started from the finished one, labels the images; the next learns from that.
     maps, first, second = (str(tmp_path / name) for name in ("maps", "first", "second"))
     assert cli.main(["data", "label", "--workdir", str(finished), "--output", maps]) == 2
     assert "--workdir" in capsys.readouterr().err
-    page = tmp_path / "page.py"
-    page.write_text(
-        "import runpy\n"
-        "def get_config():\n"
-        "    config = runpy.run_path('configs/folder.py')['get_config']('64')\n"
-        "    del config.teacher\n"
-        "    config.model.aux_head = True\n"
-        "    config.model.stage_blocks, config.model.keep_ratio = (), None\n"
-        f"    for key, value in {SMALL!r}.items():\n"
-        "        config.model[key] = value\n"
-        f"    config.data.data_dir, config.init = {str(folder)!r}, {str(finished / 'teacher')!r}\n"
-        "    config.loss.token = config.loss.logits = 0.0\n"
-        "    config.epochs, config.batch_size, config.optim.warmup_epochs = 1, 32, 0.0\n"
-        "    return config\n"
-    )
-    assert cli.main(["train", "--config", str(page), "--workdir", first]) == 0
+    plain = {"model.aux_head": True, "model.stage_blocks": "()", "model.keep_ratio": None, "teacher": None}
+    short = {"epochs": 1, "batch_size": 32, "optim.warmup_epochs": 0.0, "loss.token": 0.0, "loss.logits": 0.0}
+    train = ["train", *words(folder, init=finished / "teacher", **plain, **short)]
+    assert cli.main([*train, "--workdir", first]) == 0
     assert cli.main(["data", "label", "--workdir", first, "--output", maps, "--top", "3"]) == 0
     stored = LabelMaps(pathlib.Path(maps))
     assert len(stored) == 320
@@ -147,9 +138,9 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     assert values.sum(axis=-1).max() <= 1.001
     assert cli.main(["data", "label", "--workdir", first, "--output", maps]) == 2
     assert "holds label maps already" in capsys.readouterr().err
-    # A picture that cannot be read has no labels, and is not counted as one that has.
+    # An image that cannot be read has no labels, and is not counted as one that has.
     hurt = tmp_path / "hurt"
-    pictures.make_folder(hurt, 2, "train", size=(72, 64))
+    images.make_folder(hurt, 2, "train", size=(72, 64))
     (hurt / "train" / "chelsea" / "0000.jpg").unlink()
     (hurt / "train" / "chelsea" / "0000.jpg").symlink_to("nowhere.jpg")
     with pytest.raises(PartialFailureError, match=r"^1 of 16 "):
@@ -160,17 +151,17 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     assert labelled == [file != ("chelsea", "0000.jpg") for file in files]
     dense = [f"--config.data.label_maps={maps}", "--config.loss.token_label=0.5"]
     mixed = ["--config.mix.mix_token=1.0", "--config.mix.mixup=0.0", "--config.mix.cutmix=0.0"]
-    assert cli.main(["train", "--config", str(page), "--workdir", second, *dense, *mixed]) == 0
+    assert cli.main([*train, "--workdir", second, *dense, *mixed]) == 0
     lines = [line for line in read_metrics(pathlib.Path(second)) if line["kind"] == "train"]
     assert all(np.isfinite(line["token_label"]) for line in lines)
     for wrong, message in (
         (["--config.loss.token_label=0.5"], "data.label_maps"),
         ([*dense, "--config.model.aux_head=False"], "loss.token_label"),
         ([*dense, "--config.mix.mix_token=1.0"], "mix.mix_token"),
-        (["--config.data.label_maps=" + first, "--config.loss.token_label=0.5"], "holds no label maps"),
-        ([*dense, "--config.data.train_split=val"], "has 320 maps, but data.train_split has 64"),
+        (["--config.data.label_maps=" + first, "--config.loss.token_label=0.5"], "data.label_maps"),
+        ([*dense, "--config.data.train_split=val"], "data.label_maps"),
     ):
-        assert cli.main(["train", "--config", str(page), "--workdir", str(tmp_path / "third"), *wrong]) == 2
+        assert cli.main([*train, "--workdir", str(tmp_path / "third"), *wrong]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "third").exists()
 
@@ -188,26 +179,16 @@ def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_pa
             (zoo / f"class{index}" / name).write_bytes(data)
     (zoo / "class0" / "notes.txt").write_text("hello")
     (zoo / "empty").mkdir()
-    options = [
-        f"--config.data.data_dir={tmp_path / 'zoo'}",
-        "--config.data.eval_split=train",
-        "--config.data.max_pixels=1000000",
-    ]
-    assert cli.main([*check, *options, "--all"]) == 2
+    check += [f"--config.data.data_dir={tmp_path / 'zoo'}", "--config.data.eval_split=train"]
+    check += ["--config.data.max_pixels=1000000"]
+    assert cli.main([*check, "--all"]) == 2
     printed = capsys.readouterr()
     assert f"{len(malformed.BROKEN)} images cannot be read" in printed.err
     assert f"{len(malformed.BROKEN)} broken (training stops at them; data.on_decode_error=error)" in printed.out
     assert all(name in printed.out for name in malformed.BROKEN)
-    for word in (
-        "CMYK: turned to RGB",
-        "16-bit: scaled",
-        "animated: only",
-        "turned by EXIF",
-        "notes.txt",
-        "classes without",
-    ):
-        assert word in printed.out
-    assert cli.main([*check, *options, "--json"]) == 2
+    for fact in ("CMYK", "16-bit", "animated", "EXIF", "notes.txt", "1 classes without"):
+        assert fact in printed.out
+    assert cli.main([*check, "--json"]) == 2
     (report,) = json.loads(capsys.readouterr().out)
     assert report["pictures"] == len(malformed.BROKEN) + len(malformed.ODD)
     assert len(report["broken"]) == len(malformed.BROKEN)
@@ -225,15 +206,19 @@ def test_show_draws_what_the_model_sees(folder: pathlib.Path, tmp_path: pathlib.
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_settings_that_contradict_each_other(folder: pathlib.Path) -> None:
-    for key, value, message in (
-        ("augment.rand_augment", "rand-x9", r"^augment.rand_augment: 'x9' in 'rand-x9'"),
-        ("augment.crop_scale", "(0.9,0.2)", r"^augment.crop_scale: 0.9 is above 0.2"),
-        ("augment.flip", "1.5", r"^augment.flip: "),
-        ("mix.mode", "some", r"^mix.mode: "),
-        ("data.interpolation", "nearest", r"^data.interpolation: "),
-        ("data.std", "(0.2,0.0,0.2)", r"^data.std.1: "),
-        ("loss.token_label", "0.5", r"^loss.token_label: needs model.aux_head"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            load_config("configs/folder.py:64", [f"--config.{key}={value}"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("augment.rand_augment", "rand-x9"),
+        ("augment.crop_scale", "(0.9,0.2)"),
+        ("augment.flip", "1.5"),
+        ("mix.mode", "some"),
+        ("data.interpolation", "nearest"),
+        ("data.std.1", "(0.2,0.0,0.2)"),
+        ("loss.token_label", "0.5"),
+    ],
+)
+def test_settings_that_contradict_each_other(key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("configs/folder.py:64", [f"--config.{key.removesuffix('.1')}={value}"])
+    assert caught.value.key == key

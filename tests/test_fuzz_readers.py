@@ -1,5 +1,5 @@
-"""Damaged files of weights by the thousand: a reader answers with weights or with one clear error, soon and within
-bounded memory.
+"""Damaged files of weights by the thousand: a reader returns weights or raises one clear error, within bounded time
+and memory.
 
 `SIT_JAX_FUZZ_EXAMPLES=20000 pytest tests/test_fuzz_readers.py` goes on for longer.
 """
@@ -15,7 +15,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import original_models
@@ -41,12 +41,16 @@ ARCH = Architecture(
 FIELDS = original_models.options(ARCH)
 
 
+class TooSlowError(BaseException):
+    """Reading took too long. Not an Exception, which a reader may take for an error in the file."""
+
+
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Ends what takes too long, and gives this process no more than a gigabyte besides what it has."""
+    """Limits the time, and the memory to a gigabyte more than this process has."""
 
     def hang(*_: object) -> None:
-        raise AssertionError(f"took more than {SECONDS} s")
+        raise TooSlowError(f"took more than {SECONDS} s")
 
     used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     old = resource.getrlimit(resource.RLIMIT_AS)
@@ -62,7 +66,7 @@ def bounded() -> Iterator[None]:
 
 
 def answers(path: pathlib.Path) -> bool:
-    """Reads; whether the file was taken. Anything but a UserError of one line goes through."""
+    """Returns whether a file is read; all errors but a UserError of one line are raised."""
     problem = ""
     with bounded():
         try:
@@ -97,11 +101,12 @@ def _entry(data: bytes, name: str) -> bytes:
         return archive.read(name)
 
 
-class Seed:
+class Seed(NamedTuple):
     """A sound file: the part of it that is damaged, and how the file is made of that."""
 
-    def __init__(self, suffix: str, part: bytes, build: Callable[[bytes], bytes] = bytes) -> None:
-        self.suffix, self.part, self.build = suffix, part, build
+    suffix: str
+    part: bytes
+    build: Callable[[bytes], bytes] = bytes
 
 
 @pytest.fixture(scope="module")
@@ -127,45 +132,24 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seed]:
 
 
 KINDS = ["zip", "pickle in zip", "legacy", "safetensors", "header", "npz", "array in npz"]
-# Where damage falls: anywhere, near the start (headers, pickles), near the end (a zip file's directory).
-PLACES = st.tuples(st.sampled_from(["any", "start", "end"]), st.floats(0, 1))
+NUMBERS = (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80\0\0\0\0", b"99999999999", b"-1", b"\0" * 8)
+# Bytes that are put anywhere, near the start (headers, pickles) or near the end (a zip file's directory), and how many
+# they replace.
 EDITS = st.lists(
     st.tuples(
-        st.sampled_from(["put", "insert", "delete", "cut", "repeat", "number"]),
-        PLACES,
-        st.binary(min_size=1, max_size=9),
+        st.tuples(st.sampled_from(["any", "start", "end"]), st.floats(0, 1)),
+        st.sampled_from(NUMBERS) | st.binary(max_size=9),
+        st.integers(0, 9) | st.just(200),
     ),
     min_size=1,
     max_size=5,
 )
-NUMBERS = (
-    b"\xff\xff\xff\xff",
-    b"\xff\xff\xff\x7f",
-    b"\x00\x00\x00\x80\x00\x00\x00\x00",
-    b"99999999999",
-    b"-1",
-    b"\x00" * 8,
-)
 
 
-def damaged(data: bytes, edits: list[tuple[str, tuple[str, float], bytes]]) -> bytes:
-    for kind, (near, fraction), payload in edits:
-        share = {"any": fraction, "start": fraction**4, "end": 1 - fraction**4}[near]
-        place = int(share * len(data))
-        if kind == "number":
-            payload = NUMBERS[payload[0] % len(NUMBERS)]
-        before, after = data[:place], data[place:]
-        match kind:
-            case "put" | "number":
-                data = before + payload + after[len(payload) :]
-            case "insert":
-                data = before + payload + after
-            case "delete":
-                data = before + after[len(payload) :]
-            case "cut":
-                data = before
-            case "repeat":
-                data = before + after[:200] * 2 + after[200:]
+def damaged(data: bytes, edits: list[tuple[tuple[str, float], bytes, int]]) -> bytes:
+    for (near, where), payload, replaced in edits:
+        place = int({"any": where, "start": where**4, "end": 1 - where**4}[near] * len(data))
+        data = data[:place] + payload + data[place + replaced :]
     return data
 
 
@@ -179,89 +163,19 @@ fuzz = settings(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sound_files_are_taken(kind: str, seeds: dict[str, Seed], tmp_path: pathlib.Path) -> None:
-    seed = seeds[kind]
-    path = tmp_path / f"x{seed.suffix}"
-    path.write_bytes(seed.build(seed.part))
-    assert answers(path)
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind: str, seeds: dict[str, Seed], tmp_path: pathlib.Path) -> None:
     seed = seeds[kind]
     path = tmp_path / f"x{seed.suffix}"
+    path.write_bytes(seed.build(seed.part))
+    assert answers(path)  # The file is read before it is damaged.
 
     @fuzz
     @given(EDITS)
-    def check(edits: list[tuple[str, tuple[str, float], bytes]]) -> None:
+    def check(edits: list[tuple[tuple[str, float], bytes, int]]) -> None:
         path.write_bytes(seed.build(damaged(seed.part, edits)))
         answers(path)
 
     check()
-
-
-GLOBALS = (
-    "collections OrderedDict",
-    "torch FloatStorage",
-    "torch._utils _rebuild_tensor_v2",
-    "argparse Namespace",
-    "os system",
-)
-OPCODES: list[bytes] = [
-    *(bytes([code]) for code in b"()[]}l0122tRbuasee.NQ\x81\x85\x86\x87\x88\x89\x8f\x90\x92\x93\x94ot"),
-    *(f"c{name.replace(' ', chr(10))}\n".encode() for name in GLOBALS),
-    *(b"q" + bytes([index]) for index in range(4)),
-    *(b"h" + bytes([index]) for index in range(4)),
-    *(b"X" + struct.pack("<I", len(text)) + text for text in (b"storage", b"0", b"cpu", b"pos_embed")),
-    *(b"K" + bytes([number]) for number in (0, 1, 7, 255)),
-    b"\x8a\x09" + b"\xff" * 8 + b"\x7f",
-    b"r\xff\xff\xff\x7f",
-    b"B\xff\xff\xff\x7f",
-    b"\x8e" + b"\xff" * 8,
-    b"\x8b\xff\xff\xff\x7f",
-    b"I123\n",
-]
-
-
-def test_random_programs(tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "x.pth"
-
-    @fuzz
-    @given(st.lists(st.sampled_from(OPCODES), max_size=60))
-    def check(opcodes: list[bytes]) -> None:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("x/data.pkl", b"\x80\x02" + b"".join(opcodes) + b".")
-            archive.writestr("x/data/0", bytes(64))
-        answers(path)
-
-    check()
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        # Tuples of tuples of tuples: hashing or printing the last would take for ever.
-        b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 200,
-        b")q\x00" + b"h\x00h\x00\x86q\x000" * 200 + b"}h\x00K\x01s.",
-        b"]q\x01" + b"h\x01h\x01a" * 10,
-        b"(" * 100_000,
-        b"]" * 50_000 + b"a" * 49_999,
-        b"\x80\x02" + b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"h\x00h\x00\x93.",
-        b"cargparse\nNamespace\n" + b"(tq\x00" + b"h\x00h\x00\x86q\x00" * 100 + b"R.",
-    ],
-)
-def test_programs_that_would_never_end(program: bytes, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "x.pth"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", program if program.endswith(b".") else program + b".")
-    assert not answers(path)
-
-
-@pytest.mark.parametrize("claim", [b"\x8e" + struct.pack("<Q", 2**40), b"B\xff\xff\xff\xff", b"\x8b\xff\xff\xff\x7f"])
-def test_values_longer_than_the_file(claim: bytes, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "x.pth"
-    path.write_bytes(b"\x80\x04" + claim + b"abc.")
-    assert not answers(path)
 
 
 JSON = st.recursive(

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sit_jax.config import LossConfig, ModelConfig
-from sit_jax.data.config import AugmentConfig, DataConfig, MixConfig
+from sit_jax.data.config import AugmentConfig, DataConfig, InputSpec, MixConfig
 from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.mixing import Mix, draw_mix, mix_images, mix_labels, soft_labels
 from sit_jax.data.preprocess import normalize, random_erasing
@@ -36,17 +35,17 @@ def test_soft_labels() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])
-def test_mixups_share_is_beta_distributed(alpha: float) -> None:
-    share = np.asarray(draw(MixConfig(mixup=alpha, mode="element"), 20_000).share, np.float64)
-    assert share.mean() == pytest.approx(0.5, abs=0.01)
+def test_mixups_weight_is_beta_distributed(alpha: float) -> None:
+    weight = np.asarray(draw(MixConfig(mixup=alpha, mode="element"), 20_000).weight, np.float64)
+    assert weight.mean() == pytest.approx(0.5, abs=0.01)
     # Variance of Beta(a, a).
-    assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
+    assert weight.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.03)
 
 
-def test_cutmix_share_is_the_area_really_left() -> None:
+def test_cutmix_weight_is_the_area_really_left() -> None:
     mix = draw(MixConfig(cutmix=1.0, mode="element"))
     inside = np.asarray(mix.inside)
-    np.testing.assert_allclose(mix.share, 1 - inside.mean(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(mix.weight, 1 - inside.mean(axis=(1, 2)), rtol=1e-6)
     assert np.asarray(mix.is_cutmix).all()
     for mask in inside[:200]:
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -62,8 +61,8 @@ def test_cutmix_share_is_the_area_really_left() -> None:
         return np.clip(centre + half, 0, SIDE) - np.clip(centre - half, 0, SIDE)
 
     expected = 1 - cut() * cut() / SIDE**2
-    assert np.mean(mix.share) == pytest.approx(expected.mean(), abs=0.015)
-    assert np.var(mix.share) == pytest.approx(expected.var(), rel=0.05)
+    assert np.mean(mix.weight) == pytest.approx(expected.mean(), abs=0.015)
+    assert np.var(mix.weight) == pytest.approx(expected.var(), rel=0.05)
 
 
 def test_images_and_labels_follow_numpy() -> None:
@@ -74,34 +73,31 @@ def test_images_and_labels_follow_numpy() -> None:
         mix = draw(config, 6)
         mixed, soft = mix_images(jnp.asarray(images), mix), mix_labels(jnp.asarray(labels), mix)
         for i in range(6):
-            share, partner = float(mix.share[i]), images[5 - i]
+            weight, partner = float(mix.weight[i]), images[5 - i]
             if config.cutmix:
                 expected = np.where(np.asarray(mix.inside[i])[:, :, None], partner, images[i])
             else:
-                expected = share * images[i] + (1 - share) * partner
+                expected = weight * images[i] + (1 - weight) * partner
             np.testing.assert_allclose(mixed[i], expected, rtol=1e-5, atol=1e-6)
             row = np.zeros(6)
-            row[i], row[5 - i] = share, 1 - share
+            row[i], row[5 - i] = weight, 1 - weight
             np.testing.assert_allclose(soft[i], row, atol=1e-6)
 
 
 def test_modes_and_probabilities() -> None:
     both = MixConfig(mixup=0.8, cutmix=1.0, mode="element", switch=0.3, probability=0.6)
     mix = draw(both, 20_000)
-    untouched = np.asarray(mix.share) == 1.0
+    untouched = np.asarray(mix.weight) == 1.0
     # A few cut boxes are empty, so a little more than the 40% that are not mixed stay whole.
     assert untouched.mean() == pytest.approx(0.4, abs=0.02)
     assert np.asarray(mix.is_cutmix).mean() == pytest.approx(0.3, abs=0.015)
-    batch = draw(MixConfig(mixup=0.8, cutmix=1.0), 64)
-    assert len(set(np.asarray(batch.share).tolist())) == 1
-    choices = [bool(draw(MixConfig(mixup=0.8, cutmix=1.0), 4, seed).is_cutmix[0]) for seed in range(60)]
-    assert 15 < sum(choices) < 45
-    pair = draw(MixConfig(mixup=0.8, mode="pair"), 7)
-    share = np.asarray(pair.share)
-    np.testing.assert_array_equal(share, share[::-1])
-    assert len(set(share.tolist())) == 4
-    off = draw(MixConfig(mixup=0.8, probability=0.0), 8)
-    assert np.asarray(off.share).tolist() == [1.0] * 8
+    batches = [draw(MixConfig(mixup=0.8, cutmix=1.0), 4, seed) for seed in range(60)]
+    assert all(np.unique(batch.weight).size == 1 for batch in batches)
+    assert 15 < sum(bool(batch.is_cutmix[0]) for batch in batches) < 45
+    weight = np.asarray(draw(MixConfig(mixup=0.8, mode="pair"), 7).weight)
+    np.testing.assert_array_equal(weight, weight[::-1])
+    assert np.unique(weight).size == 4
+    assert (draw(MixConfig(mixup=0.8, probability=0.0), 8).weight == 1).all()
 
 
 def test_normalize() -> None:
@@ -142,12 +138,10 @@ def test_random_erasing_modes_and_count() -> None:
     constant, mask = erased(AugmentConfig(erase=1.0, erase_mode="const"))
     assert set(np.unique(constant)) == {0.0, 7.0}
     assert mask.any(axis=(1, 2)).all()
-    one_colour, mask = erased(AugmentConfig(erase=1.0, erase_mode="rand"))
-    for image, box in zip(one_colour[:20], mask[:20], strict=True):
-        assert len(np.unique(image[box], axis=0)) == 1
-    several, mask = erased(AugmentConfig(erase=1.0, erase_mode="rand", erase_count=3), 300)
-    colours = [len(np.unique(image[box], axis=0)) for image, box in zip(several, mask, strict=True)]
-    assert set(colours) == {1, 2, 3}
+    for count in (1, 3):
+        images, mask = erased(AugmentConfig(erase=1.0, erase_mode="rand", erase_count=count), 300)
+        fills = {len(np.unique(image[box], axis=0)) for image, box in zip(images, mask, strict=True)}
+        assert fills == set(range(1, count + 1))
     # Several boxes share the area that one would have.
     assert mask.mean() < 0.2
 
@@ -158,23 +152,15 @@ def reference_patch_labels(classes: Any, values: Any, crop: Any, flipped: bool, 
     dense = np.repeat((1 - values.sum(-1, keepdims=True)) / total, total, axis=-1)
     for y, x, k in np.ndindex(classes.shape):
         dense[y, x, classes[y, x, k]] += values[y, x, k]
-
-    def read(y: float, x: float) -> np.ndarray:
-        y, x = (min(max(v * side - 0.5, 0), side - 1) for v in (y, x))
-        y0, x0 = int(y), int(x)
-        y1, x1 = min(y0 + 1, side - 1), min(x0 + 1, side - 1)
-        upper = dense[y0, x0] * (1 - (x - x0)) + dense[y0, x1] * (x - x0)
-        lower = dense[y1, x0] * (1 - (x - x0)) + dense[y1, x1] * (x - x0)
-        result: np.ndarray = upper * (1 - (y - y0)) + lower * (y - y0)
-        return result
-
     left, top, right, bottom = crop
     result = np.zeros((grid, grid, total))
-    for i, j in np.ndindex(grid, grid):
-        for a, b in np.ndindex(2, 2):
-            v, u = (i + (a + 0.5) / 2) / grid, (j + (b + 0.5) / 2) / grid
-            u = 1 - u if flipped else u
-            result[i, j] += read(top + v * (bottom - top), left + u * (right - left)) / 4
+    for i, j, a, b in np.ndindex(grid, grid, 2, 2):
+        v, u = (i + (a + 0.5) / 2) / grid, (j + (b + 0.5) / 2) / grid
+        u = 1 - u if flipped else u
+        places = (top + v * (bottom - top), left + u * (right - left))
+        y, x = (min(max(place * side - 0.5, 0), side - 1) for place in places)
+        for row, column in np.ndindex(side, side):
+            result[i, j] += max(0, 1 - abs(y - row)) * max(0, 1 - abs(x - column)) * dense[row, column] / 4
     return result.reshape(grid * grid, total)
 
 
@@ -184,18 +170,11 @@ def test_patch_labels_against_loops() -> None:
     values = rng.dirichlet([1, 1, 1], (3, 5, 5))[..., :2]
     crop = np.array([[0, 0, 1, 1], [0.1, 0.3, 0.7, 0.9], [0.5, 0.0, 1.0, 0.4]])
     flipped = np.array([False, True, True])
-    mine = patch_labels(
-        jnp.asarray(classes, jnp.int32),
-        jnp.asarray(values, jnp.float32),
-        jnp.asarray(crop, jnp.float32),
-        jnp.asarray(flipped),
-        4,
-        6,
-    )
+    probabilities, crops = jnp.asarray(values, jnp.float32), jnp.asarray(crop, jnp.float32)
+    mine = patch_labels(jnp.asarray(classes, jnp.int32), probabilities, crops, jnp.asarray(flipped), 4, 6)
     assert mine.shape == (3, 16, 6)
-    for index in range(3):
-        expected = reference_patch_labels(classes[index], values[index], crop[index], bool(flipped[index]), 4, 6)
-        np.testing.assert_allclose(mine[index], expected, atol=1e-5)
+    for index, example in enumerate(zip(classes, values, crop, flipped, strict=True)):
+        np.testing.assert_allclose(mine[index], reference_patch_labels(*example, 4, 6), atol=1e-5)
     np.testing.assert_allclose(mine.sum(axis=-1), np.ones((3, 16)), rtol=1e-5)
 
 
@@ -204,10 +183,8 @@ def test_prepared_batches_depend_on_seed_and_step_only() -> None:
         mix=MixConfig(mixup=0.8, cutmix=1.0, mode="element"), augment=AugmentConfig(erase=0.5, erase_count=2)
     )
     rng = np.random.default_rng(0)
-    batch = {
-        "image": jnp.asarray(rng.integers(0, 256, (8, 32, 32, 1), np.uint8)),
-        "label": jnp.asarray(rng.integers(0, 10, 8), jnp.int32),
-    }
+    images, labels = rng.integers(0, 256, (8, 32, 32, 1), np.uint8), rng.integers(0, 10, 8, np.int32)
+    batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
     first, again, later = (prepare_batch(config.inputs, batch, jnp.asarray(step)) for step in (3, 3, 4))
     np.testing.assert_array_equal(first["image"], again["image"])
     assert not np.array_equal(first["image"], later["image"])
@@ -219,15 +196,11 @@ def test_prepared_batches_depend_on_seed_and_step_only() -> None:
 
 
 def test_mix_token_moves_patches_and_their_labels_together() -> None:
-    arch = dataclasses.replace(tiny.TEACHER, aux_head=True, stem="patch", patch_size=4)
-    config = tiny.config(
-        model=ModelConfig(architecture=arch),
-        teacher=None,
-        loss=LossConfig(token_label=0.5, label_smoothing=0.1),
-        mix=MixConfig(mix_token=1.0),
-        data=DataConfig(label_maps="somewhere"),
-    )
     size, side = 6, 4
+    spec = InputSpec(
+        data=DataConfig(), image_size=32, channels=1, num_classes=10, grid_size=8,
+        mix=MixConfig(mix_token=1.0), label_smoothing=0.1, patch_labels=True,
+    )  # fmt: skip
     maps = jnp.broadcast_to(jnp.arange(size)[:, None, None, None], (size, side, side, 1)).astype(jnp.int32)
     batch = {
         "image": jnp.zeros((size, 32, 32, 1), jnp.uint8),
@@ -239,12 +212,12 @@ def test_mix_token_moves_patches_and_their_labels_together() -> None:
     }
     moved = 0
     for step in range(8):
-        made = prepare_batch(config.inputs, batch, jnp.asarray(step))
+        made = prepare_batch(spec, batch, jnp.asarray(step))
         mask, dense = np.asarray(made["token_mix"]), np.asarray(made["patch_label"])
         owner = np.where(mask, 5 - np.arange(size)[:, None], np.arange(size)[:, None])
         np.testing.assert_array_equal(dense.argmax(axis=-1), owner)
-        share = 1 - mask.mean(axis=1)
-        expected = share[:, None] * np.eye(10)[:size] + (1 - share)[:, None] * np.eye(10)[:size][::-1]
+        weight, classes = 1 - mask.mean(axis=1, keepdims=True), np.eye(10)[:size]
+        expected = weight * classes + (1 - weight) * classes[::-1]
         np.testing.assert_allclose(made["label"], expected * 0.9 + 0.01, atol=1e-5)
         moved += int(mask.any())
     assert moved >= 5

@@ -1,6 +1,7 @@
 """LV-ViT's 7x7 stem and layer scale against the same mathematics written in PyTorch."""
 
 import dataclasses
+from typing import Any
 
 import golden_files
 import jax
@@ -133,12 +134,7 @@ def test_forward_against_pytorch(arch: Architecture) -> None:
     variables = golden_files.from_original({key: value.numpy() for key, value in theirs.state_dict().items()}, arch)
     logits, _ = build_model(arch).apply(variables, jnp.asarray(images))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize("arch", [CONV7, SCALED], ids=["conv7", "layer_scale"])
-def test_parameters_are_counted(arch: Architecture) -> None:
-    assert module_params(arch)[0] == count_cost(arch).params
-    assert sum(x.numel() for x in torch_model(arch).parameters()) == count_cost(arch).params
+    assert module_params(arch)[0] == count_cost(arch).params == sum(x.numel() for x in theirs.parameters())
 
 
 def test_costs_of_the_published_lvvit() -> None:
@@ -156,8 +152,9 @@ def test_layer_scale_starts_small() -> None:
     np.testing.assert_array_equal(variables["params"]["blocks_1"]["layer_scale2"], np.full(16, 1e-4, np.float32))
 
 
-def test_impossible_stems() -> None:
-    with pytest.raises(ConfigError, match=r"^stem_width: must be a whole number"):
-        dataclasses.replace(CONV7, stem_width=0)
-    with pytest.raises(ConfigError, match=r"^patch_size: must be 16 with the conv7 stem"):
-        dataclasses.replace(CONV7, patch_size=8)
+@pytest.mark.parametrize(("field", "value"), [("stem_width", 0), ("patch_size", 8)])
+def test_impossible_stems(field: str, value: int) -> None:
+    changes: dict[str, Any] = {field: value}
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(CONV7, **changes)
+    assert caught.value.key == field

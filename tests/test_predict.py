@@ -19,7 +19,7 @@ from PIL import Image
 
 from sit_jax.analysis.predict import Prediction, predict
 from sit_jax.cli import app as cli
-from sit_jax.data.folder import find_pictures
+from sit_jax.data.folder import find_images
 from sit_jax.errors import ImageDecodeError, UserError
 from sit_jax.io.inference import softmax
 from sit_jax.io.load import load
@@ -172,15 +172,15 @@ def test_which_pictures(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("b.png", "a.jpg", "deep/c.webp", "deep/.hidden.png", "deep/notes.txt", "odd[1].png", "empty/x.txt"):
         pathlib.Path(name).parent.mkdir(exist_ok=True)
         pathlib.Path(name).write_bytes(b"")
-    assert find_pictures(["b.png", "a.jpg"]) == ["b.png", "a.jpg"]
-    assert find_pictures(["deep"]) == ["deep/c.webp"]
-    assert find_pictures(["*.png"]) == ["b.png", "odd[1].png"]
-    assert find_pictures(["**/*.webp"]) == ["deep/c.webp"]
-    assert find_pictures(["odd[1].png"]) == ["odd[1].png"]
-    assert find_pictures(["-", "a.jpg"], ["x y.png\n", "\n", "z.png\r\n"]) == ["x y.png", "z.png", "a.jpg"]
-    for word, message in {"gone.png": "no such file", "*.gif": "no such file", "empty": "holds no pictures"}.items():
+    assert find_images(["b.png", "a.jpg"]) == ["b.png", "a.jpg"]
+    assert find_images(["deep"]) == ["deep/c.webp"]
+    assert find_images(["*.png"]) == ["b.png", "odd[1].png"]
+    assert find_images(["**/*.webp"]) == ["deep/c.webp"]
+    assert find_images(["odd[1].png"]) == ["odd[1].png"]
+    assert find_images(["-", "a.jpg"], ["x y.png\n", "\n", "z.png\r\n"]) == ["x y.png", "z.png", "a.jpg"]
+    for word, message in {"gone.png": "no such file", "*.gif": "no such file", "empty": "holds no images"}.items():
         with pytest.raises(UserError, match=message):
-            find_pictures([word])
+            find_images([word])
 
 
 def test_a_list_on_standard_input_and_a_reader_that_leaves(model: pathlib.Path, pictures: pathlib.Path) -> None:

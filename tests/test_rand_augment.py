@@ -1,5 +1,6 @@
 """RandAugment against Pillow used directly, and against timm's definition of the magnitudes."""
 
+import collections
 import math
 
 import numpy as np
@@ -51,37 +52,23 @@ def test_operation_is_pillows(name: str, argument: float, expected: Image.Image)
     assert ra.apply_operation(PHOTO, name, argument, BICUBIC, FILL).tobytes() == expected.tobytes()
 
 
-def test_grey_pictures() -> None:
+def test_grey_images() -> None:
     grey = PHOTO.convert("L")
     for name in ra.RandAugmentSpec(increasing=True).operations:
         result = ra.apply_operation(grey, name, 0.2 if name[-1] in "XYl" else 2, BICUBIC, (110,))
         assert (result.mode, result.size) == ("L", grey.size)
-    # What lies to the left of the picture comes in at the right.
+    # What lies to the left of the image comes in at the right.
     assert ra.apply_operation(grey, "TranslateXRel", 0.3, BICUBIC, (110,)).getpixel((179, 80)) == 110
 
 
 def test_arguments_follow_the_definition() -> None:
     # timm's level functions at magnitude 9: value, and whether the sign is random.
-    expected: dict[str, set[float]] = {
-        "Rotate": {27.0, -27.0},
-        "ShearX": {0.27, -0.27},
-        "ShearY": {0.27, -0.27},
-        "TranslateXRel": {0.405, -0.405},
-        "TranslateYRel": {0.405, -0.405},
-        "Color": {1.72},
-        "Contrast": {1.72},
-        "Brightness": {1.72},
-        "Sharpness": {1.72},
-        "ColorIncreasing": {1.81, 0.19},
-        "ContrastIncreasing": {1.81, 0.19},
-        "BrightnessIncreasing": {1.81, 0.19},
-        "SharpnessIncreasing": {1.81, 0.19},
-        "Posterize": {3},
-        "PosterizeIncreasing": {1},
-        "Solarize": {230},
-        "SolarizeIncreasing": {26},
-        "SolarizeAdd": {99},
-    }
+    signed = {"Rotate": 27.0, "ShearX": 0.27, "ShearY": 0.27, "TranslateXRel": 0.405, "TranslateYRel": 0.405}
+    expected = {name: {value, -value} for name, value in signed.items()}
+    for name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        expected |= {name: {1.72}, f"{name}Increasing": {1.81, 0.19}}
+    levels = {"Posterize": 3, "PosterizeIncreasing": 1, "Solarize": 230, "SolarizeIncreasing": 26, "SolarizeAdd": 99}
+    expected |= {name: {level} for name, level in levels.items()}
     for name, values in expected.items():
         drawn = [ra.draw_argument(name, 9.0, np.random.default_rng(seed)) for seed in range(400)]
         assert {round(x, 6) for x in drawn} == values, name
@@ -115,35 +102,36 @@ def test_grammar() -> None:
     assert ra.parse_rand_augment("rand-m7-p0.8-mmax8-mstdinf").magnitude_std == math.inf
     assert len(ra.parse_rand_augment("rand-inc1").operations) == 15
     for wrong in ("m9", "rand-x3", "rand-m11", "rand-n0", "rand-n2.5", "rand-inc2", "rand-m", "rand-w1", "rand-w0-n14"):
-        with pytest.raises(ConfigError, match=wrong.split("-")[-1]):
+        with pytest.raises(ConfigError, match=wrong.split("-")[-1]) as caught:
             ra.parse_rand_augment(wrong)
+        assert caught.value.key == "rand_augment"
 
 
 def test_operations_are_drawn_as_often_as_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
+    applied: list[str] = []
 
     def note(image: Image.Image, name: str, *_: object) -> Image.Image:
-        calls[-1].append(name)
+        applied.append(name)
         return image
 
+    def draws(policy: str, count: int) -> list[list[str]]:
+        rng, calls = np.random.default_rng(0), []
+        for _ in range(count):
+            applied.clear()
+            ra.rand_augment(PHOTO, rng, ra.parse_rand_augment(policy), BICUBIC, FILL)
+            calls.append(applied.copy())
+        return calls
+
     monkeypatch.setattr(ra, "apply_operation", note)
-    rng = np.random.default_rng(0)
-    spec = ra.parse_rand_augment("rand-m9-n3-inc1")
-    for _ in range(6000):
-        calls.append([])
-        ra.rand_augment(PHOTO, rng, spec, BICUBIC, FILL)
+    calls = draws("rand-m9-n3-inc1", 6000)
     # Three draws, each carried out with probability 0.5: 1.5 on average, any operation a fifteenth of them.
     assert np.mean([len(names) for names in calls]) == pytest.approx(1.5, abs=0.04)
-    every = [name for names in calls for name in names]
-    shares = [every.count(name) / len(every) for name in spec.operations]
-    assert np.allclose(shares, 1 / 15, atol=0.01)
+    counts = collections.Counter(name for names in calls for name in names)
+    assert set(counts) == set(ra.RandAugmentSpec(increasing=True).operations)
+    assert np.allclose(np.array(list(counts.values())) / counts.total(), 1 / 15, atol=0.01)
     assert any(len(set(names)) < len(names) for names in calls)  # With replacement.
-    calls.clear()
-    weighted = ra.parse_rand_augment("rand-m9-w0-p1")
-    for _ in range(3000):
-        calls.append([])
-        ra.rand_augment(PHOTO, rng, weighted, BICUBIC, FILL)
+    calls = draws("rand-m9-w0-p1", 3000)
     assert all(len(set(names)) == 2 for names in calls)
-    every = [name for names in calls for name in names]
-    assert every.count("Rotate") / len(calls) > 0.45
-    assert "Invert" not in every
+    counts = collections.Counter(name for names in calls for name in names)
+    assert counts["Rotate"] / len(calls) > 0.45
+    assert "Invert" not in counts

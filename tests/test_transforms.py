@@ -1,10 +1,9 @@
-"""Crops, resizes and the per-picture pipeline, against Pillow and the definitions."""
+"""Crops, resizes and the augmentation of an image, against Pillow and the definitions."""
 
 import dataclasses
 import io
 
 import numpy as np
-import pictures
 import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
@@ -31,14 +30,14 @@ def test_crop_boxes_have_the_defined_area_and_ratio() -> None:
     assert min(left.min(), top.min()) >= 0
     assert (left + width).max() <= 500
     assert (top + height).max() <= 400
-    share, ratio = width * height / 200_000, width / height
-    assert share.min() > 0.075
-    assert share.max() <= 1.0
+    area, ratio = width * height / 200_000, width / height
+    assert area.min() > 0.075
+    assert area.max() <= 1.0
     assert ratio.min() > 0.73
     assert ratio.max() < 1.36
-    # Small boxes always fit, so below a share of 0.5 the area is uniform and the log of the ratio symmetric.
-    small = share < 0.5
-    histogram, _ = np.histogram(share[small], bins=6, range=(0.08, 0.5))
+    # Small boxes always fit, so below a fraction of 0.5 the area is uniform and the log of the ratio symmetric.
+    small = area < 0.5
+    histogram, _ = np.histogram(area[small], bins=6, range=(0.08, 0.5))
     assert histogram.std() / histogram.mean() < 0.05
     assert abs(np.log(ratio[small]).mean()) < 0.01
     # Positions are uniform over where the box fits.
@@ -46,18 +45,11 @@ def test_crop_boxes_have_the_defined_area_and_ratio() -> None:
     assert (top[small] / (400 - height[small])).std() == pytest.approx(1 / np.sqrt(12), abs=0.01)
 
 
-def test_crop_of_extreme_pictures_is_the_largest_allowed_one() -> None:
+def test_crop_of_extreme_images_is_the_largest_allowed_one() -> None:
     rng = np.random.default_rng(0)
     assert transforms.random_crop_box(1000, 10, rng, scale=(0.9, 1.0)) == (493, 0, 13, 10)
     assert transforms.random_crop_box(10, 1000, rng, scale=(0.9, 1.0)) == (0, 493, 10, 13)
     assert transforms.random_crop_box(1, 1, rng) == (0, 0, 1, 1)
-
-
-def test_pillow_resampler_is_pillows_resize() -> None:
-    box = (37, 21, 250, 180)
-    mine = transforms.resize_box(PHOTO, box, 96, CROP)
-    edges = (37, 21, 287, 201)
-    assert mine.tobytes() == Image.fromarray(PHOTO).resize((96, 96), BICUBIC, edges).tobytes()
 
 
 def test_opencv_resampler_does_not_alias() -> None:
@@ -73,24 +65,8 @@ def test_opencv_resampler_does_not_alias() -> None:
         assert np.sqrt(np.square(slow - quick).mean()) < 3, box
 
 
-def test_evaluation_crop_is_torchvisions() -> None:
-    transform = transforms.EvalTransform(CROP, 224, 3)
-    # torchvision: shorter side to int(224 / 0.875) = 256, longer to int(256 * 451 / 300) = 384, then the middle 224.
-    scaled = Image.fromarray(PHOTO).resize((384, 256), BICUBIC)
-    expected = scaled.crop((80, 16, 304, 240))
-    result = transform(example())
-    assert result["image"].tobytes() == expected.tobytes()
-    assert (result["label"], result["image"].shape, result["image"].dtype) == (3, (224, 224, 3), np.uint8)
-    upright = np.ascontiguousarray(PHOTO.swapaxes(0, 1))
-    scaled = Image.fromarray(upright).resize((256, 384), BICUBIC)
-    assert transform(example(upright))["image"].tobytes() == scaled.crop((16, 80, 240, 304)).tobytes()
-    stretched = transforms.EvalTransform(DataConfig(), 64, 3)(example())
-    assert stretched["image"].tobytes() == Image.fromarray(PHOTO).resize((64, 64), BICUBIC).tobytes()
-
-
 def test_training_example_is_the_crop_it_says() -> None:
-    augment = AugmentConfig(flip=0.5)
-    transform = transforms.TrainTransform(CROP, augment, 96, 3)
+    transform = transforms.TrainTransform(CROP, AugmentConfig(flip=0.5), 96, 3)
     flips = 0
     for seed in range(40):
         made = transform(example(), np.random.default_rng(seed))
@@ -100,12 +76,16 @@ def test_training_example_is_the_crop_it_says() -> None:
             expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             flips += 1
         assert made["image"].tobytes() == expected.tobytes()
+        assert int(made["label"]) == 3
     assert 10 < flips < 30
 
 
 def test_augmentations_change_what_they_should() -> None:
     plain = transforms.TrainTransform(DataConfig(resampler="pillow"), AugmentConfig(), 64, 3)
     base = plain(example(), np.random.default_rng(0))["image"]
+    evaluated = transforms.EvalTransform(DataConfig(), 64, 3)(example())
+    assert int(evaluated["label"]) == 3
+    np.testing.assert_array_equal(evaluated["image"], base)
     assert base.tobytes() == Image.fromarray(PHOTO).resize((64, 64), BICUBIC).tobytes()
     for augment in (
         AugmentConfig(rand_augment="rand-m9-mstd0.5-inc1-p1"),
@@ -120,12 +100,7 @@ def test_augmentations_change_what_they_should() -> None:
         assert np.array_equal(again, images[2])
 
 
-def test_color_jitter_ranges() -> None:
-    grey = Image.new("RGB", (8, 8), (100, 100, 100))
-    levels = [np.asarray(transforms.color_jitter(grey, np.random.default_rng(seed), 0.4)).mean() for seed in range(400)]
-    # Contrast and saturation leave one grey as it is: only brightness, a factor of 0.6 to 1.4, shows.
-    assert min(levels) == pytest.approx(60, abs=2)
-    assert max(levels) == pytest.approx(140, abs=2)
+def test_color_jitter_is_pillows() -> None:
     photo = Image.fromarray(PHOTO)
     order = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     rng = np.random.default_rng(5)
@@ -138,13 +113,3 @@ def test_color_jitter_ranges() -> None:
 def test_fill_colour_is_the_mean() -> None:
     assert transforms.fill_colour(DataConfig().mean, 3) == (124, 116, 104)
     assert transforms.fill_colour(DataConfig().mean, 1) == (115,)
-
-
-def test_real_jpegs_come_out_as_pillow_sees_them() -> None:
-    for name, pixels in pictures.photographs().items():
-        encoded = pictures.jpeg(pixels)
-        made = transforms.EvalTransform(CROP, 64, 3)(Example(encoded, 0, name))["image"].astype(np.float64)
-        image = Image.open(io.BytesIO(encoded)).convert("RGB")
-        expected = transforms.EvalTransform(CROP, 64, 3)(example(np.asarray(image)))["image"]
-        # OpenCV and Pillow carry builds of libjpeg-turbo of their own; after resizing they may differ by a level.
-        assert np.abs(made - expected).max() <= 2, name

@@ -1,4 +1,4 @@
-"""One picture that cannot be read: wherever pictures are read, it is one picture, whatever the reason."""
+"""One image that cannot be read is one image wherever images are read, whatever the reason."""
 
 import contextlib
 import json
@@ -8,23 +8,23 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+import images
 import malformed
 import numpy as np
-import pictures
 import pytest
 import tiny
 
 from sit_jax.cli import app as cli
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
-from sit_jax.data.folder import FolderSource, find_pictures
+from sit_jax.data.folder import FolderSource, find_images
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Source, read_picture
+from sit_jax.data.sources import Source, read_image
 from sit_jax.data.validate import check_data
 from sit_jax.errors import ImageDecodeError, UserError
 
-# How a picture's file comes to be unreadable. All happen after the folder was listed, as they may during a run.
+# Why an image's file is unreadable. All happen after the folder was listed, as they may during a run.
 WAYS: dict[str, Callable[[pathlib.Path], object]] = {
     "missing": lambda path: None,
     "dead_link": lambda path: path.symlink_to("nowhere.jpg"),
@@ -54,8 +54,8 @@ def spoil(root: pathlib.Path, way: str) -> pathlib.Path:
 
 @pytest.fixture
 def root(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Eight classes of three pictures, of which one is held out."""
-    pictures.make_folder(tmp_path / "some", 3, size=(24, 20))
+    """Eight classes of three images, of which one is held out."""
+    images.make_folder(tmp_path / "some", 3, size=(24, 20))
     return tmp_path / "some"
 
 
@@ -105,17 +105,17 @@ def test_prepare_leaves_it_out(root: pathlib.Path, tmp_path: pathlib.Path, way: 
 @pytest.mark.parametrize("way", LISTED)
 def test_predict_finds_it_and_says_why(root: pathlib.Path, way: str) -> None:
     bad = str(spoil(root, way))
-    found = find_pictures([str(root)])
+    found = find_images([str(root)])
     assert bad in found
     # By its own name or as the match of a pattern it is skipped like the one in a folder, not an error of the command.
-    assert find_pictures([bad]) == [bad]
-    assert find_pictures([f"{root}/china/*.jpg"]) == [x for x in found if "china" in x]
+    assert find_images([bad]) == [bad]
+    assert find_images([f"{root}/china/*.jpg"]) == [x for x in found if "china" in x]
     if way not in ("empty", "pipe", "truncated"):
         with pytest.raises(ImageDecodeError, match=rf"^{bad}: "):
-            read_picture(bad)
+            read_image(bad)
 
 
-def test_folder_with_a_pictures_name_belongs_to_its_class(root: pathlib.Path) -> None:
+def test_folder_with_the_name_of_an_image_belongs_to_its_class(root: pathlib.Path) -> None:
     inside = root / "china" / "more.jpg" / "x.png"
     inside.parent.mkdir()
     inside.write_bytes(malformed.PNG)
@@ -123,7 +123,7 @@ def test_folder_with_a_pictures_name_belongs_to_its_class(root: pathlib.Path) ->
     labels = dict(source.files)
     assert labels[str(inside)] == source.class_names.index("china")
     assert str(inside.parent) not in labels
-    assert find_pictures([str(root / "china" / "*")]) == find_pictures([str(root / "china" / "*.jpg")])
+    assert find_images([str(root / "china" / "*")]) == find_images([str(root / "china" / "*.jpg")])
 
 
 def test_folder_that_cannot_be_listed_is_not_empty(root: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_folder_that_cannot_be_listed_is_not_empty(root: pathlib.Path, monkeypat
 
     real = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
-    for read in (lambda: FolderSource(root, "train"), lambda: find_pictures([str(root)])):
+    for read in (lambda: FolderSource(root, "train"), lambda: find_images([str(root)])):
         with pytest.raises(UserError, match=r"some/china"):
             read()
 
@@ -143,13 +143,13 @@ def test_folder_that_cannot_be_listed_is_not_empty(root: pathlib.Path, monkeypat
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("prepared")
-    pictures.make_folder(folder / "some", 3, size=(24, 20))
+    images.make_folder(folder / "some", 3, size=(24, 20))
     words = ["data", "prepare", "--from_folder", str(folder / "some"), "--name", "some", "--val_fraction", "0.34"]
     assert cli.main([*words, "--data_dir", str(folder)]) == 0
     return folder
 
 
-def test_damaged_record_is_one_picture(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_damaged_record_is_one_image(prepared: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     skip = DataConfig(name="some", data_dir=str(tmp_path), on_decode_error="skip")
     (shard,) = tmp_path.rglob("*train.array_record*")
@@ -166,8 +166,8 @@ def test_damaged_record_is_one_picture(prepared: pathlib.Path, tmp_path: pathlib
 
 
 @pytest.mark.parametrize("how", ["missing", "zeros", "half", "folder"])
-def test_unreadable_shard_is_not_one_picture(prepared: pathlib.Path, tmp_path: pathlib.Path, how: str) -> None:
-    # Skipped picture by picture, a whole shard would be missing from an evaluation that seems to be fine.
+def test_unreadable_shard_is_not_one_image(prepared: pathlib.Path, tmp_path: pathlib.Path, how: str) -> None:
+    # Skipped image by image, a whole shard would be missing from an evaluation that seems to be fine.
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     (shard,) = tmp_path.rglob("*train.array_record*")
     content = shard.read_bytes()

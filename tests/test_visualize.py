@@ -6,8 +6,8 @@ import re
 import shlex
 from typing import Any
 
+import images
 import numpy as np
-import pictures
 import pytest
 import random_weights
 import tiny
@@ -44,12 +44,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Two real JPEGs, one of them twice under the same name, and a broken one."""
     root = tmp_path_factory.mktemp("photographs")
-    found = pictures.photographs()
+    found = images.photographs()
     (root / "deep").mkdir()
-    (root / "china.jpg").write_bytes(pictures.jpeg(found["china"]))
-    (root / "deep" / "china.jpg").write_bytes(pictures.jpeg(found["chelsea"][:, :300]))
-    (root / "cut.jpg").write_bytes(pictures.jpeg(found["flower"])[:2000])
-    (root / "flower.jpg").write_bytes(pictures.jpeg(found["flower"]))
+    (root / "china.jpg").write_bytes(images.jpeg(found["china"]))
+    (root / "deep" / "china.jpg").write_bytes(images.jpeg(found["chelsea"][:, :300]))
+    (root / "cut.jpg").write_bytes(images.jpeg(found["flower"])[:2000])
+    (root / "flower.jpg").write_bytes(images.jpeg(found["flower"]))
     return root
 
 

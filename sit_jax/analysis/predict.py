@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 
-from sit_jax.data.sources import read_picture
+from sit_jax.data.sources import read_image
 from sit_jax.data.transforms import EvalTransform
 from sit_jax.errors import ImageDecodeError, PartialFailureError
 from sit_jax.io.inference import softmax
@@ -20,7 +20,7 @@ Style = Literal["table", "jsonl", "csv"]
 _THREADS = 4
 
 # Name in earlier documentation.
-read_file = read_picture
+read_file = read_image
 
 
 class Prediction(NamedTuple):
@@ -107,7 +107,7 @@ def _read(model: Model, pictures: Sequence[str], ahead: int) -> Iterator[tuple[s
 
     def load(name: str) -> tuple[str, np.ndarray | ImageDecodeError]:
         try:
-            return name, transform(read_picture(name))["image"]
+            return name, transform(read_image(name))["image"]
         except ImageDecodeError as error:
             return name, error
 

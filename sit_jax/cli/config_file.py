@@ -32,13 +32,11 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
     from absl import flags
     from ml_collections import config_flags
 
-    from sit_jax.config.config_dict import check_keys, from_config_dict, take_nones
+    from sit_jax.config.config_dict import check_overrides, from_config_dict
     from sit_jax.config.files import get_config
 
     known = get_config(path)
-    overrides = take_nones(known, overrides)
-    check_keys(known, overrides)
-    args = ["sit", *overrides]
+    args = ["sit", *check_overrides(known, overrides)]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", known, flag_values=values, sys_argv=args)

@@ -12,7 +12,7 @@ def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
     parser = add_verb(verbs, "convert", run, "convert weights from PyTorch, Flax and other formats, or from a run")
     add = parser.add_argument
-    text = ".pth, .pt, .pth.tar, .safetensors or .npz file, model folder or run folder"
+    text = ".pth, .pt or .pth.tar file (needs PyTorch), .safetensors or .npz file, model folder or run folder"
     add("source", metavar="SOURCE", type=pathlib.Path, help=text)
     text = "model folder (no suffix), or .pth or .safetensors file in the layout of the original SiT code"
     add("dest", metavar="DEST", type=pathlib.Path, help=text)

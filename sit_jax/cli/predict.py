@@ -24,10 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints the top classes of each image."""
     keep_memory()
     from sit_jax.analysis.predict import run_predict
-    from sit_jax.data.folder import find_pictures
+    from sit_jax.data.folder import find_images
     from sit_jax.io.load import load
 
-    pictures = find_pictures(arguments.pictures, sys.stdin)
+    pictures = find_images(arguments.pictures, sys.stdin)
     model = load(arguments.source, ema=arguments.ema, step=arguments.step)
     how = (arguments.top, arguments.format, arguments.batch_size)
     run_predict(model, pictures, *how, sys.stdout, reader_gone)

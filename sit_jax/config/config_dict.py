@@ -4,42 +4,28 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 from pydantic import TypeAdapter, ValidationError
 
-from sit_jax.config import (
-    AugmentConfig,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    LogConfig,
-    LossConfig,
-    MeshConfig,
-    MixConfig,
-    ModelConfig,
-    OptimConfig,
-    TeacherConfig,
-)
+from sit_jax.config import Config, JsonObject, ModelConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import get_architecture
 
-_SECTIONS = {
-    "data": DataConfig,
-    "augment": AugmentConfig,
-    "mix": MixConfig,
-    "optim": OptimConfig,
-    "loss": LossConfig,
-    "mesh": MeshConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+# (section, key) of renamed keys -> new name.
+_RENAMED = {
+    ("optim", "faithful"): "decay_like_original",
+    ("data", "on_broken"): "on_decode_error",
+    ("data", "held_out"): "val_fraction",
 }
+# Sections that may be None.
+_TEACHERS = ("teacher", "cnn_teacher")
 
 
-def named_model(name: str, **overrides: Any) -> ConfigDict:
+def named_model(name: str, **overrides: object) -> ConfigDict:
     """Returns the `model` section of a ConfigDict for a named variant, with all fields, so that each can be overridden.
 
     Raises:
@@ -51,45 +37,44 @@ def named_model(name: str, **overrides: Any) -> ConfigDict:
     return model_section(get_architecture(name, **overrides), name=name, **compute)
 
 
-def model_section(architecture: Architecture | RegNetArchitecture, **compute: Any) -> ConfigDict:
+def model_section(architecture: Architecture | RegNetArchitecture, **compute: object) -> ConfigDict:
     """Returns the `model` section of a ConfigDict for an architecture."""
-    fields = {field.name: field.default for field in dataclasses.fields(ModelConfig) if field.name != "architecture"}
-    return ConfigDict({**fields, **dataclasses.asdict(architecture), **compute})
+    return ConfigDict({**defaults(ModelConfig), **dataclasses.asdict(architecture), **compute})
 
 
-def defaults(section: type) -> ConfigDict:
-    """Returns a ConfigDict with a section's defaults, for configs to modify."""
-    values = {}
+def defaults(section: type, **values: object) -> ConfigDict:
+    """Returns a ConfigDict with the defaults of a dataclass, for configs to modify, except for the given values."""
+    found = ConfigDict()
     for field in dataclasses.fields(section):
-        if field.default is not dataclasses.MISSING:
-            values[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            values[field.name] = field.default_factory()
-    return ConfigDict(values)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if dataclasses.is_dataclass(default):
+            found[field.name] = defaults(type(default))
+        elif default is not dataclasses.MISSING:
+            found[field.name] = default
+    return ConfigDict({**found, **values})
 
 
 def with_defaults(config: ConfigDict) -> ConfigDict:
     """Returns a configuration with all default values filled in, so that each can be overridden on the command line."""
-    filled = ConfigDict(_rename_keys(config.to_dict()))
-    for name, section in _SECTIONS.items():
-        filled[name] = ConfigDict({**defaults(section).to_dict(), **filled.get(name, ConfigDict()).to_dict()})
-    for name in ("teacher", "cnn_teacher"):
-        teacher = filled.get(name)
-        if teacher is not None:
-            optim = {**defaults(OptimConfig).to_dict(), **teacher.get("optim", ConfigDict()).to_dict()}
-            filled[name] = ConfigDict({**defaults(TeacherConfig).to_dict(), **teacher.to_dict(), "optim": optim})
-    for key, value in defaults(Config).items():
-        if key not in filled:
-            filled[key] = value
-    for holder in (filled, filled.get("teacher"), filled.get("cnn_teacher")):
+    filled = _fill(defaults(Config).to_dict(), _rename_keys(config.to_dict()))
+    for name in _TEACHERS:
+        if filled[name] is not None:
+            filled[name] = _fill(defaults(TeacherConfig).to_dict(), filled[name])
+    for holder in (filled, filled["teacher"], filled["cnn_teacher"]):
         model = holder.get("model") if holder is not None else None
         if model is not None and model.get("keep_ratio", 0.0) is None:
             # ml_collections can override a None only if it knows the type.
             model["keep_ratio"] = config_dict.placeholder(float)
-    return filled
+    return ConfigDict(filled)
 
 
-def from_config_dict(config: ConfigDict | Mapping[str, Any], quiet: bool = False) -> Config:
+def _fill(known: JsonObject, values: JsonObject) -> JsonObject:
+    """Returns the defaults, updated with the values at every level."""
+    nested = {key for key, value in values.items() if isinstance(value, dict) and isinstance(known.get(key), dict)}
+    return {**known, **values, **{key: _fill(known[key], values[key]) for key in nested}}
+
+
+def from_config_dict(config: ConfigDict | Mapping[str, object], quiet: bool = False) -> Config:
     """Validates a ConfigDict and converts it to a frozen `Config`.
 
     Args:
@@ -101,8 +86,7 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any], quiet: bool = False
             the message begins with the key.
     """
     values = _rename_keys(config.to_dict() if isinstance(config, ConfigDict) else config, quiet)
-    for section in ("model", "teacher", "cnn_teacher"):
-        holder = values if section == "model" else values.get(section)
+    for holder in (values, *(values.get(name) for name in _TEACHERS)):
         if isinstance(holder, dict) and isinstance(holder.get("model"), dict):
             holder["model"] = _split_model(holder["model"])
     try:
@@ -112,79 +96,67 @@ def from_config_dict(config: ConfigDict | Mapping[str, Any], quiet: bool = False
         raise ConfigError(key, problem) from None
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Config) -> JsonObject:
     """Returns the configuration as JSON values, with architecture fields in the model sections.
 
     This is the inverse of `from_config_dict`.
     """
-    values = _ADAPTER.dump_python(config, mode="json")
+    values: JsonObject = _ADAPTER.dump_python(config, mode="json")
     for holder in (values, values["teacher"], values["cnn_teacher"]):
         if holder is not None:
             holder["model"].update(holder["model"].pop("architecture"))
     return values
 
 
-_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
-# (section, key) of renamed keys -> new name.
-_RENAMED = {
-    ("optim", "faithful"): "decay_like_original",
-    ("data", "on_broken"): "on_decode_error",
-    ("data", "held_out"): "val_fraction",
-}
-# Keys that may be None.
-_NULLABLE = ("keep_ratio", "teacher", "cnn_teacher")
+def check_overrides(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Checks the keys of `--config.KEY=VALUE` arguments, with clearer errors than those of ml_collections.
 
-
-def check_keys(known: Any, overrides: Sequence[str]) -> None:
-    """Checks that the keys of `--config.KEY=VALUE` arguments exist, with clearer errors than those of ml_collections.
+    `--config.KEY=None` is applied to `known` if None is a valid value, as ml_collections would read it as text. The
+    other arguments are returned, in order, with the current names of renamed keys and without removed keys.
 
     Raises:
         ConfigError: A key does not exist; the message names it, and the closest key of its section.
     """
-    for word in overrides:
-        if not word.startswith("--config.") or "[" in word:
-            continue
-        key = word.removeprefix("--config.").partition("=")[0]
-        section: Any = known
-        for part in key.split("."):
-            if section is None:
-                missing = key[: key.index(f".{part}")]
-                raise ConfigError(key, f"{missing} is None in this config; add a {missing} section to the file")
-            if not isinstance(section, Mapping | ConfigDict) or part not in section:
-                close = difflib.get_close_matches(part, list(section), n=1) if isinstance(section, ConfigDict) else []
-                raise ConfigError(key, "there is no such key" + (f". Did you mean {close[0]}?" if close else ""))
-            section = section[part]
-
-
-def take_nones(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
-    """Sets the keys of `--config.KEY=None` arguments to None if None is a valid value; drops removed keys.
-
-    ml_collections would read these values as text. The other arguments are returned, in order.
-    """
     rest = []
-    for word in overrides:
-        key, equals, value = word.removeprefix("--config.").partition("=")
+    for arg in overrides:
+        key, equals, value = arg.removeprefix("--config.").partition("=")
         key = _new_name(key)
+        last = key.rpartition(".")[2]
         if key.endswith("model.scan"):
             _log_removed(key)
-            continue
-        *parents, last = key.split(".")
-        section: Any = known
-        for part in parents:
-            section = section.get(part) if isinstance(section, ConfigDict) else None
-        if value == "None" and last in _NULLABLE and isinstance(section, ConfigDict) and last in section:
+        elif value == "None" and last in ("keep_ratio", *_TEACHERS):
+            section = _section_of(known, key)
             # A section cannot be assigned to an existing key, nor None to a number, so the key is deleted first.
             del section[last]
             section[last] = config_dict.placeholder(float) if last == "keep_ratio" else None
         else:
-            rest.append(f"--config.{key}{equals}{value}")
-    return rest
+            rest.append((key, f"--config.{key}{equals}{value}"))
+    for key, _ in rest:  # After all None values: their sections have no keys.
+        if "[" not in key:
+            _section_of(known, key)
+    return [arg for _, arg in rest]
 
 
-def _rename_keys(values: Mapping[str, Any], quiet: bool = False, section: str = "") -> dict[str, Any]:
+def _section_of(known: ConfigDict, key: str) -> ConfigDict:
+    """Returns the section that has a key."""
+    section = value = known
+    names = key.split(".")
+    for depth, name in enumerate(names):
+        section = value
+        if section is None:
+            missing = ".".join(names[:depth])
+            raise ConfigError(key, f"{missing} is None in this config; add a {missing} section to the file")
+        if not isinstance(section, ConfigDict) or name not in section:
+            close = difflib.get_close_matches(name, list(section), n=1) if isinstance(section, ConfigDict) else []
+            raise ConfigError(key, "there is no such key" + (f". Did you mean {close[0]}?" if close else ""))
+        value = section[name]
+    return section
+
+
+def _rename_keys(values: Mapping[str, object], quiet: bool = False, section: str = "") -> JsonObject:
     """Returns the values with renamed keys replaced by their new names."""
-    same: dict[str, Any] = {}
-    renamed: dict[str, Any] = {}
+    same: JsonObject = {}
+    renamed: JsonObject = {}
     for key, value in values.items():
         path = f"{section}.{key}".lstrip(".")
         new = _new_name(path, quiet).rpartition(".")[2]
@@ -209,14 +181,12 @@ def _log_removed(key: str) -> None:
     print(f"{key}: has no effect any more; blocks are compiled one by one", file=sys.stderr)
 
 
-def _split_model(section: dict[str, Any]) -> dict[str, Any]:
-    own = {field.name for field in dataclasses.fields(ModelConfig)} - {"architecture"}
+def _split_model(section: JsonObject) -> JsonObject:
+    """Returns the fields of a `ModelConfig`; those of the architecture are in the section itself."""
     if section.pop("scan", False):
         _log_removed("model.scan")
-    split = {key: value for key, value in section.items() if key in own}
-    shape = {key: value for key, value in section.items() if key not in own}
-    split["architecture"] = {"family": "vit", **shape}
-    return split
+    own = {field.name: section.pop(field.name) for field in dataclasses.fields(ModelConfig) if field.name in section}
+    return {**own, "architecture": {"family": "vit", **section}}
 
 
 def _describe(error: ValidationError) -> str:
@@ -237,8 +207,8 @@ def _describe(error: ValidationError) -> str:
 
 
 def _hint(parts: list[str]) -> str:
-    models = (Config, ModelConfig, Architecture, OptimConfig, LossConfig, TeacherConfig)
-    others = (DataConfig, AugmentConfig, MixConfig, MeshConfig, CheckpointConfig, LogConfig)
-    names = {field.name for section in (*models, *others) for field in dataclasses.fields(section)}
-    close = difflib.get_close_matches(parts[-1], names, n=1)
+    classes = (Config, ModelConfig, Architecture, TeacherConfig)
+    names = {field.name for section in classes for field in dataclasses.fields(section)}
+    names.update(*(section for section in defaults(Config).values() if isinstance(section, ConfigDict)))
+    close = difflib.get_close_matches(parts[-1], sorted(names), n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -5,13 +5,7 @@ Reference: section 4.1 of 'Self-slimmed Vision Transformer' and the original's t
 
 from ml_collections import ConfigDict
 
-from sit_jax.config import (
-    AugmentConfig,
-    DataConfig,
-    LossConfig,
-    MixConfig,
-    OptimConfig,
-)
+from sit_jax.config import AugmentConfig, DataConfig, LossConfig, MixConfig, OptimConfig
 from sit_jax.config.config_dict import defaults, named_model
 
 
@@ -19,24 +13,13 @@ def imagenet(batch_size: int = 1024) -> ConfigDict:
     """Returns data, augmentation and mixing on ImageNet, for teachers and students; without model and optimizer."""
     config = ConfigDict()
     config.seed = 0
-    config.data = defaults(DataConfig)
-    config.data.name = "imagenet2012"
-    config.data.eval_split = "validation"
-    config.data.resize = "crop"
-    config.data.workers = 16
-    config.augment = defaults(AugmentConfig)
-    config.augment.flip = 0.5
-    config.augment.rand_augment = "rand-m9-mstd0.5-inc1"
-    config.augment.erase = 0.25
-    config.augment.repeats = 3
-    config.mix = defaults(MixConfig)
-    config.mix.mixup = 0.8
-    config.mix.cutmix = 1.0
+    config.data = defaults(DataConfig, name="imagenet2012", eval_split="validation", resize="crop", workers=16)
+    config.augment = defaults(AugmentConfig, flip=0.5, rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3)
+    config.mix = defaults(MixConfig, mixup=0.8, cutmix=1.0)
     config.batch_size = batch_size
     config.eval_batch_size = batch_size
     config.eval_every_epochs = 1
-    config.loss = defaults(LossConfig)
-    config.loss.label_smoothing = 0.1
+    config.loss = defaults(LossConfig, label_smoothing=0.1)
     return config
 
 
@@ -51,20 +34,13 @@ def distillation(student: str, teacher: str, teacher_run: str, drop_path: float)
     """
     config = imagenet()
     config.model = named_model(student, drop_path=drop_path, dtype="bfloat16")
-    config.teacher = ConfigDict()
-    config.teacher.model = named_model(teacher, dtype="bfloat16")
-    config.teacher.run = teacher_run
+    config.teacher = ConfigDict({"model": named_model(teacher, dtype="bfloat16"), "run": teacher_run})
     config.init = "teacher"
     config.epochs = 125
-    config.optim = defaults(OptimConfig)
-    config.optim.lr = 2e-4
-    config.optim.lr_batch_size = 512
-    config.optim.min_lr = 1e-5
-    config.optim.rtsm_lr_scale = 5.0
+    config.optim = defaults(OptimConfig, lr=2e-4, lr_batch_size=512, min_lr=1e-5, rtsm_lr_scale=5.0)
     config.optim.cooldown_epochs = 10
     config.optim.schedule_per = "epoch"
-    config.loss.token = 2.0
-    config.loss.logits = 2.0
+    config.loss.token = config.loss.logits = 2.0
     return config
 
 
@@ -78,8 +54,7 @@ def teacher(name: str, drop_path: float, mode: str) -> ConfigDict:
     """
     config = imagenet()
     config.model = named_model(name, drop_path=drop_path, dtype="bfloat16")
-    config.optim = defaults(OptimConfig)
-    config.optim.lr_batch_size = 1024
+    config.optim = defaults(OptimConfig, lr_batch_size=1024)
     config.init = "random"
     if mode == "scratch":
         config.epochs = 300
@@ -101,7 +76,5 @@ def token_labelling(config: ConfigDict, label_maps: str) -> ConfigDict:
     """Adds LV-ViT's token labelling to a teacher's config: MixToken instead of mixup and CutMix, and dense labels."""
     config.data.label_maps = label_maps
     config.loss.token_label = 0.5
-    config.mix.mixup = 0.0
-    config.mix.cutmix = 0.0
-    config.mix.mix_token = 1.0
+    config.mix.update(mixup=0.0, cutmix=0.0, mix_token=1.0)
     return config

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Lt
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -21,7 +21,8 @@ from sit_jax.data.config import (
     InputSpec,
     MixConfig,
     NonNegative,
-)
+    Positive,
+)  # fmt: skip
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
@@ -84,17 +85,17 @@ class OptimConfig:
             the RTSMs.
     """
 
-    lr: Annotated[float, Gt(0)] = 4e-4
+    lr: Positive = 4e-4
     lr_batch_size: Annotated[int, Ge(0)] = 0
     min_lr: NonNegative = 1e-5
-    rtsm_lr_scale: Annotated[float, Gt(0)] = 5.0
+    rtsm_lr_scale: Positive = 5.0
     warmup_epochs: NonNegative = 0.0
     cooldown_epochs: Annotated[int, Ge(0)] = 0
     schedule_per: Literal["step", "epoch"] = "step"
     weight_decay: NonNegative = 0.05
     b1: Fraction = 0.9
     b2: Fraction = 0.999
-    eps: Annotated[float, Gt(0)] = 1e-8
+    eps: Positive = 1e-8
     clip_norm: NonNegative = 0.0
     grad_dtype: Literal["float32", "bfloat16"] = "float32"
     accumulate_steps: Count = 1
@@ -121,7 +122,7 @@ class LossConfig:
     logits: NonNegative = 0.0
     hard: NonNegative = 0.0
     token_label: NonNegative = 0.0
-    temperature: Annotated[float, Gt(0)] = 1.0
+    temperature: Positive = 1.0
     label_smoothing: Fraction = 0.0
     extra: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -332,18 +333,13 @@ class Config:
 
         def resolve(model: ModelConfig) -> ModelConfig:
             arch = model.architecture
-            if arch.num_classes:
-                return model
-            return dataclasses.replace(model, architecture=dataclasses.replace(arch, num_classes=num_classes))
+            arch = dataclasses.replace(arch, num_classes=arch.num_classes or num_classes)
+            return dataclasses.replace(model, architecture=arch)
 
-        def resolve_teacher(teacher: TeacherConfig | None) -> TeacherConfig | None:
-            return teacher and dataclasses.replace(teacher, model=resolve(teacher.model))
-
+        teachers = {name: dataclasses.replace(x, model=resolve(x.model)) for name, x in self.teachers.items()}
+        student = resolve(self.model)
         return dataclasses.replace(
-            self,
-            model=resolve(self.model),
-            teacher=resolve_teacher(self.teacher),
-            cnn_teacher=resolve_teacher(self.cnn_teacher),
+            self, model=student, teacher=teachers.get("teacher"), cnn_teacher=teachers.get("cnn_teacher")
         )
 
 

@@ -1,9 +1,9 @@
 """Maps the class names of a model to those of a data set."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from sit_jax.data.sources import Example, Source
 from sit_jax.errors import UserError, listed
@@ -35,13 +35,12 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
     raise UserError(f"class names of {what} and {other} differ: {problem}")
 
 
-def reorder_heads(variables: dict[str, Any], order: Sequence[int] | None, heads: Collection[str]) -> dict[str, Any]:
-    """Returns a model's variables with the outputs of its heads reordered.
+def reorder_heads(
+    variables: dict[str, PyTree], order: Sequence[int] | None, heads: Collection[str]
+) -> dict[str, PyTree]:
+    """Returns a model's variables with the outputs of the named heads reordered.
 
-    Args:
-        variables: The model's variables.
-        order: Old index of each new output; None for no change.
-        heads: Names of the parameters whose width is the number of classes.
+    `order` has the old index of each new output; None changes nothing.
     """
     if order is None:
         return variables
@@ -62,28 +61,16 @@ def match_classes(source: Source, names: Sequence[str] | None, what: str) -> Sou
         what: The model, for messages.
 
     Raises:
-        ConfigError: The data set has different classes.
+        UserError: The data set has different classes.
     """
     order = class_order(names, source.class_names, what, "the data set")
-    return source if order is None or names is None else ReorderedSource(source, tuple(names), tuple(order))
+    return source if order is None or names is None else _ReorderedSource(source, tuple(names), tuple(order))
 
 
-class ReorderedSource:
-    """A source whose class indices are those of a model.
-
-    Attributes:
-        class_names: The model's class names, by index.
-        multi_label: Whether an image may have several correct classes, or none.
-    """
+class _ReorderedSource:
+    """A source whose labels are mapped by `order`: the index in `class_names` of each class of the wrapped source."""
 
     def __init__(self, source: Source, class_names: Sequence[str], order: Sequence[int]) -> None:
-        """Wraps a source.
-
-        Args:
-            source: The source to wrap.
-            class_names: The model's class names, by index.
-            order: The model's index of each class of the source.
-        """
         self.class_names, self.multi_label = class_names, source.multi_label
         self._source, self._order = source, order
 

@@ -110,7 +110,7 @@ class AugmentConfig:
             if low > high:
                 raise ConfigError(name, f"{low} is above {high}")
         if self.crop_scale[1] > 1:
-            raise ConfigError("crop_scale", f"a crop is at most the whole picture, 1, is {self.crop_scale[1]}")
+            raise ConfigError("crop_scale", f"must be at most 1, the whole image, got {self.crop_scale[1]}")
         if self.rand_augment:
             parse_rand_augment(self.rand_augment)
 
@@ -138,7 +138,7 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         if self.mix_token > 0 and (self.mixup > 0 or self.cutmix > 0):
-            raise ConfigError("mix_token", "takes the place of mixup and cutmix; set those to 0")
+            raise ConfigError("mix_token", "replaces mixup and cutmix; set those to 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

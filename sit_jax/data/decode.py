@@ -1,21 +1,20 @@
 """Image decoding."""
 
+import contextlib
 import io
 import warnings
-from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from sit_jax.errors import ImageDecodeError, one_line
 
 # Images beyond `max_pixels` are rejected by name; Pillow's warning would be redundant.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# Tags of EXIF and TIFF.
-_ORIENTATION, _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 274, 258, 262, 0
+_WHITE_IS_ZERO = 0
 # Offset of the byte of a PNG file that holds the bits per sample.
 _PNG_BIT_DEPTH = 24
 # Formats whose samples Pillow scales to 16 bits when it opens them as 32-bit integers.
@@ -24,18 +23,9 @@ _END_OF_JPEG = b"\xff\xd9"
 _BACKGROUND = "white"
 _LONG = 10
 _GREY = "grey: repeated over the model's channels"
-_SUFFIXES = {
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
-    "MPO": ("jpg", "jpeg", "mpo"),
-    "PNG": ("png", "apng"),
-    "GIF": ("gif",),
-    "BMP": ("bmp",),
-    "TIFF": ("tif", "tiff"),
-    "WEBP": ("webp",),
-}
 
 
-def decode(encoded: bytes, channels: int, name: str = "picture", max_pixels: int = 80_000_000) -> np.ndarray:
+def decode(encoded: bytes, channels: int, name: str = "image", max_pixels: int = 80_000_000) -> np.ndarray:
     """Decodes an image and applies its EXIF or XMP orientation; of an animation, the first frame.
 
     Transparent pixels are composited on white, samples of more than 8 bits are scaled to 8, CMYK and palette images are
@@ -74,10 +64,12 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
         found.append(f"longer than {_LONG} times its shorter side: {what}")
     with Image.open(io.BytesIO(encoded)) as image:
         kind = str(image.format)
-        if kind != "MPO" and _frames(image) > 1:
-            found.append("animated: only its first frame is used")
-    suffix = name.rsplit(".", 1)[-1].lower() if "." in name else ""
-    if suffix and kind in _SUFFIXES and suffix not in _SUFFIXES[kind]:
+        with contextlib.suppress(Exception):  # Frames that `decode` does not read may be damaged.
+            if kind != "MPO" and getattr(image, "n_frames", 1) > 1:
+                found.append("animated: only its first frame is used")
+    _, dot, suffix = name.lower().rpartition(".")
+    usual = Image.registered_extensions().get(dot + suffix)
+    if dot and usual != kind and (usual, kind) != ("JPEG", "MPO"):
         found.append(f"suffix .{suffix} but {kind}: read as {kind}")
     return found
 
@@ -92,7 +84,7 @@ def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height}"
                 raise ImageDecodeError(f"{name}: has {size} pixels, more than data.max_pixels, {max_pixels:,}")
-            turned_by_pillow = 1
+            rotated_by_pillow = 1
             if _is_plain_jpeg(image, encoded):
                 orientation = _orientation(image)
                 if image.mode == "L":
@@ -101,20 +93,20 @@ def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np
             else:
                 bits = _bits_per_sample(image, encoded)
                 if isinstance(image, TiffImageFile):  # Loading rotates the pixels and drops the orientation.
-                    turned_by_pillow = _orientation(image)
+                    rotated_by_pillow = _orientation(image)
                 image.load()  # Before the orientation is read: that loads a PNG and ignores its errors.
                 orientation = _orientation(image)
                 pixels = np.asarray(_to_channels(image, bits, done).convert("L" if channels == 1 else "RGB"))
-            if max(orientation, turned_by_pillow) > 1:
+            if max(orientation, rotated_by_pillow) > 1:
                 done.append("turned by EXIF or XMP: set upright")
                 pixels = _upright(pixels, orientation)
     except ImageDecodeError:
         raise
     except UnidentifiedImageError:
-        raise ImageDecodeError(f"{name}: cannot be read: no picture in a known format") from None
+        raise ImageDecodeError(f"{name}: cannot be read: not an image in a known format") from None
     except Exception as error:  # Decoders of damaged files raise many types, from SyntaxError to struct.error.
         raise ImageDecodeError(f"{name}: cannot be read: {one_line(error, 200)}") from None
-    return pixels[:, :, None] if pixels.ndim == 2 else pixels, done
+    return pixels.reshape(*pixels.shape[:2], channels), done
 
 
 def _is_plain_jpeg(image: Image.Image, encoded: bytes) -> bool:
@@ -164,7 +156,7 @@ def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
 def _from_deep_grey(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
     samples = np.asarray(image).astype(np.int64)
     grey = (samples >> (bits - 8)).clip(0, 255).astype(np.uint8)
-    if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
         grey = 255 - grey  # Pillow inverts 8-bit images only.
     elif not grey.any():
         done.append(f"{bits}-bit with values below {1 << (bits - 8)} only: black")
@@ -176,7 +168,7 @@ def _from_deep_grey(image: Image.Image, bits: int, done: list[str]) -> Image.Ima
 def _scale_transparent_colour(image: Image.Image, bits: int) -> None:
     """Scales a PNG's transparent colour to 8 bits, as Pillow has scaled the samples."""
     colour = image.info.get("transparency")
-    if image.format != "PNG" or image.mode not in ("L", "RGB") or colour is None:
+    if image.format != "PNG" or colour is None:
         return
     if image.mode == "L" and bits < 8:
         image.info["transparency"] = colour * 255 // ((1 << bits) - 1)
@@ -189,21 +181,14 @@ def _bits_per_sample(image: Image.Image, encoded: bytes) -> int:
     if image.format == "PNG" and image.mode != "P":
         return encoded[_PNG_BIT_DEPTH]
     if isinstance(image, TiffImageFile):
-        return int(max(image.tag_v2.get(_BITS_PER_SAMPLE, (8,))))
+        return int(max(image.tag_v2.get(BITSPERSAMPLE, (8,))))
     return 16 if image.mode.startswith("I") else 8
-
-
-def _frames(image: Image.Image) -> int:
-    try:
-        return int(getattr(image, "n_frames", 1))
-    except Exception:  # Frames that `decode` does not read may be damaged.
-        return 1
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        value: Any = image.getexif().get(_ORIENTATION, 1)
-        return value if value in range(1, 9) else 1
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return int(value) if value in range(1, 9) else 1
     except Exception:  # A damaged EXIF block does not affect the pixels.
         return 1
 

@@ -1,6 +1,6 @@
 """Prepares training batches for the loss, on the device; pure functions."""
 
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from sit_jax.data.random_keys import stream_key
 from sit_jax.data.token_labels import patch_labels
 
 
-def prepare_batch(spec: InputSpec, batch: dict[str, Any], step: jax.Array) -> dict[str, jax.Array]:
+def prepare_batch(spec: InputSpec, batch: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
     """Normalizes, erases and mixes images, and converts labels to distributions.
 
     Args:
@@ -33,7 +33,7 @@ def prepare_batch(spec: InputSpec, batch: dict[str, Any], step: jax.Array) -> di
         labels = soft_labels(labels, spec.num_classes, spec.label_smoothing)
     if spec.augment.erase > 0:
         images = random_erasing(stream_key(spec.seed, "erase", step), images, spec.augment)
-    prepared: dict[str, jax.Array] = {}
+    prepared = {}
     key = stream_key(spec.seed, "mix", step)
     if spec.mix.mixup > 0 or spec.mix.cutmix > 0:
         mix = draw_mix(key, images.shape[0], images.shape[1], images.shape[2], spec.mix)
@@ -45,10 +45,9 @@ def prepare_batch(spec: InputSpec, batch: dict[str, Any], step: jax.Array) -> di
     if spec.mix.mix_token > 0:
         mix = draw_token_mix(key, images.shape[0], spec.grid_size, spec.mix)
         labels = mix_labels(labels, mix)
-        inside = mix.inside.reshape(images.shape[0], -1)
-        prepared["token_mix"] = inside
+        prepared["token_mix"] = mix.inside.reshape(images.shape[0], -1)
         if per_patch is not None:
-            per_patch = jnp.where(inside[..., None], per_patch[::-1], per_patch)
+            per_patch = jnp.where(prepared["token_mix"][..., None], per_patch[::-1], per_patch)
     if per_patch is not None:
         prepared["patch_label"] = per_patch
     return {"image": images, "label": labels, **prepared}

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -30,13 +29,10 @@ class SitDigits(tfds.core.GeneratorBasedBuilder):
             description=__doc__,
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {
-            "train": self._generate_examples(held_out=False),
-            "test": self._generate_examples(held_out=True),
-        }
+    def _split_generators(self, dl_manager: object) -> dict[str, Iterator[tuple[int, dict[str, object]]]]:
+        return {"train": self._generate_examples(held_out=False), "test": self._generate_examples(held_out=True)}
 
-    def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict[str, object]]]:
         from sklearn.datasets import load_digits  # Only needed to prepare the data; the import takes a second.
 
         digits = load_digits()

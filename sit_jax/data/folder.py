@@ -7,15 +7,13 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from sit_jax.data.sources import Example, read_picture
-from sit_jax.errors import UserError
-
-_STDIN = "-"
+from sit_jax.data.sources import Example, read_image
+from sit_jax.errors import ConfigError, UserError, listed
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
-TRAIN, HELD_OUT = "train", "val"
-# Other common names of the validation split.
-_HELD_OUT_NAMES = (HELD_OUT, "valid", "validation", "test")
+_TRAIN = "train"
+# Common names of the validation split.
+_HELD_OUT = ("val", "valid", "validation", "test")
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
@@ -45,49 +43,42 @@ class FolderSource:
 
     @_listing()
     def __init__(self, root: pathlib.Path, split: str, val_fraction: float = 0.1) -> None:
-        """Lists the images.
-
-        Args:
-            root: The folder.
-            split: `train`, `val`, or a part of one, such as `train[:90%]`.
-            val_fraction: Fraction of each class used as `val` if the folder has no splits.
+        """Lists the images of a split, or of a part of one, such as `train[:90%]`.
 
         Raises:
             UserError: There is no such folder or split, it contains no images, or a folder cannot be listed.
         """
         if not root.is_dir():
-            raise UserError(f"data.data_dir: there is no folder {root}")
+            raise ConfigError("data.data_dir", f"there is no folder {root}")
         match = _SPLIT.fullmatch(split)
         if match is None:
             raise UserError(f"split {split!r} is not understood: write train, val, train[:90%] or train[100:]")
         name = match[1]
-        present = [x for x in (TRAIN, *_HELD_OUT_NAMES) if (root / x).is_dir()]
-        has_splits = TRAIN in present
-        if has_splits and name in _HELD_OUT_NAMES and name not in present:
-            name = next((x for x in present if x != TRAIN), name)  # The name of the validation split in this folder.
-        if name not in (present if has_splits else (TRAIN, *_HELD_OUT_NAMES)):
+        present = [x for x in (_TRAIN, *_HELD_OUT) if (root / x).is_dir()]
+        has_splits = _TRAIN in present
+        if has_splits and name in _HELD_OUT and name not in present:
+            name = next((x for x in present if x != _TRAIN), name)  # The name of the validation split in this folder.
+        if name not in (present if has_splits else (_TRAIN, *_HELD_OUT)):
             raise UserError(f"split {name!r} of {root}: there are {', '.join(present) or 'train, val'}")
-        base = root / (TRAIN if has_splits else "")
-        self.class_names: Sequence[str] = _classes(base)
         self.base = root / name if has_splits else root
-        by_class = [pictures_in(self.base / x) for x in self.class_names]
+        self.class_names: Sequence[str] = _classes(root / _TRAIN if has_splits else root)
+        by_class = [images_in(self.base / x) for x in self.class_names]
+        why = ", ".join(sorted(SUFFIXES))
         if has_splits:
-            _check_classes(root / name, self.class_names)
+            unknown = sorted(set(_classes(self.base)) - set(self.class_names))
+            if unknown:
+                raise ConfigError("data.data_dir", f"{self.base} has classes that train has not: {listed(unknown)}")
         else:
-            by_class = [_part(paths, val_fraction, name != TRAIN) for paths in by_class]
-        everything = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
+            if name != _TRAIN and any(by_class):
+                why = f"data.val_fraction {val_fraction} of each class is less than one"
+            by_class = [_part(paths, val_fraction, name != _TRAIN) for paths in by_class]
+        files = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
         # Sorted by class, a slice would contain only a few classes: interleave the classes.
-        everything = _interleave(by_class) if match[2] or match[3] else everything
-        start, stop = (_bound(match[i], len(everything)) for i in (2, 3))
-        self.files: Sequence[tuple[str, int]] = everything[start:stop]
+        files = _interleave(by_class) if match[2] or match[3] else files
+        start, stop = (_bound(match[i], len(files)) for i in (2, 3))
+        self.files: Sequence[tuple[str, int]] = files[start:stop]
         if not self.files:
-            few = not has_splits and name != TRAIN and any(pictures_in(self.base / x) for x in self.class_names)
-            why = (
-                f"data.val_fraction {val_fraction} of each class is less than one"
-                if few
-                else ", ".join(sorted(SUFFIXES))
-            )
-            raise UserError(f"split {split!r} of {root}: holds no pictures ({why})")
+            raise UserError(f"split {split!r} of {root}: holds no images ({why})")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,28 +87,22 @@ class FolderSource:
     def ignored(self) -> list[str]:
         """Files in the folder that are not images by their suffix, sorted."""
         found = (path for name in self.class_names for path in (self.base / name).rglob("*"))
-        return sorted(str(path) for path in found if path.is_file() and not _is_picture(path.name))
+        return sorted(str(path) for path in found if path.is_file() and not _is_image(path.name))
 
     def __getitem__(self, index: int) -> Example:
-        return read_picture(*self.files[index])
+        return read_image(*self.files[index])
 
 
 def _classes(base: pathlib.Path) -> tuple[str, ...]:
     names = sorted(x.name for x in base.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not names:
-        raise UserError(f"data.data_dir: {base} holds no folder per class (CLASS/picture.jpg)")
+        raise ConfigError("data.data_dir", f"{base} holds no folder per class (CLASS/image.jpg)")
     return tuple(names)
 
 
-def _check_classes(folder: pathlib.Path, names: Sequence[str]) -> None:
-    unknown = sorted(set(_classes(folder)) - set(names))
-    if unknown:
-        raise UserError(f"data.data_dir: {folder} has classes that train has not: {', '.join(unknown[:5])}")
-
-
 @_listing()
-def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the images in a folder and its subfolders, sorted; hidden files are skipped.
+def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the images in a folder and its subfolders, sorted and without hidden files.
 
     Raises:
         UserError: A folder cannot be listed.
@@ -130,11 +115,11 @@ def pictures_in(folder: pathlib.Path) -> list[pathlib.Path]:
     found = []
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = sorted(x for x in folders if not x.startswith("."))
-        found += [pathlib.Path(place, x) for x in names if _is_picture(x)]
+        found += [pathlib.Path(place, x) for x in names if _is_image(x)]
     return sorted(found)
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     return pathlib.PurePath(name).suffix.lower() in SUFFIXES and not name.startswith(".")
 
 
@@ -145,11 +130,9 @@ def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) 
 
 
 def _interleave(by_class: list[list[pathlib.Path]]) -> list[tuple[str, int]]:
-    ranked = [
-        ((rank + 0.5) / len(paths), label, str(path))
-        for label, paths in enumerate(by_class)
-        for rank, path in enumerate(paths)
-    ]
+    ranked = []
+    for label, paths in enumerate(by_class):
+        ranked += [((rank + 0.5) / len(paths), label, str(path)) for rank, path in enumerate(paths)]
     return [(path, label) for _, label, path in sorted(ranked)]
 
 
@@ -159,31 +142,30 @@ def _bound(text: str | None, length: int) -> int | None:
     return int(length * int(text[:-1]) / 100) if text.endswith("%") else int(text)
 
 
-def find_pictures(words: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
+def find_images(args: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
     """Returns the images that command-line arguments refer to, in order.
 
     Args:
-        words: Files, folders (all images within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
+        args: Files, folders (all images within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
         lines: One file per line.
 
     Raises:
         UserError: An argument matches no file.
     """
     found: list[str] = []
-    for word in words:
-        if word == _STDIN:
-            found += [line for line in (x.rstrip("\r\n") for x in lines) if line]
-        elif os.path.isdir(word):
-            inside = [str(path) for path in pictures_in(pathlib.Path(word))]
-            if not inside:
-                raise UserError(f"{word}: holds no pictures")
-            found += inside
-        elif os.path.lexists(word):  # Also a dangling link: reading it fails, as it does for one in a folder.
-            found.append(word)
+    for arg in args:
+        if arg == "-":
+            matches = [line for line in (x.rstrip("\r\n") for x in lines) if line]
+        elif os.path.isdir(arg):
+            matches = [str(path) for path in images_in(pathlib.Path(arg))]
+            if not matches:
+                raise UserError(f"{arg}: holds no images")
+        elif os.path.lexists(arg):  # Also a dangling link: reading it fails, as it does for one in a folder.
+            matches = [arg]
         else:
             # A pattern that the shell did not expand. Checked last, as file names may contain brackets.
-            matches = sorted(x for x in glob.glob(word, recursive=True) if not os.path.isdir(x))
+            matches = sorted(x for x in glob.glob(arg, recursive=True) if not os.path.isdir(x))
             if not matches:
-                raise UserError(f"{word}: there is no such file, folder or match")
-            found += matches
+                raise UserError(f"{arg}: there is no such file, folder or match")
+        found += matches
     return found

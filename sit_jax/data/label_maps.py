@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 
 from sit_jax.data.sources import writing
-from sit_jax.errors import ConfigError, UserError
+from sit_jax.errors import ConfigError, UserError, one_line
 
 _CLASSES, _VALUES, _ABOUT = "classes.npy", "values.npy", "about.json"
 
@@ -20,33 +20,22 @@ class LabelMaps:
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
-        """Opens the folder.
-
-        Raises:
-            UserError: The folder does not exist or is incomplete.
-        """
+        """Opens the folder; raises a ConfigError if it does not exist or is incomplete."""
         self._folder = folder
-        self._open()
-
-    def _open(self) -> None:
-        folder = self._folder
         try:
             self._about = json.loads((folder / _ABOUT).read_text())
             self._classes = np.load(folder / _CLASSES, mmap_mode="r")
             self._values = np.load(folder / _VALUES, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"data.label_maps: {folder} holds no label maps ({error}); make them: sit data label"
+            reason = one_line(error)
+            raise ConfigError(
+                "data.label_maps", f"{folder} holds no label maps ({reason}); run: sit data label"
             ) from None
         if self._classes.shape != self._values.shape or self._classes.ndim != 4:
-            raise UserError(f"data.label_maps: {folder} is not whole; make it again: sit data label")
+            raise ConfigError("data.label_maps", f"{folder} is incomplete; make it again: sit data label")
 
-    def __getstate__(self) -> dict[str, pathlib.Path]:
-        return {"folder": self._folder}  # Each process opens its own memory map.
-
-    def __setstate__(self, state: dict[str, pathlib.Path]) -> None:
-        self._folder = state["folder"]
-        self._open()
+    def __reduce__(self) -> tuple[type["LabelMaps"], tuple[pathlib.Path]]:
+        return LabelMaps, (self._folder,)  # Each process opens its own memory map.
 
     def __len__(self) -> int:
         return len(self._classes)
@@ -68,11 +57,7 @@ class LabelMapWriter:
     """Writes a folder of label maps; the folder is valid only after `close`."""
 
     def __init__(self, folder: pathlib.Path, examples: int, grid: int, top: int, num_classes: int) -> None:
-        """Creates the folder and allocates all maps.
-
-        Raises:
-            UserError: The folder exists already or cannot be written.
-        """
+        """Creates the folder and allocates all maps; raises a UserError if it exists already or cannot be written."""
         if (folder / _ABOUT).exists():
             raise UserError(f"{folder} holds label maps already; choose another --output")
         shape = (examples, grid, grid, top)

@@ -3,14 +3,14 @@
 Loader processes unpickle these functions, so this module must not import the models.
 """
 
-import dataclasses
-from typing import Any
+import signal
+from dataclasses import dataclass
 
 import numpy as np
 
 from sit_jax.data.label_maps import LabelMaps
 from sit_jax.data.sampler import TrainOrder
-from sit_jax.data.sources import Source
+from sit_jax.data.sources import ExampleArrays, Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ImageDecodeError, UserError
 
@@ -19,16 +19,11 @@ _MOST_BROKEN_IN_A_ROW = 100
 _MOST_LABELS = 32
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainExamples:
     """Maps a position in the global stream to a training example.
 
-    Attributes:
-        source: Source of the images.
-        order: Maps positions to image indices.
-        transform: Transform applied to each image.
-        maps: Dense labels, or None.
-        skip_broken: Whether an image that cannot be read is replaced with the next one of the source.
+    With `skip_broken`, an image that cannot be read is replaced with the next one of the source.
     """
 
     source: Source
@@ -37,7 +32,7 @@ class TrainExamples:
     maps: LabelMaps | None
     skip_broken: bool
 
-    def __call__(self, position: int, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, position: int, rng: np.random.Generator) -> ExampleArrays:
         """Returns the example; raises an ImageDecodeError if it cannot be read."""
         index = self.order(int(position))
         for skipped in range(_MOST_BROKEN_IN_A_ROW):
@@ -51,25 +46,22 @@ class TrainExamples:
             if self.maps is not None:
                 classes, values = self.maps[place]
                 example |= {"map_classes": classes, "map_values": values}
-            return {**example, "skipped": np.int32(skipped)}
-        raise UserError(f"{_MOST_BROKEN_IN_A_ROW} pictures in a row cannot be read; look at them: sit data check")
+            return {**example, "skipped": np.array(skipped, np.int32)}
+        raise UserError(f"{_MOST_BROKEN_IN_A_ROW} images in a row cannot be read; look at them: sit data check")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalExamples:
     """Maps a position to an evaluation example with its `mask`.
 
-    Attributes:
-        source: Source of the images; positions beyond its end give examples with mask 0.
-        transform: Transform applied to each image.
-        skip_broken: Whether an image that cannot be read gets mask 0.
+    `mask` is 0 for positions beyond the end of the source, and with `skip_broken` for images that cannot be read.
     """
 
     source: Source
     transform: EvalTransform
     skip_broken: bool
 
-    def __call__(self, position: int) -> dict[str, Any]:
+    def __call__(self, position: int) -> ExampleArrays:
         """Returns the example; raises an ImageDecodeError if it cannot be read."""
         if position >= len(self.source):
             return self._nothing()
@@ -83,20 +75,18 @@ class EvalExamples:
                 raise _with_advice(error) from None
             return self._nothing()
         if self.source.multi_label:
-            example["label"] = np.full(_MOST_LABELS, -1, np.int32)
-            example["label"][: len(stored.labels)] = stored.labels
-        return {**example, "mask": np.float32(1)}
+            labels = np.array(stored.labels, np.int32)
+            example["label"] = np.pad(labels, (0, _MOST_LABELS - len(labels)), constant_values=-1)
+        return {**example, "mask": np.array(1, np.float32)}
 
-    def _nothing(self) -> dict[str, Any]:
+    def _nothing(self) -> ExampleArrays:
         size, channels = self.transform.size, self.transform.channels
         label = np.zeros(_MOST_LABELS if self.source.multi_label else (), np.int32)
-        return {"image": np.zeros((size, size, channels), np.uint8), "label": label, "mask": np.float32(0)}
+        return {"image": np.zeros((size, size, channels), np.uint8), "label": label, "mask": np.array(0, np.float32)}
 
 
 def start_worker(index: int, count: int) -> None:
     """Initializes a loader process: only the main process handles Ctrl-C."""
-    import signal
-
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -17,12 +17,12 @@ class Mix(NamedTuple):
     """Mixing parameters of a batch.
 
     Attributes:
-        share: Mixing weight (lambda) of each original image and label; the partner has the remaining weight.
+        weight: Mixing weight (lambda) of each original image and label; the partner has the remaining weight.
         is_cutmix: Whether `inside` selects the partner's pixels (CutMix); otherwise all pixels are blended.
         inside: True for the pixels (or patches) that CutMix takes from the partner.
     """
 
-    share: Float[Array, " batch"]
+    weight: Float[Array, " batch"]
     is_cutmix: Bool[Array, " batch"]
     inside: Bool[Array, "batch height width"]
 
@@ -37,12 +37,7 @@ def soft_labels(
 def draw_mix(key: Array, batch: int, height: int, width: int, config: MixConfig) -> Mix:
     """Draws for each image of a batch whether, how and how much it is mixed.
 
-    Args:
-        key: Random key.
-        batch: Number of images.
-        height: Height of the images (or of the patch grid).
-        width: Width of the images.
-        config: Probabilities and mode.
+    `height` and `width` are those of the images, or of the patch grid.
     """
     draws = {"batch": 1, "pair": -(-batch // 2), "element": batch}[config.mode]
     whether, which, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
@@ -55,40 +50,39 @@ def draw_mix(key: Array, batch: int, height: int, width: int, config: MixConfig)
     by_cutmix = jax.random.beta(cutmix_key, config.cutmix or 1.0, config.cutmix or 1.0, (draws,))
     inside = _cut_box(box_key, by_cutmix, height, width) & (mixes & is_cutmix)[:, None, None]
     # The box may be clipped at the edge of the image: use the area that is actually cut.
-    share = jnp.where(is_cutmix, 1.0 - inside.mean(axis=(1, 2), dtype=jnp.float32), by_mixup)
-    share = jnp.where(mixes, share, 1.0)
-    return Mix(*(_to_batch(x, batch, config.mode) for x in (share, is_cutmix, inside)))
+    weight = jnp.where(is_cutmix, 1.0 - inside.mean(axis=(1, 2), dtype=jnp.float32), by_mixup)
+    weight = jnp.where(mixes, weight, 1.0)
+    return Mix(*(_to_batch(x, batch, config.mode) for x in (weight, is_cutmix, inside)))
 
 
 def mix_images(
     images: Float[Array, "batch height width channels"], mix: Mix
 ) -> Float[Array, "batch height width channels"]:
     """Returns the mixed images."""
-    blended = jnp.broadcast_to(mix.share[:, None, None], mix.inside.shape)
+    blended = jnp.broadcast_to(mix.weight[:, None, None], mix.inside.shape)
     own = jnp.where(mix.is_cutmix[:, None, None], 1.0 - mix.inside, blended)[..., None]
     return images * own + images[::-1] * (1.0 - own)
 
 
 def mix_labels(labels: Float[Array, "batch classes"], mix: Mix) -> Float[Array, "batch classes"]:
     """Returns the mixed labels."""
-    share = mix.share[:, None]
-    return labels * share + labels[::-1] * (1.0 - share)
+    weight = mix.weight[:, None]
+    return labels * weight + labels[::-1] * (1.0 - weight)
 
 
 def draw_token_mix(key: Array, batch: int, grid: int, config: MixConfig) -> Mix:
     """Draws MixToken's box on the grid of patch tokens, the same for the whole batch (LV-ViT, section 3.3)."""
-    as_cutmix = MixConfig(cutmix=config.mix_token, probability=config.probability)
-    return draw_mix(key, batch, grid, grid, as_cutmix)
+    return draw_mix(key, batch, grid, grid, MixConfig(cutmix=config.mix_token, probability=config.probability))
 
 
-def _cut_box(key: Array, share: Float[Array, " draws"], height: int, width: int) -> Bool[Array, "draws height width"]:
-    """Returns masks of boxes of about `1 - share` of the area; centres are uniform, boxes clipped at the edges."""
-    side = jnp.sqrt(1.0 - share)
+def _cut_box(key: Array, weight: Float[Array, " draws"], height: int, width: int) -> Bool[Array, "draws height width"]:
+    """Returns masks of boxes of about `1 - weight` of the area; centres are uniform, boxes clipped at the edges."""
+    side = jnp.sqrt(1.0 - weight)
     y_key, x_key = jax.random.split(key)
     masks = []
     for axis_key, length in ((y_key, height), (x_key, width)):
         half = (length * side).astype(jnp.int32) // 2
-        centre = jax.random.randint(axis_key, share.shape, 0, length)
+        centre = jax.random.randint(axis_key, weight.shape, 0, length)
         place = jnp.arange(length)[None, :]
         masks.append((place >= (centre - half)[:, None]) & (place < (centre + half)[:, None]))
     return masks[0][:, :, None] & masks[1][:, None, :]

@@ -3,13 +3,13 @@
 import dataclasses
 import pathlib
 from collections.abc import Generator
-from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 
-from sit_jax.data.config import InputSpec
+from sit_jax.data.config import DataConfig, InputSpec
 from sit_jax.data.label_maps import LabelMaps
 from sit_jax.data.map_fns import EvalExamples, TrainExamples, start_worker
 from sit_jax.data.registry import open_source
@@ -28,12 +28,7 @@ _ENDLESS = 2**50
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """The part of every global batch that this process reads.
-
-    Attributes:
-        index: Index of this process.
-        count: Number of processes.
-    """
+    """Index of this process and number of processes: the part of every global batch that this process reads."""
 
     index: int = 0
     count: int = 1
@@ -43,7 +38,7 @@ class Hosts:
         """Returns the part of this process under jax.distributed."""
         return cls(jax.process_index(), jax.process_count())
 
-    def share(self, name: str, batch_size: int) -> int:
+    def examples(self, name: str, batch_size: int) -> int:
         """Returns the number of examples of a global batch that each process reads.
 
         Raises:
@@ -74,18 +69,19 @@ class TrainData:
             UserError: The data cannot be prepared or read.
             ConfigError: The batch is larger than the data set, or the number of classes differs from the model's.
         """
-        self.source = source if source is not None else open_source(spec.data, spec.data.train_split)
+        self.source = open_source(spec.data, spec.data.train_split) if source is None else source
         check_classes(spec, self.source)
         if self.source.multi_label:
-            raise ConfigError("data.name", f"{spec.data.name} has several right classes per picture: evaluate only")
+            raise ConfigError("data.name", f"{spec.data.name} has several correct classes per image: evaluate only")
         self.steps_per_epoch = len(self.source) // spec.batch_size
         if self.steps_per_epoch == 0:
             raise ConfigError("batch_size", f"{spec.batch_size} is more than the {len(self.source)} training examples")
-        self._workers, self._threads = spec.data.workers, spec.data.threads
+        self._data = spec.data
         self._hosts = hosts or Hosts.here()
-        self._share = self._hosts.share("batch_size", spec.batch_size)
-        maps = LabelMaps(pathlib.Path(spec.data.label_maps)) if spec.data.label_maps else None
-        if maps is not None:
+        self._host_batch_size = self._hosts.examples("batch_size", spec.batch_size)
+        maps = None
+        if spec.data.label_maps:
+            maps = LabelMaps(pathlib.Path(spec.data.label_maps))
             maps.check(len(self.source), spec.num_classes)
         order = TrainOrder(len(self.source), spec.batch_size, spec.augment.repeats, spec.seed)
         transform = TrainTransform(spec.data, spec.augment, spec.image_size, spec.channels)
@@ -100,63 +96,49 @@ class TrainData:
     def batches(self, start_step: int = 0) -> Stream:
         """Returns the endless stream of this process's part of the batches, starting at a step; readers prefetch.
 
-        Each batch has uint8 `image` (share, height, width, channels), int32 `label` (share,), `crop` and `flipped` (see
-        `TrainTransform`), int32 `skipped` (share,): the number of unreadable images that were replaced; with label maps
-        also `map_classes` and `map_values`.
+        Each batch has uint8 `image` (host batch, height, width, channels), int32 `label` (host batch,), `crop` and
+        `flipped` (see `TrainTransform`), int32 `skipped` (host batch,): the number of unreadable images that were
+        replaced; with label maps also `map_classes` and `map_values`.
 
         Raises:
             UserError: While iterating: an image cannot be read.
             RunError: While iterating: a loader process died.
         """
         first = start_step * self._hosts.count + self._hosts.index
-        mine = self._examples.batch(self._share, drop_remainder=True)[first :: self._hosts.count]
-        return read_ahead(mine, self._workers, self._threads)
+        mine = self._examples.batch(self._host_batch_size, drop_remainder=True)[first :: self._hosts.count]
+        return _read_ahead(mine, self._data)
 
 
 def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) -> Stream:
     """Returns this process's part of the whole evaluation split, once and in order.
 
     All processes yield the same number of batches. `mask` is 0 for padding examples, and for unreadable images if
-    `data.on_decode_error` is `skip`. `label` is (share,), or (share, labels) padded with -1 for a source with several
-    correct classes.
+    `data.on_decode_error` is `skip`. `label` is (host batch,), or (host batch, labels) padded with -1 for a source with
+    several correct classes.
 
     Raises:
         UserError: While iterating: an image cannot be read.
         RunError: While iterating: a loader process died.
     """
     hosts = hosts or Hosts.here()
-    share = hosts.share("eval_batch_size", spec.eval_batch_size)
+    host_batch_size = hosts.examples("eval_batch_size", spec.eval_batch_size)
     transform = EvalTransform(spec.data, spec.image_size, spec.channels)
     # Padded to whole global batches, so that all processes take the same number of steps.
     total = -(-len(source) // spec.eval_batch_size) * spec.eval_batch_size
     examples = EvalExamples(source, transform, spec.data.on_decode_error == "skip")
-    batches = grain.MapDataset.range(total).map(examples).batch(share, drop_remainder=True)
-    return read_ahead(batches[hosts.index :: hosts.count], spec.data.workers, spec.data.threads)
+    batches = grain.MapDataset.range(total).map(examples).batch(host_batch_size, drop_remainder=True)
+    return _read_ahead(batches[hosts.index :: hosts.count], spec.data)
 
 
-def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
-    """Iterates over a Grain data set of batches with prefetching.
-
-    Args:
-        batches: A `grain.MapDataset`.
-        workers: Number of loader processes; 0 uses threads of this process.
-        threads: Threads per process.
-
-    Raises:
-        UserError: Raised by a transform.
-        RunError: A process died.
-    """
+def _read_ahead(batches: grain.MapDataset[HostBatch], data: DataConfig) -> Stream:
+    """Iterates over batches with prefetching by `data.workers` processes or `data.threads` threads of this process."""
     # At most two finished batches per reader are queued, so memory stays bounded if the steps are slow.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    dataset = batches.to_iter_dataset(options)
-    if workers:
-        from absl import flags
-
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=data.threads))
+    if data.workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain passes its flags to its processes and requires parsed ones.
-        dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=start_worker
-        )
+        processes = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=start_worker)
     iterator = iter(dataset)
     try:
         while True:
@@ -165,7 +147,8 @@ def read_ahead(batches: Any, workers: int, threads: int) -> Stream:
             except StopIteration:
                 return
             except UserError as error:
-                raise type(error)(str(error)) from None  # Without the traceback of the loader process.
+                error.__notes__ = []  # Without Grain's note and the traceback of the loader process.
+                raise error.with_traceback(None) from None
             except RuntimeError as error:
                 if "terminated unexpectedly" not in str(error):
                     raise

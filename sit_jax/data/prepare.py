@@ -7,8 +7,7 @@ import io
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import tensorflow_datasets as tfds
 from tqdm import tqdm
@@ -16,23 +15,22 @@ from tqdm import tqdm
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
-from sit_jax.data.registry import open_source
 from sit_jax.data.sources import writing
-from sit_jax.data.tfds_source import find_builder, quiet_tfds
-from sit_jax.errors import ImageDecodeError, UserError, one_line
+from sit_jax.data.tfds_source import find_builder, prepared_digits, quiet_tfds
+from sit_jax.errors import ConfigError, ImageDecodeError, UserError, one_line
 
 
 class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
     """A tfds builder for data sets without a builder class, which does not need TensorFlow to infer the features."""
 
-    def _split_generators(self, dl_manager: Any) -> Any:
+    def _split_generators(self, dl_manager: object) -> Mapping[str, object]:
         return self._split_datasets
 
 
 def _folder_examples(
     root: pathlib.Path, split: str, source: FolderSource, skip_broken: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for index in tqdm(range(len(source)), desc=split, unit="pictures"):
+) -> Iterator[tuple[str, dict[str, object]]]:
+    for index in tqdm(range(len(source)), desc=split, unit="images"):
         path, label = source.files[index]
         name = str(pathlib.Path(path).relative_to(root))
         try:
@@ -61,7 +59,7 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
         UserError: The name is invalid or taken, there are no images, an image is damaged, or the disk is full.
     """
     if not name.isidentifier() or name != name.lower():
-        raise UserError(f"--name: {name!r} must be lower-case letters, digits and underscores")
+        raise ConfigError("--name", f"must be lower-case letters, digits and underscores, got {name!r}")
     sources = {split: FolderSource(root, split, data.val_fraction) for split in ("train", "val")}
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
@@ -74,37 +72,27 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
         version="1.0.0",
         features=tfds.features.FeaturesDict(features),
         split_datasets={split: _folder_examples(root, split, source, skip) for split, source in sources.items()},
-        description=f"Pictures from a folder named {root.name}.",
+        description=f"Images from a folder named {root.name}.",
         data_dir=data.data_dir or None,
         file_format="array_record",
     )
     if builder.is_prepared():
         raise UserError(f"{builder.data_path} is prepared already; choose another --name or remove it")
     with quiet_tfds():
-        return _prepare(builder, None)
+        return _prepare(builder)
 
 
 def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
     """Downloads and converts a data set of tfds, or prepares the digits.
 
-    Args:
-        data: Name and output folder of the data set.
-        manual_dir: Folder of the files that must be downloaded manually (ImageNet's tars); empty for the default of
-            tfds.
+    Files that must be downloaded manually (ImageNet's tars) are read from `manual_dir`, or from the default of tfds.
 
     Raises:
         UserError: There is no such data set, files are missing, TensorFlow is needed and missing, or the disk is full.
     """
     if data.name == "digits":
-        open_source(data, "train")
-        from sit_jax.data.digits import SitDigits
-
-        return pathlib.Path(SitDigits(data_dir=data.data_dir or None, file_format="array_record").data_path)
-    builder = find_builder(data.name, data.data_dir)
-    if builder.is_prepared():
-        return pathlib.Path(builder.data_path)
-    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
-    return _prepare(builder, config)
+        return pathlib.Path(prepared_digits(data.data_dir).data_path)
+    return _prepare(find_builder(data.name, data.data_dir), manual_dir or None)
 
 
 def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
@@ -119,13 +107,10 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
             disk is full.
     """
     if not (source / "dataset_info.json").is_file():
-        raise UserError(f"--from_tfrecord: {source} is no prepared tfds data set: it has no dataset_info.json")
-    try:
-        from tensorflow_datasets.scripts.cli import convert_format_utils
-    except ImportError:
-        raise UserError(_NEEDS_CONVERTER) from None
+        problem = f"{source} is not a prepared tfds data set: it has no dataset_info.json"
+        raise ConfigError("--from_tfrecord", problem)
     builder = tfds.builder_from_directory(str(source))
-    base = pathlib.Path(data_dir).expanduser() if data_dir else pathlib.Path("~/tensorflow_datasets").expanduser()
+    base = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
     target = base / builder.info.full_name
     if target.exists():
         raise UserError(f"{target} exists already; choose another --data_dir")
@@ -134,14 +119,15 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     scratch = base / f"incomplete.{builder.info.name}"
     partial = scratch / builder.info.full_name
     try:
+        from tensorflow_datasets.scripts.cli import convert_format_utils
+
         with writing(target):
             shutil.rmtree(scratch, ignore_errors=True)
             partial.mkdir(parents=True)
-            originals = [path for path in source.iterdir() if path.is_file()]
-            for path in originals:
+            for path in source.iterdir():
                 if path.suffix in (".json", ".txt"):
                     shutil.copy(path, partial)
-                else:
+                elif path.is_file():
                     (partial / path.name).symlink_to(path.absolute())
             convert_format_utils.convert_dataset(
                 out_dir=None, out_file_format="array_record", dataset_version_dir=str(partial), num_workers=1
@@ -159,29 +145,23 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     except ValueError as error:
         raise UserError(f"{source} cannot be converted: {one_line(error)}") from None
     except ImportError:
-        raise UserError(_NEEDS_CONVERTER) from None
+        problem = "tfds's converter needs TensorFlow and Apache Beam (reading afterwards does not)"
+        raise UserError(f"{problem}: pip install tensorflow apache-beam, then try again") from None
     return target
 
 
-_NEEDS_CONVERTER = (
-    "tfds's converter needs TensorFlow and Apache Beam (reading afterwards does not): "
-    "pip install tensorflow apache-beam, then try again"
-)
-_NEEDS_TENSORFLOW = (
-    "tfds needs TensorFlow to prepare this data set (not to read it afterwards): pip install tensorflow, then try again"
-)
-
-
-def _prepare(builder: Any, config: Any) -> pathlib.Path:
+def _prepare(builder: tfds.core.DatasetBuilder, manual_dir: str | None = None) -> pathlib.Path:
     try:
         with writing(builder.data_path):
-            builder.download_and_prepare(download_config=config)
+            # Returns at once if the data set is prepared.
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual_dir))
     except ImageDecodeError as error:
         raise UserError(f"{error}; fix or remove it, or pass --skip_broken. Nothing was written") from None
     except ImportError as error:
         if "tensorflow" not in str(error).lower():
             raise
-        raise UserError(_NEEDS_TENSORFLOW) from None
+        problem = "tfds needs TensorFlow to prepare this data set (not to read it afterwards)"
+        raise UserError(f"{problem}: pip install tensorflow, then try again") from None
     except (AssertionError, tfds.download.DownloadError) as error:
         raise UserError(f"{builder.name} cannot be prepared: {one_line(error, 400)}") from None
     return pathlib.Path(builder.data_path)

@@ -58,8 +58,8 @@ def _box_mask(
     batch = count.shape[0]
     area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
     shape = (batch, _ATTEMPTS)
-    share = jax.random.uniform(area_key, shape, minval=_AREA[0], maxval=_AREA[1])
-    area = share * height * width / jnp.maximum(count, 1)[:, None]
+    fraction = jax.random.uniform(area_key, shape, minval=_AREA[0], maxval=_AREA[1])
+    area = fraction * height * width / jnp.maximum(count, 1)[:, None]
     low, high = jnp.log(_RATIO[0]), jnp.log(_RATIO[1])
     ratio = jnp.exp(jax.random.uniform(ratio_key, shape, minval=low, maxval=high))
     tall, wide = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))

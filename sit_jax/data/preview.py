@@ -16,16 +16,13 @@ _COLUMNS = 8
 
 
 def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0) -> int:
-    """Writes a grid of the first images of a training batch with their labels.
+    """Writes a PNG file with a grid of the first images of a training batch and their labels; returns their number.
 
     Args:
         spec: `Config.inputs` of a run, with the number of classes resolved.
-        path: PNG file to write.
+        path: File to write.
         count: Number of images, at most a batch.
         step: Step of the batch.
-
-    Returns:
-        The number of images drawn.
 
     Raises:
         UserError: The data cannot be read, or the file cannot be written.
@@ -33,38 +30,31 @@ def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0
     from matplotlib.figure import Figure
 
     data = TrainData(spec, Hosts())
-    loaded = {name: jnp.asarray(value) for name, value in next(data.batches(step)).items()}
-    batch = jax.jit(lambda x: prepare_batch(spec, x, jnp.asarray(step)))(loaded)
+    batch = jax.jit(lambda x: prepare_batch(spec, x, jnp.asarray(step)))(next(data.batches(step)))
     images, labels = np.asarray(batch["image"])[:count], np.asarray(batch["label"])[:count]
     mean, std = np.array(spec.data.mean), np.array(spec.data.std)
     if images.shape[-1] == 1:
         mean, std = mean.mean(), std.mean()
-    pictures = np.clip(images * std + mean, 0, 1)
-    rows = -(-len(pictures) // _COLUMNS)
+    images = np.clip(images * std + mean, 0, 1)
+    rows = -(-len(images) // _COLUMNS)
     figure = Figure(figsize=(1.7 * _COLUMNS, 2.0 * rows), layout="constrained")
     axes = figure.subplots(rows, _COLUMNS, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, picture, label in zip(axes.flat, pictures, labels, strict=False):
-        axis.imshow(picture, cmap="gray", vmin=0, vmax=1)
+    for axis, image, label in zip(axes.flat, images, labels, strict=False):
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1)
         axis.set_title(_title(label, data.source.class_names), fontsize=7)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")
-    return len(pictures)
+    return len(images)
 
 
 def _title(label: np.ndarray, names: Sequence[str]) -> str:
     """Returns the class name, or the two names and fractions of a mixed label."""
-    floor = label.min()
     order = np.argsort(-label)[:2]
-    mixed = label[order[1]] - floor > 1e-3
-    shares = (label[order] - floor) / (label[order] - floor).sum() if mixed else [1.0]
-    return "\n".join(
-        f"{_short(names, index)} {share:.0%}" if mixed else _short(names, index)
-        for index, share in zip(order, shares, strict=False)
-    )
-
-
-def _short(names: Sequence[str], index: int) -> str:
-    return str(names[index])[:16]
+    weights = label[order] - label.min()  # Without label smoothing.
+    if weights[1] <= 1e-3:
+        return names[order[0]][:16]
+    fractions = weights / weights.sum()
+    return "\n".join(f"{names[i][:16]} {fraction:.0%}" for i, fraction in zip(order, fractions, strict=True))

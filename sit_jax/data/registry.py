@@ -13,21 +13,18 @@ from sit_jax.errors import ConfigError
 def open_source(data: DataConfig, split: str) -> Source:
     """Opens a split of a configuration's data set; prepares the digits if necessary.
 
-    Args:
-        data: The data section.
-        split: A tfds split, or the split of a folder.
-
     Raises:
         UserError: The data set is missing or not readable, the folder cannot be written, or there is no such split.
     """
     if "://" in data.data_dir:
-        raise ConfigError("data.data_dir", f"{data.data_dir} is no folder; mount the bucket, as launch/README.md says")
+        raise ConfigError(
+            "data.data_dir", f"{data.data_dir} is not a folder; mount the bucket, as launch/README.md says"
+        )
     if data.name == "folder":
         if not data.data_dir:
-            raise ConfigError("data.data_dir", "must name the folder of pictures where data.name is folder")
+            raise ConfigError("data.data_dir", "must name the folder of images where data.name is folder")
         return FolderSource(pathlib.Path(data.data_dir).expanduser(), split, data.val_fraction)
     if data.name.partition("/")[0] == "synthetic":
         return SyntheticSource(data.name, split)
-    if data.name == "digits":
-        return TfdsSource(prepared_digits(data.data_dir), split)
-    return TfdsSource(prepared(data.name, data.data_dir), split)
+    builder = prepared_digits(data.data_dir) if data.name == "digits" else prepared(data.name, data.data_dir)
+    return TfdsSource(builder, split)

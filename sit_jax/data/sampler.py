@@ -31,7 +31,7 @@ class TrainOrder:
     seed: int
 
     @property
-    def pictures_per_batch(self) -> int:
+    def images_per_batch(self) -> int:
         """Number of different images in a batch."""
         return -(-self.batch_size // self.repeats)
 
@@ -39,7 +39,7 @@ class TrainOrder:
         """Returns the index in the source of the example at a position."""
         batch, place = divmod(position, self.batch_size)
         # Views of an image are far apart, so that they are on different devices.
-        number = batch * self.pictures_per_batch + place % self.pictures_per_batch
+        number = batch * self.images_per_batch + place % self.images_per_batch
         lap, index = divmod(number, self.length)
         seed = (self.seed * 0x9E3779B1 + lap * 0x85EBCA77) & _MASK
         return int(index_shuffle(index, max_index=self.length - 1, seed=seed, rounds=_ROUNDS))

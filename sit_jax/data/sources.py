@@ -9,7 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from sit_jax.errors import ImageDecodeError, UserError, one_line
+
+# One transformed example; numbers are arrays of shape ().
+ExampleArrays = dict[str, np.ndarray]
 
 
 class Example(NamedTuple):
@@ -24,23 +29,19 @@ class Example(NamedTuple):
 
     image: bytes
     label: int
-    name: str = "picture"
+    name: str = "image"
     labels: tuple[int, ...] = ()
 
 
-def read_picture(path: str, label: int = -1, name: str = "") -> Example:
-    """Reads an image file.
-
-    Args:
-        path: The file.
-        label: Its class index; -1 if unknown.
-        name: Name in messages; the path if empty.
+def read_image(path: str, label: int = -1, name: str = "") -> Example:
+    """Reads an image file; messages contain `name`, or the path.
 
     Raises:
         ImageDecodeError: The file cannot be read, for any reason.
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        # Opened without blocking: a pipe without a writer is read as empty.
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             os.set_blocking(file.fileno(), True)
             return Example(file.read(), label, name or path)
     except (OSError, ValueError) as error:  # ValueError: the path contains a null byte.
@@ -48,9 +49,8 @@ def read_picture(path: str, label: int = -1, name: str = "") -> Example:
         raise ImageDecodeError(f"{name or path}: cannot be read: {reason}") from None
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """Opens a file without blocking; a pipe without a writer is read as empty."""
-    return os.open(path, flags | os.O_NONBLOCK)
+# The former name, which users' programs import.
+read_picture = read_image
 
 
 class Source(Protocol):

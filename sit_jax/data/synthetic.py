@@ -20,12 +20,7 @@ _SPLIT = re.compile(r"([a-z]+)(?:\[:(\d+)\])?")
 
 
 class SyntheticSource:
-    """A split of `synthetic` (1000 classes) or `synthetic/N`; a few JPEG images of coloured noise, repeated.
-
-    Attributes:
-        class_names: Names of the classes, by index.
-        multi_label: Always False.
-    """
+    """A split of `synthetic` (1000 classes) or `synthetic/N`; a few JPEG images of coloured noise, repeated."""
 
     multi_label = False
 
@@ -40,7 +35,7 @@ class SyntheticSource:
             raise UserError(f"data.name: {name!r} is not of the form synthetic/CLASSES, such as synthetic/1000")
         match = _SPLIT.fullmatch(split)
         if match is None or match[1] not in _SIZES or match[2] == "0":
-            raise UserError(f"split {split!r} of synthetic pictures: there are train, val and test, and train[:6400]")
+            raise UserError(f"split {split!r} of synthetic images: there are train, val and test, and train[:6400]")
         self.class_names: Sequence[str] = tuple(map(str, range(int(classes))))
         size = _SIZES[match[1]]
         self._size = min(size, int(match[2])) if match[2] else size
@@ -51,11 +46,11 @@ class SyntheticSource:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._size:
             raise IndexError(index)
-        return Example(_pictures()[index % _DIFFERENT], index % len(self.class_names), f"synthetic picture {index}")
+        return Example(_images()[index % _DIFFERENT], index % len(self.class_names), f"synthetic image {index}")
 
 
 @functools.cache
-def _pictures() -> tuple[bytes, ...]:
+def _images() -> tuple[bytes, ...]:
     rng = np.random.default_rng(0)
     encoded = []
     for _ in range(_DIFFERENT):

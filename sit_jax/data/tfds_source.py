@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 
 from sit_jax.data.sources import Example, writing
-from sit_jax.errors import ImageDecodeError, UserError, one_line
+from sit_jax.errors import ConfigError, ImageDecodeError, UserError, one_line
+
+# A `tfds.core.DatasetBuilder`; importing tfds takes seconds.
+Builder = Any
 
 # ImageNet ReaL has several correct classes per image; this is the feature's name in tfds.
 _LABEL_KEYS = ("label", "real_label")
@@ -22,7 +25,7 @@ _DAMAGED_RECORD, _SHARD_INDEX = "Corrupted Riegeli/records file: chunk", "Riegel
 class TfdsSource:
     """A split of a tfds image classification data set, read as ArrayRecord without TensorFlow."""
 
-    def __init__(self, builder: Any, split: str) -> None:
+    def __init__(self, builder: Builder, split: str) -> None:
         """Opens a split of a prepared builder; `split` takes tfds's syntax, such as `train[:90%]`.
 
         Raises:
@@ -33,7 +36,8 @@ class TfdsSource:
         features = builder.info.features
         keys = [key for key in _LABEL_KEYS if key in features]
         if not keys or "image" not in features:
-            raise UserError(f"data.name: {builder.name} holds no pictures with class labels, but {', '.join(features)}")
+            problem = f"{builder.name} holds no images with class labels, but {', '.join(features)}"
+            raise ConfigError("data.name", problem)
         self._key = keys[0]
         self.multi_label = not isinstance(features[self._key], tfds.features.ClassLabel)
         names = features[self._key].feature.names if self.multi_label else features[self._key].names
@@ -41,13 +45,13 @@ class TfdsSource:
         self._name = f"{builder.name} {split}"
         splits = ", ".join(builder.info.splits)
         try:
-            decoders = {"image": tfds.decode.SkipDecoding()}
-            self._records = builder.as_data_source(split=split, decoders=decoders)
+            self._records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         except NotImplementedError:
-            raise UserError(
-                f"data.name: {builder.name} in {builder.data_path} is stored in a format without random access; "
+            problem = (
+                f"{builder.name} in {builder.data_path} is stored in a format without random access; "
                 f"convert it: sit data prepare --from_tfrecord {builder.data_path} --data_dir DIR"
-            ) from None
+            )
+            raise ConfigError("data.name", problem) from None
         except ValueError as error:
             raise UserError(f"split {split!r} of {builder.name} cannot be read: there are {splits} ({error})") from None
         if len(self._records) == 0:
@@ -80,51 +84,50 @@ class TfdsSource:
         return Example(record["image"], labels[0] if labels else -1, name, labels)
 
 
-def prepared(name: str, data_dir: str) -> Any:
-    """Returns the builder of a prepared data set; raises a UserError if it is not prepared."""
+def prepared(name: str, data_dir: str) -> Builder:
+    """Returns the builder of a prepared data set; raises a ConfigError if it is not prepared."""
     builder = find_builder(name, data_dir)
     with quiet_tfds():
-        prepared = builder.is_prepared()
-    if not prepared:
-        raise UserError(
-            f"data.name: {name} is not prepared in {builder.data_path}; run: sit data prepare --name {name}"
-            + (f" --data_dir {data_dir}" if data_dir else "")
-        )
-    return builder
+        if builder.is_prepared():
+            return builder
+    where = f"{name} --data_dir {data_dir}" if data_dir else name
+    raise ConfigError(
+        "data.name", f"{name} is not prepared in {builder.data_path}; run: sit data prepare --name {where}"
+    )
 
 
-def find_builder(name: str, data_dir: str) -> Any:
+def find_builder(name: str, data_dir: str) -> Builder:
     """Returns the tfds builder of a data set that tfds knows, or that is prepared in `data_dir`.
 
     Raises:
-        UserError: Neither is the case.
+        ConfigError: Neither is the case.
     """
     import tensorflow_datasets as tfds
 
+    folder = _folder(data_dir)
     try:
         with quiet_tfds():
-            folder = pathlib.Path(data_dir).expanduser() if data_dir else None
-            return tfds.builder(name, data_dir=folder, file_format="array_record", try_gcs=False)
-    except (ValueError, tfds.core.DatasetNotFoundError):
-        pass
-    try:
-        with quiet_tfds():
+            with contextlib.suppress(ValueError, tfds.core.DatasetNotFoundError):
+                return tfds.builder(name, data_dir=folder, file_format="array_record", try_gcs=False)
             # Prepared by another builder, or in another format than ArrayRecord.
             return tfds.builder(name, data_dir=folder, try_gcs=False)
     except tfds.core.DatasetNotFoundError:
+        where = data_dir or "the tfds folder"
         known = "digits, folder, synthetic, or a name from https://www.tensorflow.org/datasets/catalog"
-        raise UserError(
-            f"data.name: there is no data set {name!r} in {data_dir or 'the tfds folder'}; use {known}"
-        ) from None
+        raise ConfigError("data.name", f"there is no data set {name!r} in {where}; use {known}") from None
     except (ValueError, ImportError) as error:
-        raise UserError(f"data.name: {name!r} cannot be opened: {one_line(error)}") from None
+        raise ConfigError("data.name", f"{name!r} cannot be opened: {one_line(error)}") from None
 
 
-def prepared_digits(data_dir: str) -> Any:
+def _folder(data_dir: str) -> pathlib.Path | None:
+    return pathlib.Path(data_dir).expanduser() if data_dir else None
+
+
+def prepared_digits(data_dir: str) -> Builder:
     """Returns the builder of the digits; prepares them if necessary."""
     from sit_jax.data.digits import SitDigits  # This imports tfds, which takes seconds.
 
-    folder = pathlib.Path(data_dir).expanduser() if data_dir else None
+    folder = _folder(data_dir)
     where = folder or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     with writing(where, "data.data_dir"), quiet_tfds():
         builder = SitDigits(data_dir=folder, file_format="array_record")

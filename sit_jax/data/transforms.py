@@ -3,10 +3,9 @@
 This module must not import the models: loader processes import it first.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -14,8 +13,8 @@ from PIL import Image, ImageEnhance
 
 from sit_jax.data.config import AugmentConfig, DataConfig
 from sit_jax.data.decode import decode
-from sit_jax.data.rand_augment import RandAugmentSpec, parse_rand_augment, rand_augment
-from sit_jax.data.sources import Example
+from sit_jax.data.rand_augment import parse_rand_augment, rand_augment
+from sit_jax.data.sources import Example, ExampleArrays
 
 # The loader workers provide the parallelism; OpenCV's threads would compete for the same cores.
 cv2.setNumThreads(0)
@@ -36,27 +35,16 @@ _REDUCING_GAP = 1000.0
 Box = tuple[int, int, int, int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrainTransform:
-    """Decodes and augments a training image.
-
-    Attributes:
-        data: The data section.
-        augment: The augmentation section.
-        size: Pixels per side of the result.
-        channels: 1 or 3.
-    """
+    """Decodes and augments a training image; the result has `size` x `size` pixels and 1 or 3 channels."""
 
     data: DataConfig
     augment: AugmentConfig
     size: int
     channels: int
 
-    def __post_init__(self) -> None:
-        spec = parse_rand_augment(self.augment.rand_augment) if self.augment.rand_augment else None
-        object.__setattr__(self, "_spec", spec)
-
-    def __call__(self, example: Example, rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, example: Example, rng: np.random.Generator) -> ExampleArrays:
         """Returns uint8 `image` (height, width, channels), int32 `label`, float32 `crop` and bool `flipped`.
 
         `crop` is (left, top, right, bottom) as fractions of the image.
@@ -72,43 +60,34 @@ class TrainTransform:
         image = self._vary(resize_box(pixels, box, self.size, self.data), rng, flipped)
         left, top, box_width, box_height = box
         crop = (left / width, top / height, (left + box_width) / width, (top + box_height) / height)
-        return {
-            "image": _with_channels(image),
-            "label": np.int32(example.label),
-            "crop": np.array(crop, np.float32),
-            "flipped": np.bool_(flipped),
-        }
+        arrays = {"crop": np.array(crop, np.float32), "flipped": np.array(flipped)}
+        return {**_image_and_label(image, example), **arrays}
 
     def _vary(self, image: Image.Image, rng: np.random.Generator, flipped: bool) -> Image.Image:
         augment = self.augment
-        spec: RandAugmentSpec | None = getattr(self, "_spec")  # noqa: B009 (set in __post_init__ of a frozen class)
         if augment.max_rotation or augment.max_shift or augment.max_zoom:
             image = random_affine(image, rng, augment.max_rotation, augment.max_shift, augment.max_zoom)
         if flipped:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if spec is not None:
-            fill = fill_colour(self.data.mean, self.channels)
-            image = rand_augment(image, rng, spec, _affine_filter(self.data.interpolation), fill)
+        if augment.rand_augment:
+            spec = parse_rand_augment(augment.rand_augment)
+            # Pillow's geometric transforms do not support Lanczos.
+            resample = RESAMPLING[self.data.interpolation.replace("lanczos", "bicubic")]
+            image = rand_augment(image, rng, spec, resample, fill_colour(self.data.mean, self.channels))
         if augment.color_jitter:
             image = color_jitter(image, rng, augment.color_jitter)
         return image
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class EvalTransform:
-    """Decodes an evaluation image and center-crops or stretches it.
-
-    Attributes:
-        data: The data section.
-        size: Pixels per side of the result.
-        channels: 1 or 3.
-    """
+    """Decodes an evaluation image, and center-crops or stretches it to `size` x `size` pixels and 1 or 3 channels."""
 
     data: DataConfig
     size: int
     channels: int
 
-    def __call__(self, example: Example) -> dict[str, Any]:
+    def __call__(self, example: Example) -> ExampleArrays:
         """Returns uint8 `image` (height, width, channels) and int32 `label`."""
         image = to_pillow(decode(example.image, self.channels, example.name, self.data.max_pixels))
         resample = RESAMPLING[self.data.interpolation]
@@ -116,7 +95,7 @@ class EvalTransform:
             image = center_crop(image, self.size, self.data.crop_fraction, resample)
         else:
             image = image.resize((self.size, self.size), resample, reducing_gap=_REDUCING_GAP)
-        return {"image": _with_channels(image), "label": np.int32(example.label)}
+        return _image_and_label(image, example)
 
 
 def random_crop_box(
@@ -130,7 +109,7 @@ def random_crop_box(
 
     Args:
         width: Width of the image in pixels.
-        height: Height of the image.
+        height: Height of the image in pixels.
         rng: Source of the random choices.
         scale: Smallest and largest area fraction, sampled uniformly.
         ratio: Smallest and largest aspect ratio (width over height), sampled uniformly on a log scale.
@@ -146,9 +125,9 @@ def random_crop_box(
     # No sampled box fits: use the largest centred box with an allowed ratio.
     box_width, box_height = width, height
     if width / height < ratio[0]:
-        box_height = min(height, max(1, round(width / ratio[0])))
+        box_height = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        box_width = min(width, max(1, round(height * ratio[1])))
+        box_width = max(1, round(height * ratio[1]))
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
@@ -194,13 +173,9 @@ def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.
 def resize_part(
     image: Image.Image, box: tuple[float, float, float, float], size: int, resample: Image.Resampling
 ) -> Image.Image:
-    """Resizes a part of an image to a square; pixels around the part contribute within the support of the filter.
+    """Resizes a part of an image to `size` x `size`; pixels around it contribute within the support of the filter.
 
-    Args:
-        image: The image.
-        box: Left, top, right, bottom of the part in pixels, with fractions.
-        size: Pixels per side of the result.
-        resample: The filter.
+    `box` is left, top, right, bottom of the part in pixels, with fractions.
     """
     # Pillow stores boxes in float32, which is whole pixels far from the corner, so the part and its surroundings are
     # cropped first. No filter reaches further than Lanczos, three pixels of the image or of the result.
@@ -269,14 +244,8 @@ def fill_colour(mean: Sequence[float], channels: int) -> tuple[int, ...]:
 
 def to_pillow(pixels: np.ndarray) -> Image.Image:
     """Converts a uint8 array (height, width, channels) or (height, width) to a Pillow image."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
 
 
-def _affine_filter(interpolation: str) -> Image.Resampling:
-    """Returns Pillow's filter; bicubic instead of Lanczos, which its geometric transforms do not support."""
-    return Image.Resampling.BICUBIC if interpolation == "lanczos" else RESAMPLING[interpolation]
-
-
-def _with_channels(image: Image.Image) -> np.ndarray:
-    values = np.asarray(image)
-    return values[:, :, None] if values.ndim == 2 else values
+def _image_and_label(image: Image.Image, example: Example) -> ExampleArrays:
+    return {"image": np.asarray(image).reshape(*image.size[::-1], -1), "label": np.array(example.label, np.int32)}

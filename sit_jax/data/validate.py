@@ -1,8 +1,7 @@
 """Reads every image of a data set and reports unusual and unreadable ones."""
 
 import concurrent.futures
-import dataclasses
-from typing import Any
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
@@ -10,13 +9,13 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import findings
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Source
+from sit_jax.data.sources import Example, Source
 from sit_jax.errors import ImageDecodeError
 
 _SHOWN_PER_KIND = 10
 
 
-@dataclasses.dataclass
+@dataclass
 class CheckReport:
     """Result of checking one split.
 
@@ -32,32 +31,28 @@ class CheckReport:
     split: str
     pictures: int
     per_class: dict[str, int]
-    unusual: dict[str, list[str]]
-    broken: list[str]
-    ignored: list[str]
+    unusual: dict[str, list[str]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     def lines(self, on_decode_error: str, everything: bool = False) -> list[str]:
         """Returns the report as text lines; at most ten names per kind unless `everything`."""
         counts = sorted(self.per_class.values())
         spread = f"{counts[0]} to {counts[-1]} per class" if counts else "no classes"
-        lines = [f"{self.split}: {self.pictures} pictures, {len(counts)} classes, {spread}"]
-        empty = [name for name, count in self.per_class.items() if count == 0]
-        if empty:
-            lines += _listed(f"{len(empty)} classes without a picture", empty, everything)
-        for kind, names in sorted(self.unusual.items()):
-            lines += _listed(f"{len(names)} {kind}", names, everything)
-        if self.ignored:
-            lines += _listed(
-                f"{len(self.ignored)} files are no pictures by their suffix: ignored", self.ignored, everything
-            )
         fate = "training stops at them" if on_decode_error == "error" else "skipped, and counted"
-        if self.broken:
-            lines += _listed(
-                f"{len(self.broken)} broken ({fate}; data.on_decode_error={on_decode_error})", self.broken, everything
-            )
-        else:
-            lines.append("  none broken")
-        return lines
+        kinds = {
+            "classes without a picture": [name for name, count in self.per_class.items() if count == 0],
+            **dict(sorted(self.unusual.items())),
+            "files are no pictures by their suffix: ignored": self.ignored,
+            f"broken ({fate}; data.on_decode_error={on_decode_error})": self.broken,
+        }
+        lines = [f"{self.split}: {self.pictures} pictures, {len(counts)} classes, {spread}"]
+        for kind, names in kinds.items():
+            if names:
+                shown = names if everything else names[:_SHOWN_PER_KIND]
+                lines += [f"  {len(names)} {kind}", *(f"    {name}" for name in shown)]
+                lines += [f"    ... {len(names) - len(shown)} more: --all"] if len(names) > len(shown) else []
+        return lines if self.broken else [*lines, "  none broken"]
 
 
 def check_data(data: DataConfig, threads: int) -> list[CheckReport]:
@@ -72,38 +67,29 @@ def check_data(data: DataConfig, threads: int) -> list[CheckReport]:
 
 
 def _check(split: str, source: Source, max_pixels: int, threads: int) -> CheckReport:
-    report = CheckReport(split, len(source), dict.fromkeys(source.class_names, 0), {}, [], [])
+    report = CheckReport(split, len(source), dict.fromkeys(source.class_names, 0))
     if isinstance(source, FolderSource):
         report.ignored = source.ignored
 
-    def look(index: int) -> tuple[str, int, list[str] | ImageDecodeError]:
+    def look(index: int) -> tuple[Example | None, list[str] | ImageDecodeError]:
+        example = None
         try:
             example = source[index]
+            return example, findings(example.image, example.name, max_pixels)
         except ImageDecodeError as error:
-            return "", -1, error
-        try:
-            return example.name, example.label, findings(example.image, example.name, max_pixels)
-        except ImageDecodeError as error:
-            return example.name, example.label, error
+            return example, error
 
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         # Submitted in batches: a million futures at once would take gigabytes.
         for start in range(0, len(source), 4096):
-            block = range(start, min(start + 4096, len(source)))
-            looked: Any = pool.map(look, block)
-            shown = tqdm(looked, desc=split, total=len(source), initial=start, unit="pictures", leave=False)
-            for name, label, found in shown:
-                if label >= 0:
-                    report.per_class[source.class_names[label]] += 1
+            looked = pool.map(look, range(start, min(start + 4096, len(source))))
+            progress = tqdm(looked, desc=split, total=len(source), initial=start, unit="images", leave=False)
+            for example, found in progress:
+                if example is not None and example.label >= 0:
+                    report.per_class[source.class_names[example.label]] += 1
                 if isinstance(found, ImageDecodeError):
                     report.broken.append(str(found))
-                    continue
-                for kind in found:
-                    report.unusual.setdefault(kind, []).append(name)
+                elif example is not None:
+                    for kind in found:
+                        report.unusual.setdefault(kind, []).append(example.name)
     return report
-
-
-def _listed(heading: str, names: list[str], everything: bool) -> list[str]:
-    shown = names if everything else names[:_SHOWN_PER_KIND]
-    more = len(names) - len(shown)
-    return [f"  {heading}", *(f"    {name}" for name in shown), *([f"    ... {more} more: --all"] if more else [])]

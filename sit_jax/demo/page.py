@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 
-from sit_jax.data.sources import read_picture
+from sit_jax.data.sources import read_image
 from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
 from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
@@ -127,7 +127,7 @@ def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | No
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is not an image; give one of {', '.join(_SUFFIXES)}")
-    example = read_picture(path, name=file.name)  # Messages on the page must not contain folders of the server.
+    example = read_image(path, name=file.name)  # Messages on the page must not contain folders of the server.
     keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
     runs: list[tuple[DemoModel, Keep | None, ModelInput]] = [
         (model, own, model.preprocess(example)) for model, own in ((teacher, None), (student, keep))

@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError, one_line
-from sit_jax.io.atomic_write import atomic_create, write_safetensors
+from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.layouts import ORIGINAL
 from sit_jax.io.convert.load_params import expected_shapes, load_params
-from sit_jax.io.convert.safetensors_npz import read_safetensors
+from sit_jax.io.convert.safetensors_file import read_safetensors, write_safetensors
 from sit_jax.io.convert.sit_names import name_table
 from sit_jax.io.metadata import check_metadata
 from sit_jax.models.architecture import Architecture

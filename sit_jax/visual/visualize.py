@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from sit_jax.data.folder import find_pictures
+from sit_jax.data.folder import find_images
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Example, read_picture, writing
+from sit_jax.data.sources import Example, read_image, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.load import load
@@ -75,7 +75,7 @@ def command(
 
     Args:
         source: A run directory or a model folder.
-        paths: Files, folders, patterns, or `-`; see `find_pictures`. Empty for images of a split.
+        paths: Files, folders, patterns, or `-`; see `find_images`. Empty for images of a split.
         output: The output settings.
         data: `split`, `name` and `data_dir` of a data set; None for the one that the model was trained on.
         limit: Largest number of images; if None, all, or `FEW` of a split.
@@ -90,7 +90,7 @@ def command(
         raise UserError("which images? Give files, folders or patterns, or else --split")
     if paths and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir are for a --split, not for image files")
-    files = from_files(find_pictures(paths, sys.stdin)) if paths else []
+    files = from_files(find_images(paths, sys.stdin)) if paths else []
     model = load(source, ema=ema, step=step)
     if not model.vit.is_slimmed:
         print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
@@ -108,7 +108,7 @@ def from_files(names: Sequence[str]) -> list[ImageFile]:
     """Returns images from files."""
 
     def one(name: str, stem: str) -> ImageFile:
-        return ImageFile(name, pathlib.PurePath(name).name, stem, lambda: (read_picture(name), ""))
+        return ImageFile(name, pathlib.PurePath(name).name, stem, lambda: (read_image(name), ""))
 
     return [one(*pair) for pair in zip(names, _different(pathlib.PurePath(name).stem for name in names), strict=True)]
 

@@ -2,16 +2,19 @@
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.regnet import RegNetArchitecture
+
+AnyArchitecture = Architecture | RegNetArchitecture
 
 # Fields in which a model may differ from its initial weights: heads, and modules that are new by design.
 _NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens", "reducer")
 
 
-def differences(theirs: Any, mine: Any, ignored: Collection[str] = ()) -> str:
+def differences(theirs: AnyArchitecture, mine: AnyArchitecture, ignored: Collection[str] = ()) -> str:
     """Returns the fields in which two architectures differ (`depth is 2 there and 4 here, ...`), or an empty string."""
     mine_fields, their_fields = _fields(mine), _fields(theirs)
     names = [name for name in mine_fields if name not in ignored]
@@ -24,7 +27,7 @@ def differences(theirs: Any, mine: Any, ignored: Collection[str] = ()) -> str:
     )
 
 
-def _fields(arch: Any) -> dict[str, Any]:
+def _fields(arch: AnyArchitecture) -> JsonObject:
     """Returns the fields by their effect: `mlp_ratio` as hidden width; stem width only for the stem that has one."""
     fields = dataclasses.asdict(arch)
     if isinstance(arch, Architecture):
@@ -33,7 +36,7 @@ def _fields(arch: Any) -> dict[str, Any]:
     return fields
 
 
-def check_start(theirs: Any, mine: Any, where: str) -> None:
+def check_start(theirs: AnyArchitecture, mine: AnyArchitecture, where: str) -> None:
     """Checks that a model can start from the weights of another model.
 
     Both must be the same except for what is new by design: heads for other classes, slimming modules if the weights

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError
 from sit_jax.io.convert.infer_config import hidden_ratio
 from sit_jax.io.convert.tensors import FileError
@@ -60,7 +61,7 @@ def read_config_json(path: pathlib.Path) -> Description:
         raise ConfigError(str(path), str(error)) from None
 
 
-def _describe(values: dict[str, Any], path: pathlib.Path) -> Description:
+def _describe(values: JsonObject, path: pathlib.Path) -> Description:
     if values.get("format") == FORMAT:
         arch, metadata = read_description(values, path)
         return Description({key: getattr(arch, key) for key in _FIELDS}, metadata=metadata, is_own=True)
@@ -74,7 +75,7 @@ def _describe(values: dict[str, Any], path: pathlib.Path) -> Description:
     return _timm(values)
 
 
-def _bare(section: Mapping[str, Any], harmless: Collection[str] = ()) -> Description:
+def _bare(section: JsonObject, harmless: Collection[str] = ()) -> Description:
     """Describes a mapping that has only architecture fields."""
     if section.get("family", "vit") != "vit":
         raise ConfigError("family", f"{section['family']!r} is not a vision transformer")
@@ -82,47 +83,41 @@ def _bare(section: Mapping[str, Any], harmless: Collection[str] = ()) -> Descrip
     return Description({key: value for key, value in section.items() if key in _FIELDS}, unused=_sorted(unused))
 
 
-def _sorted(keys: Collection[Any]) -> tuple[str, ...]:
-    return tuple(sorted(str(key)[:50] for key in keys))
+def _sorted(keys: Collection[str]) -> tuple[str, ...]:
+    return tuple(sorted(key[:50] for key in keys))
+
+
+def _check_supported(key: str, value: object, supported: Collection[object]) -> None:
+    """Raises a ConfigError if a value is not one of the supported ones."""
+    if value not in supported:
+        hint = f"; only {' or '.join(map(repr, supported))} is" if supported else ""
+        raise ConfigError(key, f"{str(value)[:50]!r} is not supported{hint}")
 
 
 # Keys of a run's model section that concern training and computation.
 _COMPUTATION = ("name", "drop_path", "dtype", "remat", "scan")
-_PICTURES = ("mean", "std", "interpolation", "crop_fraction", "resize")
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_fraction", "resize")
 
 
-def _run(values: Mapping[str, Any]) -> Description:
-    data = values.get("data")
-    pictures = {key: data[key] for key in _PICTURES if key in data} if isinstance(data, Mapping) else {}
+def _run(values: JsonObject) -> Description:
+    data = values["data"] if isinstance(values.get("data"), Mapping) else {}
+    preprocessing = {key: data[key] for key in _PREPROCESSING if key in data}
     description = _bare(values["model"], _COMPUTATION)
-    return description._replace(metadata={"preprocessing": pictures} if pictures else {})
+    return description._replace(metadata={"preprocessing": preprocessing} if preprocessing else {})
 
 
 # timm's arguments that correspond to fields here.
 _TIMM_FIELDS = {
-    "patch_size": "patch_size",
-    "in_chans": "in_channels",
-    "num_classes": "num_classes",
-    "num_features": "dim",
-    "embed_dim": "dim",
-    "depth": "depth",
-    "num_heads": "num_heads",
-    "mlp_ratio": "mlp_ratio",
-    "qkv_bias": "qkv_bias",
+    **{name: name for name in ("patch_size", "num_classes", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
+    **{"in_chans": "in_channels", "num_features": "dim", "embed_dim": "dim"},
 }
 # timm's arguments that change what a model computes, with the supported values. None is always the default.
-_TIMM_SUPPORTED: dict[str, tuple[Any, ...]] = {
+_TIMM_SUPPORTED: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("class_token", "final_norm", "proj_bias"), (True,)),
+    **dict.fromkeys(("pre_norm", "fc_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm"), (False,)),
     "global_pool": ("token",),
-    "class_token": (True,),
     "reg_tokens": (0,),
     "pos_embed": ("learn",),
-    "pre_norm": (False,),
-    "final_norm": (True,),
-    "fc_norm": (False,),
-    "qk_norm": (False,),
-    "proj_bias": (True,),
-    "scale_attn_norm": (False,),
-    "scale_mlp_norm": (False,),
     "act_layer": ("gelu",),
     "norm_layer": ("layernorm",),
 }
@@ -151,118 +146,103 @@ _TIMM_SIZES = {
 _TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z]+)_(?!.*(reg\d|gap|rope))")
 
 
-def _timm(values: Mapping[str, Any]) -> Description:
+def _timm(values: JsonObject) -> Description:
     """Describes timm's format, with `pretrained_cfg` or with all keys at the top level; or bare fields."""
-    args, pictures = (_section(values, key) for key in ("model_args", "pretrained_cfg"))
-    pictures = pictures if "pretrained_cfg" in values else values
-    top = {key: values[key] for key in ("num_classes", "num_features", "global_pool") if key in values}
-    args = {key: value for key, value in {**top, **args}.items() if value is not None}
+    images = _section(values, "pretrained_cfg") if "pretrained_cfg" in values else values
+    args: JsonObject = {key: values[key] for key in ("num_classes", "num_features", "global_pool") if key in values}
+    args = {key: value for key, value in (args | _section(values, "model_args")).items() if value is not None}
     for key, value in args.items():
-        if key in _TIMM_FIELDS or key in _TIMM_HARMLESS:
-            continue
-        supported = _TIMM_SUPPORTED.get(key, ())
-        if value not in supported:
-            hint = f"; only {' or '.join(map(repr, supported))} is" if supported else ""
-            raise ConfigError(key, f"{str(value)[:50]!r} is not supported{hint}")
-    bare = {key: value for key, value in values.items() if key in _FIELDS and value is not None}
-    fields = {**bare, **{_TIMM_FIELDS[key]: value for key, value in args.items() if key in _TIMM_FIELDS}}
+        if key not in _TIMM_FIELDS and key not in _TIMM_HARMLESS:
+            _check_supported(key, value, _TIMM_SUPPORTED.get(key, ()))
+    fields = {key: value for key, value in values.items() if key in _FIELDS and value is not None}
+    fields |= {_TIMM_FIELDS[key]: value for key, value in args.items() if key in _TIMM_FIELDS}
     if "patch_size" in fields:
         fields["patch_size"] = _side("patch_size", fields["patch_size"])
     if "init_values" in args:
         fields["layer_scale"] = bool(args["init_values"])
-    unused = {*values, *pictures} - _TIMM_KEYS - _FIELDS
     class_position, heads = _named(values.get("architecture"))
     if "no_embed_class" in args:
         class_position = not args["no_embed_class"]
-    metadata = _timm_about(values, pictures)
-    return Description(
-        {**_input_size(args, pictures), **fields}, class_position, heads, metadata, unused=_sorted(unused)
-    )
+    unused = _sorted({*values, *images} - _TIMM_KEYS - _FIELDS)
+    fields = {**_input_size(args, images), **fields}
+    return Description(fields, class_position, heads, _timm_metadata(values, images), unused=unused)
 
 
-def _section(values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _section(values: JsonObject, key: str) -> JsonObject:
     section = values.get(key) or {}
-    if not isinstance(section, Mapping):
-        raise ConfigError(key, f"must be an object, is {str(section)[:50]!r}")
+    if not isinstance(section, dict):
+        raise ConfigError(key, f"must be an object, got {str(section)[:50]!r}")
     return section
 
 
-def _input_size(args: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
+def _input_size(args: JsonObject, images: JsonObject) -> JsonObject:
     """Returns the image size and the channels; the model's own argument takes precedence over `pretrained_cfg`."""
-    fields: dict[str, Any] = {}
-    size = pictures.get("input_size")
-    if size is not None:
-        if not isinstance(size, list | tuple) or len(size) != 3:
-            raise ConfigError("input_size", f"must be channels, height and width, is {str(size)[:50]!r}")
-        fields = {"in_channels": size[0]}
-        if "img_size" not in args:
-            fields["image_size"] = _side("input_size", list(size[1:]))
-    if "img_size" in args:
-        fields["image_size"] = _side("img_size", args["img_size"])
-    return fields
+    size, own = (
+        images.get("input_size"),
+        {"image_size": _side("img_size", args["img_size"])} if "img_size" in args else {},
+    )
+    if size is None:
+        return own
+    if not isinstance(size, list) or len(size) != 3:
+        raise ConfigError("input_size", f"must be channels, height and width, got {str(size)[:50]!r}")
+    return {"in_channels": size[0], **(own or {"image_size": _side("input_size", size[1:])})}
 
 
-def _side(key: str, value: Any) -> int:
+def _side(key: str, value: object) -> int:
     """Returns the side of a square, given once or twice."""
-    sides = value if isinstance(value, list) else [value, value]
-    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
-        raise ConfigError(key, f"must be one or two whole numbers above 0, is {str(value)[:50]!r}")
-    if sides[0] != sides[1]:
-        raise ConfigError(key, f"{sides[0]}x{sides[1]} is not supported; only squares are")
-    return int(sides[0])
+    match value if isinstance(value, list) else [value, value]:
+        case [int(height), int(width)] if height == width > 0:
+            return height
+        case [int(height), int(width)] if height > 0 and width > 0:
+            raise ConfigError(key, f"{height}x{width} is not supported; only squares are")
+    raise ConfigError(key, f"must be one or two whole numbers above 0, got {str(value)[:50]!r}")
 
 
-def _named(name: Any) -> tuple[bool | None, Mapping[int, int]]:
+def _named(name: object) -> tuple[bool | None, Mapping[int, int]]:
     """Returns what the name of a timm model determines: whether the class token has a position, and the heads."""
     match = _TIMM_NAME.match(name) if isinstance(name, str) else None
     return (match[1] in ("vit", "deit"), _TIMM_SIZES.get(match[2], {})) if match else (None, {})
 
 
-def _timm_about(values: Mapping[str, Any], pictures: Mapping[str, Any]) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
+def _timm_metadata(values: JsonObject, images: JsonObject) -> JsonObject:
+    metadata: JsonObject = {}
     names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_fraction": "crop_pct"}
-    preprocessing = {ours: pictures[key] for ours, key in names.items() if pictures.get(key) is not None}
-    if preprocessing or pictures.get("crop_mode") is not None:
-        metadata["preprocessing"] = {**preprocessing, "resize": _resize(pictures)}
+    preprocessing = {ours: images[key] for ours, key in names.items() if images.get(key) is not None}
+    if preprocessing or images.get("crop_mode") is not None:
+        metadata["preprocessing"] = {**preprocessing, "resize": _resize(images)}
     if isinstance(values.get("architecture"), str):
         metadata["provenance"] = {"timm": values["architecture"]}
-    if isinstance(pictures.get("license"), str):
-        metadata["licence"] = pictures["license"]
-    labels, texts = (values.get(key, pictures.get(key)) for key in ("label_names", "label_descriptions"))
+    if isinstance(images.get("license"), str):
+        metadata["licence"] = images["license"]
+    labels, texts = (values.get(key, images.get(key)) for key in ("label_names", "label_descriptions"))
     if labels is not None:
-        texts = texts if isinstance(texts, Mapping) else {}
+        texts = texts if isinstance(texts, dict) else {}
         metadata["class_names"] = [texts.get(label, label) for label in map(str, _listed("label_names", labels))]
     return metadata
 
 
-def _listed(key: str, names: Any) -> list[Any]:
+def _listed(key: str, names: object) -> list[object]:
     """Returns class names, given as a list or as an object with their indices as keys."""
-    if isinstance(names, Mapping) and set(names) == set(map(str, range(len(names)))):
+    if isinstance(names, dict) and set(names) == set(map(str, range(len(names)))):
         return [names[str(index)] for index in range(len(names))]
     if not isinstance(names, list):
         raise ConfigError(key, "must be a list of names, or an object with the keys 0, 1, 2 and so on")
     return names
 
 
-def _resize(pictures: Mapping[str, Any]) -> str:
+def _resize(images: JsonObject) -> str:
     """Returns the resize mode; timm squashes images before its crop, so without a crop it stretches them."""
-    mode, crop = pictures.get("crop_mode") or "center", pictures.get("crop_pct")
+    mode, crop = images.get("crop_mode") or "center", images.get("crop_pct")
+    _check_supported("crop_mode", mode, ("center", "squash"))
     if mode == "squash" and crop not in (None, 1):
         raise ConfigError("crop_mode", f"'squash' is supported without a crop only, but crop_pct is {str(crop)[:50]!r}")
-    if mode not in ("center", "squash"):
-        raise ConfigError("crop_mode", f"{str(mode)[:50]!r} is not supported; only 'center' and 'squash' are")
     return "stretch" if mode == "squash" else "crop"
 
 
 _HUGGING_FACE_FIELDS = {
-    "hidden_size": "dim",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "num_heads",
-    "layer_norm_eps": "norm_eps",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "num_channels": "in_channels",
-    "qkv_bias": "qkv_bias",
+    **{name: name for name in ("image_size", "patch_size", "qkv_bias")},
+    **{"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"},
+    **{"layer_norm_eps": "norm_eps", "num_channels": "in_channels"},
 }
 _HUGGING_FACE_HARMLESS = {
     *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "id2label"),
@@ -271,20 +251,17 @@ _HUGGING_FACE_HARMLESS = {
 }
 
 
-def _hugging_face(values: Mapping[str, Any]) -> Description:
-    kind, activation = values["model_type"], values.get("hidden_act", "gelu")
-    if kind not in ("vit", "deit"):
-        raise ConfigError("model_type", f"{str(kind)[:50]!r} is not supported; only 'vit' and 'deit' are")
-    if activation != "gelu":
-        raise ConfigError("hidden_act", f"{str(activation)[:50]!r} is not supported; only 'gelu' is")
+def _hugging_face(values: JsonObject) -> Description:
+    _check_supported("model_type", values["model_type"], ("vit", "deit"))
+    _check_supported("hidden_act", values.get("hidden_act", "gelu"), ("gelu",))
     given = {key: value for key, value in values.items() if value is not None}
-    fields = {_HUGGING_FACE_FIELDS[key]: value for key, value in given.items() if key in _HUGGING_FACE_FIELDS}
+    fields = {ours: given[key] for key, ours in _HUGGING_FACE_FIELDS.items() if key in given}
     for key in {"image_size", "patch_size"} & set(fields):
         fields[key] = _side(key, fields[key])
     hidden, dim = given.get("intermediate_size"), given.get("hidden_size")
     if type(hidden) is int and type(dim) is int and dim > 0:
         fields["mlp_ratio"] = hidden_ratio(hidden, dim)
-    metadata: dict[str, Any] = {}
+    metadata: JsonObject = {}
     if "id2label" in given:
         metadata["class_names"] = _listed("id2label", given["id2label"])
         fields["num_classes"] = len(metadata["class_names"])

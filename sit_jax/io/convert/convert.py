@@ -3,13 +3,14 @@
 import pathlib
 
 from sit_jax.errors import UserError
-from sit_jax.io.atomic_write import atomic_create, require_torch, write_torch
+from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.read import Log
 from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.load import read_weights
 from sit_jax.io.metadata import assumptions
-from sit_jax.io.model_folder import CONFIG, FORMAT, read_json, write_weights
+from sit_jax.io.model_folder import is_model_folder, write_weights
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
@@ -50,19 +51,12 @@ def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
     mine, theirs = source.resolve(), dest.resolve()
     inside, there = source.is_dir() and mine in theirs.parents, dest.exists() or dest.is_symlink()
     if there and not force and not inside:
-        raise UserError(f"{dest}: is there already; pass --force to replace it")
+        raise UserError(f"{dest}: exists; pass --force to replace it")
     if source.exists() and (inside or (there and (mine == theirs or theirs in mine.parents))):
         raise UserError(f"{dest}: is, holds or belongs to the source; choose another place")
     if not there:
         return
-    if dest.is_dir() and any(dest.iterdir()) and not _is_model_folder(dest):
-        raise UserError(f"{dest}: is a folder, but no model folder; --force does not replace it")
+    if dest.is_dir() and any(dest.iterdir()) and not is_model_folder(dest):
+        raise UserError(f"{dest}: is a folder, but not a model folder; --force does not replace it")
     if dest.is_dir() and dest.suffix:
         raise UserError(f"{dest}: is a folder, but the suffix asks for a file")
-
-
-def _is_model_folder(path: pathlib.Path) -> bool:
-    try:
-        return read_json(path / CONFIG).get("format") == FORMAT
-    except UserError:
-        return False

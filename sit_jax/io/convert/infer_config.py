@@ -3,8 +3,9 @@
 import itertools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.layouts import Layout, Shapes, find_layout
 from sit_jax.models.architecture import CONV_STEM_STRIDE
@@ -23,7 +24,7 @@ class Inferred(NamedTuple):
     """
 
     layout: Layout
-    fields: dict[str, Any]
+    fields: JsonObject
     kept: tuple[int, ...]
     has_reverse: bool
     class_position: bool = True
@@ -39,7 +40,7 @@ class Positions(NamedTuple):
         source: Where `image_size` is given, for messages.
     """
 
-    image_size: Any = None
+    image_size: object = None
     class_position: bool | None = None
     likely_size: int | None = None
     source: str = "model.image_size"
@@ -76,7 +77,7 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
     if not _is_square(patches) or dim == 0:
         raise UserError(f"positions for {patches} patches, which are not a square grid")
     hidden = look.shape("blocks.0.mlp.fc1.weight", 2)[0]
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         **stem,
         "image_size": round(patches**0.5) * patch_size,
         "in_channels": kernel[1],
@@ -107,28 +108,22 @@ def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: 
     The same count can be a square grid alone, or the tokens' positions and a non-square grid: 196 is 14x14, or a class
     token and 13x15. The image size decides; if it is unknown, layer scale does, which DeiT-III's models have.
 
-    Args:
-        count: Number of positions.
-        patch_size: Side of a patch in pixels.
-        distilled: Whether there is a distillation token.
-        layer_scale: Whether there is layer scale.
-        known: Known facts about positions.
-
     Raises:
         ConfigError: The image size is another one.
         UserError: The grid is, or may be, not square; the message names the option that decides.
     """
     usual = 2 if distilled else 1
+    allowed = {None: (usual, 0), True: (usual,), False: (0,)}[known.class_position]
     if known.image_size is not None:
         side = known.image_size if type(known.image_size) is int else 0
         prefix = count - (side // patch_size) ** 2
-        if side < patch_size or side % patch_size or prefix not in _allowed(usual, known):
-            problem = (
-                f"is {str(known.image_size)[:50]}, but there are {count} positions for patches of {patch_size} pixels"
+        if side < patch_size or side % patch_size or prefix not in allowed:
+            size = str(known.image_size)[:50]
+            raise ConfigError(
+                known.source, f"is {size}, but there are {count} positions for patches of {patch_size} px"
             )
-            raise ConfigError(known.source, problem)
         return prefix
-    square = [prefix for prefix in _allowed(usual, known) if _is_square(count - prefix)]
+    square = [prefix for prefix in allowed if _is_square(count - prefix)]
     if not square:
         raise UserError(f"{count} positions are not those of a square grid; only square images are supported")
     prefix, size = square[0], round((count - square[0]) ** 0.5) * patch_size
@@ -138,10 +133,6 @@ def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: 
         f"{count} positions are those of {size}x{size} px where the class token has none, or of images that are not "
         f"square, which are not supported: give `sit convert --model.image_size {size}` if it is the former"
     )
-
-
-def _allowed(usual: int, known: Positions) -> tuple[int, ...]:
-    return {None: (usual, 0), True: (usual,), False: (0,)}[known.class_position]
 
 
 def _is_square(count: int) -> bool:
@@ -155,14 +146,7 @@ class _Look:
         self._layout, self._shapes = layout, shapes
 
     def has(self, key: str) -> bool:
-        return all(name in self._shapes for name in self._layout.source(key).names) if self._knows(key) else False
-
-    def _knows(self, key: str) -> bool:
-        try:
-            self._layout.source(key)
-        except (KeyError, ValueError):
-            return False
-        return True
+        return all(name in self._shapes for name in self._layout.source(key).names)
 
     def shape(self, key: str, rank: int) -> tuple[int, ...]:
         """Returns the shape in PyTorch's order."""
@@ -177,7 +161,7 @@ class _Look:
         return (shape[3], shape[2], shape[0], shape[1]) if rank == 4 else shape[::-1]
 
 
-def _stem(shapes: Shapes) -> dict[str, Any]:
+def _stem(shapes: Shapes) -> JsonObject:
     first = shapes.get("patch_embed.conv1.weight")
     if first is None:
         return {"stem": "patch"}
@@ -207,14 +191,9 @@ def _stages_from_reverse(shapes: Shapes, patches: int, kept: tuple[int, ...], de
     if not kept or blocks != list(range(depth - len(blocks), depth)) or any(len(shape) != 2 for shape in inputs):
         return ()
     counts = [patches] * (depth - len(blocks)) + [shape[1] for shape in inputs]
-    ends = [block for block in range(depth) if block in _changes(counts, patches)]
+    changes = zip([patches, *counts], counts, strict=False)
+    ends = [block for block, (before, after) in enumerate(changes) if before != after]
     if tuple(counts[end] for end in ends) != kept:
         return ()
     edges = [-1, *ends, depth - 1]
     return tuple(later - earlier for earlier, later in itertools.pairwise(edges))
-
-
-def _changes(counts: list[int], patches: int) -> set[int]:
-    """Returns the blocks after which the number of tokens changes."""
-    before = [patches, *counts[:-1]]
-    return {block for block, (earlier, later) in enumerate(zip(before, counts, strict=True)) if earlier != later}

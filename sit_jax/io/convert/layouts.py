@@ -2,28 +2,29 @@
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from sit_jax.config import JsonObject
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-class Source(NamedTuple):
-    """The source of a tensor of the original's layout.
+def _identity(x: np.ndarray) -> np.ndarray:
+    return x
 
-    Attributes:
-        names: Names of the file's tensors that it is made from.
-        combine: Combines them.
-    """
+
+class Source(NamedTuple):
+    """The source of a tensor of the original's layout: the file's tensors, and the function that combines them."""
 
     names: tuple[str, ...]
-    combine: Callable[..., np.ndarray]
+    combine: Callable[..., np.ndarray] = _identity
 
 
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
 # Evaluation as in vit_jax/input_pipeline.py of google-research: the whole image is stretched, pixels are in [-1, 1].
-_GOOGLE_PICTURES: dict[str, Any] = {
+_GOOGLE_PREPROCESSING: JsonObject = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
     "interpolation": "bilinear",
@@ -47,19 +48,15 @@ class Layout(NamedTuple):
     source: Callable[[str], Source]
     plain: bool = False
     prefixes: tuple[str, ...] = ()
-    preprocessing: dict[str, Any] | None = None
+    preprocessing: JsonObject | None = None
 
     def knows(self, name: str) -> bool:
         """Returns whether a tensor's name may belong to this layout; other names are unknown names."""
         return not self.prefixes or name.startswith(self.prefixes)
 
 
-def _identity(x: np.ndarray) -> np.ndarray:
-    return x
-
-
 def _same(key: str) -> Source:
-    return Source((key,), _identity)
+    return Source((key,))
 
 
 ORIGINAL = Layout("SiT original layout", _same)
@@ -75,7 +72,7 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
     """
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
         name = "google-research layout (vision_transformer)"
-        return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_GOOGLE_PICTURES)
+        return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_GOOGLE_PREPROCESSING)
     if not any(name.startswith("blocks.0.") for name in shapes):
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):
@@ -103,22 +100,18 @@ def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:
     def source(key: str) -> Source:
         scale = re.fullmatch(r"(blocks\.\d+)\.ls([12])\.gamma", key)
         if scale and key not in shapes:
-            return Source((f"{scale[1]}.gamma_{scale[2]}",), _identity)
+            return Source((f"{scale[1]}.gamma_{scale[2]}",))
         if key == "pos_embed" and (distilled or prefix == 0):
             return Source((key,), positions)
         if key == "dist_pos_embed":
             return Source(("pos_embed",), distillation_position)
-        return Source((key,), _identity)
+        return Source((key,))
 
     return source
 
 
-def _kernel(x: np.ndarray) -> np.ndarray:
-    return x.T
-
-
 def _heads_kernel(*parts: np.ndarray) -> np.ndarray:
-    """Combines kernels (dim, heads, width) of query, key and value -> (3 x heads x width, dim)."""
+    """Concatenates kernels (dim, heads, width) of query, key and value -> (3 x heads x width, dim)."""
     return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
 
 
@@ -135,35 +128,36 @@ def _stem_kernel(x: np.ndarray) -> np.ndarray:
 
 
 _GOOGLE = {
-    "cls_token": Source(("cls",), _identity),
-    "pos_embed": Source(("Transformer/posembed_input/pos_embedding",), _identity),
+    "cls_token": Source(("cls",)),
+    "pos_embed": Source(("Transformer/posembed_input/pos_embedding",)),
     "patch_embed.proj.weight": Source(("embedding/kernel",), _stem_kernel),
-    "patch_embed.proj.bias": Source(("embedding/bias",), _identity),
-    "norm.weight": Source(("Transformer/encoder_norm/scale",), _identity),
-    "norm.bias": Source(("Transformer/encoder_norm/bias",), _identity),
-    "head.weight": Source(("head/kernel",), _kernel),
-    "head.bias": Source(("head/bias",), _identity),
+    "patch_embed.proj.bias": Source(("embedding/bias",)),
+    "norm.weight": Source(("Transformer/encoder_norm/scale",)),
+    "norm.bias": Source(("Transformer/encoder_norm/bias",)),
+    "head.weight": Source(("head/kernel",), np.transpose),
+    "head.bias": Source(("head/bias",)),
 }
 _QKV = ("query", "key", "value")
 _GOOGLE_BLOCK = {
-    "norm1.weight": Source(("LayerNorm_0/scale",), _identity),
-    "norm1.bias": Source(("LayerNorm_0/bias",), _identity),
+    "norm1.weight": Source(("LayerNorm_0/scale",)),
+    "norm1.bias": Source(("LayerNorm_0/bias",)),
     "attn.qkv.weight": Source(tuple(f"MultiHeadDotProductAttention_1/{x}/kernel" for x in _QKV), _heads_kernel),
     "attn.qkv.bias": Source(tuple(f"MultiHeadDotProductAttention_1/{x}/bias" for x in _QKV), _heads_bias),
     "attn.proj.weight": Source(("MultiHeadDotProductAttention_1/out/kernel",), _out_kernel),
-    "attn.proj.bias": Source(("MultiHeadDotProductAttention_1/out/bias",), _identity),
-    "norm2.weight": Source(("LayerNorm_2/scale",), _identity),
-    "norm2.bias": Source(("LayerNorm_2/bias",), _identity),
-    "mlp.fc1.weight": Source(("MlpBlock_3/Dense_0/kernel",), _kernel),
-    "mlp.fc1.bias": Source(("MlpBlock_3/Dense_0/bias",), _identity),
-    "mlp.fc2.weight": Source(("MlpBlock_3/Dense_1/kernel",), _kernel),
-    "mlp.fc2.bias": Source(("MlpBlock_3/Dense_1/bias",), _identity),
+    "attn.proj.bias": Source(("MultiHeadDotProductAttention_1/out/bias",)),
+    "norm2.weight": Source(("LayerNorm_2/scale",)),
+    "norm2.bias": Source(("LayerNorm_2/bias",)),
+    "mlp.fc1.weight": Source(("MlpBlock_3/Dense_0/kernel",), np.transpose),
+    "mlp.fc1.bias": Source(("MlpBlock_3/Dense_0/bias",)),
+    "mlp.fc2.weight": Source(("MlpBlock_3/Dense_1/kernel",), np.transpose),
+    "mlp.fc2.bias": Source(("MlpBlock_3/Dense_1/bias",)),
 }
 
 
 def _google(key: str) -> Source:
-    if key in _GOOGLE:
-        return _GOOGLE[key]
-    _, block, rest = key.split(".", 2)
-    names, combine = _GOOGLE_BLOCK[rest]
-    return Source(tuple(f"Transformer/encoderblock_{block}/{name}" for name in names), combine)
+    """Returns the source of a tensor; its own name, which no file of this layout has, if the layout lacks it."""
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+    if block and block[2] in _GOOGLE_BLOCK:
+        names, combine = _GOOGLE_BLOCK[block[2]]
+        return Source(tuple(f"Transformer/encoderblock_{block[1]}/{name}" for name in names), combine)
+    return _GOOGLE.get(key, Source((key,)))

@@ -5,7 +5,6 @@ Every tensor must be used once and every parameter must be set; otherwise an err
 
 import functools
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sit_jax.errors import UserError, listed
-from sit_jax.io.convert.layouts import Layout
+from sit_jax.io.convert.layouts import Layout, Source
 from sit_jax.io.convert.sit_names import Entry, name_table
 from sit_jax.io.convert.tensors import Tensors
 from sit_jax.models import abstract_variables, build_model, build_reverse
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 
-Tree = dict[str, Any]
 Show = Callable[[Iterable[Entry]], Iterable[Entry]]
 
 _MOST_NAMED = 8
@@ -32,7 +31,7 @@ def load_params(
     reverse: bool,
     absent: Collection[str] = (),
     show: Show = iter,
-) -> Tree:
+) -> Variables:
     """Loads a model's weights tensor by tensor.
 
     Args:
@@ -56,7 +55,7 @@ def load_params(
     problems = {
         "missing": sorted(wanted - set(tensors)),
         "left over": sorted(
-            name for name in set(tensors) - wanted if not (layout.knows(name) and _passed_over(name, reverse))
+            name for name in set(tensors) - wanted if not (layout.knows(name) and _is_unused(name, reverse))
         ),
         "wrong shape": [],
         "not floating-point": sorted(name for name in wanted & set(tensors) if not tensors[name].is_float),
@@ -64,13 +63,13 @@ def load_params(
     }
     values: dict[tuple[str, ...], np.ndarray] = {}
     if not any(problems.values()):
-        targets = {path: leaf.shape for path, leaf in flatten_dict(expected_shapes(arch, reverse)).items()}
+        expected = flatten_dict(expected_shapes(arch, reverse))
         for entry in show(table):
-            names, combine = sources[entry.key]
-            value = _read(entry, [tensors[name].read for name in names], combine, targets[entry.path])
+            names = sources[entry.key].names
+            value = _convert(entry, sources[entry.key], tensors, expected[entry.path].shape)
             if value is None:
                 shapes = " and ".join(f"{name} {tensors[name].shape}" for name in names)
-                problems["wrong shape"].append(f"{shapes}, here it is {targets[entry.path]}")
+                problems["wrong shape"].append(f"{shapes}, here it is {expected[entry.path].shape}")
             elif not np.isfinite(value).all():
                 problems["not finite"] += names
             else:
@@ -81,19 +80,14 @@ def load_params(
     return unflatten_dict(values)
 
 
-def _passed_over(name: str, reverse: bool) -> bool:
+def _is_unused(name: str, reverse: bool) -> bool:
     return name.endswith("num_batches_tracked") or (name.startswith("rtsm.") and not reverse)
 
 
-def _read(
-    entry: Entry, reads: list[Callable[[], np.ndarray]], combine: Callable[..., np.ndarray], shape: tuple[int, ...]
-) -> np.ndarray | None:
+def _convert(entry: Entry, source: Source, tensors: Tensors, shape: tuple[int, ...]) -> np.ndarray | None:
     """Reads one array in this package's layout; returns None if it has another shape."""
-    parts = [read() for read in reads]
     try:
-        combined = combine(*parts)
-        del parts
-        value = entry.to_flax(combined)
+        value = entry.to_flax(source.combine(*(tensors[name].read() for name in source.names)))
     except (ValueError, IndexError):
         return None
     if value.shape != shape:
@@ -103,9 +97,9 @@ def _read(
 
 
 @functools.lru_cache(maxsize=8)
-def expected_shapes(arch: Architecture, reverse: bool) -> Tree:
+def expected_shapes(arch: Architecture, reverse: bool) -> Variables:
     """Returns a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
-    tree: Tree = {"batch_stats": {}, "reverse": {}, **abstract_variables(arch)}
+    tree: Variables = {"batch_stats": {}, "reverse": {}, **abstract_variables(arch)}
     if reverse:
         images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
         _, outputs = jax.eval_shape(build_model(arch).apply, tree, images)

@@ -12,12 +12,13 @@ from sit_jax.io.convert.adapt import empty_head
 from sit_jax.io.convert.config_json import Description, read_config_json
 from sit_jax.io.convert.infer_config import Inferred, Positions, infer
 from sit_jax.io.convert.load_params import load_params
+from sit_jax.io.convert.npz_file import read_npz
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
-from sit_jax.io.convert.safetensors_npz import read_npz, read_safetensors
+from sit_jax.io.convert.safetensors_file import read_safetensors
 from sit_jax.io.convert.sit_names import Entry
 from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
-from sit_jax.io.convert.tensors import FileError, Tensors, check_total
+from sit_jax.io.convert.tensors import FileError, Tensors, check_axes
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
@@ -83,20 +84,20 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
 def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
     """Returns the tensors of a file, by its suffix."""
     if not file.is_file():
-        raise UserError(f"{file}: is no file")
+        raise UserError(f"{file}: is not a file")
     if ema and file.suffix not in TORCH_SUFFIXES:
         raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
     try:
         if file.suffix == ".safetensors":
             tensors = read_safetensors(file)
         elif file.suffix == ".npz":
-            return read_npz(file)
+            tensors = read_npz(file)
         elif file.suffix in TORCH_SUFFIXES:
             tensors = select_torch(file, ema, log)
         else:
             known = ", ".join((*TORCH_SUFFIXES, ".safetensors", ".npz"))
-            raise UserError(f"{file}: {file.suffix or 'no suffix'} is no kind of weights; there are {known}")
-        check_total(file, tensors, file.stat().st_size)
+            raise UserError(f"{file}: {file.suffix or 'no suffix'} is not a known format of weights; there are {known}")
+        check_axes(file, tensors)
         return tensors
     except OSError as error:
         raise FileError(f"{file}: cannot be read: {error.strerror or error}") from None

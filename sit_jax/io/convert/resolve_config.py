@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.infer_config import Inferred
 from sit_jax.models.architecture import Architecture, architecture_from_dict
@@ -13,9 +14,9 @@ OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "k
 
 # Fields that tensors do not determine, and their values in plain ViTs.
 _OPEN = ("num_heads", "residual_scale", "norm_eps")
-_PLAIN: dict[str, Any] = {"residual_scale": 1.0, "norm_eps": 1e-6}
+_PLAIN: JsonObject = {"residual_scale": 1.0, "norm_eps": 1e-6}
 
-_LVVIT: dict[str, Any] = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
+_LVVIT: JsonObject = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
 
 # Published models without a configuration here, for the fields that their tensors do not determine.
 _PUBLISHED: dict[str, Architecture] = {
@@ -35,12 +36,7 @@ _SHAPE = ("stem", "stem_width", "dim", "depth", "mlp_ratio", "qkv_bias")
 
 
 class Resolved(NamedTuple):
-    """A complete architecture.
-
-    Attributes:
-        arch: The architecture.
-        name: Name of the matching named model, or an empty string.
-    """
+    """A complete architecture, and the name of the named model that it is, or an empty string."""
 
     arch: Architecture
     name: str
@@ -61,7 +57,7 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     fields = dict(inferred.fields)
     unknown = sorted(set(options) - set(OPTIONS) - set(fields))
     if unknown:
-        raise ConfigError(f"model.{unknown[0]}", f"is no option here; there are {', '.join(OPTIONS)}")
+        raise ConfigError(f"model.{unknown[0]}", f"is not an option here; there are {', '.join(OPTIONS)}")
     given = {key: value for key, value in {**config, **options}.items() if key != "name" and value is not None}
     _agree(given, inferred, options)
     given |= {key: float(given[key]) for key in _NUMBERS if key in given}  # The number 2 in JSON is an int.
@@ -72,7 +68,8 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     named = _named(inferred, fields, options.get("name"))
     if inferred.kept and "stage_blocks" not in fields:
         fields["stage_blocks"] = _stages(named)
-    name = next((name for name, arch in named.items() if _fits(arch, fields)), "")
+    stages = tuple(fields.get("stage_blocks", ()))
+    name = next((name for name, arch in named.items() if arch.stage_blocks == stages), "")
     known = named.get(name) or next(iter(named.values()), None)
     if inferred.layout.plain:
         fields = {**_PLAIN, **fields}
@@ -93,70 +90,69 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     return Resolved(architecture_from_dict(fields, "model."), name)
 
 
-def _agree(given: Mapping[str, Any], inferred: Inferred, options: Mapping[str, Any]) -> None:
+def _agree(given: JsonObject, inferred: Inferred, options: Mapping[str, Any]) -> None:
     """Raises a ConfigError if a given field has an impossible value or contradicts the tensors."""
     for key, value in given.items():
         where = "" if key in options else " in config.json"
         if not _CHECKS.get(key, lambda value: True)(value):
-            raise ConfigError(f"model.{key}", f"{value!r}{where} is no possible value")
+            raise ConfigError(f"model.{key}", f"{value!r}{where} is not a possible value")
         value = tuple(value) if isinstance(value, list) else value
         if key in inferred.fields and _differs(key, value, inferred.fields):
-            told_value = inferred.fields[key]
-            raise ConfigError(
-                f"model.{key}", f"is given as {value!r}{where}, but the tensors are those of {told_value!r}"
-            )
+            problem = f"is given as {value!r}{where}, but the tensors are those of {inferred.fields[key]!r}"
+            raise ConfigError(f"model.{key}", problem)
     if not inferred.kept and len(given.get("stage_blocks", ())) > 1:
         raise ConfigError("model.stage_blocks", "is given, but the tensors hold no slimming module")
 
 
-def _differs(key: str, value: Any, fields: Mapping[str, Any]) -> bool:
+def _differs(key: str, value: Any, fields: JsonObject) -> bool:
     """Returns whether a value differs from the tensors', which determine only the hidden width of `mlp_ratio`."""
     if key == "mlp_ratio":
         return int(fields["dim"] * value) != int(fields["dim"] * fields[key])
     return bool(value != fields[key])
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def _is_counts(value: Any) -> bool:
+def _is_counts(value: object) -> bool:
     return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
 
 
 _NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
-_CHECKS: dict[str, Callable[[Any], bool]] = {
+_CHECKS: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(_NUMBERS, _is_number),
-    "num_heads": lambda value: type(value) is int and value > 0,
+    "num_heads": lambda value: _is_counts([value]),
     "stage_blocks": _is_counts,
     "kept_tokens": _is_counts,
 }
 
 
-def _named(inferred: Inferred, fields: Mapping[str, Any], name: str | None) -> dict[str, Architecture]:
+def _named(inferred: Inferred, fields: JsonObject, name: str | None) -> dict[str, Architecture]:
     """Returns the candidate named models: the one that the user names, or those of the same shape."""
+
+    def differing(arch: Architecture) -> list[str]:
+        return [key for key in _SHAPE if key in fields and _differs(key, getattr(arch, key), fields)]
+
     if name is not None:
         if name not in VARIANTS:
             raise ConfigError("model.name", f"there is no model {name!r}; `sit models` lists them")
-        wrong = [key for key in _SHAPE if key in fields and _differs(key, getattr(VARIANTS[name], key), fields)]
+        wrong = [f"{key} {fields[key]} and not {getattr(VARIANTS[name], key)}" for key in differing(VARIANTS[name])]
         if wrong:
-            told_fields = ", ".join(f"{key} {fields[key]} and not {getattr(VARIANTS[name], key)}" for key in wrong)
-            raise ConfigError("model.name", f"the tensors are no {name}: they have {told_fields}")
+            raise ConfigError("model.name", f"the tensors are not those of {name}: they have {', '.join(wrong)}")
         return {name: VARIANTS[name]}
-    everything = {**VARIANTS, **_PUBLISHED}
-    same = {name: arch for name, arch in everything.items() if _same_shape(arch, fields)}
-    slimmed = {name: arch for name, arch in same.items() if _keeps(arch, fields) == inferred.kept}
+    same = {name: arch for name, arch in {**VARIANTS, **_PUBLISHED}.items() if not differing(arch)}
+    count = {name: len(arch.stage_blocks) - 1 for name, arch in same.items() if arch.is_slimmed}
+    slimmed = {
+        name: same[name] for name in count if _counts(fields, same[name].keep_ratio, count[name]) == inferred.kept
+    }
     return slimmed or {name: arch for name, arch in same.items() if not arch.is_slimmed}
 
 
-def _same_shape(arch: Architecture, fields: Mapping[str, Any]) -> bool:
-    return not any(_differs(key, getattr(arch, key), fields) for key in _SHAPE if key in fields)
-
-
-def _keeps(arch: Architecture, fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """Returns the tokens that a named model's slimming modules would keep of this file's grid."""
-    patches, ratio = (fields["image_size"] // fields["patch_size"]) ** 2, arch.keep_ratio or 1.0
-    return tuple(int(patches * ratio**stage) for stage in range(1, len(arch.stage_blocks)))
+def _counts(fields: JsonObject, ratio: float | None, modules: int) -> tuple[int, ...]:
+    """Returns the tokens that slimming modules with a keep ratio keep of this file's grid."""
+    patches = (fields["image_size"] // fields["patch_size"]) ** 2
+    return tuple(int(patches * (ratio or 1.0) ** stage) for stage in range(1, modules + 1))
 
 
 def _stages(named: Mapping[str, Architecture]) -> tuple[int, ...]:
@@ -170,34 +166,23 @@ def _stages(named: Mapping[str, Architecture]) -> tuple[int, ...]:
     )
 
 
-def _fits(arch: Architecture, fields: Mapping[str, Any]) -> bool:
-    return arch.stage_blocks == tuple(fields.get("stage_blocks", ()))
-
-
-def _kept(
-    inferred: Inferred, fields: Mapping[str, Any], given: Mapping[str, Any], known: Architecture | None
-) -> dict[str, Any]:
+def _kept(inferred: Inferred, fields: JsonObject, given: JsonObject, known: Architecture | None) -> JsonObject:
     """Returns the kept tokens, as a ratio if a known one results in the counts of the tensors."""
-    if not inferred.kept:
+    kept, ratio = inferred.kept, given.get("keep_ratio")
+    if not kept:
         return {}
-    patches = (fields["image_size"] // fields["patch_size"]) ** 2
-    explicit: dict[str, Any] = {"kept_tokens": (patches, *inferred.kept)}
+    explicit = ((fields["image_size"] // fields["patch_size"]) ** 2, *kept)
     if given.get("kept_tokens"):
-        if tuple(given["kept_tokens"]) != explicit["kept_tokens"]:
-            raise ConfigError("model.kept_tokens", f"is {given['kept_tokens']}, but the tensors keep {inferred.kept}")
-        return {**explicit, "keep_ratio": given.get("keep_ratio")}
-    candidates = [given.get("keep_ratio"), known.keep_ratio if known else None]
-    for ratio in candidates:
-        if ratio is None:
-            continue
-        counts = tuple(int(patches * ratio**stage) for stage in range(1, len(inferred.kept) + 1))
-        if counts == inferred.kept:
-            return {"keep_ratio": ratio}
-        if ratio == given.get("keep_ratio"):
-            raise ConfigError(
-                "model.keep_ratio", f"{ratio} keeps {counts} tokens, but the tensors keep {inferred.kept}"
-            )
-    return explicit
+        if tuple(given["kept_tokens"]) != explicit:
+            raise ConfigError("model.kept_tokens", f"is {given['kept_tokens']}, but the tensors keep {kept}")
+        return {"kept_tokens": explicit, "keep_ratio": ratio}
+    for candidate in (ratio, known.keep_ratio if known else None):
+        counts = _counts(fields, candidate, len(kept))
+        if candidate is not None and counts == kept:
+            return {"keep_ratio": candidate}
+        if candidate is not None and candidate == ratio:
+            raise ConfigError("model.keep_ratio", f"{ratio} keeps {counts} tokens, but the tensors keep {kept}")
+    return {"kept_tokens": explicit}
 
 
 def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], configured: Collection[str] = ()) -> str:
@@ -237,7 +222,7 @@ def _guesses(inferred: Inferred, arch: Architecture, said: Collection[str], conf
     return f" (a guess from the shape: {' and '.join(unsaid)}; --model.{unsaid[0]} changes it)"
 
 
-def likely_fields(inferred: Inferred, like: Architecture) -> dict[str, Any]:
+def likely_fields(inferred: Inferred, like: Architecture) -> JsonObject:
     """Returns fields that tensors do not determine, taken from the model that the weights are loaded into.
 
     Raises:
@@ -245,7 +230,7 @@ def likely_fields(inferred: Inferred, like: Architecture) -> dict[str, Any]:
     """
     if inferred.fields["dim"] != like.dim:
         raise UserError(f"is of another model: dim is {inferred.fields['dim']} there and {like.dim} here")
-    fields: dict[str, Any] = {key: getattr(like, key) for key in _OPEN}
+    fields = {key: getattr(like, key) for key in _OPEN}
     if inferred.kept and len(like.stage_blocks) == len(inferred.kept) + 1 and inferred.fields["depth"] == like.depth:
         fields["stage_blocks"] = like.stage_blocks
     return {key: value for key, value in fields.items() if key not in inferred.fields}

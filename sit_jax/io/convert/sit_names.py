@@ -5,7 +5,7 @@ the slimming scale loses its three unit axes; all other arrays are unchanged.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -13,9 +13,10 @@ from flax.traverse_util import flatten_dict
 from sit_jax.errors import UserError
 from sit_jax.models import reducer_params
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import Variables
 
-Tree = dict[str, Any]
 Path = tuple[str, ...]
+Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Entry(NamedTuple):
@@ -24,46 +25,32 @@ class Entry(NamedTuple):
     Attributes:
         key: The original's `state_dict` key.
         path: Its path in this package; the first part is the collection: `params`, `batch_stats` or `reverse`.
-        to_flax: Converts the original's layout to this package's.
-        to_torch: The inverse.
+        to_flax: Converts the original's layout to this package's; `to_torch` is the inverse.
     """
 
     key: str
     path: Path
-    to_flax: Callable[[np.ndarray], np.ndarray]
-    to_torch: Callable[[np.ndarray], np.ndarray]
+    to_flax: Convert
+    to_torch: Convert
 
 
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
+def _transpose(*axes: int) -> Convert:
+    return lambda x: np.ascontiguousarray(x.transpose(axes))
 
 
-def _transpose(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.T)
-
-
-def _oihw_to_hwio(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.transpose(2, 3, 1, 0))
-
-
-def _hwio_to_oihw(x: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(x.transpose(3, 2, 0, 1))
-
-
-def _drop_unit_axes(x: np.ndarray) -> np.ndarray:
-    return x.reshape(())
-
-
-def _three_unit_axes(x: np.ndarray) -> np.ndarray:
-    return x.reshape(1, 1, 1)
+# To this package's layout, and to PyTorch's.
+_SAME: tuple[Convert, Convert] = (lambda x: x, lambda x: x)
+_LINEAR = (_transpose(1, 0), _transpose(1, 0))
+_CONV = (_transpose(2, 3, 1, 0), _transpose(3, 2, 0, 1))
+_SCALE: tuple[Convert, Convert] = (lambda x: x.reshape(()), lambda x: x.reshape(1, 1, 1))
 
 
 def _plain(key: str, path: Path) -> Iterator[Entry]:
-    yield Entry(key, path, _same, _same)
+    yield Entry(key, path, *_SAME)
 
 
 def _linear(key: str, path: Path, bias: bool = True) -> Iterator[Entry]:
-    yield Entry(f"{key}.weight", (*path, "kernel"), _transpose, _transpose)
+    yield Entry(f"{key}.weight", (*path, "kernel"), *_LINEAR)
     if bias:
         yield from _plain(f"{key}.bias", (*path, "bias"))
 
@@ -76,11 +63,11 @@ def _norm(key: str, path: Path) -> Iterator[Entry]:
 def _stem(arch: Architecture) -> Iterator[Entry]:
     if arch.stem_projection:
         kernel = ("params", "stem", "proj", "kernel")
-        yield Entry("patch_embed.proj.weight", kernel, _oihw_to_hwio, _hwio_to_oihw)
+        yield Entry("patch_embed.proj.weight", kernel, *_CONV)
         yield from _plain("patch_embed.proj.bias", ("params", "stem", "proj", "bias"))
     for index in range(1, len(arch.conv_stem_layers) + 1):
         kernel = ("params", "stem", f"conv{index}", "kernel")
-        yield Entry(f"patch_embed.conv{index}.weight", kernel, _oihw_to_hwio, _hwio_to_oihw)
+        yield Entry(f"patch_embed.conv{index}.weight", kernel, *_CONV)
         norm = f"bn{index}"
         yield from _norm(f"patch_embed.{norm}", ("params", "stem", norm))
         yield from _plain(f"patch_embed.{norm}.running_mean", ("batch_stats", "stem", norm, "mean"))
@@ -109,7 +96,7 @@ def _slimming(arch: Architecture) -> Iterator[Entry]:
         return
     for index, block in enumerate(arch.slimming):
         key, path = f"tsm.{index}", ("params", f"slimming_{block}")
-        yield Entry(f"{key}.scale", (*path, "scale"), _drop_unit_axes, _three_unit_axes)
+        yield Entry(f"{key}.scale", (*path, "scale"), *_SCALE)
         yield from _norm(f"{key}.weight.0", (*path, "norm"))
         yield from _linear(f"{key}.weight.1", (*path, "fc1"))
         yield from _linear(f"{key}.weight.3", (*path, "fc2"))
@@ -146,7 +133,7 @@ def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
     return entries
 
 
-def to_original(tree: Tree, arch: Architecture) -> dict[str, np.ndarray]:
+def to_original(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
     """Returns weights under the original's names, without BatchNorm's batch counters.
 
     Args:

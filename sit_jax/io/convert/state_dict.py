@@ -1,12 +1,18 @@
-"""Selects the weights in a checkpoint."""
+"""Selects the weights in a checkpoint of PyTorch."""
 
+import functools
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
-from sit_jax.io.convert.pickles import Rebuilt
-from sit_jax.io.convert.tensors import FileError, Tensors
-from sit_jax.io.convert.torch_files import read_torch
+import numpy as np
+
+from sit_jax.errors import one_line
+from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total
+from sit_jax.io.convert.torch_file import read_torch
+
+if TYPE_CHECKING:
+    import torch
 
 # Keys under which training programs store weights and their moving averages, in search order.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
@@ -24,44 +30,55 @@ def select_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> T
         log: Called with the key under which they were found.
 
     Raises:
+        UserError: PyTorch is not installed.
         FileError: The file contains no weights, or cannot be read.
     """
-    content = read_torch(path)
-    value = content.value
+    value = read_torch(path)
     if not isinstance(value, dict):
         raise FileError(f"{path}: holds no dictionary of weights, but a {type(value).__name__}")
-    key = _choose(path, value, ema)
-    if key:
-        others = [other for other in (*_WEIGHTS, *_AVERAGES) if other != key and _is_weights(value.get(other))]
-        log(f"read: the weights under {key!r}" + (f" (there is also {', '.join(map(repr, others))})" if others else ""))
-        value = value[key]
-    named = ((_text(key), x) for key, x in value.items() if isinstance(x, Rebuilt))
-    return {name: content.tensor(name, x) for name, x in named}
-
-
-def _choose(path: pathlib.Path, value: dict[Any, Any], ema: bool) -> str:
-    """Returns the key of the weights; empty if they are at the top level."""
-    found = [key for key in (*_WEIGHTS, *_AVERAGES) if _is_weights(value.get(key))]
-    averages = [key for key in found if key in _AVERAGES]
-    if ema and not averages:
+    found = {key: _tensors(value.get(key)) for key in (*_WEIGHTS, *_AVERAGES)}
+    found = {key: tensors for key, tensors in found.items() if tensors}
+    key = next((key for key in found if key in _AVERAGES or not ema), "")
+    if ema and not key:
         raise FileError(f"{path}: holds no moving average of the weights; leave out --ema")
-    if ema:
-        return averages[0]
-    if found:
-        return found[0]
-    if _is_weights(value):
-        return ""
-    some = ", ".join(_text(key)[:50] for key in list(value)[:8])
-    raise FileError(f"{path}: holds no weights; its keys are {some or 'none'}")
+    if key:
+        others = ", ".join(repr(other) for other in found if other != key)
+        log(f"read: the weights under {key!r}" + (f" (there is also {others})" if others else ""))
+    tensors = found[key] if key else _tensors(value)
+    if not tensors:
+        some = ", ".join(str(key)[:50] for key in list(value)[:8])
+        raise FileError(f"{path}: holds no weights; its keys are {some or 'none'}")
+    check_total(path, sum(x.numel() * x.element_size() for x in tensors.values()))
+    return {name: _lazy(path, name, x) for name, x in tensors.items()}
 
 
-def _text(key: Any) -> str:
-    """Returns a key as text, shortened for integers of thousands of digits, which Python does not print."""
-    return hex(key)[:50] if isinstance(key, int) and key.bit_length() > 64 else str(key)
+def _tensors(value: object) -> "dict[str, torch.Tensor]":
+    """Returns the tensors in a dictionary; empty for another value."""
+    import torch
+
+    items = value.items() if isinstance(value, dict) else ()
+    return {str(key): x for key, x in items if isinstance(x, torch.Tensor)}
 
 
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, dict) and any(isinstance(x, Rebuilt) for x in value.values())
+def _lazy(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> Tensor:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
+        raise FileError(
+            f"{path}: {name[:200]} is sparse, nested, quantized or without data; only dense tensors are read"
+        )
+    return Tensor(tuple(tensor.shape), tensor.is_floating_point(), functools.partial(_read, path, name, tensor))
+
+
+def _read(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
+    """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
+    import torch
+
+    try:
+        copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    except RuntimeError as error:
+        raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
+    return copy.numpy()
 
 
 def strip_prefixes(tensors: Tensors) -> Tensors:

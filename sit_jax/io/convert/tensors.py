@@ -1,42 +1,27 @@
 """Lazily read tensors of a file."""
 
-import dataclasses
-import math
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from sit_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """A tensor in a file, with its shape, type and reader.
+class Tensor(NamedTuple):
+    """A tensor in a file.
 
     Attributes:
         shape: Its shape.
-        dtype: Type of its elements.
-        read: Reads the tensor; returns a new array, or a view of the file, in row-major order.
+        is_float: Whether its elements are floating-point numbers, of any width.
+        read: Reads it.
     """
 
     shape: tuple[int, ...]
-    dtype: np.dtype
+    is_float: bool
     read: Callable[[], np.ndarray]
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, by its shape."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_float(self) -> bool:
-        """Whether its elements are floating-point numbers, including bfloat16."""
-        return self.dtype.kind == "f" or self.dtype == BFLOAT16
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 Tensors = dict[str, Tensor]
 
@@ -46,20 +31,24 @@ class FileError(UserError):
 
 
 _LONGEST_AXIS = 2**31
+# Weights compress little, and few tensors share memory, but zeros compress a thousandfold and a tensor can be expanded
+# to any size: a file that claims a larger ratio is rejected.
+_MOST_COMPRESSED = 20
+_SMALL = 2**26
 
 
-def check_axes(path: pathlib.Path, name: str, shape: Iterable[int]) -> None:
+def check_axes(path: pathlib.Path, tensors: Tensors) -> None:
     """Raises a FileError if a tensor is empty, or an axis is longer than that of any model.
 
     An axis of zero makes a tensor of no bytes, whatever the other axes are. The message does not repeat the sizes: they
     may have thousands of digits, which Python does not print.
     """
-    if not all(0 < size <= _LONGEST_AXIS for size in shape):
-        raise FileError(f"{path}: {name[:200]} claims an axis that is empty or longer than {_LONGEST_AXIS:,}")
+    for name, tensor in tensors.items():
+        if not all(0 < size <= _LONGEST_AXIS for size in tensor.shape):
+            raise FileError(f"{path}: {name[:200]} claims an axis that is empty or longer than {_LONGEST_AXIS:,}")
 
 
-def check_total(path: pathlib.Path, tensors: Tensors, most: int) -> None:
-    """Raises a FileError if tensors claim more bytes than the file can hold, which means that they overlap."""
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    if total > most:
-        raise FileError(f"{path}: claims {total:,} bytes of tensors, but cannot hold more than {most:,}")
+def check_total(path: pathlib.Path, total: int) -> None:
+    """Raises a FileError if tensors claim more bytes than weights in a file of this size can have."""
+    if total > max(_SMALL, _MOST_COMPRESSED * path.stat().st_size):
+        raise FileError(f"{path}: claims {total:,} bytes of tensors, which cannot be weights of this file's size")

@@ -7,8 +7,10 @@ from typing import Literal
 import numpy as np
 
 from sit_jax.errors import UserError
-from sit_jax.io.atomic_write import atomic_create, require_torch, write_safetensors, write_torch
+from sit_jax.io.atomic_write import atomic_create
+from sit_jax.io.convert.safetensors_file import write_safetensors
 from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.export import onnx_file, stablehlo
 from sit_jax.io.export.forward import make_forward
 from sit_jax.io.export.timm import to_timm

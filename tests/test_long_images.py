@@ -1,4 +1,4 @@
-"""Pictures a pixel wide and very long: their pixels come out right, and they take no more memory than others."""
+"""Images a pixel wide and very long: their pixels come out right, and they take no more memory than others."""
 
 import io
 import subprocess
@@ -16,8 +16,6 @@ from sit_jax.data.decode import findings
 from sit_jax.data.sources import Example
 from sit_jax.visual.model_input import preprocess
 
-PHOTO = skimage.data.chelsea()
-
 
 def png(width: int, height: int, seed: int = 0) -> bytes:
     """Smooth noise, so that a shift by part of a pixel shows."""
@@ -29,7 +27,7 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def torchvisions(encoded: bytes, size: int, fraction: float, resample: Image.Resampling) -> np.ndarray:
-    """Resizes all of the picture, then crops."""
+    """Resizes all of the image, then crops."""
     with Image.open(io.BytesIO(encoded)) as image:
         shorter, (width, height) = int(size / fraction), image.size
         scale = [max(shorter, int(shorter * length / min(width, height))) for length in (width, height)]
@@ -38,41 +36,41 @@ def torchvisions(encoded: bytes, size: int, fraction: float, resample: Image.Res
     return np.asarray(resized.crop((left, top, left + size, top + size)), np.int64)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+def evaluated(encoded: bytes, data: DataConfig, size: int) -> np.ndarray:
+    return transforms.EvalTransform(data, size, 3)(Example(encoded, 0))["image"].astype(np.int64)
+
+
+def photo(height: int | None = None, width: int | None = None) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(skimage.data.chelsea()[:height, :width]).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize(
     ("short", "long", "size"), [(1, 60_000, 8), (1, 6_001, 40), (3, 5_000, 32), (20, 3_000, 64), (37, 4_444, 16)]
 )
-def test_evaluation_crop_of_a_long_picture(short: int, long: int, size: int, turned: bool) -> None:
-    encoded = png(long, short) if turned else png(short, long)
+def test_evaluation_crop_of_a_long_image(short: int, long: int, size: int, wide: bool) -> None:
+    encoded = png(long, short) if wide else png(short, long)
     for interpolation in ("bilinear", "bicubic", "lanczos"):
-        data = DataConfig(resize="crop", interpolation=interpolation)
-        image = transforms.EvalTransform(data, size, 3)(Example(encoded, 0))["image"]
-        expected = torchvisions(encoded, size, 0.875, transforms.RESAMPLING[interpolation])
+        image = evaluated(encoded, DataConfig(resize="crop", interpolation=interpolation), size)
         assert image.shape == (size, size, 3)
+        expected = torchvisions(encoded, size, 0.875, transforms.RESAMPLING[interpolation])
         assert np.abs(image - expected).max() <= 1
 
 
 @pytest.mark.parametrize("fraction", [0.875, 1.0, 0.5])
-def test_evaluation_crop_of_ordinary_pictures_is_torchvisions_to_the_bit(fraction: float) -> None:
-    for width, height in ((451, 300), (300, 451), (451, 30), (40, 300), (97, 97), (31, 17), (451, 38)):
-        encoded = io.BytesIO()
-        Image.fromarray(PHOTO[:height, :width] if height <= 300 else PHOTO[:, :height].swapaxes(0, 1)).save(
-            encoded, "PNG"
-        )
-        data = DataConfig(resize="crop", crop_fraction=fraction)
-        image = transforms.EvalTransform(data, 64, 3)(Example(encoded.getvalue(), 0))["image"]
-        np.testing.assert_array_equal(
-            image, torchvisions(encoded.getvalue(), 64, fraction, Image.Resampling.BICUBIC), str((width, height))
-        )
+def test_evaluation_crop_of_ordinary_images_is_torchvisions_to_the_bit(fraction: float) -> None:
+    data = DataConfig(resize="crop", crop_fraction=fraction)
+    for width, height in ((451, 300), (300, 300), (451, 30), (40, 300), (97, 97), (31, 17), (451, 38)):
+        encoded = photo(height, width)
+        expected = torchvisions(encoded, 64, fraction, Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(evaluated(encoded, data, 64), expected, str((width, height)))
 
 
 def test_small_crop_fraction_is_the_middle() -> None:
-    encoded = io.BytesIO()
-    Image.fromarray(PHOTO).save(encoded, "PNG")
-    data = DataConfig(resize="crop", crop_fraction=0.02)
-    image = transforms.EvalTransform(data, 32, 3)(Example(encoded.getvalue(), 0))["image"]
-    expected = torchvisions(encoded.getvalue(), 32, 0.02, Image.Resampling.BICUBIC)
-    assert np.abs(image - expected).max() <= 1
+    image = evaluated(photo(), DataConfig(resize="crop", crop_fraction=0.02), 32)
+    assert np.abs(image - torchvisions(photo(), 32, 0.02, Image.Resampling.BICUBIC)).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
@@ -84,7 +82,7 @@ def test_what_is_shown_is_what_the_model_sees(size: tuple[int, int], resize: str
     assert np.abs(np.asarray(smaller, np.int64) - seen.pixels).mean() < 3
 
 
-def test_check_says_that_a_picture_is_long() -> None:
+def test_check_says_that_an_image_is_long() -> None:
     assert findings(png(60, 600), "x.png", 10**6) == []
     for size in ((1, 60_000), (60_000, 1), (10, 500)):
         (found,) = findings(png(*size), "x.png", 10**6)

@@ -28,23 +28,15 @@ def jpeg(pixels: np.ndarray, quality: int = 85) -> bytes:
 def make_folder(
     root: pathlib.Path, per_class: int, split: str = "", seed: int = 0, size: tuple[int, int] = (96, 80)
 ) -> None:
-    """Writes `root/[split/]CLASS/0001.jpg` and so on: random crops of about a photograph's half, resized.
-
-    Args:
-        root: The folder.
-        per_class: Pictures of each photograph.
-        split: `train`, `val` or nothing.
-        seed: Decides the crops.
-        size: Width and height of a picture.
-    """
+    """Writes `per_class` images `root/[split/]CLASS/0001.jpg`: random crops of half a photograph, resized to `size`."""
     rng = np.random.default_rng(seed)
     for name, pixels in photographs().items():
         folder = root / split / name
         folder.mkdir(parents=True)
         image = Image.fromarray(pixels)
         for index in range(per_class):
-            share = rng.uniform(0.3, 0.6)
-            width, height = int(image.width * share), int(image.height * share)
+            fraction = rng.uniform(0.3, 0.6)
+            width, height = int(image.width * fraction), int(image.height * fraction)
             left, top = int(rng.integers(image.width - width)), int(rng.integers(image.height - height))
             crop = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
             (folder / f"{index:04d}.jpg").write_bytes(jpeg(np.asarray(crop)))
