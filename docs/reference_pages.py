@@ -211,12 +211,12 @@ def command_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.Argume
 
 
 def words_table(parser: argparse.ArgumentParser) -> str:
-    """A command's words, with what they mean.
+    """A Markdown table of a command's arguments.
 
     Raises:
-        ValueError: A word has no help.
+        ValueError: An argument has no help.
     """
-    lines = ["| word | default | meaning |", "|---|---|---|"]
+    lines = ["| argument | default | meaning |", "|---|---|---|"]
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
             continue

@@ -55,7 +55,7 @@ option_value() {
   [[ -n $value ]] || die "${1%%=*} needs a value"
 }
 
-# Takes an option of `sit train`, or ends the script: nobody else knows the word.
+# Takes an option of `sit train`; ends the script if the option is unknown.
 run_option() {
   case $1 in
     --config.*=*) overrides+=("$1") taken=1 ;;
@@ -69,8 +69,8 @@ run_option() {
 # Ends the script unless the run's options make sense.
 check_run() {
   local word
-  [[ -n $config ]] || die "--config is missing: the page of the experiment, such as configs/imagenet_sit_small.py"
-  [[ -n $workdir ]] || die "--workdir is missing: the folder of the run, on a disk that all processes see"
+  [[ -n $config ]] || die "--config is missing: the config file, such as configs/imagenet_sit_small.py"
+  [[ -n $workdir ]] || die "--workdir is missing: the run folder, on a disk that all processes see"
   [[ -f $config || -f ${config%:*} ]] || die "--config: there is no file ${config%:*}"
   for word in "$workdir" "${overrides[@]+"${overrides[@]}"}"; do
     [[ $word != *gs://* ]] ||
@@ -78,10 +78,10 @@ check_run() {
   done
 }
 
-# Ends the script unless an option's value is a whole number, and at least the given one.
+# Ends the script unless an option's value is an integer of at least the given one.
 check_number() {
   if [[ ! $2 =~ ^(0|[1-9][0-9]{0,8})$ ]] || (($2 < $3)); then
-    die "$1: must be a whole number, at least $3, is $2"
+    die "$1: must be an integer of at least $3, got $2"
   fi
 }
 
@@ -90,14 +90,14 @@ train_words() {
   words=(train --config "$config" --workdir "$workdir" --resume "${overrides[@]+"${overrides[@]}"}")
 }
 
-# Whether to start again after an exit code: always where the run was told to end, after a crash while there are tries.
-# Takes the code and whether somebody told this script to end.
+# Whether to start again after an exit code: always if the run was preempted, after a crash while tries are left.
+# Takes the code and whether this script was stopped by a signal.
 start_again() {
   case $1 in
     0 | "$MISTAKE") return 1 ;;
     "$STOPPED")
       (($2)) && return 1
-      say "the run was told to end and has saved its state; it goes on"
+      say "the run stopped and saved its state; it is resumed"
       ;;
     *)
       (($2)) && return 1

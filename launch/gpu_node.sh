@@ -10,20 +10,20 @@ usage() {
   cat <<'TEXT'
 Usage: launch/gpu_node.sh --config FILE --workdir FOLDER [--config.KEY=VALUE ...] [options]
 
-Trains on the GPUs of this machine: one process for all of them, or one for each. A run that was told to end is
-resumed, one that crashed too, and a mistake in the configuration ends it. SIGTERM and Ctrl-C let it save first.
+Trains on the GPUs of this machine, with one process for all GPUs or one per GPU. A run that was preempted or crashed
+is resumed; one with an error in its configuration is not. SIGTERM and Ctrl-C stop the run after it has saved.
 
-  --config FILE          the experiment's page
-  --workdir FOLDER       folder of the run
-  --config.KEY=VALUE     any value of the configuration
+  --config FILE          config file
+  --workdir FOLDER       run folder
+  --config.KEY=VALUE     any config value
   --per-gpu              one process per GPU, instead of one for all
-  --gpus N               how many GPUs; all that nvidia-smi lists, or CUDA_VISIBLE_DEVICES names, if not given
-  --port N               where the processes find one another (12345)
-  --tries N              starts in all, where the run crashes (3)
-  --pause SECONDS        before another start after a crash (10)
-  --grace SECONDS        for saving, before processes that were told to end are killed (120)
-  --sit COMMAND          the command to start; .venv/bin/sit here, or sit, if not given
-  --dry-run              print the commands of a first start, and run nothing
+  --gpus N               number of GPUs; all in CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists, if not given
+  --port N               port of process 0 (12345)
+  --tries N              number of starts if the run crashes (3)
+  --pause SECONDS        pause before the next start after a crash (10)
+  --grace SECONDS        time to save after a signal, before the processes are killed (120)
+  --sit COMMAND          command to start; .venv/bin/sit here, or sit, if not given
+  --dry-run              print the commands of the first start, and run nothing
   --help
 TEXT
 }
@@ -145,7 +145,7 @@ asked=0 crashed=0 running=()
 told_to_end() {
   ((!asked)) || signal_all KILL
   asked=1
-  say "told to end: waiting for the run to save (once more kills it)"
+  say "stopping: waiting for the run to save (a second signal kills it)"
   signal_all TERM
 }
 

@@ -12,9 +12,9 @@ Usage: launch/image.sh [--accelerator cpu|cuda13|tpu] [--tag NAME] [--push] [--d
 
 Builds the image of launch/Dockerfile with docker. Its command is `sit`.
 
-  --accelerator KIND     what it computes on: cpu, cuda13 (NVIDIA), tpu (cuda13)
-  --tag NAME             the image's name (sit_jax:KIND)
-  --push                 push it to the registry that the name is in
+  --accelerator KIND     accelerator: cpu, cuda13 (NVIDIA) or tpu (cuda13)
+  --tag NAME             name of the image (sit_jax:KIND)
+  --push                 push it to the registry in its name
   --dry-run              print the commands, and run nothing
   --help
 TEXT

@@ -10,23 +10,23 @@ usage() {
   cat <<'TEXT'
 Usage: launch/kubernetes.sh --image IMAGE --config FILE --workdir FOLDER [--config.KEY=VALUE ...] [options]
 
-Fills launch/kubernetes.yaml in and applies it with kubectl: one pod per machine, each with all its GPUs or TPU chips.
+Fills in launch/kubernetes.yaml and applies it with kubectl: one pod per machine, each with all its GPUs or TPU chips.
 
-  --image IMAGE          what launch/image.sh built and pushed
-  --config FILE          the experiment's page, as it lies in the image
-  --workdir FOLDER       folder of the run: below /data, or below /gcs/BUCKET with --bucket
-  --config.KEY=VALUE     any value of the configuration
-  --name NAME            of the job (sit)
-  --namespace NAME       kubectl's if not given
-  --workers N            pods (1)
-  --gpus N               GPUs of each (8); 0 for none
-  --tpu TYPE             on GKE: TPUs instead, such as tpu-v5-lite-podslice
-  --topology SHAPE       ... of this shape, such as 4x4
-  --chips N              ... and so many chips in each pod (4)
-  --claim NAME           the PersistentVolumeClaim to mount in /data, which all nodes can write to (sit-data)
+  --image IMAGE          image that launch/image.sh built and pushed
+  --config FILE          config file in the image
+  --workdir FOLDER       run folder: below /data, or below /gcs/BUCKET with --bucket
+  --config.KEY=VALUE     any config value
+  --name NAME            name of the job (sit)
+  --namespace NAME       namespace; that of kubectl if not given
+  --workers N            number of pods (1)
+  --gpus N               GPUs per pod (8); 0 for none
+  --tpu TYPE             on GKE: TPU type, instead of GPUs, such as tpu-v5-lite-podslice
+  --topology SHAPE       on GKE: TPU topology, such as 4x4
+  --chips N              on GKE: TPU chips per pod (4)
+  --claim NAME           PersistentVolumeClaim to mount in /data, writable by all nodes (sit-data)
   --bucket BUCKET        on GKE: mount this Cloud Storage bucket in /gcs/BUCKET instead
-  --account NAME         ... as this Kubernetes service account (sit)
-  --dry-run              print the command with the manifest it gets, and run nothing
+  --account NAME         on GKE: Kubernetes service account that may write to the bucket (sit)
+  --dry-run              print the command and the manifest, and run nothing
   --help
 TEXT
 }

@@ -6,7 +6,7 @@
 set -uo pipefail
 
 if [[ ${1:---help} == --help ]]; then
-  echo "Usage: slurm_task.sh COMMAND WORD ...    slurm.sbatch starts tasks with it; nobody else needs to."
+  echo "Usage: slurm_task.sh COMMAND WORD ...    slurm.sbatch starts its tasks with it."
   exit 0
 fi
 

@@ -12,31 +12,31 @@ Usage: launch/tpu_pod.sh up --name NAME --zone ZONE --type TYPE --config FILE --
                             [--config.KEY=VALUE ...] [options]
        launch/tpu_pod.sh logs|status|stop|delete --name NAME --zone ZONE [options]
 
-  up        creates the slice, or takes the one of that name, installs the project on all workers, starts the run, and
-            shows its log until it ends. A run whose slice is preempted goes on when there is a new one; it also goes on
-            after a crash. Ctrl-C leaves the run alone; the same command shows it again.
-  logs      shows the log
-  status    prints the slice's state and each worker's
-  stop      tells the run to save and end
-  delete    deletes the slice
+  up        create the slice, or use the existing one, install the project on all workers, start the run, and show its
+            log until it ends. A run that crashed, or whose slice was preempted, is resumed, on a new slice if needed.
+            Ctrl-C does not stop the run; the same command shows it again.
+  logs      show the log
+  status    print the state of the slice and of each worker
+  stop      stop the run after it has saved
+  delete    delete the slice
 
-  --name NAME            the slice's name
-  --zone ZONE            such as us-west4-a
-  --project PROJECT      gcloud's default if not given
+  --name NAME            name of the slice
+  --zone ZONE            zone, such as us-west4-a
+  --project PROJECT      project; that of gcloud if not given
   --type TYPE            accelerator type, such as v5litepod-16
-  --version VERSION      software of the workers, if not what Google recommends for the type
-  --spot                 cheaper, but may be taken away (preempted) at any time
-  --queued               as a queued resource, which waits for capacity; needed with all commands
+  --version VERSION      software version of the workers; the one that Google recommends for the type if not given
+  --spot                 cheaper, but may be preempted at any time
+  --queued               use a queued resource, which waits for capacity; give it with all commands
   --internal-ip          workers without external addresses
   --bucket BUCKET        mount a Cloud Storage bucket in /gcs/BUCKET; may be repeated
-  --config FILE          the experiment's page, in the project's folder
-  --workdir FOLDER       folder of the run that all workers see and that outlives the slice: /gcs/BUCKET/...
-  --config.KEY=VALUE     any value of the configuration
-  --tries N              starts in all, where the run crashes (3)
-  --pause SECONDS        before another start after a crash (10)
-  --poll SECONDS         between two looks at a slice that is not ready (20)
+  --config FILE          config file in the project's folder
+  --workdir FOLDER       run folder that all workers see and that outlives the slice: /gcs/BUCKET/...
+  --config.KEY=VALUE     any config value
+  --tries N              number of starts if the run crashes (3)
+  --pause SECONDS        pause before the next start after a crash (10)
+  --poll SECONDS         interval of queries while the slice is not ready (20)
   --delete               delete the slice when the run is done
-  --dry-run              print the commands of a first start that goes well, and run nothing
+  --dry-run              print the commands of a successful first start, and run nothing
   --help
 TEXT
 }
@@ -297,7 +297,7 @@ up() {
     attach=0
     case $code in
       0) break ;;
-      gone) say "slice $name was taken away; the run goes on with a new one" ;;
+      gone) say "slice $name was preempted; the run is resumed on a new one" ;;
       *) start_again "$code" 0 || leave "$code" ;;
     esac
     # What ended the run may be that the slice goes, in half a minute.
@@ -310,12 +310,12 @@ up() {
 
 leave() {
   ((dry_run || (delete_after && $1 == 0))) ||
-    say "slice $name is still there, and costs; launch/tpu_pod.sh delete takes --name, --zone, --project and --queued"
+    say "slice $name still exists and costs money; launch/tpu_pod.sh delete takes --name, --zone, --project, --queued"
   exit "$1"
 }
 
 interrupted() {
-  say "interrupted; the run goes on by itself: the same command shows it again, launch/tpu_pod.sh stop ends it"
+  say "interrupted; the run continues: the same command shows it again, launch/tpu_pod.sh stop stops it"
   exit 130
 }
 

@@ -7,11 +7,11 @@ usage() {
   cat <<'TEXT'
 Usage: tpu_worker.sh install [BUCKET ...]   make .venv from the pinned requirements and jax[tpu]; mount buckets in /gcs
        tpu_worker.sh start WORD ...         start `sit WORD ...` in the background
-       tpu_worker.sh follow LINES           show the log, from +1 or the last so many lines, until the run ends
-       tpu_worker.sh status                 print `exit CODE`, `exit running`, or `exit none` where nothing is known
-       tpu_worker.sh stop                   tell the run to save and end; kill it after two minutes
+       tpu_worker.sh follow LINES           show the log, from +1 or its last LINES lines, until the run ends
+       tpu_worker.sh status                 print `exit CODE`, `exit running`, or `exit none` if there is no run
+       tpu_worker.sh stop                   stop the run after it has saved; kill it after two minutes
 
-tpu_pod.sh calls it; nobody else needs to.
+tpu_pod.sh calls it on the workers.
 TEXT
 }
 

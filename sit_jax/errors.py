@@ -1,18 +1,24 @@
-"""User errors: the command line prints them as one line, without a traceback."""
+"""User errors, which the command line prints in one line and without a traceback."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done; the message names the input and what to do."""
+    """The command cannot do what the user asked for; the message names the input and says what to do.
+
+    Attributes:
+        exit_code: Exit code of the command line.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(UserError, ValueError):
-    """A value of a configuration, or an option, is wrong; the message is `KEY: PROBLEM`.
+    """A config value or a command-line option is wrong; the message is `KEY: PROBLEM`.
 
     Attributes:
-        key: The field, such as `optim.lr`, or the option, such as `--config`.
-        problem: What is wrong, and what to do.
+        key: The config key, such as `optim.lr`, or the option, such as `--config`.
+        problem: What is wrong and how to fix it.
     """
 
     def __init__(self, key: str, problem: str) -> None:
@@ -24,7 +30,7 @@ class ConfigError(UserError, ValueError):
 
 
 class RunError(UserError, RuntimeError):
-    """A run cannot start or go on: its folder, its checkpoint or its loss is not what it must be."""
+    """A run cannot start or continue, because of its folder, its checkpoint or its loss."""
 
 
 class NotFiniteError(RunError):
@@ -32,26 +38,33 @@ class NotFiniteError(RunError):
 
 
 class ImageDecodeError(UserError):
-    """An image cannot be read; the message names it and says why."""
+    """An image cannot be decoded; the message names it and gives the reason."""
 
 
 class PartialFailureError(UserError):
-    """Some of the inputs could not be read and were skipped; the others were done."""
+    """Some inputs could not be read and were skipped; all others were processed."""
+
+    exit_code = 1
 
 
 class PreemptedError(RunError):
-    """A run was told to end (SIGTERM, or a notice that its machine will go), has saved its state and can be resumed."""
+    """A run saved its state and stopped, after SIGTERM or a preemption notice; `--resume` continues it."""
+
+    # EX_TEMPFAIL of sysexits.h: launchers start the command again.
+    exit_code = 75
 
 
 class MissingProcessError(RunError):
-    """Other processes of the run did not come; trying again may help."""
+    """Other processes of the run are missing; a retry may help."""
+
+    exit_code = 1
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error of a library says, in one line of bounded length; its type's name if it says nothing."""
+    """Returns an error's message in one line of at most `most` characters, or the error's type if it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first names, separated by commas, and how many more there are."""
+    """Joins the first names with commas and appends the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

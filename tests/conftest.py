@@ -16,6 +16,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import browser
 import jax
 import pytest
+from launch_machine import Machine
 
 from sit_jax.data.config import DataConfig
 from sit_jax.data.registry import open_source
@@ -57,6 +58,12 @@ def digits_run(digits_config: Any, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("runs") / "digits"
     run(digits_config, folder)
     return folder
+
+
+@pytest.fixture
+def machine(tmp_path: pathlib.Path) -> Machine:
+    """A machine with fakes of what the launch scripts call."""
+    return Machine(tmp_path / "a machine")
 
 
 @pytest.fixture(scope="session")

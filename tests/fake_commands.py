@@ -26,19 +26,22 @@ def note(name: str, words: list[str], **more: object) -> None:
         file.write(line)
 
 
+def fail(message: str) -> int:
+    print(f"ERROR: {message}", file=sys.stderr)
+    return 1
+
+
 def gcloud(words: list[str]) -> int:
     note("gcloud", words)
     if (FOLDER / "forbidden").exists():
-        print("ERROR: (gcloud) PERMISSION_DENIED", file=sys.stderr)
-        return 1
+        return fail("(gcloud) PERMISSION_DENIED")
     group, verb, rest = words[2], words[3], words[4:]
     node, queue = FOLDER / "node", FOLDER / "queue"
     if verb == "describe":
         return describe(node if group == "tpu-vm" else queue)
     if verb in ("create", "start"):
         if os.environ.get("FAKE_CAPACITY") == "none":
-            print("ERROR: there is no more capacity in the zone", file=sys.stderr)
-            return 1
+            return fail("there is no more capacity in the zone")
         node.write_text("READY")
         if group == "queued-resources":
             # It waits for capacity first.
@@ -58,8 +61,7 @@ def gcloud(words: list[str]) -> int:
 
 def describe(path: pathlib.Path) -> int:
     if not path.exists():
-        print(f"ERROR: (gcloud) NOT_FOUND: Resource '{path.name}' was not found", file=sys.stderr)
-        return 1
+        return fail(f"(gcloud) NOT_FOUND: Resource '{path.name}' was not found")
     state, _, later = path.read_text().partition("\n")
     print(state)
     path.write_text(later or state)
@@ -118,12 +120,10 @@ def take_away() -> None:
 def srun(words: list[str]) -> int:
     note("srun", words, local_devices=os.environ.get("JAX_LOCAL_DEVICE_IDS"))
     command = words[next(i for i, word in enumerate(words) if not word.startswith("-")) :]
-    count = int(os.environ["SLURM_NTASKS"])
     tasks = []
-    for index in range(count):
-        variables = {"SLURM_PROCID": index, "SLURM_LOCALID": index, "SLURM_STEP_NUM_NODES": 1}
-        strings = {name: str(value) for name, value in variables.items()} | {"SLURM_STEP_NODELIST": "localhost"}
-        tasks.append(subprocess.Popen(command, env={**os.environ, **strings}))
+    for index in range(int(os.environ["SLURM_NTASKS"])):
+        numbers = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1"}
+        tasks.append(subprocess.Popen(command, env={**os.environ, **numbers, "SLURM_STEP_NODELIST": "localhost"}))
     (FOLDER / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
     failed = False
     while any(task.poll() is None for task in tasks):
@@ -166,23 +166,21 @@ def sit(words: list[str]) -> int:
     if "FAKE_CODES" not in os.environ:
         os.execv(os.environ["FAKE_PYTHON"], [os.environ["FAKE_PYTHON"], "-m", "sit_jax", *words])
     plans = [plan.split() for plan in os.environ["FAKE_CODES"].split(";")]
-    codes = plans[int(index)]
     counter = FOLDER / f"starts {index}"
     start = int(counter.read_text()) if counter.exists() else 0
     counter.write_text(str(start + 1))
-    if codes[start] in ("hang", "save", "deaf"):
-        if codes[start] != "hang":
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if codes[start] == "save" else None)
-        (FOLDER / f"{codes[start]} {index}").touch()
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            time.sleep(0.1)
+    code = plans[int(index)][start]
+    if not code.isdigit():
+        if code != "hang":
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if code == "save" else None)
+        (FOLDER / f"{code} {index}").touch()
+        time.sleep(60)
         return 1
-    # Who ends comes after those who do not.
+    # A process that ends does so after the others have started to wait.
     for other, plan in enumerate(plans):
-        while plan[start] in ("hang", "save", "deaf") and not (FOLDER / f"{plan[start]} {other}").exists():
+        while not plan[start].isdigit() and not (FOLDER / f"{plan[start]} {other}").exists():
             time.sleep(0.02)
-    return int(codes[start])
+    return int(code)
 
 
 def python(words: list[str]) -> int:
@@ -196,42 +194,21 @@ def python(words: list[str]) -> int:
     return 0
 
 
-def pass_on(name: str) -> Callable[[list[str]], int]:
-    """Notes a command, and runs the real one."""
-
-    def command(words: list[str]) -> int:
-        note(name, words)
-        return subprocess.run([name, *words], env={**os.environ, "PATH": os.environ["FAKE_PATH"]}).returncode
-
-    return command
-
-
-def only_note(name: str) -> Callable[[list[str]], int]:
-    """Notes a command, and says that all went well."""
-
-    def command(words: list[str]) -> int:
-        note(name, words)
-        return 0
-
-    return command
-
-
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "gcloud": gcloud,
-    "srun": srun,
-    "scancel": scancel,
-    "squeue": squeue,
-    "scontrol": only_note("scontrol"),
-    "kubectl": kubectl,
-    "docker": only_note("docker"),
-    "sit": sit,
-    "python": python,
-    "mountpoint": lambda words: 1,
-    "sudo": only_note("sudo"),
-    "gcsfuse": only_note("gcsfuse"),
-    "tar": pass_on("tar"),
-    "mkdir": pass_on("mkdir"),
-}
+    "gcloud": gcloud, "srun": srun, "scancel": scancel, "squeue": squeue, "kubectl": kubectl, "sit": sit,
+    "python": python, "mountpoint": lambda words: 1,
+}  # fmt: skip
+
+
+def run(name: str, words: list[str]) -> int:
+    """Runs a fake; of other commands tar and mkdir are the real ones, and the rest do nothing."""
+    if name in COMMANDS:
+        return COMMANDS[name](words)
+    note(name, words)
+    if name not in ("tar", "mkdir"):
+        return 0
+    return subprocess.run([name, *words], env={**os.environ, "PATH": os.environ["FAKE_PATH"]}).returncode
+
 
 if __name__ == "__main__":
-    sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))
+    sys.exit(run(sys.argv[1], sys.argv[2:]))

@@ -13,14 +13,14 @@ from typing import Any
 import quick_compile
 
 FAKES = pathlib.Path("tests/fake_commands.py").absolute()
-LOCAL = ("gcloud", "srun", "scancel", "squeue", "scontrol", "kubectl", "docker", "sit", "tar", "mkdir")
-ON_WORKERS = {
-    "python3.13": "python",
-    "fake-python": "python",
-    "fake-sit": "sit",
-    "sudo": "sudo",
-    "gcsfuse": "gcsfuse",
-    "mountpoint": "mountpoint",
+# The fake behind each command, by folder.
+COMMANDS = {
+    "bin": {
+        name: name
+        for name in ["gcloud", "srun", "scancel", "squeue", "scontrol", "kubectl", "docker", "sit", "tar", "mkdir"]
+    },
+    "worker": {name: name for name in ("sudo", "gcsfuse", "mountpoint")}
+    | {"python3.13": "python", "fake-python": "python", "fake-sit": "sit"},
 }
 
 
@@ -29,16 +29,16 @@ class Machine:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
-        for place, names in (("bin", {name: name for name in LOCAL}), ("worker", ON_WORKERS)):
+        for place, names in COMMANDS.items():
             (folder / place).mkdir(parents=True)
             for name, fake in names.items():
                 path = folder / place / name
                 path.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {shlex.quote(str(FAKES))} {fake} "$@"\n')
                 path.chmod(0o755)
         self.sit = str(folder / "bin" / "sit")
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))}
         self.environment = {
-            **inherited,
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_"))},
+            "SLURM_SUBMIT_DIR": os.getcwd(),
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "FAKE": str(folder),
             "FAKE_PATH": os.environ["PATH"],
@@ -48,7 +48,6 @@ class Machine:
             "XLA_FLAGS": quick_compile.FLAGS,
             "CUDA_VISIBLE_DEVICES": "",
         }
-        self.environment["SLURM_SUBMIT_DIR"] = os.getcwd()
 
     def start(self, script: str, *words: str, **variables: str) -> "subprocess.Popen[str]":
         return subprocess.Popen(

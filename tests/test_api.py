@@ -1,5 +1,6 @@
 """The Python interface: models by name, from files, and slimmed."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from sit_jax.errors import ConfigError, UserError
 from sit_jax.models import build_model
 from sit_jax.models.variants import VARIANTS
 
-SMALL = {"image_size": 32, "dim": 16, "depth": 10, "num_heads": 2, "num_classes": 7}
+SMALL = {"image_size": 32, "dim": 16, "num_heads": 2, "num_classes": 7}
 
 
 def test_importing_loads_nothing() -> None:
@@ -30,47 +31,50 @@ def test_importing_loads_nothing() -> None:
 
 def test_models_by_name() -> None:
     assert sit_jax.list_models() == list(VARIANTS)
-    model = sit_jax.create_model("deit_tiny", **SMALL)
+    model, other = (sit_jax.create_model("deit_tiny", seed=seed, depth=1, **SMALL) for seed in (0, 1))
     assert model.arch.num_classes == 7
     images = random_weights.images(model.vit, 2)
     logits = model(images)
     assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
-    np.testing.assert_allclose(
-        logits, build_model(model.arch).apply(model.variables, jnp.asarray(images))[0], atol=1e-5
-    )
-    other = sit_jax.create_model("deit_tiny", seed=1, **SMALL)
+    expected = jax.jit(build_model(model.arch).apply)(model.variables, jnp.asarray(images))[0]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
     assert not np.allclose(other.variables["params"]["class_token"], model.variables["params"]["class_token"])
-    with pytest.raises(ConfigError, match="did you mean sit_small"):
+    with pytest.raises(ConfigError, match="sit_small"):  # What may be meant.
         sit_jax.create_model("sit_smal")
     with pytest.raises(ConfigError, match="colour"):
         sit_jax.create_model("sit_small", colour="red")
 
 
 def test_slimming_a_teacher() -> None:
-    teacher = sit_jax.create_model("deit_tiny", seed=3, **SMALL)
-    student = sit_jax.slim(teacher, keep_ratio=0.7, after=(3, 6, 9))
-    assert student.vit.stage_blocks == (3, 3, 3, 1)
+    teacher = sit_jax.create_model("deit_tiny", seed=3, depth=4, **SMALL)
+    student = sit_jax.slim(teacher, keep_ratio=0.7, after=(1, 2, 3))
+    assert student.vit.stage_blocks == (1, 1, 1, 1)
     assert student.vit.token_counts == (4, 2, 1, 1)
-    own = {"slimming_2", "slimming_5", "slimming_8"}
+    own = {"slimming_0", "slimming_1", "slimming_2"}
     assert set(student.variables["params"]) == set(teacher.variables["params"]) | own
     for name, value in teacher.variables["params"].items():
         jax.tree.map(np.testing.assert_array_equal, student.variables["params"][name], value)
     assert student(random_weights.images(teacher.vit, 2)).shape == (2, 7)
-    with pytest.raises(ConfigError, match="slimmed already"):
+    with pytest.raises(ConfigError) as raised:
         sit_jax.slim(student)
-    for after in ((), (0, 3), (3, 3), (6, 3), (3, 10)):
-        with pytest.raises(ConfigError, match="after: "):
+    assert raised.value.key == "teacher"
+    for after in ((), (0, 3), (2, 1), (3, 4)):
+        with pytest.raises(ConfigError) as raised:
             sit_jax.slim(teacher, after=after)
+        assert raised.value.key == "after"
     with pytest.raises(ConfigError, match="keep_ratio"):
-        sit_jax.slim(teacher, keep_ratio=1.5)
+        sit_jax.slim(teacher, keep_ratio=1.5, after=(1,))
 
 
-def test_the_papers_student_is_its_teacher_slimmed() -> None:
-    for name in ("tiny", "small"):
-        student = VARIANTS[f"sit_{name}"]
-        after = tuple(block + 1 for block in student.slimming)
-        teacher = sit_jax.Model(VARIANTS[f"lvvit_{name}"], {"params": {}})
-        assert sit_jax.slim(teacher, 0.5, after).arch == student
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_papers_student_is_its_teacher_slimmed(name: str) -> None:
+    # As narrow as the stem allows, to save time.
+    arch, student = (
+        dataclasses.replace(x, dim=8 * x.num_heads) for x in (VARIANTS[f"lvvit_{name}"], VARIANTS[f"sit_{name}"])
+    )
+    after = tuple(block + 1 for block in student.slimming)
+    teacher = sit_jax.Model(arch, random_weights.variables(random_weights.draw(arch)))
+    assert sit_jax.slim(teacher, 0.5, after).arch == student
 
 
 def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
@@ -88,9 +92,9 @@ def test_saving_and_loading(tmp_path: pathlib.Path) -> None:
     plain.save(tmp_path / "plain")
     assert set(sit_jax.load(tmp_path / "plain").variables) == {"params"}
     for kind in (np.int64, np.int32, np.uint16):
-        with pytest.raises(ValueError, match=f"pixels are {np.dtype(kind)}; give uint8"):
+        with pytest.raises(ValueError, match=f"{np.dtype(kind)}.*uint8"):
             loaded(pixels.astype(kind))
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match=str(tmp_path / "model")):
         model.save(tmp_path / "model")
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match=str(tmp_path / "none")):
         sit_jax.load(tmp_path / "none")

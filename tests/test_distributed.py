@@ -19,7 +19,7 @@ import random_weights
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
 from sit_jax.cli import app as cli
-from sit_jax.errors import ConfigError, MissingProcessError, RunError
+from sit_jax.errors import ConfigError, MissingProcessError, PreemptedError, RunError
 from sit_jax.io.load import load_run
 from sit_jax.parallel import distributed
 from sit_jax.parallel.distributed import Processes, wait_for_processes
@@ -267,7 +267,7 @@ def test_notice_to_one_of_two_stops_both_and_one_process_goes_on(
     wait_for_lines(run / "metrics.jsonl", two)
     two[1].send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=120)[0] for process in two]
-    assert [process.returncode for process in two] == [cli.STOPPED] * 2, printed
+    assert [process.returncode for process in two] == [PreemptedError.exit_code] * 2, printed
     assert "told to end: saved after step " in printed[0]
     (newest,) = [entry for entry in list_checkpoints(run) if entry.newest]
     assert 0 < newest.step < 11

@@ -41,17 +41,11 @@ def test_models_give_the_same_logits(written: pathlib.Path, name: str, place: st
         np.testing.assert_allclose(model(pixels), expected, rtol=0, atol=1e-5)
 
 
-def test_keys_that_had_other_names(written: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs_and_checkpoints(written: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = read_config(written / "run")
-    assert (config.data.on_decode_error, config.data.val_fraction) == ("skip", 0.25)
+    # Their keys had other names.
+    for data in (config.data, load(written / "model").data):
+        assert (data.on_decode_error, data.val_fraction) == ("skip", 0.25)
     assert config.optim.decay_like_original
     assert capsys.readouterr().err == ""
-
-
-def test_checkpoints_are_whole(written: pathlib.Path) -> None:
     assert cli.main(["checkpoint", "verify", "--workdir", str(written / "run")]) == 0
-
-
-def test_exports_keep_how_images_are_evaluated(written: pathlib.Path) -> None:
-    data = load(written / "model").data
-    assert (data.on_decode_error, data.val_fraction) == ("skip", 0.25)

@@ -1,9 +1,10 @@
-"""ONNX, StableHLO and state dicts: the same logits and the same accuracy everywhere, and refusals in one line."""
+"""ONNX, StableHLO and state dicts: the same logits and the same accuracy everywhere, and errors in one line."""
 
 import json
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -22,101 +23,58 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sit_jax.cli import app as cli
-from sit_jax.config import Config, DataConfig, LogConfig, OptimConfig
 from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.io.export import onnx_file, stablehlo, torch_model
-from sit_jax.io.export.forward import make_forward
+from sit_jax.io.export import onnx_file, torch_model
 from sit_jax.io.load import load
 from sit_jax.models import build_model
 from sit_jax.training.evaluate import evaluate_model
-from sit_jax.training.loop import run
 
 WEIGHTS = random_weights.draw(reverse=True)
 IMAGES = random_weights.images(tiny.STUDENT, 5)
 PIXELS = random_weights.pixels(tiny.STUDENT, 5)
 
 
-def by_jax(images: np.ndarray) -> np.ndarray:
-    apply = jax.jit(build_model(tiny.STUDENT).apply)
-    return np.asarray(apply(random_weights.variables(WEIGHTS), jnp.asarray(images, jnp.float32))[0])
-
-
 @pytest.fixture(scope="module")
-def expected() -> np.ndarray:
-    """The logits of `IMAGES` by the model itself."""
-    return by_jax(IMAGES)
-
-
-@pytest.fixture(scope="module")
-def expected_of_pixels() -> np.ndarray:
-    return by_jax((PIXELS / 255 - 0.4) / 0.2)
+def expected() -> dict[bool, np.ndarray]:
+    """The logits of `IMAGES` and of `PIXELS` (True) by the model itself."""
+    apply, variables = jax.jit(build_model(tiny.STUDENT).apply), random_weights.variables(WEIGHTS)
+    given = {False: IMAGES, True: ((PIXELS / 255 - 0.4) / 0.2).astype(np.float32)}
+    return {raw: np.asarray(apply(variables, jnp.asarray(images))[0]) for raw, images in given.items()}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model folder; beside it are its exports, `images.onnx`, `pixels.onnx` (--raw_input) and so on."""
     path = tmp_path_factory.mktemp("formats") / "model"
     WEIGHTS.save(path, with_rtsm=True)
+    for kind in ("onnx", "stablehlo"):
+        for name, words in (("images", []), ("pixels", ["--raw_input", "--licence", "MIT"])):
+            assert cli.main(["export", str(path), str(path.parent / f"{name}.{kind}"), "--format", kind, *words]) == 0
     return path
 
 
-def test_batch_norm_is_folded(expected: np.ndarray) -> None:
-    logits = jax.jit(make_forward(WEIGHTS, raw_input=False))(jnp.asarray(IMAGES))
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    text = jax.jit(make_forward(WEIGHTS, raw_input=False)).lower(jnp.asarray(IMAGES)).as_text()
-    # The norms of the blocks, of slimming and before the head have one each, BatchNorm none.
-    norms = 2 * tiny.STUDENT.depth + len(tiny.STUDENT.slimming) + 1
-    assert text.count("stablehlo.rsqrt") == norms
-
-
 @pytest.mark.parametrize("raw", [False, True])
-def test_onnx(
-    raw: bool, folder: pathlib.Path, tmp_path: pathlib.Path, expected: np.ndarray, expected_of_pixels: np.ndarray
-) -> None:
-    file = tmp_path / "model.onnx"
-    words = ["--raw_input"] if raw else []
-    assert cli.main(["export", str(folder), str(file), "--format", "onnx", *words]) == 0
+def test_onnx(raw: bool, folder: pathlib.Path, expected: dict[bool, np.ndarray]) -> None:
+    name = "pixels" if raw else "images"
+    file = folder.with_name(f"{name}.onnx")
     model = onnx.load(file)
     onnx.checker.check_model(model, full_check=True)
     assert not any("BatchNorm" in node.op_type for node in model.graph.node)
     assert str(pathlib.Path.cwd()).encode() not in file.read_bytes()
     session = onnxruntime.InferenceSession(file)
-    given, wanted = (PIXELS, expected_of_pixels) if raw else (IMAGES.transpose(0, 3, 1, 2), expected)
-    (name,) = [x.name for x in session.get_inputs()]
-    assert name == ("pixels" if raw else "images")
+    assert [x.name for x in session.get_inputs()] == [name]
+    given = PIXELS if raw else IMAGES.transpose(0, 3, 1, 2)
     for count in (1, 2, 5):
         (logits,) = session.run(["logits"], {name: given[:count]})
-        np.testing.assert_allclose(logits, wanted[:count], atol=1e-4)
+        np.testing.assert_allclose(logits, expected[raw][:count], atol=1e-4)
     predictor = load(file)
-    np.testing.assert_allclose(predictor.logits(PIXELS), expected_of_pixels, atol=1e-4)
+    np.testing.assert_allclose(predictor.logits(PIXELS), expected[True], atol=1e-4)
     assert predictor.class_names == WEIGHTS.metadata["class_names"]
-    assert predictor.metadata["licence"] == "Apache-2.0"
+    assert predictor.metadata["licence"] == ("MIT" if raw else "Apache-2.0")
 
 
-def test_damaged_onnx_files(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "model.onnx"
-    assert cli.main(["export", str(folder), str(file), "--format", "onnx"]) == 0
-    model = onnx.load(file)
-    whole = file.read_bytes()
-    assert "Written" in capsys.readouterr().out
-
-    def properties(value: str | None) -> bytes:
-        del model.metadata_props[:]
-        if value is not None:
-            model.metadata_props.add(key="sit_jax", value=value)
-        return bytes(model.SerializeToString())
-
-    described = whole.index(b'{"format"')
-    broken = [whole[:1000], b"no model", whole[:described] + b"\xff" + whole[described + 1 :]]
-    for damaged in (*broken, *map(properties, ("{", "[]", "{}", None))):
-        file.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"model.onnx: ") as raised:
-            load(file)
-        assert len(str(raised.value).splitlines()) == 1
-    assert capsys.readouterr() == ("", "")
-
-
-def test_onnx_in_float16(folder: pathlib.Path, tmp_path: pathlib.Path, expected_of_pixels: np.ndarray) -> None:
+def test_onnx_in_float16(folder: pathlib.Path, tmp_path: pathlib.Path, expected: dict[bool, np.ndarray]) -> None:
     file = tmp_path / "half.onnx"
     assert cli.main(["export", str(folder), str(file), "--format", "onnx", "--dtype", "float16", "--raw_input"]) == 0
     types = {tensor.data_type for tensor in onnx.load(file).graph.initializer if tensor.dims}
@@ -125,19 +83,16 @@ def test_onnx_in_float16(folder: pathlib.Path, tmp_path: pathlib.Path, expected_
     assert parameters * 2 < file.stat().st_size < parameters * 2 + 200_000
     logits = load(file).logits(PIXELS)
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, expected_of_pixels, atol=2e-2)
+    np.testing.assert_allclose(logits, expected[True], atol=2e-2)
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_stablehlo(
-    raw: bool, folder: pathlib.Path, tmp_path: pathlib.Path, expected: np.ndarray, expected_of_pixels: np.ndarray
-) -> None:
-    file = tmp_path / "model.stablehlo"
-    words = ["--raw_input"] if raw else []
-    assert cli.main(["export", str(folder), str(file), "--format", "stablehlo", *words]) == 0
-    description = json.loads((tmp_path / "model.stablehlo.json").read_text())
+def test_stablehlo(raw: bool, folder: pathlib.Path, tmp_path: pathlib.Path, expected: dict[bool, np.ndarray]) -> None:
+    file = folder.with_name("pixels.stablehlo" if raw else "images.stablehlo")
+    description = json.loads(file.with_name(f"{file.name}.json").read_text())
     assert description["class_names"] == WEIGHTS.metadata["class_names"]
     assert description["preprocessing"] == WEIGHTS.metadata["preprocessing"]
+    assert description["licence"] == ("MIT" if raw else "Apache-2.0")
     assert b".py" not in file.read_bytes()
     np.save(tmp_path / "given.npy", PIXELS if raw else IMAGES)
     program = f"""
@@ -153,13 +108,47 @@ assert sorted(loaded) == ["sit_jax", "sit_jax.errors", "sit_jax.io", "sit_jax.io
                           "sit_jax.io.export.stablehlo"], loaded
 """
     subprocess.run([sys.executable, "-c", program], check=True)
-    wanted = expected_of_pixels if raw else expected
     with np.load(tmp_path / "logits.npz") as results:
         for count, logits in zip((1, 2, 5), results.values(), strict=True):
-            np.testing.assert_allclose(logits, wanted[:count], atol=1e-5)
+            np.testing.assert_allclose(logits, expected[raw][:count], atol=1e-5)
     exported = jax.export.deserialize(bytearray(file.read_bytes()))
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    np.testing.assert_allclose(load(file).logits(PIXELS), expected_of_pixels, atol=1e-4)
+    np.testing.assert_allclose(load(file).logits(PIXELS), expected[True], atol=1e-4)
+
+
+def flip(raw: bytes, at: int) -> bytes:
+    return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+
+
+def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = {kind: folder.with_name(f"images.{kind}").read_bytes() for kind in ("onnx", "stablehlo")}
+    shutil.copy(folder.with_name("images.stablehlo.json"), tmp_path / "m.stablehlo.json")
+    raw, model = whole["onnx"], onnx.load_from_string(whole["onnx"])
+
+    def properties(value: str | None) -> bytes:
+        del model.metadata_props[:]
+        if value is not None:
+            model.metadata_props.add(key="sit_jax", value=value)
+        return bytes(model.SerializeToString())
+
+    damaged = [("onnx", b""), ("onnx", raw[:1000]), ("onnx", b"no model"), ("onnx", flip(raw, raw.index(b'{"format"')))]
+    damaged += [("onnx", properties(value)) for value in ("{", "[]", "{}", None)]
+    raw = whole["stablehlo"]
+    damaged += [("stablehlo", flip(raw, at)) for at in (0, 3000, len(raw) // 2, len(raw) - 1)]
+    damaged += [("stablehlo", part) for part in (b"", raw[:1], raw[: len(raw) // 2], raw + b"\0")]
+    damaged.append(("txt", b""))
+    for kind, content in damaged:
+        (tmp_path / f"m.{kind}").write_bytes(content)
+        with pytest.raises(UserError, match=rf"m\.{kind}: ") as raised:
+            load(tmp_path / f"m.{kind}")
+        assert len(str(raised.value).splitlines()) == 1
+    (tmp_path / "m.stablehlo").write_bytes(raw)
+    for description in ("[]", "[" * 100_000, None):
+        path = tmp_path / "m.stablehlo.json"
+        path.unlink() if description is None else path.write_text(description)
+        with pytest.raises(UserError, match=r"m\.stablehlo"):
+            load(tmp_path / "m.stablehlo")
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -211,27 +200,11 @@ def test_timms_layout(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     np.testing.assert_array_equal(stored["blocks.2.attn.qkv.weight"], params["blocks_2"]["attn"]["qkv"]["kernel"].T)
 
 
-@pytest.fixture(scope="module")
-def digits_run(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A student distilled for an epoch, moving average and reverse modules included."""
-    config: Config = tiny.config(
-        data=DataConfig(data_dir=digits_dir),
-        epochs=1,
-        batch_size=32,
-        eval_batch_size=96,
-        optim=OptimConfig(lr=2e-3, ema_decay=0.9),
-        log=LogConfig(tensorboard=False),
-    )
-    folder = tmp_path_factory.mktemp("exported") / "digits"
-    run(config, folder)
-    return folder
-
-
 def test_the_digits_student_scores_the_same_in_every_format(
     digits_run: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = evaluate_model(load(digits_run))
-    assert 0.2 < result["top1"] < 1
+    assert 0.15 < result["top1"] < 1
     places = {"folder": "model", "onnx": "model.onnx", "stablehlo": "model.stablehlo"}
     for kind, place in places.items():
         words = ["--with_reverse"] if kind == "folder" else ["--raw_input"]
@@ -243,7 +216,7 @@ def test_the_digits_student_scores_the_same_in_every_format(
         assert scores["loss"] == pytest.approx(result["loss"], abs=1e-4)
     weights = load(tmp_path / "model")
     assert weights.metadata["class_names"] == [str(digit) for digit in range(10)]
-    assert weights.metadata["provenance"]["step"] == 1438 // 32
+    assert weights.metadata["provenance"]["step"] == 2 * (1438 // 128)
     assert set(weights.rtsm) == {f"blocks_{block}" for block in range(4)}
     assert torch_accuracy(tmp_path / "model") == pytest.approx(result["top1"], abs=1e-6)
     assert cli.main(["evaluate", str(digits_run), "--json"]) == 0
@@ -294,69 +267,63 @@ def torch_accuracy(folder: pathlib.Path) -> float:
 
 
 def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    onnx_place, nothing = tmp_path / "m.onnx", tmp_path / "nothing"
+    random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)).save(tmp_path / "plain")
+    plain, onnx_place, nothing = tmp_path / "plain", tmp_path / "m.onnx", tmp_path / "nothing"
     cases: list[tuple[list[Any], str]] = [
-        ([nothing, onnx_place, "--format", "onnx"], "there is no such file or folder"),
-        ([tmp_path, onnx_place, "--format", "onnx"], "is neither a run nor a model folder"),
-        ([folder / "config.json", onnx_place, "--format", "onnx"], "config.json: .json"),
-        ([folder, tmp_path / "m.txt", "--format", "onnx"], "must end in .onnx"),
-        ([folder, tmp_path / "m.txt", "--format", "timm"], "must end in .safetensors or .pth"),
-        ([folder, tmp_path / "m.pth", "--format", "timm"], "but this model is slimmed, has a conv4 stem"),
+        ([nothing, onnx_place, "--format", "onnx"], str(nothing)),
+        ([tmp_path, onnx_place, "--format", "onnx"], str(tmp_path)),
+        ([folder / "config.json", onnx_place, "--format", "onnx"], "config.json"),
+        ([folder, tmp_path / "m.txt", "--format", "onnx"], ".onnx"),
+        ([folder, tmp_path / "m.txt", "--format", "timm"], ".safetensors or .pth"),
+        ([folder, tmp_path / "m.pth", "--format", "timm"], "conv4"),
+        ([plain, tmp_path / "m.pth", "--format", "timm"], "norm_eps 1e-05 (timm's is 1e-06)"),
         ([folder, onnx_place, "--format", "onnx", "--with_reverse"], "--with_rtsm"),
         ([folder, nothing, "--format", "folder", "--raw_input"], "--raw_input"),
         ([folder, nothing, "--format", "folder", "--dtype", "float16"], "--dtype"),
-        ([folder, nothing, "--format", "folder", "--ema"], "--step"),
+        ([folder, nothing, "--format", "folder", "--ema"], "--ema"),
         ([folder, nothing, "--format", "folder", "--step", "3"], "--step"),
-        ([folder, folder, "--format", "folder"], "exists already"),
+        ([folder, folder, "--format", "folder"], str(folder)),
     ]
-    for words, message in cases:
+    for words, named in cases:
         assert cli.main(["export", *map(str, words)]) == 2, words
-        error = capsys.readouterr().err.strip()
-        assert message in error
-        assert len(error.splitlines()) == 1
-        assert list(tmp_path.iterdir()) == []
-
-
-def test_timm_has_one_epsilon(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)).save(tmp_path / "model")
-    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "x.safetensors"), "--format", "timm"]) == 2
-    assert "but this model has norm_eps 1e-05 (timm's is 1e-06)" in capsys.readouterr().err
-    assert not (tmp_path / "x.safetensors").exists()
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line
+        assert list(tmp_path.iterdir()) == [plain]
+    with pytest.raises(UserError, match=r"gone\.onnx: "):
+        load(tmp_path / "gone.onnx")
 
 
 def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     silent = random_weights.draw(tiny.plain(stem="patch"))
     del silent.metadata["licence"]
     silent.save(tmp_path / "silent")
-
-    def run_command(verb: str, source: str, dest: str, *words: str) -> int:
-        return cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *words])
-
-    assert run_command("convert", "silent", "a", "--licence", "MIT") == 0
-    assert run_command("convert", "a", "b") == 0
-    assert run_command("convert", "a", "c", "--num_classes", "3", "--image_size", "64") == 0
-    assert run_command("export", "b", "d", "--format", "folder") == 0
-    assert run_command("export", "silent", "e", "--format", "folder", "--licence", "MIT") == 0
-    for name in "abcde":
-        assert load(tmp_path / name).metadata["licence"] == "MIT", name
-    assert run_command("export", "a", "f", "--format", "folder", "--licence", "CC BY 4.0") == 0
-    assert load(tmp_path / "f").metadata["licence"] == "CC BY 4.0"
-    for words, place in ((("--format", "stablehlo"), "x.stablehlo"), (("--format", "onnx"), "x.onnx")):
-        assert run_command("export", "silent", place, *words, "--licence", "MIT") == 0
-        assert load(tmp_path / place).metadata["licence"] == "MIT"
-    capsys.readouterr()
-    for command in ("convert", "export --format original", "export --format timm"):
-        verb, *more = command.split()
-        assert run_command(verb, "silent", "x.safetensors", *more, "--licence", "MIT") == 2
-        assert capsys.readouterr().err.startswith(f"sit {verb}: --licence: ")
-        assert not (tmp_path / "x.safetensors").exists()
+    for words, licence in (
+        ("convert silent a --licence MIT", "MIT"),
+        ("convert a b", "MIT"),
+        ("convert a c --num_classes 3 --image_size 64", "MIT"),
+        ("export b d --format folder", "MIT"),
+        ("export silent e --format folder --licence MIT", "MIT"),
+        ("export a f --format folder --licence CC-BY-4.0", "CC-BY-4.0"),
+        ("convert silent x.safetensors --licence MIT", None),
+        ("export silent x.safetensors --format original --licence MIT", None),
+        ("export silent x.safetensors --format timm --licence MIT", None),
+    ):
+        verb, source, dest, *options = words.split()
+        code = cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *options])
+        assert code == (2 if licence is None else 0), words
+        error = capsys.readouterr().err
+        if licence is None:
+            assert error.startswith(f"sit {verb}: --licence: ")
+            assert not (tmp_path / dest).exists()
+        else:
+            assert load(tmp_path / dest).metadata["licence"] == licence, words
 
 
 def test_evaluating_a_model_of_unknown_origin(
     folder: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["evaluate", str(folder), "--data_dir", digits_dir]) == 2
-    assert "--name: which data set?" in capsys.readouterr().err
+    assert "--name" in capsys.readouterr().err
     assert cli.main(["evaluate", str(folder), "--name", "digits", "--data_dir", digits_dir, "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["examples"] == 359
@@ -368,38 +335,8 @@ def test_evaluating_a_model_of_unknown_origin(
         assert stop.value.code == 2
 
 
-def test_files_that_are_no_models(tmp_path: pathlib.Path) -> None:
-    for name in ("empty.onnx", "empty.stablehlo", "model.txt"):
-        (tmp_path / name).write_bytes(b"")
-        (tmp_path / f"{name}.json").write_text("[]")
-        with pytest.raises(UserError, match=name) as raised:
-            load(tmp_path / name)
-        assert len(str(raised.value).splitlines()) == 1
-    with pytest.raises(UserError, match=r"gone.onnx: there is no such"):
-        load(tmp_path / "gone.onnx")
-    (tmp_path / "empty.stablehlo.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"empty.stablehlo.json: is not valid JSON"):
-        load(tmp_path / "empty.stablehlo")
-    (tmp_path / "empty.stablehlo.json").unlink()
-    with pytest.raises(UserError, match=r"empty.stablehlo.json: cannot be read"):
-        load(tmp_path / "empty.stablehlo")
-
-
-def test_a_damaged_stablehlo_artifact(tmp_path: pathlib.Path) -> None:
-    weights = random_weights.draw(tiny.plain(stem="patch"))
-    description = {"input": "images"}
-    stablehlo.save(tmp_path / "m.stablehlo", make_forward(weights, raw_input=False), (32, 32, 1), description)
-    raw = (tmp_path / "m.stablehlo").read_bytes()
-    flipped = [raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :] for at in (0, 3000, len(raw) // 2, len(raw) - 1)]
-    for damaged in (*flipped, raw[:1], raw[: len(raw) // 2], raw + b"\0"):
-        (tmp_path / "m.stablehlo").write_bytes(damaged)
-        with pytest.raises(UserError, match=r"m.stablehlo: is damaged") as raised:
-            stablehlo.load(tmp_path / "m.stablehlo")
-        assert len(str(raised.value).splitlines()) == 1
-
-
 def test_onnx_without_its_packages(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(UserError, match=r'needs the package onnxscript.*pip install "\.\[onnx\]"'):
+    with pytest.raises(UserError, match=r"onnxscript.*\.\[onnx\]"):
         onnx_file.save(tmp_path / "m.onnx", WEIGHTS, "float32", raw_input=False)
     assert list(tmp_path.iterdir()) == []

@@ -183,7 +183,7 @@ def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_pa
     check += ["--config.data.max_pixels=1000000"]
     assert cli.main([*check, "--all"]) == 2
     printed = capsys.readouterr()
-    assert f"{len(malformed.BROKEN)} pictures cannot be read" in printed.err
+    assert f"{len(malformed.BROKEN)} images cannot be read" in printed.err
     assert f"{len(malformed.BROKEN)} broken (training stops at them; data.on_decode_error=error)" in printed.out
     assert all(name in printed.out for name in malformed.BROKEN)
     for fact in ("CMYK", "16-bit", "animated", "EXIF", "notes.txt", "1 classes without"):
@@ -198,7 +198,7 @@ def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_pa
 def test_show_draws_what_the_model_sees(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
     path = tmp_path / "deep" / "grid.png"
     assert cli.main(["data", "show", *words(folder), "--output", str(path), "--count", "12"]) == 0
-    assert "12 pictures" in capsys.readouterr().out
+    assert "12 images" in capsys.readouterr().out
     with Image.open(path) as image:
         assert min(image.size) > 200
         assert len(np.unique(np.asarray(image.convert("L")))) > 50

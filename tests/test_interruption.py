@@ -15,7 +15,7 @@ from test_distributed import SMALL
 from test_distributed import start as start_command
 
 from sit_jax.analysis.checkpoints import verify
-from sit_jax.cli.app import STOPPED
+from sit_jax.errors import PreemptedError
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.load import load_run
 from sit_jax.training.checkpoint import Checkpoints
@@ -68,7 +68,7 @@ def test_sigterm_saves_at_once(undisturbed: pathlib.Path, tmp_path: pathlib.Path
     wait_for_step(run, process, 30)
     process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=120)
-    assert process.returncode == STOPPED, text
+    assert process.returncode == PreemptedError.exit_code, text
     last = text.strip().splitlines()[-1]
     assert last.startswith("sit train: ")
     with Checkpoints(run) as checkpoints:

@@ -1,35 +1,22 @@
-"""The manifest for Kubernetes: as it lies there, and as launch/kubernetes.sh fills it in."""
+"""The manifest for Kubernetes: as it is written, and as launch/kubernetes.sh fills it in."""
 
 import os
 import pathlib
-import re
 import shlex
 import subprocess
 import sys
 from typing import Any
 
-import pytest
 import yaml
 from launch_machine import Machine
 from test_distributed import free_port
 
 from sit_jax.cli import app as cli
+from sit_jax.errors import PreemptedError, UserError
 
 MANIFEST = pathlib.Path("launch/kubernetes.yaml")
 AWKWARD = '/data/my "run" \\ $(HOME) it\'s & more # --name'
 RUN = ("--image", "registry.io/me/sit:1.0", "--config", "configs/digits.py", "--workdir", AWKWARD)
-
-
-@pytest.fixture
-def machine(tmp_path: pathlib.Path) -> Machine:
-    return Machine(tmp_path / "a machine")
-
-
-def parts(text: str) -> tuple[Any, Any, Any]:
-    """The service, the job, and the job's pod."""
-    service, job = yaml.safe_load_all(text)
-    assert (service["kind"], job["kind"], job["apiVersion"]) == ("Service", "Job", "batch/v1")
-    return service, job, job["spec"]["template"]["spec"]
 
 
 def manifest(machine: Machine, *words: str) -> str:
@@ -46,15 +33,13 @@ def manifest(machine: Machine, *words: str) -> str:
     return str(call["stdin"])
 
 
-def check(text: str, name: str, workers: int, processes: bool) -> None:
-    """Whatever must hold for the pods to find one another and to be started again, or not."""
-    service, job, pod = parts(text)
+def check(text: str, name: str, workers: int, processes: bool) -> tuple[Any, Any, Any]:
+    """Checks how pods find one another and are started again; returns the job, its pod and the pod's container."""
+    service, job = yaml.safe_load_all(text)
+    assert (service["kind"], job["kind"], job["apiVersion"]) == ("Service", "Job", "batch/v1")
+    pod = job["spec"]["template"]["spec"]
     assert service["metadata"]["name"] == job["metadata"]["name"] == pod["subdomain"] == name
-    assert service["spec"] == {
-        "clusterIP": "None",
-        "publishNotReadyAddresses": True,
-        "selector": {"job-name": name},
-    }
+    assert service["spec"] == {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": name}}
     spec = job["spec"]
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == workers
@@ -62,12 +47,9 @@ def check(text: str, name: str, workers: int, processes: bool) -> None:
     assert pod["terminationGracePeriodSeconds"] >= 60
     (container,) = pod["containers"]
     rules = spec["podFailurePolicy"]["rules"]
-    exits = {
-        rule["action"]: rule["onExitCodes"] for rule in rules if rule.get("onExitCodes", {}).get("operator") == "In"
-    }
-    assert exits["FailJob"]["values"] == [cli.USER_ERROR]
-    assert exits["Ignore"]["values"] == [cli.STOPPED]
-    assert all(code["containerName"] == container["name"] for code in exits.values())
+    for action, code in (("FailJob", UserError.exit_code), ("Ignore", PreemptedError.exit_code)):
+        codes = {"containerName": container["name"], "operator": "In", "values": [code]}
+        assert {"action": action, "onExitCodes": codes} in rules
     assert {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]} in rules
     # Kubernetes puts a number in place of the variable before sit sees it.
     given = [word.replace("$(JOB_COMPLETION_INDEX)", "1") for word in container["args"]]
@@ -84,13 +66,11 @@ def check(text: str, name: str, workers: int, processes: bool) -> None:
     assert variables == {"MEET_AT": f"{name}-0.{name}:12344", "WORKERS": str(workers)}
     assert meet["image"] == container["image"]
     assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
+    return job, pod, container
 
 
-def test_as_it_lies_there() -> None:
-    text = MANIFEST.read_text()
-    check(text, "sit", 2, processes=True)
-    _, _, pod = parts(text)
-    (container,) = pod["containers"]
+def test_as_it_is_written() -> None:
+    _, _, container = check(MANIFEST.read_text(), "sit", 2, processes=True)
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert pathlib.Path(container["args"][2]).exists()
 
@@ -98,9 +78,7 @@ def test_as_it_lies_there() -> None:
 def test_filled_in(machine: Machine) -> None:
     words = ["--name", "my-run", "--workers", "4", "--gpus", "2", "--claim", "disk", "--namespace", "team"]
     text = manifest(machine, *words, "--config.data.data_dir=/data/it's")
-    check(text, "my-run", 4, processes=True)
-    _, _, pod = parts(text)
-    (container,) = pod["containers"]
+    _, pod, container = check(text, "my-run", 4, processes=True)
     train = ["train", "--config", "configs/digits.py", "--workdir", AWKWARD.replace("$(", "$$("), "--resume"]
     assert container["args"][:7] == [*train, "--config.data.data_dir=/data/it's"]
     assert container["image"] == "registry.io/me/sit:1.0"
@@ -113,10 +91,7 @@ def test_filled_in(machine: Machine) -> None:
 def test_on_gke(machine: Machine) -> None:
     words = ["--workers", "4", "--tpu", "tpu-v6e-slice", "--topology", "2x8", "--chips", "4"]
     words += ["--bucket", "gs://pictures", "--account", "writer", "--workdir", "/gcs/pictures/run"]
-    text = manifest(machine, *words)
-    check(text, "sit", 4, processes=False)
-    _, job, pod = parts(text)
-    (container,) = pod["containers"]
+    job, pod, container = check(manifest(machine, *words), "sit", 4, processes=False)
     assert not any(word.startswith("--coordinator") for word in container["args"])  # GKE and JAX know.
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["nodeSelector"] == {
@@ -130,16 +105,8 @@ def test_on_gke(machine: Machine) -> None:
     assert job["spec"]["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 
 
-def test_every_marked_line_is_filled_in(machine: Machine) -> None:
-    marks = set(re.findall(r"--[a-z]+", " ".join(re.findall(r" # (--.*)$", MANIFEST.read_text(), re.MULTILINE))))
-    listed = set(re.findall(r"^  (--[a-z-]+)", machine.run("kubernetes.sh", "--help").stdout, re.MULTILINE))
-    assert marks - listed == {"--words", "--coordinator", "--mount"}
-    text = machine.run("kubernetes.sh", *RUN[:-1], "/data/w", "--dry-run").stdout
-    assert not re.search(r"#tpu#|#bucket#| # --", text.partition("\napiVersion")[2])
-
-
 def test_pods_meet_before_they_start() -> None:
-    _, _, pod = parts(MANIFEST.read_text())
+    _, pod, _ = check(MANIFEST.read_text(), "sit", 2, processes=True)
     program = pod["initContainers"][0]["command"]
     assert program[:2] == ["python", "-c"]
     place = f"localhost:{free_port()}"

@@ -16,43 +16,19 @@ from sit_jax.training.metrics import read_metrics
 
 # A small model on the digits, without a teacher: what is tried here is how runs begin and end.
 CONFIG = "configs/imagenet_lvvit_tiny.py:scratch"
-SMALL = {
-    "data.name": "digits",
-    "data.eval_split": "test",
-    "data.resize": "stretch",
-    "data.workers": 0,
-    "augment.rand_augment": "",
-    "augment.repeats": 1,
-    "augment.erase": 0,
-    "mix.mixup": 0,
-    "mix.cutmix": 0,
-    "model.image_size": 32,
-    "model.in_channels": 1,
-    "model.num_classes": 10,
-    "model.dim": 16,
-    "model.depth": 1,
-    "model.num_heads": 2,
-    "model.dtype": "float32",
-    "optim.warmup_epochs": 0,
-    "optim.cooldown_epochs": 0,
-    "batch_size": 128,
-    "eval_batch_size": 128,
-    "log.every_steps": 1,
-}
+SMALL = """
+    data.name=digits data.eval_split=test data.resize=stretch data.workers=0
+    augment.rand_augment= augment.repeats=1 augment.erase=0 mix.mixup=0 mix.cutmix=0
+    model.image_size=32 model.in_channels=1 model.num_classes=10 model.dim=16 model.depth=1 model.num_heads=2
+    model.dtype=float32 optim.warmup_epochs=0 optim.cooldown_epochs=0
+    batch_size=128 eval_batch_size=128 log.every_steps=1
+"""
 STEPS = 11
 
 
-@pytest.fixture
-def machine(tmp_path: pathlib.Path) -> Machine:
-    return Machine(tmp_path / "a machine")
-
-
 def run_words(folder: pathlib.Path, digits_dir: str, epochs: int) -> list[str]:
-    values = {**SMALL, "data.data_dir": digits_dir, "epochs": epochs, "eval_every_epochs": epochs}
-    return [
-        *("--config", CONFIG, "--workdir", str(folder)),
-        *(f"--config.{key}={value}" for key, value in values.items()),
-    ]
+    values = [*SMALL.split(), f"data.data_dir={digits_dir}", f"epochs={epochs}", f"eval_every_epochs={epochs}"]
+    return ["--config", CONFIG, "--workdir", str(folder), *(f"--config.{value}" for value in values)]
 
 
 def wait_for_step(folder: pathlib.Path, step: int, process: "subprocess.Popen[str]") -> None:

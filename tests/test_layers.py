@@ -14,21 +14,17 @@ LAYERS = (
 ENTRIES = ("sit_jax", "sit_jax.__main__")
 
 
-def module_name(path: pathlib.Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def imports() -> dict[str, set[str]]:
-    modules = {module_name(path): path for path in PACKAGE.rglob("*.py")}
-    found: dict[str, set[str]] = {}
+    """The modules that each module imports."""
+    paths = {path: path.relative_to(PACKAGE.parent).with_suffix("").parts for path in PACKAGE.rglob("*.py")}
+    modules = {".".join(parts).removesuffix(".__init__"): path for path, parts in paths.items()}
+    found: dict[str, set[str]] = {name: set() for name in modules}
     for name, path in modules.items():
-        found[name] = set()
         for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}: relative import"
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sit_jax":
                 full = (f"{node.module}.{alias.name}" for alias in node.names)
                 found[name] |= {x if x in modules else node.module for x in full}
-            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}: relative import"
     return {name: others - {name, *ENTRIES} for name, others in found.items() if name not in ENTRIES}
 
 

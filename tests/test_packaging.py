@@ -20,7 +20,7 @@ def test_wheel_and_sdist_hold_configs_templates_and_licence(tmp_path: pathlib.Pa
     for name in ("sit_jax", "configs"):
         shutil.copytree(name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(name, source / name)
+        shutil.copy(name, source)
     build = "import setuptools.build_meta as b; print(b.build_sdist('dist'), b.build_wheel('dist'))"
     subprocess.run([sys.executable, "-c", build], check=True, cwd=source, capture_output=True)
     (wheel,), (sdist,) = (source / "dist").glob("*.whl"), (source / "dist").glob("*.tar.gz")

@@ -18,7 +18,7 @@ import tiny
 import torch
 from golden_files import TRAINED, Golden
 
-from sit_jax.config import Config, OptimConfig
+from sit_jax.config import Config, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export.torch_model import (
     SiT,
@@ -61,51 +61,45 @@ def weights(name: str) -> tuple[Golden, dict[str, np.ndarray], dict[str, np.ndar
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_teacher(name: str) -> None:
-    golden, teacher, _ = weights(name)
+@pytest.mark.parametrize("of", ["teacher", "student", "trained student"])
+def test_logits_and_tokens(name: str, of: str) -> None:
+    golden, teacher, student = weights(name)
     images = torch.tensor(golden.data["images_nchw"])
-    logits, outputs = module(golden.arch.without_slimming(), teacher)(images, return_outputs=True)
-    close(logits, golden.data["eval/teacher_logits"])
+    if of == "trained student":
+        trained = golden_files.part(golden.data, "final/")
+        close(module(golden.arch, trained, reverse=True)(images), golden.data["final_eval/student_logits"])
+        return
+    if of == "teacher":
+        model = module(golden.arch.without_slimming(), teacher)
+    else:
+        model = module(golden.arch, student, reverse=True)
+    logits, outputs = model(images, return_outputs=True)
+    close(logits, golden.data[f"eval/{of}_logits"])
     for block, tokens in enumerate(outputs.tokens):
-        close(tokens, golden.data[f"eval/teacher_tokens/{block}"])
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_student(name: str) -> None:
-    golden, _, student = weights(name)
-    model = module(golden.arch, student, reverse=True)
-    logits, outputs = model(torch.tensor(golden.data["images_nchw"]), return_outputs=True)
-    close(logits, golden.data["eval/student_logits"])
-    for block, tokens in enumerate(outputs.tokens):
-        close(tokens, golden.data[f"eval/student_tokens/{block}"])
+        close(tokens, golden.data[f"eval/{of}_tokens/{block}"])
     for assignment in outputs.assignments:
         np.testing.assert_allclose(assignment.detach().sum(1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_trained_student(name: str) -> None:
-    golden, _, _ = weights(name)
-    final = golden_files.part(golden.data, "final/")
-    logits = module(golden.arch, final, reverse=True)(torch.tensor(golden.data["images_nchw"]))
-    close(logits, golden.data["final_eval/student_logits"])
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_gradients_of_the_first_step(name: str) -> None:
+def test_losses_and_gradients_of_the_first_step(name: str) -> None:
     golden, teacher, student = weights(name)
     model = module(golden.arch, student, reverse=True).train()
     images, labels = (torch.tensor(golden.data[f"steps/{key}"][0]) for key in ("images_nchw", "soft_labels"))
     _, outputs = model(images, return_outputs=True)
     for block, tokens in enumerate(model.recover(outputs.tokens)):
         close(tokens, golden.data[f"train0/student_tokens/{block}"])
-    losses(golden, model, module(golden.arch.without_slimming(), teacher), images, labels)["loss"].backward()
+    terms = losses(golden, model, module(golden.arch.without_slimming(), teacher), images, labels)
+    mine = [terms["loss"].item(), *weighted(golden, terms)]
+    np.testing.assert_allclose(mine, golden.data["steps/0/losses"], rtol=1e-4)
+    terms["loss"].backward()
     theirs = golden_files.part(golden.data, "train0/grad/")
     largest = max(float(np.abs(value).max()) for value in theirs.values())
-    mine = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
-    assert set(mine) == set(theirs)
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert set(gradients) == set(theirs)
     for key, gradient in theirs.items():
         bound = max(1e-3 * np.abs(gradient).max(), 1e-7 * largest)
-        np.testing.assert_allclose(mine[key], gradient, rtol=0, atol=bound, err_msg=key)
+        np.testing.assert_allclose(gradients[key], gradient, rtol=0, atol=bound, err_msg=key)
 
 
 def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any) -> dict[str, torch.Tensor]:
@@ -113,40 +107,11 @@ def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any)
     return distillation_loss(student, teacher, images, labels, kept["lambda_token"], kept["lambda_logits"], kept["tau"])
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_losses_of_every_step(name: str) -> None:
-    golden, teacher_state, student_state = weights(name)
-    optim, kept = golden.meta["optimizer"], golden.meta["distillation"]
-    teacher = module(golden.arch.without_slimming(), teacher_state)
-    student = module(golden.arch, student_state, reverse=True).train()
-    undecayed = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for key, parameter in student.named_parameters():
-        if key.startswith("aux_head"):
-            continue
-        reverse = key.startswith("rtsm.")
-        # The original decays everything in the reverse modules, and the slimming scale.
-        decays = reverse or (parameter.ndim > 1 and key not in undecayed)
-        groups.setdefault((reverse, decays), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": optim["weight_decay"] * decays, "reverse": reverse}
-            for (reverse, decays), members in groups.items()
-        ],
-        eps=optim["eps"],
-    )
-    batches = zip(golden.data["steps/images_nchw"], golden.data["steps/soft_labels"], strict=True)
-    for index, (images, labels) in enumerate(batches):
-        rates = golden.data[f"steps/{index}/lr_backbone_rtsm"]
-        for group in optimizer.param_groups:
-            group["lr"] = float(rates[int(group["reverse"])])
-        terms = losses(golden, student, teacher, torch.tensor(images), torch.tensor(labels))
-        weighted = [terms["loss"], terms["classification"]]
-        weighted += [terms["token"] * kept["lambda_token"], terms["logits"] * kept["lambda_logits"]]
-        np.testing.assert_allclose([x.item() for x in weighted], golden.data[f"steps/{index}/losses"], rtol=1e-4)
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
+def weighted(golden: Golden, terms: dict[str, torch.Tensor]) -> list[float]:
+    """The terms as the original stores them, times their weights."""
+    kept = golden.meta["distillation"]
+    factors = {"classification": 1.0, "token": kept["lambda_token"], "logits": kept["lambda_logits"]}
+    return [terms[name].item() * factor for name, factor in factors.items()]
 
 
 def test_distillation_token() -> None:
@@ -159,9 +124,7 @@ def test_distillation_token() -> None:
     close(outputs.distillation_logits, data["train0/dist_logits"])
     teacher = module(golden.arch.without_slimming(), teacher_state)
     terms = losses(golden, student, teacher, images, labels)
-    kept = golden.meta["distillation"]
-    mine = [terms["classification"], terms["token"] * kept["lambda_token"], terms["logits"] * kept["lambda_logits"]]
-    np.testing.assert_allclose([x.item() for x in mine], data["losses"][1:4], rtol=1e-4)
+    np.testing.assert_allclose(weighted(golden, terms), data["losses"][1:4], rtol=1e-4)
     # Training has moved BatchNorm's statistics: evaluation starts anew.
     evaluated, outputs = module(golden.arch, student_state, reverse=True)(images, return_outputs=True)
     variables = {key: value for key, value in golden.student.items() if key != "reverse"}
@@ -170,14 +133,20 @@ def test_distillation_token() -> None:
     close(outputs.distillation_logits, np.asarray(ours.distillation_logits))
 
 
-def test_five_steps_of_distillation_equal_those_in_jax() -> None:
-    student, teacher = random_weights.draw(reverse=True), random_weights.draw(tiny.TEACHER, seed=5)
+def test_steps_of_distillation_equal_those_in_jax() -> None:
+    arch = tiny.plain(depth=2)
+    student = random_weights.draw(dataclasses.replace(arch, stage_blocks=(1, 1), keep_ratio=0.5), reverse=True)
+    teacher = random_weights.draw(arch, seed=5)
     rng = np.random.default_rng(0)
     batches = [
-        (random_weights.images(tiny.STUDENT, 8, seed), rng.dirichlet(np.ones(10), 8).astype(np.float32))
-        for seed in range(5)
+        (random_weights.images(arch, 8, seed), rng.dirichlet(np.ones(10), 8).astype(np.float32)) for seed in range(5)
     ]
-    config = tiny.config(optim=OptimConfig(lr=1e-3, min_lr=1e-3, rtsm_lr_scale=1.0), batch_size=8)
+    config = tiny.config(
+        arch=student.vit,
+        teacher=TeacherConfig(model=ModelConfig(architecture=arch), batch_size=8),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-3, rtsm_lr_scale=1.0),
+        batch_size=8,
+    )
     ours = losses_in_jax(config, student, teacher, batches)
     models = [module(x.vit, to_original(tree(x), x.vit), reverse=bool(x.rtsm)) for x in (student, teacher)]
     optimizer = torch.optim.AdamW(parameter_groups(models[0], 1e-3, weight_decay=0.05, rtsm_lr_scale=1.0), eps=1e-8)
@@ -204,13 +173,7 @@ def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> l
     step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
     params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.rtsm})
     stats = jax.tree.map(jnp.array, student.batch_stats)
-    state = TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=stats,
-        opt_state=task.optimizer.init(params),
-        ema=None,
-    )
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), ema=None)
     found = []
     teachers = {"teacher": jax.tree.map(jnp.asarray, random_weights.variables(teacher))}
     for images, labels in batches:

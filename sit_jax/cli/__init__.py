@@ -1,10 +1,5 @@
-"""The command line: one module per verb."""
+"""The command line: one module per verb, each with `add_parser` and `run`."""
 
-from collections.abc import Sequence
+from sit_jax.cli.app import main
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; see `sit_jax.cli.app.main`. The console script `sit` calls this function."""
-    from sit_jax.cli import app
-
-    return app.main(argv)
+__all__ = ["main"]

@@ -1,50 +1,47 @@
-"""Types of words on the command line, for argparse: a number, or one line that says what is wrong with it."""
+"""Types of command-line arguments, for `type=` of argparse."""
 
 import argparse
+import math
 import pathlib
 from collections.abc import Callable
 
 
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    value = _number(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value
+def integer(least: int, most: float = math.inf, hint: str = "") -> Callable[[str], int]:
+    """The type of integers from `least` to `most`; `hint` is appended to the error message."""
 
-
-def between(least: int, most: int, hint: str = "") -> Callable[[str], int]:
-    """The type of whole numbers within bounds; `hint` says where others find what they want."""
-
-    def bounded(text: str) -> int:
-        value = _number(text)
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be from {least} to {most}, is {value}{hint and f'; {hint}'}")
+            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}{hint}")
         return value
 
-    return bounded
+    return parse
 
 
-def fraction(text: str) -> float:
-    """A number above 0 and below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, is {text!r}") from None
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, is {text}")
-    return value
+positive = integer(1)
 
 
-def _number(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, is {text!r}") from None
+def above_0(below: float) -> Callable[[str], float]:
+    """The type of numbers above 0 and below a bound."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        if not 0 < value < below:
+            raise argparse.ArgumentTypeError(f"must be above 0 and below {below:g}, got {text}")
+        return value
+
+    return parse
 
 
 def folder(text: str) -> pathlib.Path:
     """A local folder, not the address of a bucket."""
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text} is no folder; mount the bucket, as launch/README.md says")
+        raise argparse.ArgumentTypeError(f"{text} is not a folder; mount the bucket, as launch/README.md says")
     return pathlib.Path(text)

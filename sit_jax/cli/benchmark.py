@@ -2,45 +2,31 @@
 
 import argparse
 import pathlib
-from typing import Any
 
-from sit_jax.cli.argument_types import positive
-from sit_jax.cli.runtime import keep_memory, set_log_levels
-from sit_jax.cli.verb import add_verb
+from sit_jax.cli.argument_types import above_0, positive
+from sit_jax.cli.runtime import keep_memory
+from sit_jax.cli.verb import ANY_MODEL, Verbs, add_verb
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "benchmark", run, "time models side by side")
-    text = "a named model (see sit models), a run's folder, a model folder, a .onnx or .stablehlo file"
-    parser.add_argument("models", metavar="MODEL", nargs="+", help=text)
-    parser.add_argument("--teacher", metavar="MODEL", help="reference model; the first if not given")
-    sizes = [1, 16, 64]
-    parser.add_argument("--batch_sizes", metavar="N", nargs="+", type=positive, default=sizes, help="batch sizes")
-    types = ("float32", "bfloat16")
-    parser.add_argument(
-        "--dtype", default="float32", choices=types, help="dtype of the products; exported files keep theirs"
-    )
-    parser.add_argument(
-        "--seconds", type=_duration, default=3.0, help="seconds of measurement for each model and batch size"
-    )
-    parser.add_argument("--rounds", type=positive, default=9, help="interleaved rounds that this time is divided into")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.png", help="plot accuracy, or GMAC, over throughput")
+    parser = add_verb(verbs, "benchmark", run, "compare the throughput of models")
+    add = parser.add_argument
+    add("models", metavar="MODEL", nargs="+", help=f"name from `sit models`, {ANY_MODEL}")
+    add("--teacher", metavar="MODEL", help="reference of the comparison; the first MODEL if not given")
+    add("--batch_sizes", metavar="N", nargs="+", type=positive, default=[1, 16, 64], help="batch sizes")
+    text = "dtype of the matrix products; exported files keep their own"
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help=text)
+    add("--seconds", type=above_0(1e6), default=3.0, help="measuring time of each model and batch size, in seconds")
+    add("--rounds", metavar="N", type=positive, default=9, help="number of rounds; the models take turns in each")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", type=pathlib.Path, metavar="FILE.png", help="plot accuracy (GMAC if unknown) over throughput")
 
 
-def run(arguments: argparse.Namespace, _: list[str]) -> None:
-    """Times models in turns."""
-    set_log_levels()
+def run(arguments: argparse.Namespace) -> None:
+    """Times the models and prints a table."""
     keep_memory()
     from sit_jax.analysis.benchmark_table import Settings, command
 
     settings = Settings(arguments.batch_sizes, arguments.dtype, arguments.seconds, arguments.rounds)
     command(arguments.models, arguments.teacher, settings, arguments.json, arguments.plot)
-
-
-def _duration(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"must be above 0, is {text}")
-    return value

@@ -1,4 +1,4 @@
-"""Reads a config file and the `--config.KEY=VALUE` arguments over it."""
+"""Config files with `--config.KEY=VALUE` overrides."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,24 +11,23 @@ if TYPE_CHECKING:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Adds `--config`, and says how its values are overridden."""
+    """Adds `--config`; `sit_jax.cli.app` accepts `--config.KEY=VALUE` with it."""
     text = (
-        "name of a config of this package, such as digits or imagenet_sit_small, or a Python file with a get_config() "
-        "that returns a ConfigDict; CONFIG:ARGUMENT hands it an argument"
+        "config of this package, such as digits, or Python file with get_config(); CONFIG:ARGUMENT passes an argument"
     )
     parser.add_argument("--config", required=True, help=text)
-    parser.epilog = "Any value of the configuration: --config.KEY=VALUE, such as --config.optim.lr=1e-3"
+    parser.epilog = "Set any value of the config with --config.KEY=VALUE, such as --config.optim.lr=1e-3."
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
-    """Reads a config file and the `--config.KEY=VALUE` arguments, and checks the result.
+    """Reads a config file, applies overrides, and validates the result.
 
     Args:
-        path: A file, or the name of a config of this package; behind a colon an argument for its `get_config`.
-        overrides: The arguments.
+        path: File, or name of a config of this package; an argument for its `get_config` may follow after a colon.
+        overrides: `--config.KEY=VALUE` arguments.
 
     Raises:
-        ConfigError: No such file, an error in it, an unknown key or an impossible value.
+        ConfigError: The file is missing or fails, a key is unknown, or a value is not allowed.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -37,19 +36,14 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
     from sit_jax.config.files import get_config
 
     known = get_config(path)
-    words = ["sit", *check_overrides(known, overrides)]
+    args = ["sit", *check_overrides(known, overrides)]
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_dict("config", known, flag_values=values, sys_argv=words)
-        values(words)
+        config_flags.DEFINE_config_dict("config", known, flag_values=values, sys_argv=args)
+        values(args)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _override_error(error) from None
+        # ml_collections nests the text of a KeyError, quoted and escaped, in that of another one.
+        text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "").replace("'", "")
+        key, colon, problem = " ".join(text.split())[:400].partition(": ")
+        raise (ConfigError(key, problem) if colon else ConfigError("--config", key)) from None
     return from_config_dict(values.config)
-
-
-def _override_error(error: Exception) -> ConfigError:
-    text = str(error.args[0]) if error.args else str(error)
-    # ml_collections nests one KeyError's text, quoted and escaped, in another's.
-    text = text.replace("\\n", " ").replace("\\'", "").replace("'", "")
-    key, colon, rest = " ".join(text.split())[:400].partition(": ")
-    return ConfigError(key, rest) if colon else ConfigError("--config", key)

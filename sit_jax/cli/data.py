@@ -4,56 +4,56 @@ import argparse
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
-from sit_jax.cli.argument_types import fraction, positive
+from sit_jax.cli.argument_types import above_0, positive
 from sit_jax.cli.config_file import add_config, load_config
-from sit_jax.cli.runtime import set_log_levels
-from sit_jax.cli.verb import add_option, add_verb
+from sit_jax.cli.verb import Verbs, add_option, add_verb
 from sit_jax.errors import UserError
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Adds the verb and its tasks."""
-    parser = add_verb(verbs, "data", None, "prepare, preview, check and label data sets")
+    parser = add_verb(verbs, "data", run, "prepare, preview, check and label data sets")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
-    prepare = add_verb(tasks, "prepare", _prepare, "download or convert a data set to ArrayRecord")
-    prepare.add_argument("--name", help="the data set: digits, a tfds name, or a new name with --from_folder")
-    prepare.add_argument(
-        "--data_dir", default="", help="folder of prepared data sets; the default of tfds if not given"
-    )
-    prepare.add_argument("--manual_dir", default="", help="folder of files that were downloaded by hand")
-    prepare.add_argument("--from_folder", type=pathlib.Path, help="folder of images to convert")
-    text = "fraction of each class for val, where the folder has no splits"
-    add_option(prepare, "--val_fraction", "--held_out", type=fraction, default=0.1, help=text)
-    prepare.add_argument("--skip_broken", action="store_true", help="leave out images that cannot be decoded")
-    prepare.add_argument("--from_tfrecord", type=pathlib.Path, help="folder of a prepared TFRecord data set to convert")
-    show = add_verb(tasks, "show", _show, "draw training images as the model receives them")
+    prepare = add_verb(tasks, "prepare", run, "download a data set, or convert one to ArrayRecord")
+    add = prepare.add_argument
+    add("--name", help="data set: digits, a tfds name, or a new name with --from_folder")
+    add("--data_dir", metavar="FOLDER", default="", help="folder of prepared data sets; that of tfds if not given")
+    add("--manual_dir", metavar="FOLDER", default="", help="folder of archives that tfds cannot download itself")
+    add("--from_folder", metavar="FOLDER", type=pathlib.Path, help="convert images in folders [SPLIT/]CLASS/IMAGE")
+    text = "fraction of each class to hold out for val, if the folder has no splits"
+    add_option(prepare, "--val_fraction", "--held_out", type=above_0(1), default=0.1, help=text)
+    add("--skip_broken", action="store_true", help="leave out images that cannot be decoded")
+    add("--from_tfrecord", metavar="FOLDER", type=pathlib.Path, help="convert a folder of TFRecord files of tfds")
+    show = add_verb(tasks, "show", run, "draw training images as the model receives them")
     add_config(show)
-    show.add_argument("--output", type=pathlib.Path, default=pathlib.Path("examples.png"), help="PNG file to write")
-    show.add_argument("--count", type=positive, default=32, help="number of images, at most a batch")
-    show.add_argument("--step", type=int, default=0, help="index of the batch")
-    check = add_verb(tasks, "check", _check, "decode every image once; list broken and unusual ones")
+    show.add_argument("--output", metavar="FILE.png", type=pathlib.Path, default="examples.png", help="file to write")
+    show.add_argument("--count", metavar="N", type=positive, default=32, help="number of images, at most a batch")
+    show.add_argument("--step", metavar="N", type=int, default=0, help="training step whose batch is drawn, from 0")
+    check = add_verb(tasks, "check", run, "decode every image once; list broken and unusual ones")
     add_config(check)
-    check.add_argument("--threads", type=positive, default=8, help="number of threads")
-    check.add_argument("--all", action="store_true", help="list every file name")
-    check.add_argument("--json", action="store_true", help="print a list of objects")
-    label = add_verb(tasks, "label", _label, "write dense labels for token labelling with a trained model")
-    label.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the run whose model labels")
-    label.add_argument("--output", type=pathlib.Path, required=True, help="folder to write")
-    label.add_argument("--top", type=positive, default=5, help="classes stored per patch, most likely first")
+    check.add_argument("--threads", metavar="N", type=positive, default=8, help="number of decoding threads")
+    check.add_argument("--all", action="store_true", help="print all file names instead of the first few")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    label = add_verb(tasks, "label", run, "write dense labels for token labelling, computed by a trained model")
+    label.add_argument("--workdir", type=pathlib.Path, required=True, help="run folder of the trained model")
+    label.add_argument("--output", metavar="FOLDER", type=pathlib.Path, required=True, help="folder to write")
+    label.add_argument("--top", metavar="N", type=positive, default=5, help="classes stored per patch, top-1 first")
 
 
-def _prepare(arguments: argparse.Namespace, _: list[str]) -> None:
-    set_log_levels()
+def run(arguments: argparse.Namespace) -> None:
+    """Runs a task."""
+    {"prepare": _prepare, "show": _show, "check": _check, "label": _label}[arguments.task](arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
     from sit_jax.data.config import DataConfig
     from sit_jax.data.prepare import convert_tfrecord, prepare_folder, prepare_named
 
-    ways = [arguments.from_folder, arguments.from_tfrecord]
-    if all(ways) or (arguments.from_tfrecord and arguments.name):
-        raise UserError("--from_tfrecord stands alone: the copy keeps the data set's name")
+    if arguments.from_tfrecord and (arguments.from_folder or arguments.name):
+        raise UserError("--from_tfrecord excludes --name and --from_folder: the copy keeps the name of the data set")
     if not arguments.from_tfrecord and not arguments.name:
-        raise UserError("--name: which data set? A tfds name, digits, or a new name with --from_folder")
+        raise UserError("--name is required: digits, a tfds name, or a new name with --from_folder")
     data = DataConfig(
         name=arguments.name or "digits",
         data_dir=arguments.data_dir,
@@ -69,18 +69,17 @@ def _prepare(arguments: argparse.Namespace, _: list[str]) -> None:
     print(f"Prepared: {path}")
 
 
-def _show(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = load_config(arguments.config, overrides)
-    set_log_levels()
+def _show(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
     from sit_jax.data.preview import draw_examples
     from sit_jax.training.loop import resolve_num_classes
 
     count = draw_examples(resolve_num_classes(config).inputs, arguments.output, arguments.count, arguments.step)
-    print(f"Written: {arguments.output} ({count} pictures)")
+    print(f"Written: {arguments.output} ({count} images)")
 
 
-def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    config = load_config(arguments.config, overrides)
+def _check(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
     from sit_jax.data.validate import check_data
 
     reports = check_data(config.data, arguments.threads)
@@ -91,12 +90,11 @@ def _check(arguments: argparse.Namespace, overrides: list[str]) -> None:
             print("\n".join(report.lines(config.data.on_decode_error, arguments.all)))
     broken = sum(len(report.broken) for report in reports)
     if broken:
-        raise UserError(f"{broken} pictures cannot be read")
+        raise UserError(f"{broken} images cannot be read")
 
 
-def _label(arguments: argparse.Namespace, _: list[str]) -> None:
-    set_log_levels()
+def _label(arguments: argparse.Namespace) -> None:
     from sit_jax.training.dense_labels import write_label_maps
 
     count = write_label_maps(arguments.workdir, arguments.output, arguments.top)
-    print(f"Written: {arguments.output} ({count} pictures); use it with data.label_maps={arguments.output}")
+    print(f"Written: {arguments.output} ({count} images); use it with data.label_maps={arguments.output}")

@@ -3,37 +3,35 @@
 import argparse
 import json
 import pathlib
-from typing import Any
 
-from sit_jax.cli.argument_types import fraction
-from sit_jax.cli.processes import add_processes, join
-from sit_jax.cli.runtime import keep_memory, set_log_levels
-from sit_jax.cli.verb import ANY_MODEL, add_checkpoint, add_option, add_verb
+from sit_jax.cli.argument_types import above_0
+from sit_jax.cli.runtime import join, keep_memory
+from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_option, add_processes, add_verb
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
-    parser = add_verb(verbs, "evaluate", run, "evaluate a run or an exported model over an evaluation split")
+    parser = add_verb(verbs, "evaluate", run, "measure the accuracy of a run or of an exported model")
+    add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
-    which.add_argument("--workdir", type=pathlib.Path, help="folder of a run")
+    which.add_argument("--workdir", type=pathlib.Path, help="run folder, instead of MODEL")
     add_checkpoint(parser)
-    parser.add_argument("--name", help="name of another data set of the same classes, such as imagenet_v2")
-    parser.add_argument("--split", dest="eval_split", metavar="SPLIT", help="name of another split")
-    parser.add_argument("--data_dir", help="folder of the data set, if not the one of training")
-    text = "fraction of each class in val, for a folder without splits"
-    add_option(parser, "--val_fraction", "--held_out", type=fraction, help=text)
-    text = "what to do about an image that cannot be decoded"
+    add("--name", help="another data set with the same classes, such as imagenet_v2; that of training if not given")
+    add("--split", dest="eval_split", metavar="SPLIT", help="split; that of training if not given")
+    add("--data_dir", metavar="FOLDER", help="folder of the data set; that of training if not given")
+    text = "fraction of each class that is in val, for a folder without splits; that of training if not given"
+    add_option(parser, "--val_fraction", "--held_out", type=above_0(1), help=text)
+    text = "stop at an image that cannot be decoded, or skip it; as in training if not given"
     add_option(parser, "--on_decode_error", "--on_broken", choices=("error", "skip"), help=text)
-    text = "match the classes of model and data by name where both have names, or by index (default: names)"
-    parser.add_argument("--match_classes", choices=("names", "index"), default="names", help=text)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    text = "match classes of model and data set by name, where both have names, or by index"
+    add("--match_classes", choices=("names", "index"), default="names", help=text)
+    add("--json", action="store_true", help="print JSON")
     add_processes(parser)
 
 
-def run(arguments: argparse.Namespace, _: list[str]) -> None:
-    """Evaluates, and prints the metrics."""
-    set_log_levels()
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluates and prints the metrics."""
     first = join(arguments)
     keep_memory()
     from sit_jax.io.load import load
@@ -44,10 +42,8 @@ def run(arguments: argparse.Namespace, _: list[str]) -> None:
     match_names = arguments.match_classes == "names"
     model = load(arguments.workdir or arguments.source, ema=arguments.ema, step=arguments.step)
     result = evaluate_model(model, model.evaluation_data(changes), match_names)
-    if not first:
-        return
-    if arguments.json:
+    if first and arguments.json:
         print(json.dumps(result))
-        return
-    shares = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
-    print(f"{shares} over {result['examples']:.0f} examples")
+    elif first:
+        metrics = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
+        print(f"{metrics} over {result['examples']:.0f} examples")

@@ -3,30 +3,30 @@
 import argparse
 import dataclasses
 import json
-from typing import Any
 
 from sit_jax.cli.argument_types import positive
 from sit_jax.cli.config_file import add_config, load_config
 from sit_jax.cli.runtime import force_cpu
-from sit_jax.cli.verb import add_verb
+from sit_jax.cli.verb import Verbs, add_verb
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
-    text = "compile a run's train step for absent devices, and print what it needs"
+    text = "compile a train step for TPUs that need not be attached; print its memory, FLOPs and collectives"
     parser = add_verb(verbs, "plan", run, text)
     add_config(parser)
-    parser.add_argument("--topology", required=True, help="TPU slice such as v5e:16x16 or v4:2x2x4, or cpu:8")
-    parser.add_argument("--examples", type=positive, help="number of training examples, if the data set is not here")
+    parser.add_argument("--topology", required=True, help="TPU slice, such as v5e:16x16 or v4:2x2x4, or cpu:8")
+    text = "number of training examples, if the data set is not on this machine"
+    parser.add_argument("--examples", metavar="N", type=positive, help=text)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
-    """Compiles, and prints what the step needs."""
+def run(arguments: argparse.Namespace) -> None:
+    """Compiles the train step and prints its cost."""
     from sit_jax.analysis.chips import parse_topology
 
     topology = parse_topology(arguments.topology)
-    config = load_config(arguments.config, overrides)
+    config = load_config(arguments.config, arguments.overrides)
     force_cpu(topology.devices if topology.chip is None else 1)
     from sit_jax.analysis.plan_table import make_plan, print_plan
 

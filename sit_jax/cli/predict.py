@@ -3,30 +3,25 @@
 import argparse
 import pathlib
 import sys
-from typing import Any
 
 from sit_jax.cli.argument_types import positive
-from sit_jax.cli.runtime import keep_memory, reader_gone, set_log_levels
-from sit_jax.cli.verb import ANY_MODEL, add_checkpoint, add_verb
+from sit_jax.cli.runtime import keep_memory, reader_gone
+from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_images, add_verb
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
     parser = add_verb(verbs, "predict", run, "classify images")
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
-    parser.add_argument(
-        "pictures", metavar="PICTURE", nargs="+", help="files, folders or glob patterns; - reads a list from stdin"
-    )
+    add_images(parser, "+")
     add_checkpoint(parser)
-    parser.add_argument("--top", type=positive, default=5, help="classes printed for each image, most likely first")
+    parser.add_argument("--top", metavar="N", type=positive, default=5, help="classes printed per image, top-1 first")
     parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="output format")
-    parser.add_argument("--batch_size", type=positive, default=32, help="batch size")
-    parser.epilog = "Exit code 1 if some images could not be decoded: they are listed and skipped."
+    parser.add_argument("--batch_size", metavar="N", type=positive, default=32, help="batch size")
 
 
-def run(arguments: argparse.Namespace, _: list[str]) -> None:
-    """Predicts, and prints the most likely classes of each image."""
-    set_log_levels()
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the top classes of each image."""
     keep_memory()
     from sit_jax.analysis.predict import run_predict
     from sit_jax.data.folder import find_images

@@ -1,5 +1,7 @@
-"""How a command's process behaves: what libraries may print, and which devices it takes."""
+"""Settings of the process that runs a command: output, devices, memory, compilation cache and `jax.distributed`."""
 
+import argparse
+import contextlib
 import ctypes
 import io
 import os
@@ -7,14 +9,14 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from sit_jax.errors import UserError
+from sit_jax.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 
 class _Output(io.FileIO):
-    """A standard stream that is no terminal. A reader that closes its end, as `head` does, is no error."""
+    """A standard stream that is not a terminal. A closed pipe, as with `| head`, is not an error."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream.fileno(), "w", closefd=False)
@@ -25,7 +27,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except OSError as error:
-            # Everything after this goes nowhere, what is still buffered included.
+            # Discard all further output, including what is still buffered.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
             self.reader_gone = isinstance(error, BrokenPipeError)
             if self._is_stdout and not self.reader_gone:
@@ -36,12 +38,12 @@ class _Output(io.FileIO):
 def survive_closed_pipes() -> None:
     """Lets a command finish its work when the reader of its standard output or error closes the pipe.
 
-    Progress that cannot be written ends no training. A standard output that cannot be written for another reason, such
-    as a full disk, is a UserError.
+    Progress that cannot be written does not stop training. If standard output cannot be written for another reason,
+    such as a full disk, `write` raises UserError.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        # Streams that a test or an embedding program has put there are left alone.
+        # Keep streams that a test or an embedding program has set.
         if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__") or stream.isatty():
             continue
         by_line = stream.line_buffering or stream.write_through
@@ -50,63 +52,62 @@ def survive_closed_pipes() -> None:
 
 
 def reader_gone(stream: TextIO) -> bool:
-    """Whether the reader of a stream of `survive_closed_pipes` has closed its end."""
+    """Whether the reader of a stream has closed the pipe; needs `survive_closed_pipes`."""
     return bool(getattr(getattr(getattr(stream, "buffer", None), "raw", None), "reader_gone", False))
 
 
 def set_log_levels() -> None:
-    """Leaves only warnings of what libraries log."""
+    """Hides log messages of libraries below the level of warnings."""
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
 
 
 def force_cpu(devices: int = 1) -> None:
-    """Restricts JAX to the CPU; must be called before JAX is initialized.
-
-    Args:
-        devices: Number of virtual devices.
-    """
+    """Restricts JAX to the CPU, with a number of virtual devices; must be called before JAX is initialized."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
     if devices > 1 and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", devices)
-    set_log_levels()
+
+
+def join(arguments: argparse.Namespace) -> bool:
+    """Joins the processes of `sit_jax.cli.verb.add_processes`; returns whether this one writes files and prints."""
+    from sit_jax.parallel.distributed import Processes, initialize, is_process_0
+
+    initialize(Processes(arguments.coordinator, arguments.num_processes, arguments.process_id))
+    return is_process_0()
 
 
 def enable_compilation_cache(folder: str = "") -> None:
-    """Keeps compiled programs from one start to the next.
+    """Enables JAX's persistent compilation cache.
 
     Args:
-        folder: Where; `none` keeps nothing. If empty, what the environment variable JAX_COMPILATION_CACHE_DIR says,
-            else `sit_jax` in the user's folder for caches.
+        folder: Location, or `none` to disable the cache. If empty, JAX_COMPILATION_CACHE_DIR or ~/.cache/sit_jax.
 
     Raises:
-        UserError: The given folder cannot be written to.
+        ConfigError: The given folder cannot be written to.
     """
     import jax
 
-    if "://" in folder:
-        jax.config.update("jax_compilation_cache_dir", folder)
-        return
+    option = "jax_compilation_cache_dir"
     if folder == "none":
         jax.config.update("jax_enable_compilation_cache", False)
-        return
-    name = "jax_compilation_cache_dir"
-    if not folder and getattr(jax.config, name):
-        return
-    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    try:
-        path = pathlib.Path(folder or caches / "sit_jax").expanduser().absolute()
-        path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK | os.X_OK)
-    except (OSError, RuntimeError):  # The latter: there is no home.
-        writable = False
-    if writable:
-        jax.config.update(name, str(path))
-    elif folder:
-        raise UserError(f"--compilation_cache: {folder} is no folder that can be written to; `none` goes without")
+    elif "://" in folder:
+        jax.config.update(option, folder)
+    elif folder or not getattr(jax.config, option):
+        caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        try:
+            path = pathlib.Path(folder or caches / "sit_jax").expanduser().absolute()
+            path.mkdir(parents=True, exist_ok=True)
+            writable = os.access(path, os.W_OK | os.X_OK)
+        except (OSError, RuntimeError):  # RuntimeError: the user has no home.
+            writable = False
+        if writable:
+            jax.config.update(option, str(path))
+        elif folder:
+            raise ConfigError("--compilation_cache", f"{folder} is not a writable folder; `none` disables the cache")
 
 
 # From glibc's malloc.h.
@@ -114,19 +115,17 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_memory() -> None:
-    """Lets this process keep the memory that it frees, where JAX computes on the CPU and the C library is glibc.
+    """Stops malloc from returning freed memory to the OS, if JAX runs on the CPU and the C library is glibc.
 
-    A forward pass on CPU takes and frees hundreds of megabytes. glibc gives large pieces back to the system at once,
-    which hands them out again page by page, zeroed: a tenth of the time at large batches.
+    A forward pass on CPU allocates and frees hundreds of megabytes. glibc returns large blocks to the OS at once, and
+    the OS zeroes every page when they are allocated again: 10% of the time at large batches.
     """
     import jax
 
     if jax.default_backend() != "cpu":
         return
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version  # noqa: B018  Another C library has other numbers for these options.
+        libc.gnu_get_libc_version  # noqa: B018  Other C libraries number these options differently.
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    except (AttributeError, OSError, TypeError):
-        return

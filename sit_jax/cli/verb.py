@@ -1,27 +1,37 @@
-"""How a verb's parser is made."""
+"""Parsers of verbs, and the arguments that several verbs have."""
 
 import argparse
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
-Run = Callable[[argparse.Namespace, list[str]], None]
+from sit_jax.cli.argument_types import positive
 
-ANY_MODEL = "a run's folder, a model folder, a .onnx or .stablehlo file"
+# What `ArgumentParser.add_subparsers` returns.
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run = Callable[[argparse.Namespace], None]
+
+# Help texts of the argument MODEL.
+TRAINED_MODEL = "run folder or model folder"
+ANY_MODEL = "run folder, model folder, .onnx file or .stablehlo file"
 
 
-def add_verb(verbs: Any, name: str, run: Run | None, help_text: str) -> argparse.ArgumentParser:
-    """Adds a verb, or a task of one.
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends defaults to the help texts, except those that mean 'not given'."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        shown = action.default not in (None, False, "", 0, -1, [])
+        return super()._get_help_string(action) if shown else action.help
+
+
+def add_verb(verbs: Verbs, name: str, run: Run, summary: str) -> argparse.ArgumentParser:
+    """Adds the parser of a verb, or of one of its tasks.
 
     Args:
-        verbs: What `ArgumentParser.add_subparsers` returns.
-        name: What is typed.
-        run: Takes the parsed arguments and the `--config.KEY=VALUE` ones; None for a verb that has tasks.
-        help_text: One line, without a capital and a full stop.
+        run: Called with the parsed arguments; `overrides` among them are the `--config.KEY=VALUE` ones.
+        summary: One line, without a capital and a full stop.
     """
-    description = help_text[0].upper() + help_text[1:] + "."
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name, help=help_text, description=description, allow_abbrev=False
-    )
+    text = summary[0].upper() + summary[1:] + "."
+    parser = verbs.add_parser(name, help=summary, description=text, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.set_defaults(run=run)
     return parser
 
@@ -34,6 +44,22 @@ def add_option(parser: argparse.ArgumentParser, name: str, former: str, **option
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that choose among a run's weights."""
+    """Adds the arguments that select a run's weights."""
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (runs only)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (runs only); the newest if not given")
+
+
+def add_images(parser: argparse.ArgumentParser, nargs: str) -> None:
+    """Adds the paths of images."""
+    text = "image file, folder or glob pattern; - reads paths from standard input"
+    parser.add_argument("pictures", metavar="IMAGE", nargs=nargs, help=text)
+    parser.epilog = "Images that cannot be decoded are listed and skipped; the exit code is then 1."
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `sit_jax.cli.runtime.join`."""
+    text = "Detected automatically on Cloud TPU, under SLURM and under Open MPI. Elsewhere, give all three."
+    group = parser.add_argument_group("multiple processes", text)
+    group.add_argument("--coordinator", metavar="HOST:PORT", default="", help="address of process 0")
+    group.add_argument("--num_processes", metavar="N", type=positive, default=0, help="number of processes")
+    group.add_argument("--process_id", metavar="N", type=int, default=-1, help="index of this process, from 0")

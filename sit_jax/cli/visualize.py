@@ -2,49 +2,34 @@
 
 import argparse
 import pathlib
-from typing import Any
 
-from sit_jax.cli.argument_types import between, positive
-from sit_jax.cli.runtime import set_log_levels
-from sit_jax.cli.verb import add_checkpoint, add_verb
-
-# More have no room side by side.
-_MOST_TOKENS = 32
+from sit_jax.cli.argument_types import integer, positive
+from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_images, add_verb
 
 
-def add_parser(verbs: Any) -> None:
+def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
     parser = add_verb(verbs, "visualize", run, "draw token maps and the attention of the class token")
-    parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help="a run's folder or a model folder")
-    parser.add_argument(
-        "pictures", metavar="PICTURE", nargs="*", help="files, folders or glob patterns; - reads a list from stdin"
-    )
+    add = parser.add_argument
+    add("source", metavar="MODEL", type=pathlib.Path, help=TRAINED_MODEL)
+    add_images(parser, "*")
     add_checkpoint(parser)
-    parser.add_argument("--split", help="instead of PICTURE: the first images of a data set's split, such as test")
-    parser.add_argument("--name", help="with --split: name of the data set, if not the model's own")
-    parser.add_argument("--data_dir", help="with --split: its folder, if not the one of training")
-    parser.add_argument("--limit", type=positive, help="maximum number of images; all if not given, or 16 of a split")
-    parser.add_argument(
-        "--output", type=pathlib.Path, help="output folder of the figures, one per image; maps if not given"
-    )
-    arrays = "all arrays in one .npz file, or a folder for one file per image; alone, no figures are drawn"
-    parser.add_argument("--arrays", metavar="PLACE", type=pathlib.Path, help=arrays)
-    parser.add_argument(
-        "--tokens",
-        type=between(1, _MOST_TOKENS, "--arrays holds all tokens"),
-        default=8,
-        help="tokens shown per module: the most attended ones",
-    )
-    parser.add_argument(
-        "--dpi", type=between(20, 1200), default=150, help="dots per inch of the figures; 300 for print"
-    )
-    parser.add_argument("--batch_size", type=positive, default=8, help="batch size")
-    parser.epilog = "Exit code 1 if some images could not be decoded: they are listed and skipped."
+    add("--split", help="instead of IMAGE: draw the first images of this split of a data set, such as test")
+    add("--name", help="with --split: name of the data set; that of training if not given")
+    add("--data_dir", metavar="FOLDER", help="with --split: folder of the data set; that of training if not given")
+    add("--limit", metavar="N", type=positive, help="maximum number of images; 16 of a split if not given")
+    add("--output", metavar="FOLDER", type=pathlib.Path, help="folder of the figures; maps if not given")
+    text = "write all arrays to a .npz file, or to one file per image in a folder; figures then need --output"
+    add("--arrays", metavar="PATH", type=pathlib.Path, help=text)
+    # A figure has no room for more than 32.
+    tokens = integer(1, 32, "; --arrays holds all tokens")
+    add("--tokens", metavar="N", type=tokens, default=8, help="tokens shown per module, the most attended first")
+    add("--dpi", type=integer(20, 1200), default=150, help="dots per inch of the figures; 300 is good for print")
+    add("--batch_size", metavar="N", type=positive, default=8, help="batch size")
 
 
-def run(arguments: argparse.Namespace, _: list[str]) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Draws figures, or writes arrays."""
-    set_log_levels()
     from sit_jax.visual.visualize import FIGURES, OutputSettings, command
 
     default = FIGURES if arguments.arrays is None else None
