@@ -41,7 +41,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
     try:
         config_flags.DEFINE_config_dict("config", known, flag_values=values, sys_argv=args)
         values(args)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
         # ml_collections nests the text of a KeyError, quoted and escaped, in that of another one.
         text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "").replace("'", "")
         key, colon, problem = " ".join(text.split())[:400].partition(": ")

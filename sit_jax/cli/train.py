@@ -1,6 +1,7 @@
 """`sit train`."""
 
 import argparse
+import pathlib
 
 from sit_jax.cli.argument_types import folder
 from sit_jax.cli.config_file import add_config, load_config
@@ -12,7 +13,8 @@ def add_parser(verbs: Verbs) -> None:
     """Adds the verb."""
     parser = add_verb(verbs, "train", run, "train a model, or a teacher and its slimmed student")
     add_config(parser)
-    parser.add_argument("--workdir", required=True, type=folder, help="run folder; created if missing")
+    text = "run folder, created if missing; runs/CONFIG if not given"
+    parser.add_argument("--workdir", type=folder, help=text)
     parser.add_argument("--resume", action="store_true", help="continue the run in --workdir, if there is one")
     text = "folder of the persistent compilation cache, or `none` to disable it; ~/.cache/sit_jax if not given"
     parser.add_argument("--compilation_cache", metavar="FOLDER", default="", help=text)
@@ -23,6 +25,8 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Trains and prints a summary of the run."""
     config = load_config(arguments.config, arguments.overrides)
+    name = pathlib.PurePath(arguments.config).name.partition(":")[0].removesuffix(".py")
+    workdir = arguments.workdir or pathlib.Path("runs", name)
     enable_compilation_cache(arguments.compilation_cache)
     first = join(arguments)
     from sit_jax.analysis.summary import print_summary, summarize
@@ -31,8 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.print_sharding:
         loop.print_sharding(config, quiet=not first)
         return
-    loop.run(config, arguments.workdir, arguments.resume, label="student" if config.teacher else "model")
-    summary = summarize(arguments.workdir)
+    loop.run(config, workdir, arguments.resume, label="student" if config.teacher else "model")
+    summary = summarize(workdir)
     if first:
         print_summary(summary)
-        print(f"Written: summary.json, curves.png and the checkpoints, in {arguments.workdir}")
+        print(f"Written: summary.json, curves.png and the checkpoints, in {workdir}")

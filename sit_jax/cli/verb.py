@@ -11,8 +11,8 @@ Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run = Callable[[argparse.Namespace], None]
 
 # Help texts of the argument MODEL.
-TRAINED_MODEL = "run folder or model folder"
-ANY_MODEL = "run folder, model folder, .onnx file or .stablehlo file"
+TRAINED_MODEL = "run folder, model folder, or weights of another program"
+ANY_MODEL = f"{TRAINED_MODEL}; .onnx file or .stablehlo file"
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,5 +1,6 @@
 """Inference: converts a model and its weights to a function from images to logits."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,8 +94,10 @@ def inference_model(
         fastest = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
         attention = "plain" if fastest == "xla" else fastest
     module = build_model(arch, dtype=dtype, attention=attention).clone(batch_norm=False)
-    params = fold_batch_norm(variables["params"], variables.get("batch_stats", {}))
-    params = cast_kernels(params, dtype)
+    # The weights outlive a trace that this may be called in.
+    with contextlib.nullcontext() if _traced(variables) else jax.ensure_compile_time_eval():
+        params = fold_batch_norm(variables["params"], variables.get("batch_stats", {}))
+        params = cast_kernels(params, dtype)
 
     def apply(weights: Any, images: Array) -> Array:
         logits: Array = module.apply({"params": weights}, images, logits_only=True)[0]
