@@ -268,7 +268,7 @@ def test_notice_to_one_of_two_stops_both_and_one_process_goes_on(
     two[1].send_signal(signal.SIGTERM)
     printed = [process.communicate(timeout=120)[0] for process in two]
     assert [process.returncode for process in two] == [PreemptedError.exit_code] * 2, printed
-    assert "told to end: saved after step " in printed[0]
+    assert "stopped by a signal: saved after step " in printed[0]
     (newest,) = [entry for entry in list_checkpoints(run) if entry.newest]
     assert 0 < newest.step < 11
     contents = read_contents(run)

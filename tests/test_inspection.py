@@ -173,8 +173,8 @@ def test_damaged_one_before_it_is_not_recommended(run: pathlib.Path, config: Con
 
 def test_refusals(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
     for task in ("list", "show", "verify"):
-        assert "holds no checkpoint" in refused(capsys, "checkpoint", task, "--workdir", tmp_path)
+        assert "has no checkpoint" in refused(capsys, "checkpoint", task, "--workdir", tmp_path)
     assert not list(tmp_path.iterdir())
     for task in ("show", "verify"):
         text = refused(capsys, "checkpoint", task, "--workdir", run, "--step", "3")
-        assert text.endswith("holds no checkpoint 3; there are 2, 6, 8")
+        assert text.endswith("has no checkpoint 3; there are 2, 6, 8")

@@ -178,7 +178,7 @@ def test_which_pictures(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
     assert find_images(["**/*.webp"]) == ["deep/c.webp"]
     assert find_images(["odd[1].png"]) == ["odd[1].png"]
     assert find_images(["-", "a.jpg"], ["x y.png\n", "\n", "z.png\r\n"]) == ["x y.png", "z.png", "a.jpg"]
-    for word, message in {"gone.png": "no such file", "*.gif": "no such file", "empty": "holds no images"}.items():
+    for word, message in {"gone.png": "no such file", "*.gif": "no such file", "empty": "contains no images"}.items():
         with pytest.raises(UserError, match=message):
             find_images([word])
 

@@ -72,7 +72,7 @@ def test_folder_with_splits_and_slices(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ("split", "message"),
-    [("tst", "there are train, val"), ("train[5", "not understood"), ("train[:0]", "holds no images")],
+    [("tst", "there are train, val"), ("train[5", "not understood"), ("train[:0]", "contains no images")],
 )
 def test_wrong_splits_of_folders(flat: pathlib.Path, split: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -31,7 +31,7 @@ def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
         raise ConfigError("model", "only vision transformers can be planned")
     for teacher in config.teachers.values():
         if not teacher.run:
-            _log("the teacher's own training is left out: plan it with a config of its own")
+            _log("the teacher's own training is not included: plan it with its own config")
     classes = _CLASSES.get(config.data.name)
     models = [config.model, *(teacher.model for teacher in config.teachers.values())]
     if examples is None or (classes is None and not all(m.architecture.num_classes for m in models)):

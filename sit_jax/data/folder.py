@@ -78,7 +78,7 @@ class FolderSource:
         start, stop = (_bound(match[i], len(files)) for i in (2, 3))
         self.files: Sequence[tuple[str, int]] = files[start:stop]
         if not self.files:
-            raise UserError(f"split {split!r} of {root}: holds no images ({why})")
+            raise UserError(f"split {split!r} of {root}: contains no images ({why})")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,7 +96,7 @@ class FolderSource:
 def _classes(base: pathlib.Path) -> tuple[str, ...]:
     names = sorted(x.name for x in base.iterdir() if x.is_dir() and not x.name.startswith("."))
     if not names:
-        raise ConfigError("data.data_dir", f"{base} holds no folder per class (CLASS/image.jpg)")
+        raise ConfigError("data.data_dir", f"{base} has no folder per class (CLASS/image.jpg)")
     return tuple(names)
 
 
@@ -159,7 +159,7 @@ def find_images(args: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
         elif os.path.isdir(arg):
             matches = [str(path) for path in images_in(pathlib.Path(arg))]
             if not matches:
-                raise UserError(f"{arg}: holds no images")
+                raise UserError(f"{arg}: contains no images")
         elif os.path.lexists(arg):  # Also a dangling link: reading it fails, as it does for one in a folder.
             matches = [arg]
         else:

@@ -29,7 +29,7 @@ class LabelMaps:
         except (OSError, ValueError) as error:
             reason = one_line(error)
             raise ConfigError(
-                "data.label_maps", f"{folder} holds no label maps ({reason}); run: sit data label"
+                "data.label_maps", f"{folder} contains no label maps ({reason}); run: sit data label"
             ) from None
         if self._classes.shape != self._values.shape or self._classes.ndim != 4:
             raise ConfigError("data.label_maps", f"{folder} is incomplete; make it again: sit data label")

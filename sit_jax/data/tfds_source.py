@@ -36,7 +36,7 @@ class TfdsSource:
         features = builder.info.features
         keys = [key for key in _LABEL_KEYS if key in features]
         if not keys or "image" not in features:
-            problem = f"{builder.name} holds no images with class labels, but {', '.join(features)}"
+            problem = f"{builder.name} contains no images with class labels, but {', '.join(features)}"
             raise ConfigError("data.name", problem)
         self._key = keys[0]
         self.multi_label = not isinstance(features[self._key], tfds.features.ClassLabel)

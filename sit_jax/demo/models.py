@@ -97,7 +97,7 @@ def open_demo_models(students: Sequence[pathlib.Path], teachers: Sequence[pathli
     """
     teachers = teachers or [own for own in (path / "teacher" for path in students) if own.is_dir()]
     if not teachers:
-        raise UserError("--teacher: which model shall the students be compared with? Their folders hold no teacher")
+        raise UserError("--teacher: which model are the students compared with? Their folders contain no teacher")
     models = DemoModels(
         *({str(path): DemoModel(str(path), load(path)) for path in paths} for paths in (students, teachers))
     )

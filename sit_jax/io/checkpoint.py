@@ -44,13 +44,13 @@ def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator
         RunError: There is no checkpoint, or none of that step.
     """
     if not (workdir / FOLDER).is_dir():
-        raise RunError(f"{workdir} holds no checkpoint")
+        raise RunError(f"{workdir} has no checkpoint")
     with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
         steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
         if not steps:
-            raise RunError(f"{workdir} holds no checkpoint")
+            raise RunError(f"{workdir} has no checkpoint")
         if step is not None and step not in steps:
-            raise RunError(f"{workdir} holds no checkpoint {step}; there are {', '.join(map(str, steps))}")
+            raise RunError(f"{workdir} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
         yield checkpointer
 
 

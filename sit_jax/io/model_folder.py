@@ -160,5 +160,5 @@ def read_json(path: pathlib.Path) -> JsonObject:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON: {one_line(error, 200)}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: holds no JSON object")
+        raise UserError(f"{path}: is not a JSON object")
     return values

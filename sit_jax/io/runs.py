@@ -43,7 +43,7 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
             raise RunError(f"{workdir} holds another configuration's run ({difference}); choose another --workdir")
         if not resume:
             raise RunError(
-                f"{workdir} already holds this run; pass --resume to go on with it, or choose another --workdir"
+                f"{workdir} already holds this run; pass --resume to continue it, or choose another --workdir"
             )
         with writing(workdir):  # Fails here instead of at the first checkpoint.
             tempfile.TemporaryFile(dir=workdir).close()
@@ -124,7 +124,7 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(f"{workdir} cannot be written: {reason}; mend that, or choose another --workdir") from None
+        raise RunError(f"{workdir} cannot be written: {reason}; fix that, or choose another --workdir") from None
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

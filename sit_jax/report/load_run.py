@@ -255,7 +255,7 @@ def _read_object(path: pathlib.Path, missing: list[str]) -> JsonObject:
         return {}
     if isinstance(values, dict) and values:
         return values
-    missing.append(f"{path.name} holds no values.")
+    missing.append(f"{path.name} is empty.")
     return {}
 
 

@@ -205,7 +205,7 @@ def train_loop(
         Progress(label, total, start, config.batch_size, quiet=not distributed.is_process_0()) as progress,
     ):
         if stop.requested and start < total:
-            raise PreemptedError(f"told to end before step {start + 1} of {total}; go on with --resume")
+            raise PreemptedError(f"stopped by a signal before step {start + 1} of {total}; continue with --resume")
         pending: tuple[int, Metrics] | None = None
 
         def resolve() -> None:
@@ -249,7 +249,7 @@ def train_loop(
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
-                raise PreemptedError(f"told to end: saved after step {step} of {total}; go on with --resume")
+                raise PreemptedError(f"stopped by a signal: saved after step {step} of {total}; continue with --resume")
     return evaluation or evaluator(state)
 
 

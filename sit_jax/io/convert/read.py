@@ -108,7 +108,7 @@ def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...
     if "num_classes" in inferred.fields:
         return ()
     if num_classes is None:
-        raise UserError("there is no head in it: give --num_classes")
+        raise UserError("it has no head: give --num_classes")
     inferred.fields["num_classes"] = num_classes
     heads = {
         "head": True,

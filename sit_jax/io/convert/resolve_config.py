@@ -82,7 +82,7 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     if missing:
         words = " ".join(f"--model.{key} VALUE" for key in missing)
         raise UserError(
-            f"the tensors do not tell {' and '.join(missing)}, and no named model has this shape: give {words}"
+            f"the tensors do not determine {' and '.join(missing)}, and no named model has this shape: give {words}"
         )
     fields |= _kept(inferred, fields, given, known)
     if known is not None and any(fields[key] != getattr(known, key) for key in _OPEN):
@@ -161,7 +161,7 @@ def _stages(named: Mapping[str, Architecture]) -> tuple[int, ...]:
         return next(iter(stages))
     choices = " or ".join(f"{','.join(map(str, blocks))} ({name})" for blocks, name in stages.items())
     raise UserError(
-        "without reverse modules the tensors do not tell behind which blocks the slimming modules stand: "
+        "without reverse modules the tensors do not determine after which blocks the slimming modules are: "
         f"give --model.stage_blocks {choices or 'COUNT,COUNT,...'}"
     )
 

@@ -144,7 +144,7 @@ def to_original(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
         UserError: The model's reducer is not the original's.
     """
     if arch.reducer != "slim":
-        raise UserError(f"PyTorch knows no reducer {arch.reducer}; StableHLO and model folders take any")
+        raise UserError(f"PyTorch does not support the reducer {arch.reducer}; StableHLO and model folders take any")
     arrays = flatten_dict(tree)
     table = name_table(arch, reverse=bool(tree.get("reverse")))
     return {entry.key: entry.to_torch(np.asarray(arrays[entry.path])) for entry in table}

@@ -35,19 +35,19 @@ def select_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> T
     """
     value = read_torch(path)
     if not isinstance(value, dict):
-        raise FileError(f"{path}: holds no dictionary of weights, but a {type(value).__name__}")
+        raise FileError(f"{path}: does not contain a dictionary of weights, but a {type(value).__name__}")
     found = {key: _tensors(value.get(key)) for key in (*_WEIGHTS, *_AVERAGES)}
     found = {key: tensors for key, tensors in found.items() if tensors}
     key = next((key for key in found if key in _AVERAGES or not ema), "")
     if ema and not key:
-        raise FileError(f"{path}: holds no moving average of the weights; leave out --ema")
+        raise FileError(f"{path}: contains no moving average of the weights; leave out --ema")
     if key:
         others = ", ".join(repr(other) for other in found if other != key)
         log(f"read: the weights under {key!r}" + (f" (there is also {others})" if others else ""))
     tensors = found[key] if key else _tensors(value)
     if not tensors:
         some = ", ".join(str(key)[:50] for key in list(value)[:8])
-        raise FileError(f"{path}: holds no weights; its keys are {some or 'none'}")
+        raise FileError(f"{path}: contains no weights; its keys are {some or 'none'}")
     check_total(path, sum(x.numel() * x.element_size() for x in tensors.values()))
     return {name: _lazy(path, name, x) for name, x in tensors.items()}
 
