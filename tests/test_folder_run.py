@@ -170,7 +170,7 @@ def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_pa
     check = ["data", "check", *words(folder)]
     assert cli.main(check) == 0
     out = capsys.readouterr().out
-    assert "train: 320 pictures, 8 classes, 40 to 40 per class" in out
+    assert "train: 320 images, 8 classes, 40 to 40 per class" in out
     assert "none broken" in out
     zoo = tmp_path / "zoo" / "train"
     for index, files in enumerate((malformed.BROKEN, {name: data for name, (data, _) in malformed.ODD.items()})):

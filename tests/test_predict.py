@@ -66,7 +66,7 @@ def test_a_thousand_pictures(model: pathlib.Path, pictures: pathlib.Path, capsys
     told = [line for line in err.splitlines() if line.startswith("predict: skipped ")]
     assert [line.removeprefix("predict: skipped ").split(": ")[0] for line in told] == bad
     assert err.splitlines()[-1] == (
-        "sit predict: 50 of 1000 pictures could not be read and were skipped; the others were done"
+        "sit predict: 50 of 1000 images could not be read and were skipped; all others were processed"
     )
     assert all(len(answer["predictions"]) == 3 for answer in answers)
 

@@ -27,20 +27,20 @@ class Prediction(NamedTuple):
     """Prediction for one image.
 
     Attributes:
-        picture: The image file.
+        image: The image file.
         classes: Indices of the top classes, most likely first.
         names: Their names.
         probabilities: Their probabilities.
     """
 
-    picture: str
+    image: str
     classes: list[int]
     names: list[str]
     probabilities: list[float]
 
 
 def predict(
-    model: Model, pictures: Sequence[str], top: int = 5, batch_size: int = 32
+    model: Model, images: Sequence[str], top: int = 5, batch_size: int = 32
 ) -> Iterator[Prediction | ImageDecodeError]:
     """Yields predictions in the order of the images, or an error for an image that cannot be read.
 
@@ -48,13 +48,13 @@ def predict(
 
     Args:
         model: The model.
-        pictures: Image files.
+        images: Image files.
         top: Number of top classes to return; all if there are fewer.
         batch_size: Number of images per batch.
     """
     waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
     readable = 0
-    for name, pixels in _read(model, pictures, ahead=2 * batch_size):
+    for name, pixels in _read(model, images, ahead=2 * batch_size):
         waiting.append((name, pixels))
         readable += not isinstance(pixels, ImageDecodeError)
         # Errors of a folder of unreadable files are then reported during reading.
@@ -66,7 +66,7 @@ def predict(
 
 def run_predict(
     model: Model,
-    pictures: Sequence[str],
+    images: Sequence[str],
     top: int,
     style: Style,
     batch_size: int,
@@ -82,25 +82,25 @@ def run_predict(
     """
     skipped = 0
     write = _WRITERS[style](out, model.class_names)
-    with Progress("predict", len(pictures), 0, 1) as progress:
-        for done, answer in enumerate(predict(model, pictures, top, batch_size), start=1):
+    with Progress("predict", len(images), 0, 1) as progress:
+        for done, answer in enumerate(predict(model, images, top, batch_size), start=1):
             if isinstance(answer, ImageDecodeError):
                 skipped += 1
                 progress.note(f"skipped {answer}")
             else:
                 write(answer)
-            if done % batch_size == 0 or done == len(pictures):
+            if done % batch_size == 0 or done == len(images):
                 progress.update(done, {})
                 out.flush()
                 if reader_gone(out):
                     return
     if skipped:
         raise PartialFailureError(
-            f"{skipped} of {len(pictures)} pictures could not be read and were skipped; the others were done"
+            f"{skipped} of {len(images)} images could not be read and were skipped; all others were processed"
         )
 
 
-def _read(model: Model, pictures: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
+def _read(model: Model, images: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
     """Yields the pixels of each image in order, with at most `ahead` images read in advance."""
     arch = model.arch
     transform = EvalTransform(model.data, arch.image_size, arch.in_channels)
@@ -114,7 +114,7 @@ def _read(model: Model, pictures: Sequence[str], ahead: int) -> Iterator[tuple[s
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         running: collections.deque[Any] = collections.deque()
         try:
-            for name in pictures:
+            for name in images:
                 running.append(pool.submit(load, name))
                 if len(running) > ahead:
                     yield running.popleft().result()
@@ -125,9 +125,9 @@ def _read(model: Model, pictures: Sequence[str], ahead: int) -> Iterator[tuple[s
 
 
 def _answer(
-    model: Model, pictures: list[tuple[str, np.ndarray | ImageDecodeError]], top: int, batch_size: int
+    model: Model, images: list[tuple[str, np.ndarray | ImageDecodeError]], top: int, batch_size: int
 ) -> Iterator[Prediction | ImageDecodeError]:
-    pixels = [x for _, x in pictures if not isinstance(x, ImageDecodeError)]
+    pixels = [x for _, x in images if not isinstance(x, ImageDecodeError)]
     rows: Iterator[np.ndarray] = iter(())
     if pixels:
         # The last batch is padded, so that it needs no compilation.
@@ -135,7 +135,7 @@ def _answer(
         batch[: len(pixels)] = pixels
         rows = iter(softmax(model.logits(batch))[: len(pixels)])
     names = model.class_names
-    for name, read in pictures:
+    for name, read in images:
         if isinstance(read, ImageDecodeError):
             yield read
             continue
@@ -156,9 +156,9 @@ def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], No
     def write(prediction: Prediction) -> None:
         # Lines are written immediately: the column width is that of the longest name so far.
         nonlocal file_width
-        file_width = max(file_width, len(prediction.picture))
+        file_width = max(file_width, len(prediction.image))
         cells = [f"{name:<{name_width}} {probability:>6.1%}" for _, name, probability in _rows(prediction)]
-        print("   ".join([f"{prediction.picture:<{file_width}}", *cells]).rstrip(), file=out)
+        print("   ".join([f"{prediction.image:<{file_width}}", *cells]).rstrip(), file=out)
 
     return write
 
@@ -167,8 +167,10 @@ def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
     """Returns a writer of one JSON object per image."""
 
     def write(prediction: Prediction) -> None:
-        rows = [{"class": index, "name": name, "probability": share} for index, name, share in _rows(prediction)]
-        print(json.dumps({"picture": prediction.picture, "predictions": rows}), file=out)
+        rows = [
+            {"class": index, "name": name, "probability": probability} for index, name, probability in _rows(prediction)
+        ]
+        print(json.dumps({"picture": prediction.image, "predictions": rows}), file=out)
 
     return write
 
@@ -179,8 +181,8 @@ def _csv(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
     table.writerow(("picture", "rank", "class", "name", "probability"))
 
     def write(prediction: Prediction) -> None:
-        for rank, (index, name, share) in enumerate(_rows(prediction), start=1):
-            table.writerow((prediction.picture, rank, index, name, f"{share:.6f}"))
+        for rank, (index, name, probability) in enumerate(_rows(prediction), start=1):
+            table.writerow((prediction.image, rank, index, name, f"{probability:.6f}"))
 
     return write
 

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.data.folder import find_images
     from sit_jax.io.load import load
 
-    pictures = find_images(arguments.pictures, sys.stdin)
+    images = find_images(arguments.images, sys.stdin)
     model = load(arguments.source, ema=arguments.ema, step=arguments.step)
     how = (arguments.top, arguments.format, arguments.batch_size)
-    run_predict(model, pictures, *how, sys.stdout, reader_gone)
+    run_predict(model, images, *how, sys.stdout, reader_gone)

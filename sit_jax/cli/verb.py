@@ -52,7 +52,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 def add_images(parser: argparse.ArgumentParser, nargs: str) -> None:
     """Adds the paths of images."""
     text = "image file, folder or glob pattern; - reads paths from standard input"
-    parser.add_argument("pictures", metavar="IMAGE", nargs=nargs, help=text)
+    parser.add_argument("images", metavar="IMAGE", nargs=nargs, help=text)
     parser.epilog = "Images that cannot be decoded are listed and skipped; the exit code is then 1."
 
 

@@ -36,4 +36,4 @@ def run(arguments: argparse.Namespace) -> None:
     figures = arguments.output or default
     output = OutputSettings(figures, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
     data = {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir}
-    command(arguments.source, arguments.pictures, output, data, arguments.limit, arguments.ema, arguments.step)
+    command(arguments.source, arguments.images, output, data, arguments.limit, arguments.ema, arguments.step)

@@ -41,12 +41,12 @@ class CheckReport:
         spread = f"{counts[0]} to {counts[-1]} per class" if counts else "no classes"
         fate = "training stops at them" if on_decode_error == "error" else "skipped, and counted"
         kinds = {
-            "classes without a picture": [name for name, count in self.per_class.items() if count == 0],
+            "classes without an image": [name for name, count in self.per_class.items() if count == 0],
             **dict(sorted(self.unusual.items())),
-            "files are no pictures by their suffix: ignored": self.ignored,
+            "files without the suffix of an image: ignored": self.ignored,
             f"broken ({fate}; data.on_decode_error={on_decode_error})": self.broken,
         }
-        lines = [f"{self.split}: {self.pictures} pictures, {len(counts)} classes, {spread}"]
+        lines = [f"{self.split}: {self.pictures} images, {len(counts)} classes, {spread}"]
         for kind, names in kinds.items():
             if names:
                 shown = names if everything else names[:_SHOWN_PER_KIND]

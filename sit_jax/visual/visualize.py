@@ -101,7 +101,7 @@ def command(
             print(f"Written: {place} ({done} images)")
     if done < len(images):
         skipped = f"{len(images) - done} of {len(images)} images could not be read and were skipped"
-        raise PartialFailureError(f"{skipped}; the others were done")
+        raise PartialFailureError(f"{skipped}; all others were processed")
 
 
 def from_files(names: Sequence[str]) -> list[ImageFile]:
