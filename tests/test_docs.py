@@ -70,7 +70,7 @@ def test_every_verb_is_shown() -> None:
 
 def test_snippets_are_run_somewhere() -> None:
     # Here, as doctests (test_readme.py), and page by page in the tests of what they show.
-    tested = {"README.md", "deploy.md", "extend.md", "own_pictures.md", "visualize.md"}
+    tested = {"README.md", "deploy.md", "extend.md", "own_images.md", "visualize.md"}
     assert {page.name for page in PAGES if "```python" in page.read_text()} <= tested
 
 
@@ -78,7 +78,7 @@ def test_overrides() -> None:
     # Words in the text and in tables, which stand in no command. Paths of runs are not looked at here.
     found = 0
     for page in PAGES:
-        config = "configs/folder.py:64" if page.name == "own_pictures.md" else "configs/digits.py"
+        config = "configs/folder.py:64" if page.name == "own_images.md" else "configs/digits.py"
         for code in re.findall(r"`(--config\.[a-z][\w.]*=[^`]+)`", page.read_text()):
             load_config(config, shlex.split(code))
             found += 1

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from pictures import photographs
+from images import photographs
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -67,9 +67,9 @@ def place(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, digits_dir: s
 
 @pytest.mark.slow
 def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
-    pathlib.Path("pictures").mkdir()
+    pathlib.Path("images").mkdir()
     for index, image in enumerate(load_digits().images[:3]):
-        Image.fromarray((image * 15).astype("uint8")).resize((64, 64)).save(f"pictures/{index}.jpg")
+        Image.fromarray((image * 15).astype("uint8")).resize((64, 64)).save(f"images/{index}.jpg")
     done = follow("quickstart.md", small_digits(digits_dir))
     assert len(done) == 8
     summary = json.loads(pathlib.Path("runs/digits/summary.json").read_text())
@@ -85,8 +85,8 @@ def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
     # So do others: what is done with a trained run and its exported folder.
     pathlib.Path("models").mkdir()
     shutil.copytree("out/digits", "models/mine")
-    shutil.copy("pictures/0.jpg", "picture.jpg")
-    Image.open("picture.jpg").save("pictures/0.png")
+    shutil.copy("images/0.jpg", "image.jpg")
+    Image.open("image.jpg").save("images/0.png")
     assert len(follow("visualize.md", [], ("visualize",), times=1)) == 4
     assert pathlib.Path("maps.npz").exists()
     # Random weights in the place of published ones.
@@ -113,26 +113,26 @@ def crops(classes: int) -> None:
     """Images in folders, one for each class."""
     for name, photograph in list(photographs().items())[:classes]:
         for index in range(20):
-            folder = pathlib.Path("pictures") / name
+            folder = pathlib.Path("images") / name
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(photograph[index : index + 150, 3 * index : 3 * index + 150]).save(folder / f"{index}.jpg")
 
 
 @pytest.mark.slow
-def test_own_pictures(place: pathlib.Path) -> None:
+def test_own_images(place: pathlib.Path) -> None:
     crops(2)
     small = [*SMALL, "--config.model.stage_blocks=(2,2)", "--config.batch_size=8", "--config.teacher.batch_size=8"]
     sizes = ["--config.model.image_size=64", "--config.teacher.model.image_size=64"]
     words = [*SHORT[:2], *STEADY, *small, *sizes, "--config.eval_batch_size=8"]
-    assert len(follow("own_pictures.md", words, times=2)) == 4
+    assert len(follow("own_images.md", words, times=2)) == 4
     assert pathlib.Path("examples.png").exists()
     # The page's own ViT, which `sit convert` would have brought, with random weights and as narrow as the rest.
-    text = (ROOT / "docs/own_pictures.md").read_text()
+    text = (ROOT / "docs/own_images.md").read_text()
     (page,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     pathlib.Path("my_vit.py").write_text(page)
     sit_jax.create_model("deit_small", num_classes=2, image_size=64, **SIZES).save("models/deit_small")
     vit = [word for word in words if "stage_blocks" not in word] + ["--config.model.stage_blocks=(1,1,1,1)"]
-    assert len(follow("own_pictures.md", vit, ("train",), first=2)) == 2
+    assert len(follow("own_images.md", vit, ("train",), first=2)) == 2
 
 
 def code(page: str) -> list[str]:
@@ -142,8 +142,8 @@ def code(page: str) -> list[str]:
 @pytest.mark.slow
 def test_an_own_reducer(place: pathlib.Path, digits_dir: str) -> None:
     pathlib.Path("attended.py").write_text(code("extend.md")[0])
-    pathlib.Path("pictures").mkdir()
-    Image.fromarray((load_digits().images[0] * 15).astype("uint8")).save("pictures/0.png")
+    pathlib.Path("images").mkdir()
+    Image.fromarray((load_digits().images[0] * 15).astype("uint8")).save("images/0.png")
     assert len(follow("extend.md", small_digits(digits_dir))) == 4
     assert pathlib.Path("out/attended.stablehlo").exists()
 

@@ -1,13 +1,13 @@
-"""The pictures behind docs/figures: scikit-learn's two photographs, and a small data set made from them.
+"""The images behind docs/figures: scikit-learn's two photographs, and a small data set made from them.
 
 The data set asks for what has to be found: a dahlia, a pagoda, or neither, anywhere on leaves, sky, lake and trees.
 Both things are cut out by hand-drawn outlines and laid on pieces of both photographs that show neither, so that the
-background gives nothing away. All pictures are made of the same two photographs: what is trained on them shows how
+background gives nothing away. All images are made of the same two photographs: what is trained on them shows how
 the figures are drawn, and knows nothing else.
 
     python docs/figures/make_crops.py build/photo
 
-writes `build/photo/pictures/{train,val}/CLASS/*.jpg`, and the photographs as `build/photo/china.jpg` and `flower.jpg`.
+writes `build/photo/images/{train,val}/CLASS/*.jpg`, and the photographs as `build/photo/china.jpg` and `flower.jpg`.
 """
 
 import argparse
@@ -49,11 +49,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     for split, count in COUNTS.items():
         for name in CLASSES:
-            folder = dest / "pictures" / split / name
+            folder = dest / "images" / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for index in range(count):
-                picture = lay(things.get(name), ground(photographs, rng), rng)
-                picture.save(folder / f"{index:04d}.jpg", quality=92)
+                image = lay(things.get(name), ground(photographs, rng), rng)
+                image.save(folder / f"{index:04d}.jpg", quality=92)
     for name in GROUNDS:
         shutil.copyfile(source / name, dest / name)
 

@@ -4,7 +4,7 @@ Trained on what make_crops.py makes of two photographs, on 14 x 14 patches like 
 24 and 8. Two CPU cores take some minutes.
 
     python docs/figures/make_crops.py build/photo
-    sit train --config docs/figures/photo.py --workdir build/photo/run --config.data.data_dir=build/photo/pictures
+    sit train --config docs/figures/photo.py --workdir build/photo/run --config.data.data_dir=build/photo/images
 """
 
 from ml_collections import ConfigDict
