@@ -39,7 +39,7 @@ class Jax:
         self.cases: dict[str, Any] = {}
 
     def write(self, folder: str, name: str, tiny: bool) -> turns.Answer:
-        shapes.write_folder(pathlib.Path(folder), name, tiny, reverse=False)
+        shapes.write_folder(pathlib.Path(folder), name, tiny, rtsm=False)
         return {}
 
     def prepare(self, case: str, folder: str, batch: int, dtype: str, **_: Any) -> turns.Answer:

@@ -45,7 +45,7 @@ def errors(name: str, dtype: Dtype, grad_dtype: Dtype) -> tuple[float, float, fl
         optim=dataclasses.replace(optim, grad_dtype=grad_dtype),
     )
     task = make_train_spec(config, steps_per_epoch=1)
-    params = {"model": golden.student["params"], "reverse": golden.student["reverse"]}
+    params = {"model": golden.student["params"], "rtsm": golden.student["rtsm"]}
     params = jax.tree.map(jnp.array, params)
     stats = jax.tree.map(jnp.array, golden.student.get("batch_stats", {}))
     teachers = {"teacher": golden.teacher}
@@ -77,7 +77,7 @@ def errors(name: str, dtype: Dtype, grad_dtype: Dtype) -> tuple[float, float, fl
 
 
 def in_original(golden: Any, params: Any, stats: Any) -> dict[str, np.ndarray]:
-    tree = {"params": params["model"], "batch_stats": stats, "reverse": params["reverse"]}
+    tree = {"params": params["model"], "batch_stats": stats, "rtsm": params["rtsm"]}
     return to_original(jax.device_get(tree), golden.arch)
 
 

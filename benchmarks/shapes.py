@@ -16,7 +16,7 @@ def architecture(name: str, tiny: bool) -> Any:
     return get_architecture(name, **TINY, stage_blocks=stages)
 
 
-def write_folder(folder: pathlib.Path, name: str, tiny: bool, reverse: bool, seed: int = 0) -> None:
+def write_folder(folder: pathlib.Path, name: str, tiny: bool, rtsm: bool, seed: int = 0) -> None:
     """Writes a model folder with weights as after a training: nothing is zero or one, statistics least of all."""
     import jax
     import numpy as np
@@ -34,9 +34,8 @@ def write_folder(folder: pathlib.Path, name: str, tiny: bool, reverse: bool, see
         values = rng.standard_normal(shape, np.float32)
         return values / np.sqrt(np.prod(shape[:-1]), dtype=np.float32) if kind == "kernel" else 0.1 * values
 
-    tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, reverse))
-    rtsm = tree.pop("reverse")
-    Model(arch, tree, rtsm=rtsm).save(folder, with_rtsm=reverse)
+    tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, rtsm))
+    Model(arch, tree, rtsm=tree.pop("rtsm")).save(folder, with_rtsm=rtsm)
 
 
 def images(shape: tuple[int, ...], buffer: int) -> Any:

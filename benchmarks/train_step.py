@@ -49,8 +49,8 @@ class Jax:
         self.step: Any = None
 
     def write(self, folder: str, name: str, tiny: bool) -> turns.Answer:
-        shapes.write_folder(pathlib.Path(folder) / "student", name, tiny, reverse=True)
-        shapes.write_folder(pathlib.Path(folder) / "teacher", teacher_of(name), tiny, reverse=False, seed=1)
+        shapes.write_folder(pathlib.Path(folder) / "student", name, tiny, rtsm=True)
+        shapes.write_folder(pathlib.Path(folder) / "teacher", teacher_of(name), tiny, rtsm=False, seed=1)
         return {}
 
     def prepare(self, folder: str, batch: int, dtype: Any, **_: Any) -> turns.Answer:
@@ -76,7 +76,7 @@ class Jax:
             optim=OptimConfig(lr=RATE, min_lr=RATE, rtsm_lr_scale=1.0),
         )
         task, mesh = make_train_spec(config, steps_per_epoch=1000), sharding.make_mesh(devices=jax.devices()[:1])
-        params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.rtsm})
+        params = jax.tree.map(jnp.array, {"model": student.params, "rtsm": student.rtsm})
         stats = jax.tree.map(jnp.array, student.batch_stats)
         fresh = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), None)
         self.state = jax.device_put(fresh, sharding.state_shardings(mesh, fresh))

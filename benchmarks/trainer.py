@@ -122,7 +122,7 @@ def measure(arguments: argparse.Namespace, scratch: pathlib.Path) -> Stopwatch:
     set_log_levels()
     student = shapes.architecture(arguments.model, arguments.tiny)
     teacher = arguments.model.replace("sit_", "lvvit_")
-    shapes.write_folder(scratch / "given", teacher, arguments.tiny, reverse=False)
+    shapes.write_folder(scratch / "given", teacher, arguments.tiny, rtsm=False)
     batch = arguments.batch_size
     # One step more, whose batch is asked for when the last stretch is done.
     steps = WARM_UP + arguments.stretch * arguments.rounds + 1

@@ -29,7 +29,7 @@ class Golden(NamedTuple):
         meta: The settings as stored.
         arch: The student's architecture.
         teacher: The teacher's variables.
-        student: The student's variables at the start, reverse modules under `reverse`.
+        student: The student's variables at the start, reverse modules under `rtsm`.
     """
 
     data: dict[str, np.ndarray]
@@ -55,7 +55,7 @@ def load(name: str) -> Golden:
 
 def from_original(weights: Mapping[str, np.ndarray], arch: Architecture) -> Variables:
     """The original's weights in our layout; reverse modules where there are any."""
-    entries = name_table(arch, reverse=any(key.startswith("rtsm.") for key in weights))
+    entries = name_table(arch, rtsm=any(key.startswith("rtsm.") for key in weights))
     return unflatten_dict({entry.path: entry.to_flax(np.asarray(weights[entry.key])) for entry in entries})
 
 

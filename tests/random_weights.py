@@ -13,7 +13,7 @@ from sit_jax.models.architecture import Architecture
 PREPROCESSING = {"interpolation": "bicubic", "crop_fraction": 0.875, "resize": "crop"}
 
 
-def draw(arch: Architecture = tiny.STUDENT, reverse: bool = False, seed: int = 0) -> Model:
+def draw(arch: Architecture = tiny.STUDENT, rtsm: bool = False, seed: int = 0) -> Model:
     """Random weights of a model."""
     rng = np.random.default_rng(seed)
 
@@ -27,14 +27,14 @@ def draw(arch: Architecture = tiny.STUDENT, reverse: bool = False, seed: int = 0
             values = 0.1 * rng.standard_normal(shape)
         return np.asarray(values, np.float32)
 
-    tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, reverse))
+    tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, rtsm))
     means = {"mean": [0.4] * arch.in_channels, "std": [0.2] * arch.in_channels}
     metadata = {
         "class_names": [f"class {index}" for index in range(arch.num_classes)],
         "preprocessing": {**PREPROCESSING, **means},
         "licence": "Apache-2.0",
     }
-    return Model(arch, {"params": tree["params"], "batch_stats": tree["batch_stats"]}, metadata, tree["reverse"])
+    return Model(arch, {"params": tree["params"], "batch_stats": tree["batch_stats"]}, metadata, tree["rtsm"])
 
 
 def variables(weights: Model) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_page_builds_and_its_step_traces(page: str) -> None:
     metrics = trace_step(config)
     expected = {"loss", "classification", "accuracy", "grad_norm", "lr/model"}
     if config.loss.token > 0:
-        expected |= {"token", "logits", "lr/reverse"}
+        expected |= {"token", "logits", "lr/rtsm"}
     if config.loss.token_label > 0:
         expected |= {"token_label"}
     assert set(metrics) == expected
@@ -74,7 +74,7 @@ def test_learning_rates_of_the_papers_recipe(size: str) -> None:
     for number, (model, reverse) in expected.items():
         for step in (number * epoch, number * epoch + epoch - 1):  # Set per epoch.
             assert float(rates["model"](jnp.asarray(step))) == pytest.approx(model, rel=0.01)
-            assert float(rates["reverse"](jnp.asarray(step))) == pytest.approx(reverse, rel=0.025)
+            assert float(rates["rtsm"](jnp.asarray(step))) == pytest.approx(reverse, rel=0.025)
     assert (config.epochs, config.optim.cooldown_epochs) == (125, 10)
     assert float(rates["model"](jnp.asarray(134 * epoch))) == pytest.approx(1e-5)
 

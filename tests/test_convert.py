@@ -98,11 +98,11 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     assert "'state_dict'" in lines[0]
     assert "'state_dict_ema'" in lines[0]
     assert lines[1].startswith("found: SiT original layout, student conv4 stem, width 16, depth 5 with RTSMs")
-    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "reverse": weights.rtsm}
+    tree = {"params": weights.params, "batch_stats": weights.batch_stats, "rtsm": weights.rtsm}
     assert_same(to_original(tree, weights.vit), theirs)
     averaged = read_weights(source, options=options._replace(ema=True))
     np.testing.assert_array_equal(averaged.params["norm"]["bias"], theirs["norm.bias"] + 1)
-    without = read_weights(source, options=options._replace(reverse=False), log=lines.append)
+    without = read_weights(source, options=options._replace(rtsm=False), log=lines.append)
     assert without.rtsm == {}
     assert lines[-1] == "changed: RTSMs left out"
 

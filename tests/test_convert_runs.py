@@ -57,14 +57,14 @@ def test_a_run_and_its_checkpoints(student: Run, tmp_path: pathlib.Path, capsys:
     weights = read_weights(tmp_path / "out")
     assert weights.arch == tiny.STUDENT
     assert_equal(weights.params, state.params["model"])
-    assert_equal(weights.rtsm, state.params["reverse"])
+    assert_equal(weights.rtsm, state.params["rtsm"])
     assert_equal(weights.batch_stats, state.batch_stats)
     assert weights.metadata["preprocessing"]["interpolation"] == "bicubic"
     newest = read_weights(folder)
     assert_equal(newest.params, jax.tree.map(lambda x: x + 1, state.params["model"]))
-    assert_equal(newest.rtsm, jax.tree.map(lambda x: x + 1, state.params["reverse"]))
+    assert_equal(newest.rtsm, jax.tree.map(lambda x: x + 1, state.params["rtsm"]))
     assert state.ema is not None
-    assert_equal(read_weights(folder, options=Options(ema=True, reverse=False)).params, state.ema["params"])
+    assert_equal(read_weights(folder, options=Options(ema=True, rtsm=False)).params, state.ema["params"])
 
 
 def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path) -> None:

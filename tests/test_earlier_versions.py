@@ -3,13 +3,18 @@
 import pathlib
 import tarfile
 
+import jax
 import numpy as np
+import optax
 import pytest
 
 import sit_jax
 from sit_jax.cli import app as cli
 from sit_jax.io.load import load
 from sit_jax.io.runs import read_config
+from sit_jax.parallel import sharding
+from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.step import abstract_state, make_train_spec
 
 ARCHIVES = sorted(pathlib.Path(__file__).with_name("earlier").glob("*.tar.xz"))
 
@@ -49,3 +54,14 @@ def test_configs_and_checkpoints(written: pathlib.Path, capsys: pytest.CaptureFi
     assert config.optim.decay_like_original
     assert capsys.readouterr().err == ""
     assert cli.main(["checkpoint", "verify", "--workdir", str(written / "run")]) == 0
+
+
+def test_a_training_resumes(written: pathlib.Path) -> None:
+    mesh = sharding.make_mesh()
+    spec = make_train_spec(read_config(written / "run"), steps_per_epoch=1)
+    with Checkpoints(written / "run") as checkpoints:
+        state = checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
+    rtsm = load(written / "run", with_rtsm=True).rtsm
+    jax.tree.map(np.testing.assert_array_equal, state.params["rtsm"], rtsm)
+    (moments,) = {jax.tree.structure(x) for x in (optax.tree.get(state.opt_state, "mu")["rtsm"], rtsm)}
+    assert moments.num_leaves > 0

@@ -41,7 +41,7 @@ def equal(mine: Model, theirs: Model) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_folder_returns_what_was_put_in(shape: str, tmp_path: pathlib.Path) -> None:
-    weights = random_weights.draw(SHAPES[shape], reverse=SHAPES[shape].is_slimmed)
+    weights = random_weights.draw(SHAPES[shape], rtsm=SHAPES[shape].is_slimmed)
     folder = tmp_path / "deep" / "model"
     weights.save(folder, with_rtsm=bool(weights.rtsm))
     equal(load(folder), weights)
@@ -57,7 +57,7 @@ def test_the_file_holds_the_originals_tensors(name: str, tmp_path: pathlib.Path)
     golden = golden_files.load(name)
     # In Fortran's order: safetensors' own writer takes the memory of a transposed array as it is.
     trees = jax.tree.map(np.asfortranarray, golden.student)
-    rtsm = trees.pop("reverse")
+    rtsm = trees.pop("rtsm")
     weights = Model(golden.arch, trees, rtsm=rtsm)
     weights.save(tmp_path / "with", with_rtsm=True)
     stored = safetensors.numpy.load_file(tmp_path / "with" / WEIGHTS)

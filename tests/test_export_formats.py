@@ -30,7 +30,7 @@ from sit_jax.io.load import load
 from sit_jax.models import build_model
 from sit_jax.training.evaluate import evaluate_model
 
-WEIGHTS = random_weights.draw(reverse=True)
+WEIGHTS = random_weights.draw(rtsm=True)
 IMAGES = random_weights.images(tiny.STUDENT, 5)
 PIXELS = random_weights.pixels(tiny.STUDENT, 5)
 
@@ -157,7 +157,7 @@ def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path
     words = ["export", str(folder), str(file), "--format", "original"]
     assert cli.main([*words, "--with_rtsm"]) == 0
     original = to_original(
-        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "reverse": WEIGHTS.rtsm}, tiny.STUDENT
+        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "rtsm": WEIGHTS.rtsm}, tiny.STUDENT
     )
     stored = read(file)
     assert set(stored) == set(original)

@@ -16,12 +16,12 @@ from sit_jax.analysis.chips import CHIPS, published_flops
 from sit_jax.analysis.flops import Tiles, count_cost, fuller_token_counts
 from sit_jax.cli import app as cli
 from sit_jax.io.convert.load_params import expected_shapes
-from sit_jax.models import build_model, build_reverse
+from sit_jax.models import build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
 
 # Part -> where its products lie among the modules' names.
-PARTS = {"stem": "stem", "attention": "attn", "mlp": "mlp", "slimming": "slimming_", "head": "head", "rtsm": "reverse"}
+PARTS = {"stem": "stem", "attention": "attn", "mlp": "mlp", "slimming": "slimming_", "head": "head", "rtsm": "rtsm"}
 
 
 def products(jaxpr: Any, place: str = "") -> Iterator[tuple[str, int]]:
@@ -44,7 +44,7 @@ def products(jaxpr: Any, place: str = "") -> Iterator[tuple[str, int]]:
 
 def traced(arch: Architecture) -> dict[str, int]:
     """Multiply-accumulates of one image by part."""
-    tree = expected_shapes(arch, reverse=arch.is_slimmed)
+    tree = expected_shapes(arch, rtsm=arch.is_slimmed)
     images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
     variables = {name: tree[name] for name in ("params", "batch_stats") if tree[name]}
 
@@ -52,11 +52,11 @@ def traced(arch: Architecture) -> dict[str, int]:
         logits, outputs = build_model(arch).bind(variables)(images)
         if not arch.is_slimmed:
             return logits
-        with jax.named_scope("reverse"):
-            return logits, build_reverse(arch).apply({"params": reverse}, outputs.tokens)
+        with jax.named_scope("rtsm"):
+            return logits, build_rtsm(arch).apply({"params": reverse}, outputs.tokens)
 
     found: collections.Counter[str] = collections.Counter()
-    for place, macs in products(jax.make_jaxpr(run)(variables, tree["reverse"], images).jaxpr):
+    for place, macs in products(jax.make_jaxpr(run)(variables, tree["rtsm"], images).jaxpr):
         inside = [part for part, name in PARTS.items() if name in place]
         found["rtsm" if "rtsm" in inside else "".join(inside)] += macs
     return dict(found)
@@ -74,7 +74,7 @@ def traced(arch: Architecture) -> dict[str, int]:
 )
 def test_each_part_is_the_products_that_are_traced(arch: Architecture) -> None:
     cost = count_cost(arch)
-    expected = {**cost.macs, "rtsm": cost.reverse_macs}
+    expected = {**cost.macs, "rtsm": cost.rtsm_macs}
     assert traced(arch) == {part: macs for part, macs in expected.items() if macs}
 
 
@@ -83,7 +83,7 @@ def test_the_compilers_count_is_the_products_and_what_lies_between(slimmed: bool
     full = dataclasses.replace(tiny.TEACHER, image_size=64, dim=192, num_heads=3, stem="patch", depth=2)
     arch = dataclasses.replace(full, stage_blocks=(1, 1), keep_ratio=0.5) if slimmed else full
     images = jax.ShapeDtypeStruct((1, 64, 64, 1), jnp.float32)
-    shapes = expected_shapes(arch, reverse=False)
+    shapes = expected_shapes(arch, rtsm=False)
     forward = jax.jit(lambda params, images: build_model(arch).apply({"params": params}, images)[0])
     analysis = forward.lower(shapes["params"], images).compile().cost_analysis()
     assert analysis is not None
@@ -124,7 +124,7 @@ def test_padding_of_tiles() -> None:
     assert padded.macs["mlp"] == (24 + 8) * 8 * 64**2
     assert padded.macs["slimming"] == 16 * (64 * 32 + 32 * 128) + 16 * 128 * 64
     # The reverse module behind each block: over tokens 4 -> 64 -> 16, all lanes, then 16 rows of 64 channels.
-    assert padded.reverse_macs == 2 * (64 * (128 * 128 + 128 * 128) + 16 * 8 * 64**2)
+    assert padded.rtsm_macs == 2 * (64 * (128 * 128 + 128 * 128) + 16 * 8 * 64**2)
     assert (whole.params, whole.macs["stem"]) == (padded.params, padded.macs["stem"])
 
 

@@ -12,7 +12,7 @@ from golden_files import TRAINED
 
 from sit_jax import losses
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.models import build_model, build_reverse
+from sit_jax.models import build_model, build_rtsm
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.optim import schedules
 from sit_jax.training.state import TrainState
@@ -52,7 +52,7 @@ def test_trained_student_forward(name: str) -> None:
     golden = golden_files.load(name)
     final = golden_files.from_original(golden_files.part(golden.data, "final/"), golden.arch)
     images = golden_files.nhwc(golden.data["images_nchw"])
-    logits, _ = build_model(golden.arch).apply({key: final[key] for key in golden.student if key != "reverse"}, images)
+    logits, _ = build_model(golden.arch).apply({key: final[key] for key in golden.student if key != "rtsm"}, images)
     close(logits, golden.data["final_eval/student_logits"], 1e-4)
 
 
@@ -60,9 +60,9 @@ def test_trained_student_forward(name: str) -> None:
 def test_recovered_tokens(name: str) -> None:
     golden = golden_files.load(name)
     images = golden_files.nhwc(golden.data["steps/images_nchw"][0])
-    variables = {key: value for key, value in golden.student.items() if key != "reverse"}
+    variables = {key: value for key, value in golden.student.items() if key != "rtsm"}
     (logits, outputs), _ = build_model(golden.arch).apply(variables, images, train=True, mutable=["batch_stats"])
-    recovered = build_reverse(golden.arch).apply({"params": golden.student["reverse"]}, outputs.tokens)
+    recovered = build_rtsm(golden.arch).apply({"params": golden.student["rtsm"]}, outputs.tokens)
     close(logits, golden.data["train0/logits"], 1e-4)
     for block, tokens in enumerate(recovered):
         close(tokens, golden.data[f"train0/student_tokens/{block}"], 1e-4)
@@ -74,7 +74,7 @@ def test_learning_rates(name: str) -> None:
     optim = golden_files.config(golden).optim
     rates = schedules(optim, golden.meta["optimizer"]["epochs"], steps_per_epoch=1)
     for step in range(golden.meta["optimizer"]["steps"]):
-        mine = [float(rates["model"](step)), float(rates["reverse"](step))]
+        mine = [float(rates["model"](step)), float(rates["rtsm"](step))]
         np.testing.assert_allclose(mine, golden.data[f"steps/{step}/lr_backbone_rtsm"], rtol=1e-6)
 
 
@@ -98,7 +98,7 @@ def trajectory(name: str) -> Trajectory:
         batch = {"image": golden_files.nhwc(images), "label": jnp.asarray(labels)}
         state, values = step(state, batch, {"teacher": golden.teacher})
         metrics.append({key: float(value) for key, value in values.items()})
-        tree = {**state.variables, "reverse": state.params["reverse"]}
+        tree = {**state.variables, "rtsm": state.params["rtsm"]}
         states.append(to_original(jax.device_get(tree), golden.arch))
     return Trajectory(metrics, states)
 
@@ -106,7 +106,7 @@ def trajectory(name: str) -> Trajectory:
 def initial_state(name: str, task: Any) -> TrainState:
     """The golden run's state before its first step."""
     student = golden_files.load(name).student
-    params = {"model": student["params"], "reverse": student["reverse"]}
+    params = {"model": student["params"], "rtsm": student["rtsm"]}
     params = jax.tree.map(jnp.array, params)
     stats = jax.tree.map(jnp.array, student.get("batch_stats", {}))
     step = jnp.zeros((), jnp.int32)
@@ -126,7 +126,7 @@ def test_losses_and_learning_rates_of_every_step(name: str) -> None:
             metrics["logits"] * weights["lambda_logits"],
         ]
         np.testing.assert_allclose(mine, golden.data[f"steps/{index}/losses"], rtol=1e-4)
-        rates = [metrics["lr/model"], metrics["lr/reverse"]]
+        rates = [metrics["lr/model"], metrics["lr/rtsm"]]
         np.testing.assert_allclose(rates, golden.data[f"steps/{index}/lr_backbone_rtsm"], rtol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_gradients(name: str) -> None:
         return compute_loss(task, params, state.batch_stats, batch, teachers, jax.random.key(0))[0]
 
     grads = jax.jit(jax.grad(loss))(state.params)
-    tree = {"params": grads["model"], "batch_stats": state.batch_stats, "reverse": grads["reverse"]}
+    tree = {"params": grads["model"], "batch_stats": state.batch_stats, "rtsm": grads["rtsm"]}
     mine = to_original(jax.device_get(tree), golden.arch)
     theirs = golden_files.part(golden.data, "train0/grad/")
     assert set(theirs) == {key for key in mine if "running" not in key and "aux_head" not in key}
@@ -210,12 +210,12 @@ def test_distillation_token() -> None:
     golden = golden_files.load("dist_token")
     data, weights = golden.data, golden.meta["distillation"]
     images = golden_files.nhwc(data["images_nchw"])
-    variables = {key: value for key, value in golden.student.items() if key != "reverse"}
+    variables = {key: value for key, value in golden.student.items() if key != "rtsm"}
     model = build_model(golden.arch)
     (logits, outputs), _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
     close(logits, data["train0/logits"], 1e-4)
     close(outputs.distillation_logits, data["train0/dist_logits"], 1e-4)
-    recovered: Any = build_reverse(golden.arch).apply({"params": golden.student["reverse"]}, outputs.tokens)
+    recovered: Any = build_rtsm(golden.arch).apply({"params": golden.student["rtsm"]}, outputs.tokens)
     for block, tokens in enumerate(recovered):
         close(tokens, data[f"train0/student_tokens/{block}"], 1e-4)
     teacher_logits, teacher_outputs = build_model(golden.arch.without_slimming()).bind(golden.teacher)(images)

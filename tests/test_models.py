@@ -11,7 +11,7 @@ import tiny
 
 from sit_jax.analysis.flops import count_cost
 from sit_jax.errors import ConfigError
-from sit_jax.models import build_model, build_reverse
+from sit_jax.models import build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import Block
 from sit_jax.models.regnet import RegNetArchitecture
@@ -50,7 +50,7 @@ def module_params(arch: Architecture) -> tuple[int, int]:
     if not arch.is_slimmed:
         return count(variables["params"]), 0
     _, outputs = jax.eval_shape(model.apply, variables, images)
-    reverse = jax.eval_shape(build_reverse(arch).init, jax.random.key(0), outputs.tokens)
+    reverse = jax.eval_shape(build_rtsm(arch).init, jax.random.key(0), outputs.tokens)
     return count(variables["params"]), count(reverse["params"])
 
 
@@ -64,7 +64,7 @@ def test_paper_models(
     assert module_params(slim) == (student, rtsm)
     for arch, params, reverse, gmac in ((full, teacher, 0, teacher_gmac), (slim, student, rtsm, student_gmac)):
         cost = count_cost(arch)
-        assert (cost.params, cost.reverse_params) == (params, reverse)
+        assert (cost.params, cost.rtsm_params) == (params, reverse)
         assert cost.gmac == pytest.approx(gmac, rel=0.01)
 
 
@@ -75,7 +75,7 @@ def test_deit_models(size: str) -> None:
         cost = count_cost(VARIANTS[name])
         assert round(cost.gmac, 2) == pytest.approx(gmac, abs=0.011)
     slimmed = count_cost(VARIANTS[names[3]])
-    assert module_params(VARIANTS[names[3]]) == (slimmed.params, slimmed.reverse_params)
+    assert module_params(VARIANTS[names[3]]) == (slimmed.params, slimmed.rtsm_params)
 
 
 def test_regnet_has_torchvisions_parameter_count() -> None:
@@ -108,9 +108,9 @@ def test_options_do_not_change_the_result(option: dict[str, Any]) -> None:
     arch = dataclasses.replace(TINY, stage_blocks=(2, 2), stem="conv4", patch_size=16, dim=16, kept_tokens=(4, 2))
     plain, other = build_model(arch, drop_path=0.3), build_model(arch, drop_path=0.3, **option)
     variables = plain.init(jax.random.key(0), IMAGES)
-    reverse = build_reverse(arch)
+    reverse = build_rtsm(arch)
     outputs = plain.bind(variables)(IMAGES)[1]
-    reverse_params = reverse.init(jax.random.key(1), outputs.tokens)
+    rtsm_params = reverse.init(jax.random.key(1), outputs.tokens)
     targets = [jnp.sin(7.0 * jnp.arange(4 * 16).reshape(1, 4, 16) + index) for index in range(4)]
     targets = [jnp.broadcast_to(target, (IMAGES.shape[0], 4, 16)) for target in targets]
 
@@ -120,17 +120,17 @@ def test_options_do_not_change_the_result(option: dict[str, Any]) -> None:
             rest, IMAGES, True, rngs={"drop_path": jax.random.key(3)}, mutable=["batch_stats"]
         )
         if by_block:
-            errors = reverse.apply(params["reverse"], outputs.tokens, targets, squared_error, method="errors")
+            errors = reverse.apply(params["rtsm"], outputs.tokens, targets, squared_error, method="errors")
         else:
-            recovered = build_reverse(arch).apply(params["reverse"], outputs.tokens)
+            recovered = build_rtsm(arch).apply(params["rtsm"], outputs.tokens)
             errors = [squared_error(*pair) for pair in zip(recovered, targets, strict=True)]
         return jnp.square(logits).sum() + sum((1.0 + index) * error for index, error in enumerate(errors))
 
-    both = {"model": variables["params"], "reverse": reverse_params}
+    both = {"model": variables["params"], "rtsm": rtsm_params}
     mine = jax.value_and_grad(loss)(both, plain, False)
     theirs = jax.value_and_grad(loss)(both, other, True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4), mine, theirs)
-    assert max(np.abs(x).max() for x in jax.tree.leaves(theirs[1]["reverse"])) > 0.1
+    assert max(np.abs(x).max() for x in jax.tree.leaves(theirs[1]["rtsm"])) > 0.1
 
 
 def squared_error(mine: jax.Array, theirs: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ PARAMS: dict[str, Any] = {
         "norm": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
         "slimming_0": {"scale": jnp.ones(()), "fc1": {"kernel": jnp.ones((4, 2)), "bias": jnp.ones(2)}},
     },
-    "reverse": {"blocks_0": {"norm1": {"scale": jnp.ones(4)}, "token_mlp": {"fc1": {"kernel": jnp.ones((2, 8))}}}},
+    "rtsm": {"blocks_0": {"norm1": {"scale": jnp.ones(4)}, "token_mlp": {"fc1": {"kernel": jnp.ones((2, 8))}}}},
 }
 
 
@@ -31,15 +31,15 @@ def test_decay_mask() -> None:
         return {name for name, decays in mask.items() if decays}
 
     plain = {"model/head/kernel", "model/aux_head/kernel", "model/slimming_0/fc1/kernel"}
-    assert decayed(False) == plain | {"reverse/blocks_0/token_mlp/fc1/kernel"}
-    assert decayed(True) - decayed(False) == {"model/slimming_0/scale", "reverse/blocks_0/norm1/scale"}
+    assert decayed(False) == plain | {"rtsm/blocks_0/token_mlp/fc1/kernel"}
+    assert decayed(True) - decayed(False) == {"model/slimming_0/scale", "rtsm/blocks_0/norm1/scale"}
 
 
 def test_groups() -> None:
     groups = parameter_groups(PARAMS)
     assert groups["model"]["head"]["kernel"] == "model"
     assert groups["model"]["aux_head"]["kernel"] == "frozen"
-    assert groups["reverse"]["blocks_0"]["norm1"]["scale"] == "reverse"
+    assert groups["rtsm"]["blocks_0"]["norm1"]["scale"] == "rtsm"
 
 
 def test_adamw_against_numpy() -> None:
@@ -48,7 +48,7 @@ def test_adamw_against_numpy() -> None:
     rates = schedules(optim, 4, 5)
     rng = np.random.default_rng(0)
     params, state = PARAMS, optimizer.init(PARAMS)
-    paths = [("model", "head", "kernel"), ("model", "norm", "scale"), ("reverse", "blocks_0", "norm1", "scale")]
+    paths = [("model", "head", "kernel"), ("model", "norm", "scale"), ("rtsm", "blocks_0", "norm1", "scale")]
     mine = {path: np.array(pick(PARAMS, path), np.float64) for path in paths}
     first, second = ({path: np.zeros_like(mine[path]) for path in paths} for _ in range(2))
     for step in range(3):
@@ -86,7 +86,7 @@ def test_the_papers_schedule() -> None:
     ):
         for step in (100 * epoch, 100 * epoch + 99):
             assert float(rates["model"](step)) == pytest.approx(model, rel=0.02)
-            assert float(rates["reverse"](step)) == pytest.approx(reverse, rel=0.02)
+            assert float(rates["rtsm"](step)) == pytest.approx(reverse, rel=0.02)
     assert float(rates["model"](134 * 100)) == pytest.approx(1e-5)
 
 

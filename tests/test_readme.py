@@ -22,7 +22,7 @@ def test_table_of_models() -> None:
     for name, params, both, gmac, tokens, size, _, teacher, teacher_gmac, _ in rows:
         cost, arch = count_cost(VARIANTS[name]), VARIANTS[name]
         assert params == f"{cost.params:,}"
-        assert both == f"{cost.params + cost.reverse_params:,}"
+        assert both == f"{cost.params + cost.rtsm_params:,}"
         assert gmac == f"{cost.gmac:.2f}"
         assert tokens == "/".join(str(count) for count in arch.token_counts)
         assert size == str(arch.image_size)

@@ -17,7 +17,7 @@ from sit_jax.config import ModelConfig, TeacherConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.errors import ConfigError
 from sit_jax.io.export import stablehlo
-from sit_jax.models import build_model, build_reverse
+from sit_jax.models import build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
 from sit_jax.training.loop import run
@@ -83,7 +83,7 @@ def test_own_reducers_are_distilled(reducer: str, remat: bool) -> None:
 def test_rtsms_take_any_reducer() -> None:
     arch = student("MostAttended")
     _, outputs = build_model(arch).bind(drawn(arch))(IMAGES)
-    reverse = build_reverse(arch)
+    reverse = build_rtsm(arch)
     params = reverse.init(jax.random.key(2), outputs.tokens)
     recovered: Any = reverse.apply(params, outputs.tokens)
     assert [x.shape for x in recovered] == [(3, 4, arch.dim)] * arch.depth

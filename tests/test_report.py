@@ -228,7 +228,7 @@ def test_several_runs(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert [run.name for run in runs] == [f"{finished.parent.name}/digits", "elsewhere/digits"]
     assert differences(runs) == {"seed": ("0", "1"), "optim.lr": ("0.001", "0.002")}
     charts = {chart.title: chart for chart in comparing_charts(runs, "all")}
-    assert {"Evaluation: top1", "Training: loss", "Learning rate: reverse"} <= set(charts)
+    assert {"Evaluation: top1", "Training: loss", "Learning rate: rtsm"} <= set(charts)
     assert [x["name"] for x in charts["Training: loss"].figure["data"]] == [run.name for run in runs]
     output = tmp_path / "new folder" / "both.html"
     assert cli.main(["report", str(finished), str(other), "--no_model", "--output", str(output)]) == 0

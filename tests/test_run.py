@@ -64,7 +64,7 @@ def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
     lines = read_metrics(finished)
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == [5, 10, 15, 20, 22]
-    assert all(set(line) > {"loss", "token", "logits", "classification", "lr/model", "lr/reverse"} for line in train)
+    assert all(set(line) > {"loss", "token", "logits", "classification", "lr/model", "lr/rtsm"} for line in train)
     scores = [line for line in lines if line["kind"] == "eval"]
     assert [line["step"] for line in scores] == [EPOCH, 2 * EPOCH]
     assert scores[-1]["examples"] == 359

@@ -92,7 +92,7 @@ def test_rule() -> None:
         ("params/model/blocks_0/mlp/fc1/kernel", (64, 256), PartitionSpec("fsdp", "tensor")),
         ("params/model/blocks_0/mlp/fc1/bias", (256,), PartitionSpec("tensor")),
         ("params/model/blocks_0/mlp/fc2/bias", (64,), PartitionSpec(None)),
-        ("opt/0/mu/reverse/blocks_1/token_mlp/fc2/kernel", (784, 196), PartitionSpec("tensor", "fsdp")),
+        ("opt/0/mu/rtsm/blocks_1/token_mlp/fc2/kernel", (784, 196), PartitionSpec("tensor", "fsdp")),
         ("params/model/slimming_0/fc2/kernel", (192, 98), PartitionSpec("fsdp", None)),
         ("params/model/slimming_0/scale", (), PartitionSpec()),
         ("params/model/positions", (1, 197, 64), PartitionSpec(None, None, "fsdp")),

@@ -160,7 +160,7 @@ def test_distillation_token() -> None:
     np.testing.assert_allclose(weighted(golden, terms), data["losses"][1:4], rtol=1e-4)
     # Training has moved BatchNorm's statistics: evaluation starts anew.
     evaluated, outputs = module(golden.arch, student_state, reverse=True)(images, return_outputs=True)
-    variables = {key: value for key, value in golden.student.items() if key != "reverse"}
+    variables = {key: value for key, value in golden.student.items() if key != "rtsm"}
     expected, ours = jax.jit(build_model(golden.arch).apply)(variables, golden_files.nhwc(data["images_nchw"]))
     close(evaluated, np.asarray(expected))
     close(outputs.distillation_logits, np.asarray(ours.distillation_logits))
@@ -168,7 +168,7 @@ def test_distillation_token() -> None:
 
 def test_steps_of_distillation_equal_those_in_jax() -> None:
     arch = tiny.plain(depth=2)
-    student = random_weights.draw(dataclasses.replace(arch, stage_blocks=(1, 1), keep_ratio=0.5), reverse=True)
+    student = random_weights.draw(dataclasses.replace(arch, stage_blocks=(1, 1), keep_ratio=0.5), rtsm=True)
     teacher = random_weights.draw(arch, seed=5)
     rng = np.random.default_rng(0)
     batches = [
@@ -197,14 +197,14 @@ def test_steps_of_distillation_equal_those_in_jax() -> None:
 
 
 def tree(x: Any) -> dict[str, Any]:
-    collections = {"params": x.params, "batch_stats": x.batch_stats, "reverse": x.rtsm}
+    collections = {"params": x.params, "batch_stats": x.batch_stats, "rtsm": x.rtsm}
     return {name: value for name, value in collections.items() if value}
 
 
 def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> list[list[float]]:
     task = make_train_spec(config, steps_per_epoch=1)
     step = make_train_step(task, make_mesh(devices=jax.devices()[:1]))
-    params = jax.tree.map(jnp.array, {"model": student.params, "reverse": student.rtsm})
+    params = jax.tree.map(jnp.array, {"model": student.params, "rtsm": student.rtsm})
     stats = jax.tree.map(jnp.array, student.batch_stats)
     state = TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), ema=None)
     found = []
@@ -219,7 +219,7 @@ def losses_in_jax(config: Config, student: Any, teacher: Any, batches: Any) -> l
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("torch") / "model"
-    random_weights.draw(reverse=True).save(path, with_rtsm=True)
+    random_weights.draw(rtsm=True).save(path, with_rtsm=True)
     return path
 
 

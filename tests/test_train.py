@@ -63,7 +63,7 @@ def test_distillation_trains_the_student_and_leaves_the_teacher() -> None:
     history, state = train(make_spec(tiny.config()), {"teacher": teacher}, steps=5)
     first = history[0]
     assert set(first) == {
-        "loss", "classification", "token", "logits", "accuracy", "grad_norm", "lr/model", "lr/reverse",
+        "loss", "classification", "token", "logits", "accuracy", "grad_norm", "lr/model", "lr/rtsm",
     }  # fmt: skip
     weighted = first["classification"] + 2 * first["token"] + 2 * first["logits"]
     assert first["loss"] == pytest.approx(float(weighted), rel=1e-5)
@@ -89,7 +89,7 @@ def test_accumulation_equals_the_large_batch() -> None:
 
 def test_terms_that_are_off_leave_no_trace() -> None:
     spec = make_spec(tiny.config(loss=LossConfig()))
-    assert (spec.teacher, spec.reverse) == (None, None)
+    assert (spec.teacher, spec.rtsm) == (None, None)
     (metrics,), state = train(spec, {})
     assert set(state.params) == {"model"}
     assert metrics["loss"] == metrics["classification"]
@@ -160,7 +160,7 @@ def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
         optim = OptimConfig(b1=0.5, eps=1e-3, grad_dtype=grad_dtype, accumulate_steps=parts)
         _, state = train(make_spec(dataclasses.replace(HALF, optim=optim)), {"teacher": variables()})
         # The first moment after one step is half of the gradient.
-        moments[grad_dtype] = optax.tree.get(state.opt_state, "mu")["reverse"]["blocks_1"]["channel_mlp"]["fc1"]
+        moments[grad_dtype] = optax.tree.get(state.opt_state, "mu")["rtsm"]["blocks_1"]["channel_mlp"]["fc1"]
     wide, narrow = moments["float32"], moments["bfloat16"]
     rounding = 2**-8 * parts * np.abs(wide["kernel"]).max()
     np.testing.assert_allclose(narrow["kernel"], wide["kernel"], rtol=0, atol=rounding)

@@ -125,5 +125,5 @@ def _random_variables(arch: Architecture) -> Variables:
             return np.ones(x.shape, np.float32)
         return 0.02 * rng.standard_normal(x.shape, np.float32)
 
-    tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, reverse=False))
+    tree = jax.tree_util.tree_map_with_path(leaf, expected_shapes(arch, rtsm=False))
     return {"params": tree["params"], "batch_stats": tree["batch_stats"]}

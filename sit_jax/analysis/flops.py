@@ -21,14 +21,14 @@ class Cost:
     Attributes:
         macs: Part (`stem`, `attention`, `mlp`, `slimming`, `head`) -> MAC of one forward pass.
         params: Parameters of the deployed model.
-        reverse_params: Parameters of the training-only reverse modules.
-        reverse_macs: MAC of the reverse modules per image.
+        rtsm_params: Parameters of the training-only reverse modules.
+        rtsm_macs: MAC of the reverse modules per image.
     """
 
     macs: dict[str, int]
     params: int
-    reverse_params: int
-    reverse_macs: int
+    rtsm_params: int
+    rtsm_macs: int
 
     @property
     def gmac(self) -> float:
@@ -112,7 +112,7 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
     if config.loss.token > 0:
-        total += 3 * cost.reverse_macs
+        total += 3 * cost.rtsm_macs
     if config.teacher is not None and (config.loss.needs_teacher or config.loss.extra):
         teacher = config.teacher.model.architecture
         assert isinstance(teacher, Architecture)

@@ -15,11 +15,11 @@ def list_costs() -> list[JsonObject]:
         {
             "name": name,
             "params": cost.params,
-            "rtsm_params": cost.reverse_params,
+            "rtsm_params": cost.rtsm_params,
             "gmac": round(cost.gmac, 4),
             "tokens": list(arch.token_counts),
             "image_size": arch.image_size,
-            "macs": {**cost.macs, "rtsm": cost.reverse_macs},
+            "macs": {**cost.macs, "rtsm": cost.rtsm_macs},
         }
         for name, (arch, cost) in costs.items()
     ]

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         image_size=arguments.image_size,
         num_classes=arguments.num_classes,
         ema=arguments.ema,
-        reverse=not arguments.without_rtsm,
+        rtsm=not arguments.without_rtsm,
         licence=arguments.licence,
     )
     convert(arguments.source, arguments.dest, options, arguments.force, log=print)

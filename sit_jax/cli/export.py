@@ -27,5 +27,5 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.io.export.export import export_model
 
     options = {name: getattr(arguments, name) for name in ("ema", "step", "dtype", "raw_input", "licence")}
-    export_model(arguments.source, arguments.dest, arguments.format, with_reverse=arguments.with_rtsm, **options)
+    export_model(arguments.source, arguments.dest, arguments.format, with_rtsm=arguments.with_rtsm, **options)
     print(f"Written: {arguments.dest}")

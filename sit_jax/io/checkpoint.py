@@ -11,12 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from sit_jax.errors import NotFiniteError, RunError, one_line
 from sit_jax.models.trees import Params, Variables
 
 FOLDER = "checkpoints"
+# The name in checkpoints of what is `rtsm` in the code.
+STORED_RTSM = "reverse"
 BEST_BY = "top1"
 NO_SCORE = -1.0
 
@@ -98,7 +101,7 @@ def _check_finite(tree: Any, where: str) -> None:
         raise NotFiniteError(f"{where}: {bad[0]}{more} holds values that are not finite; choose another --step")
 
 
-def load_reverse(workdir: pathlib.Path, abstract: Params, step: int) -> Params:
+def load_rtsm(workdir: pathlib.Path, abstract: Params, step: int) -> Params:
     """Restores the parameters of the reverse modules from a checkpoint that exists.
 
     Raises:
@@ -110,12 +113,22 @@ def load_reverse(workdir: pathlib.Path, abstract: Params, step: int) -> Params:
     partial.pytree.loading.partial_load = True
     with partial, ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
         try:
-            loaded = checkpointer.load_checkpointables(step, {"training": {"params": {"reverse": wanted}}})
+            loaded = checkpointer.load_checkpointables(step, {"training": {"params": {STORED_RTSM: wanted}}})
         except (ValueError, KeyError) as error:
             raise RunError(f"{workdir}: its checkpoint holds no such reverse modules: {one_line(error)}") from None
-    reverse = loaded["training"]["params"]["reverse"]
-    _check_finite(reverse, f"{workdir}: its reverse modules")
-    return reverse
+    rtsm: Params = loaded["training"]["params"][STORED_RTSM]
+    _check_finite(rtsm, f"{workdir}: its reverse modules")
+    return rtsm
+
+
+def rename_keys(tree: PyTree, old: str, new: str) -> PyTree:
+    """Returns a tree of dicts and (named) tuples, such as an optimizer's state, with another name for a key."""
+    if isinstance(tree, dict):
+        return {new if key == old else key: rename_keys(value, old, new) for key, value in tree.items()}
+    if isinstance(tree, tuple):
+        items = (rename_keys(value, old, new) for value in tree)
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    return tree
 
 
 @contextlib.contextmanager

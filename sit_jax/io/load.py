@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from sit_jax.errors import RunError, UserError
-from sit_jax.io.checkpoint import load_reverse, load_variables
+from sit_jax.io.checkpoint import load_rtsm, load_variables
 from sit_jax.io.convert.adapt import replace_heads, resize
 from sit_jax.io.convert.load_params import expected_shapes
 from sit_jax.io.convert.options import Options
@@ -76,7 +76,7 @@ def load_run(path: pathlib.Path, ema: bool = False, step: int | None = None, wit
     if with_rtsm:
         if not isinstance(arch, Architecture) or not arch.is_slimmed or config.loss.token == 0:
             raise UserError(f"{folder}: was trained without reverse modules")
-        rtsm = load_reverse(folder, expected_shapes(arch, reverse=True)["reverse"], step)
+        rtsm = load_rtsm(folder, expected_shapes(arch, rtsm=True)["rtsm"], step)
     metadata = run_metadata(config, folder, step, ema)
     return Model(arch, variables, metadata, rtsm, config.model.dtype, config, source=str(path))
 
@@ -128,18 +128,18 @@ def _read_run(path: pathlib.Path, options: Options, log: Log) -> Model:
     config = read_config(find_checkpoint(path)[0])
     arch = Model(config.model.architecture, {}, source=str(path)).vit
     has_rtsm = arch.is_slimmed and config.loss.token > 0
-    model = load_run(path, options.ema, with_rtsm=has_rtsm and options.reverse)
+    model = load_run(path, options.ema, with_rtsm=has_rtsm and options.rtsm)
     kind = f"{'student' if model.vit.is_slimmed else 'model'} {config.model.name}".strip()
     having = " with RTSMs" if model.rtsm else ""
     log(f"found: a run of sit_jax, {kind}{having}, {model.arch.num_classes} classes, {model.arch.image_size} px")
-    if has_rtsm and not options.reverse:
+    if has_rtsm and not options.rtsm:
         log("changed: RTSMs left out")
     return model
 
 
 def _load_foreign(path: pathlib.Path, ema: bool, with_rtsm: bool) -> Model:
     try:
-        return read_file(path, Options(ema=ema, reverse=with_rtsm))
+        return read_file(path, Options(ema=ema, rtsm=with_rtsm))
     except UserError as error:
         if "--model." in str(error):  # An option of sit convert alone.
             raise UserError(f"{error} to sit convert, and open what it writes") from None

@@ -75,10 +75,10 @@ def read_folder(path: pathlib.Path) -> Folder:
     file = path / WEIGHTS
     tensors = read_safetensors(file)
     try:
-        tree = load_params(arch, tensors, ORIGINAL, reverse=any(name.startswith("rtsm.") for name in tensors))
+        tree = load_params(arch, tensors, ORIGINAL, rtsm=any(name.startswith("rtsm.") for name in tensors))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
-    rtsm = tree.pop("reverse", {})
+    rtsm = tree.pop("rtsm", {})
     return Folder(arch, tree, metadata, rtsm)
 
 
@@ -95,21 +95,20 @@ def is_model_folder(path: pathlib.Path) -> bool:
 
 def write_weights(path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params) -> None:
     """Writes the weights file in the original's layout; see `write_folder`."""
-    arrays = flatten_dict({**variables, "reverse": rtsm})
+    arrays = flatten_dict({**variables, "rtsm": rtsm})
     table = name_table(arch, bool(rtsm))
     tensors = (entry.to_torch(np.asarray(arrays[entry.path], np.float32)) for entry in table)
     write_safetensors(path, original_shapes(arch, bool(rtsm)), tensors)
 
 
 @functools.cache
-def original_shapes(arch: Architecture, reverse: bool) -> dict[str, tuple[int, ...]]:
+def original_shapes(arch: Architecture, rtsm: bool) -> dict[str, tuple[int, ...]]:
     """Returns key -> shape of every tensor in the original's layout, in the order of `name_table`."""
     # The layout functions are applied to broadcast arrays of one value, which need no memory.
     ours = {
-        path: np.broadcast_to(np.float32(0), x.shape)
-        for path, x in flatten_dict(expected_shapes(arch, reverse)).items()
+        path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(expected_shapes(arch, rtsm)).items()
     }
-    return {entry.key: entry.to_torch(ours[entry.path]).shape for entry in name_table(arch, reverse)}
+    return {entry.key: entry.to_torch(ours[entry.path]).shape for entry in name_table(arch, rtsm)}
 
 
 def describe(arch: Architecture, metadata: JsonObject) -> JsonObject:

@@ -14,7 +14,7 @@ from sit_jax.models.trees import Variables
 from sit_jax.models.vit import Outputs, ViT
 from sit_jax.ops.attention import choose
 
-__all__ = ["HEADS", "Outputs", "abstract_variables", "build_model", "build_reverse", "reducer_params"]
+__all__ = ["HEADS", "Outputs", "abstract_variables", "build_model", "build_rtsm", "reducer_params"]
 
 # Parameters whose width is the number of classes.
 HEADS = frozenset({"head", "distillation_head", "aux_head"})
@@ -65,6 +65,6 @@ def reducer_params(arch: Architecture) -> dict[tuple[str, ...], jax.ShapeDtypeSt
     }
 
 
-def build_reverse(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:
+def build_rtsm(arch: Architecture, dtype: str = "float32") -> ReverseSlimming:
     """Returns the training-only reverse modules of a slimmed architecture; for `dtype` see `build_model`."""
     return ReverseSlimming(arch, dtype=jnp.dtype(dtype))

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sit_jax.config import CheckpointConfig, JsonObject
 from sit_jax.errors import NotFiniteError, RunError, one_line
-from sit_jax.io.checkpoint import FOLDER, NO_SCORE, best_step, score, silent_threads
+from sit_jax.io.checkpoint import FOLDER, NO_SCORE, STORED_RTSM, best_step, rename_keys, score, silent_threads
 from sit_jax.parallel import distributed
 from sit_jax.training.state import TrainState, has_finite_weights
 
@@ -100,7 +100,7 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             with silent_threads():
                 raise RunError(self._why_not(step, parts["model"], error)) from None
-        training = loaded["training"]
+        training = rename_keys(loaded["training"], STORED_RTSM, "rtsm")
         params = {"model": loaded["model"]["params"], **training["params"]}
         state = TrainState(
             step=training["step"],
@@ -198,10 +198,8 @@ class SaveSchedule:
 def checkpoint_parts(state: TrainState) -> dict[str, PyTree]:
     """Returns the checkpoint items of a state (or its abstract version): `model`, `training`, and `ema` if present."""
     params = {name: value for name, value in state.params.items() if name != "model"}
-    parts: dict[str, PyTree] = {
-        "model": state.variables,
-        "training": {"step": state.step, "params": params, "opt_state": state.opt_state},
-    }
+    training = {"step": state.step, "params": params, "opt_state": state.opt_state}
+    parts: dict[str, PyTree] = {"model": state.variables, "training": rename_keys(training, "rtsm", STORED_RTSM)}
     return parts if state.ema is None else {**parts, "ema": state.ema}
 
 

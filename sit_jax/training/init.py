@@ -80,7 +80,7 @@ def _check_start_from_teacher(config: Config) -> None:
 def _log_drawn(params: Params, given: Params) -> None:
     """Lists the parameters that the initial weights lack, and the weights that the model does not use."""
     drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
-    drawn += ["reverse modules"] if "reverse" in params else []
+    drawn += ["reverse modules"] if "rtsm" in params else []
     left = sorted(given.keys() - params["model"].keys())
     for what, names in (("drawn at random", drawn), ("left out", left)):
         if names:
@@ -132,7 +132,7 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
         _check_teacher(read_config(find_checkpoint(path)[0]).model.architecture, teacher, name)
         model = load_run(path)
     elif isinstance(arch, Architecture):
-        model = read_weights(path, options=Options(like=arch, reverse=False))
+        model = read_weights(path, options=Options(like=arch, rtsm=False))
         _check_teacher(model.arch, teacher, name)
     else:
         problem = "is not a run; teachers other than vision transformers must be runs"

@@ -35,15 +35,15 @@ def cosine_schedule(optim: OptimConfig, peak: float, epochs: int, steps_per_epoc
 
 
 def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str, optax.Schedule]:
-    """Returns the schedule of each parameter group: `model`, and `reverse` with its own peak and the same minimum."""
+    """Returns the schedule of each parameter group: `model`, and `rtsm` with its own peak and the same minimum."""
     return {
         "model": cosine_schedule(optim, optim.lr, epochs, steps_per_epoch),
-        "reverse": cosine_schedule(optim, optim.lr * optim.rtsm_lr_scale, epochs, steps_per_epoch),
+        "rtsm": cosine_schedule(optim, optim.lr * optim.rtsm_lr_scale, epochs, steps_per_epoch),
     }
 
 
 def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
-    """Returns AdamW over the parameters `{'model': ..., 'reverse': ...}`.
+    """Returns AdamW over the parameters `{'model': ..., 'rtsm': ...}`.
 
     As in the original, the auxiliary head of the token-labelled teachers is frozen.
     """
@@ -56,7 +56,7 @@ def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> opt
         optax.partition(
             {
                 "model": optax.scale_by_learning_rate(rates["model"]),
-                "reverse": optax.scale_by_learning_rate(rates["reverse"]),
+                "rtsm": optax.scale_by_learning_rate(rates["rtsm"]),
                 "frozen": optax.set_to_zero(),
             },
             parameter_groups,
@@ -65,7 +65,7 @@ def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> opt
 
 
 def parameter_groups(params: Params) -> PyTree[str]:
-    """Returns the group of each parameter: `model`, `reverse` or `frozen`."""
+    """Returns the group of each parameter: `model`, `rtsm` or `frozen`."""
 
     def group(path: tuple[Hashable, ...], _: object) -> str:
         names = path_names(path)
@@ -83,9 +83,7 @@ def decay_mask(params: Params, decay_like_original: bool = False) -> PyTree[bool
 
     def decays(path: tuple[Hashable, ...], leaf: jax.Array) -> bool:
         names = path_names(path)
-        if decay_like_original and (
-            names[0] == "reverse" or (names[-1] == "scale" and names[-2].startswith("slimming_"))
-        ):
+        if decay_like_original and (names[0] == "rtsm" or (names[-1] == "scale" and names[-2].startswith("slimming_"))):
             return True
         tokens = ("class_token", "positions", "distillation_token", "distillation_position")
         return leaf.ndim > 1 and names[-1] not in tokens

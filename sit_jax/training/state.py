@@ -15,7 +15,7 @@ class TrainState:
 
     Attributes:
         step: Number of optimizer steps done, int32 scalar.
-        params: `{'model': ..., 'reverse': ...}`, float32; `reverse` is absent if no tokens are recovered.
+        params: `{'model': ..., 'rtsm': ...}`, float32; `rtsm` is absent if no tokens are recovered.
         batch_stats: BatchNorm's running statistics; an empty dict without BatchNorm.
         opt_state: State of the optimizer.
         ema: `{'params': ..., 'batch_stats': ...}`, the moving average of the model; None if disabled.

@@ -18,7 +18,7 @@ from sit_jax.config import Config, ModelConfig
 from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.random_keys import stream_key
 from sit_jax.errors import ConfigError
-from sit_jax.models import Outputs, abstract_variables, build_model, build_reverse
+from sit_jax.models import Outputs, abstract_variables, build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.trees import Params, Variables
@@ -36,7 +36,7 @@ Step = Callable[[TrainState, Batch, Teachers], tuple[TrainState, Metrics]]
 
 # Names in the metrics of a step, which custom loss terms cannot have.
 _TERMS = ("classification", "token", "logits", "hard", "token_label")
-_BUILT_IN = {"loss", *_TERMS, "accuracy", "grad_norm", "skipped", "lr/model", "lr/reverse"}
+_BUILT_IN = {"loss", *_TERMS, "accuracy", "grad_norm", "skipped", "lr/model", "lr/rtsm"}
 
 
 class LossInputs(NamedTuple):
@@ -67,17 +67,17 @@ class TrainSpec(NamedTuple):
 
     Attributes:
         model: The module to train.
-        reverse: The reverse modules, or None if no tokens are recovered.
+        rtsm: The reverse modules, or None if no tokens are recovered.
         teacher: The un-slimmed teacher's module, or None.
         cnn_teacher: The convolutional teacher's module, or None.
-        optimizer: The optimizer over `{'model': ..., 'reverse': ...}`.
+        optimizer: The optimizer over `{'model': ..., 'rtsm': ...}`.
         rates: The learning-rate schedule of each parameter group.
         config: The configuration of the run.
         losses: Custom loss terms by name, weighted by `config.loss.extra`.
     """
 
     model: nn.Module
-    reverse: ReverseSlimming | None
+    rtsm: ReverseSlimming | None
     teacher: nn.Module | None
     cnn_teacher: nn.Module | None
     optimizer: optax.GradientTransformation
@@ -113,12 +113,12 @@ def make_train_spec(
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
 
     loss, arch = config.loss, config.model.architecture
-    reverse = None
+    rtsm = None
     if loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed:
-        reverse = build_reverse(arch, config.model.dtype)
+        rtsm = build_rtsm(arch, config.model.dtype)
     return TrainSpec(
         model=model or build(config.model),
-        reverse=reverse,
+        rtsm=rtsm,
         teacher=build(config.teacher.model) if config.teacher and (loss.needs_teacher or loss.extra) else None,
         cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
@@ -175,9 +175,9 @@ def _fresh_state(spec: TrainSpec) -> TrainState:
     variables = spec.model.init(key, images)
     params: Params = {"model": variables["params"]}
     stats = dict(variables.get("batch_stats", {}))
-    if spec.reverse is not None:
+    if spec.rtsm is not None:
         _, outputs = spec.model.bind(variables)(images)
-        params["reverse"] = spec.reverse.init(jax.random.fold_in(key, 1), outputs.tokens)["params"]
+        params["rtsm"] = spec.rtsm.init(jax.random.fold_in(key, 1), outputs.tokens)["params"]
     ema = {"params": params["model"], "batch_stats": stats} if spec.config.optim.ema_decay > 0 else None
     step, opt_state = jnp.zeros((), jnp.int32), spec.optimizer.init(params)
     return TrainState(step=step, params=params, batch_stats=stats, opt_state=opt_state, ema=ema)
@@ -282,9 +282,9 @@ def compute_loss(
     if spec.teacher is not None:
         teacher = spec.teacher.bind(teachers["teacher"])
         teacher_logits, teacher_outputs = jax.lax.stop_gradient(teacher(images, **mixed))
-        if config.token > 0 and spec.reverse is not None:
-            reverse = spec.reverse.bind({"params": params["reverse"]})
-            errors = reverse.errors(outputs.tokens, teacher_outputs.tokens, losses.mean_squared_error)
+        if config.token > 0 and spec.rtsm is not None:
+            rtsm = spec.rtsm.bind({"params": params["rtsm"]})
+            errors = rtsm.errors(outputs.tokens, teacher_outputs.tokens, losses.mean_squared_error)
             terms["token"] = jnp.stack(errors).mean()
         elif config.token > 0:
             terms["token"] = losses.token_distillation(outputs.tokens, teacher_outputs.tokens)

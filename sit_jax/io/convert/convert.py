@@ -43,7 +43,7 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
         elif dest.suffix == ".safetensors":
             write_weights(part, model.vit, model.variables, model.rtsm)
         else:
-            write_torch(part, to_original({**model.variables, "reverse": model.rtsm}, model.vit))
+            write_torch(part, to_original({**model.variables, "rtsm": model.rtsm}, model.vit))
 
 
 def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:

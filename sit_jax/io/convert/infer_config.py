@@ -19,14 +19,14 @@ class Inferred(NamedTuple):
         fields: Architecture fields; `num_heads` only if the layout determines it, `num_classes` only if there is a
             head.
         kept: Tokens that each slimming module keeps, in order.
-        has_reverse: Whether there are reverse modules.
+        has_rtsm: Whether there are reverse modules.
         class_position: Whether the class token has a position embedding.
     """
 
     layout: Layout
     fields: JsonObject
     kept: tuple[int, ...]
-    has_reverse: bool
+    has_rtsm: bool
     class_position: bool = True
 
 
@@ -96,7 +96,7 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
     if len(query) == 3:
         fields["num_heads"] = query[1]
     kept = tuple(look.shape(f"tsm.{i}.weight.3.weight", 2)[0] for i in range(len(_numbers(shapes, r"tsm\.(\d+)\."))))
-    stages = _stages_from_reverse(shapes, patches, kept, fields["depth"])
+    stages = _stages_from_rtsm(shapes, patches, kept, fields["depth"])
     if stages:
         fields["stage_blocks"] = stages
     return Inferred(layout, fields, kept, any(name.startswith("rtsm.") for name in shapes), prefix > 0)
@@ -181,7 +181,7 @@ def _numbers(shapes: Shapes, pattern: str) -> set[str]:
     return {match[match.lastindex or 0] for match in matches if match}
 
 
-def _stages_from_reverse(shapes: Shapes, patches: int, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+def _stages_from_rtsm(shapes: Shapes, patches: int, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
     """Returns the blocks per stage: the input of a reverse module has as many tokens as its block outputs.
 
     The result is empty if there are no reverse modules, or if two stages keep the same number of tokens.

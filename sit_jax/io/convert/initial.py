@@ -28,7 +28,7 @@ def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = sil
     Raises:
         ConfigError: The file cannot be read, or is of another model (see `check_start`).
     """
-    changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, reverse=False, like=arch)
+    changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, rtsm=False, like=arch)
     try:
         model = read_weights(path, options=changes, log=log)
     except UserError as error:

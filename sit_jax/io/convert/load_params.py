@@ -15,7 +15,7 @@ from sit_jax.errors import UserError, listed
 from sit_jax.io.convert.layouts import Layout, Source
 from sit_jax.io.convert.sit_names import Entry, name_table
 from sit_jax.io.convert.tensors import Tensors
-from sit_jax.models import abstract_variables, build_model, build_reverse
+from sit_jax.models import abstract_variables, build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Variables
 
@@ -28,7 +28,7 @@ def load_params(
     arch: Architecture,
     tensors: Tensors,
     layout: Layout,
-    reverse: bool,
+    rtsm: bool,
     absent: Collection[str] = (),
     show: Show = iter,
 ) -> Variables:
@@ -38,24 +38,24 @@ def load_params(
         arch: The model.
         tensors: Tensors of the file; BatchNorm's batch counters are ignored.
         layout: Layout of the file.
-        reverse: Whether to load the reverse modules; otherwise their tensors are ignored.
+        rtsm: Whether to load the reverse modules; otherwise their tensors are ignored.
         absent: Heads that are neither loaded nor in the result.
         show: Wraps the iterable of tensors, to show progress.
 
     Returns:
-        `{'params': ..., 'batch_stats': ..., 'reverse': ...}`, NumPy float32; the latter two only if they are not empty.
+        `{'params': ..., 'batch_stats': ..., 'rtsm': ...}`, NumPy float32; the latter two only if they are not empty.
 
     Raises:
         UserError: Tensors are missing, unexpected, of another shape or type, or not finite; the message names them, or
             the first of many.
     """
-    table = [entry for entry in name_table(arch, reverse) if entry.path[1] not in absent]
+    table = [entry for entry in name_table(arch, rtsm) if entry.path[1] not in absent]
     sources = {entry.key: layout.source(entry.key) for entry in table}
     wanted = {name for source in sources.values() for name in source.names}
     problems = {
         "missing": sorted(wanted - set(tensors)),
         "left over": sorted(
-            name for name in set(tensors) - wanted if not (layout.knows(name) and _is_unused(name, reverse))
+            name for name in set(tensors) - wanted if not (layout.knows(name) and _is_unused(name, rtsm))
         ),
         "wrong shape": [],
         "not floating-point": sorted(name for name in wanted & set(tensors) if not tensors[name].is_float),
@@ -63,7 +63,7 @@ def load_params(
     }
     values: dict[tuple[str, ...], np.ndarray] = {}
     if not any(problems.values()):
-        expected = flatten_dict(expected_shapes(arch, reverse))
+        expected = flatten_dict(expected_shapes(arch, rtsm))
         for entry in show(table):
             names = sources[entry.key].names
             value = _convert(entry, sources[entry.key], tensors, expected[entry.path].shape)
@@ -80,8 +80,8 @@ def load_params(
     return unflatten_dict(values)
 
 
-def _is_unused(name: str, reverse: bool) -> bool:
-    return name.endswith("num_batches_tracked") or (name.startswith("rtsm.") and not reverse)
+def _is_unused(name: str, rtsm: bool) -> bool:
+    return name.endswith("num_batches_tracked") or (name.startswith("rtsm.") and not rtsm)
 
 
 def _convert(entry: Entry, source: Source, tensors: Tensors, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -97,11 +97,11 @@ def _convert(entry: Entry, source: Source, tensors: Tensors, shape: tuple[int, .
 
 
 @functools.lru_cache(maxsize=8)
-def expected_shapes(arch: Architecture, reverse: bool) -> Variables:
-    """Returns a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `reverse`."""
-    tree: Variables = {"batch_stats": {}, "reverse": {}, **abstract_variables(arch)}
-    if reverse:
+def expected_shapes(arch: Architecture, rtsm: bool) -> Variables:
+    """Returns a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `rtsm`."""
+    tree: Variables = {"batch_stats": {}, "rtsm": {}, **abstract_variables(arch)}
+    if rtsm:
         images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
         _, outputs = jax.eval_shape(build_model(arch).apply, tree, images)
-        tree["reverse"] = jax.eval_shape(build_reverse(arch).init, jax.random.key(0), outputs.tokens)["params"]
+        tree["rtsm"] = jax.eval_shape(build_rtsm(arch).init, jax.random.key(0), outputs.tokens)["params"]
     return tree

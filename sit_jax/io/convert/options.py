@@ -14,7 +14,7 @@ class Options(NamedTuple):
         image_size: New resolution, or None.
         num_classes: New number of classes, or None.
         ema: Read the moving average instead of the weights if there are both.
-        reverse: Whether to read reverse modules if there are any.
+        rtsm: Whether to read reverse modules if there are any.
         licence: Licence of the weights, such as `MIT`; that of the source if None.
         like: A model that determines the hyperparameters that tensors do not; `fields` take precedence.
     """
@@ -23,6 +23,6 @@ class Options(NamedTuple):
     image_size: int | None = None
     num_classes: int | None = None
     ema: bool = False
-    reverse: bool = True
+    rtsm: bool = True
     licence: str | None = None
     like: Architecture | None = None

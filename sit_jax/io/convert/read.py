@@ -62,10 +62,10 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         resolved = resolve(inferred, {**hints, **said}, options.fields)
         arch = resolved.arch
         log(f"found: {describe(inferred, resolved, {*said, *options.fields}, hints)}")
-        reverse = inferred.has_reverse and options.reverse
-        if inferred.has_reverse and not reverse:
+        rtsm = inferred.has_rtsm and options.rtsm
+        if inferred.has_rtsm and not rtsm:
             log("changed: RTSMs left out")
-        tree = load_params(arch, tensors, inferred.layout, reverse, absent, lambda table: _progress(file, table))
+        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, lambda table: _progress(file, table))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name in absent:
@@ -77,7 +77,7 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
     if inferred.layout.preprocessing is not None:
         metadata = {"preprocessing": inferred.layout.preprocessing, **metadata}
     check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))
-    rtsm = tree.pop("reverse", {})
+    rtsm = tree.pop("rtsm", {})
     return Model(arch, tree, metadata, rtsm, source=str(path))
 
 

@@ -198,7 +198,7 @@ def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], conf
     kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
     name = resolved.name or f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
     extras = [
-        "RTSMs" if inferred.has_reverse else "",
+        "RTSMs" if inferred.has_rtsm else "",
         "distillation head" if arch.distillation_token else "",
         "layer scale" if arch.layer_scale else "",
         "" if inferred.class_position else "no class position",

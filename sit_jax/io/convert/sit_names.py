@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
     Attributes:
         key: The original's `state_dict` key.
-        path: Its path in this package; the first part is the collection: `params`, `batch_stats` or `reverse`.
+        path: Its path in this package; the first part is the collection: `params`, `batch_stats` or `rtsm`.
         to_flax: Converts the original's layout to this package's; `to_torch` is the inverse.
     """
 
@@ -104,14 +104,14 @@ def _slimming(arch: Architecture) -> Iterator[Entry]:
 
 def _reverse(arch: Architecture) -> Iterator[Entry]:
     for block in range(arch.first_reversed_block, arch.depth):
-        key, path = f"rtsm.{block}", ("reverse", f"blocks_{block}")
+        key, path = f"rtsm.{block}", ("rtsm", f"blocks_{block}")
         for part, name in (("mlp1", "token_mlp"), ("mlp2", "channel_mlp")):
             yield from _norm(f"{key}.norm{part[-1]}", (*path, f"norm{part[-1]}"))
             yield from _linear(f"{key}.{part}.fc1", (*path, name, "fc1"))
             yield from _linear(f"{key}.{part}.fc2", (*path, name, "fc2"))
 
 
-def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
+def name_table(arch: Architecture, rtsm: bool = True) -> list[Entry]:
     """Returns an entry for every tensor of the original's checkpoint, including reverse modules by default."""
     entries = [
         *_plain("cls_token", ("params", "class_token")),
@@ -128,7 +128,7 @@ def name_table(arch: Architecture, reverse: bool = True) -> list[Entry]:
         entries += _plain("dist_token", ("params", "distillation_token"))
         entries += _plain("dist_pos_embed", ("params", "distillation_position"))
         entries += _linear("head_dist", ("params", "distillation_head"))
-    if reverse:
+    if rtsm:
         entries += _reverse(arch)
     return entries
 
@@ -137,7 +137,7 @@ def to_original(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
     """Returns weights under the original's names, without BatchNorm's batch counters.
 
     Args:
-        tree: `params`, `batch_stats` and, to include reverse modules, `reverse`.
+        tree: `params`, `batch_stats` and, to include reverse modules, `rtsm`.
         arch: The architecture of the weights.
 
     Raises:
@@ -146,5 +146,5 @@ def to_original(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
     if arch.reducer != "slim":
         raise UserError(f"PyTorch does not support the reducer {arch.reducer}; StableHLO and model folders take any")
     arrays = flatten_dict(tree)
-    table = name_table(arch, reverse=bool(tree.get("reverse")))
+    table = name_table(arch, rtsm=bool(tree.get("rtsm")))
     return {entry.key: entry.to_torch(np.asarray(arrays[entry.path])) for entry in table}

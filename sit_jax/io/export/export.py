@@ -27,7 +27,7 @@ def export_model(
     kind: Format,
     ema: bool = False,
     step: int | None = None,
-    with_reverse: bool = False,
+    with_rtsm: bool = False,
     dtype: onnx_file.Dtype = "float32",
     raw_input: bool = False,
     licence: str | None = None,
@@ -40,7 +40,7 @@ def export_model(
         kind: The format.
         ema: Export a run's moving average instead of its weights.
         step: Step of the run's checkpoint; the newest if None.
-        with_reverse: Also export the reverse modules (`folder` and `original`).
+        with_rtsm: Also export the reverse modules (`folder` and `original`).
         dtype: Type of the weights and matrix products (`onnx`).
         raw_input: Take uint8 pixels and normalize them in the model (`onnx` and `stablehlo`).
         licence: Licence of the weights, such as `MIT` (`folder`, `onnx` and `stablehlo`); that of the source if None.
@@ -49,15 +49,15 @@ def export_model(
         UserError: The source cannot be read, the destination cannot be written, or an option does not apply to the
             format.
     """
-    _check_options(dest, kind, with_reverse, dtype, raw_input)
+    _check_options(dest, kind, with_rtsm, dtype, raw_input)
     if licence is not None and kind in ("original", "timm"):
         raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
-    model = load(source, ema=ema, step=step, with_rtsm=with_reverse)
+    model = load(source, ema=ema, step=step, with_rtsm=with_rtsm)
     arch = model.vit
     if licence is not None:
         model = dataclasses.replace(model, metadata={**model.metadata, "licence": licence})
     if kind == "folder":
-        model.save(dest, with_reverse)
+        model.save(dest, with_rtsm)
     elif kind == "onnx":
         onnx_file.save(dest, model, dtype, raw_input)
     elif kind == "stablehlo":
@@ -65,13 +65,13 @@ def export_model(
         shape = (arch.image_size, arch.image_size, arch.in_channels)
         stablehlo.save(dest, make_forward(model, raw_input), shape, description)
     elif kind == "original":
-        tree = {**model.variables, "reverse": model.rtsm if with_reverse else {}}
+        tree = {**model.variables, "rtsm": model.rtsm if with_rtsm else {}}
         _save_state_dict(dest, to_original(tree, arch))
     else:
         _save_state_dict(dest, to_timm(model))
 
 
-def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: str, raw_input: bool) -> None:
+def _check_options(dest: pathlib.Path, kind: Format, with_rtsm: bool, dtype: str, raw_input: bool) -> None:
     suffixes = {
         "onnx": (onnx_file.SUFFIX,),
         "stablehlo": (stablehlo.SUFFIX,),
@@ -81,7 +81,7 @@ def _check_options(dest: pathlib.Path, kind: Format, with_reverse: bool, dtype: 
     wanted = suffixes.get(kind)
     if wanted and dest.suffix not in wanted:
         raise UserError(f"{dest}: the name of a file of format {kind} must end in {' or '.join(wanted)}")
-    if with_reverse and kind not in ("folder", "original"):
+    if with_rtsm and kind not in ("folder", "original"):
         raise UserError(f"--with_rtsm: only training needs reverse modules; {kind} does not hold them")
     if dtype != "float32" and kind != "onnx":
         raise UserError(f"--dtype: {kind} is always float32; only onnx can be {dtype}")
