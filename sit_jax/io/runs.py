@@ -4,8 +4,10 @@
 - class_names.json   names of the classes, by index
 - checkpoints/STEP/  weights, optimizer and moving average (`io/checkpoint.py` reads, `training/checkpoint.py` writes)
 - metrics.jsonl      one line for each logged step and each evaluation (`training/metrics.py`)
+- tensorboard/       the same metrics as event files of TensorBoard
 - teacher/           the run of the teacher, if it was trained here; also cnn_teacher/
 - summary.json, curves.png, slimming.png   written at the end (`analysis/summary.py`)
+- report.html        written by `sit report`
 """
 
 import contextlib
