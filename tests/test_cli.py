@@ -151,8 +151,10 @@ def test_a_value_that_may_be_none_can_be_set() -> None:
     assert (config.model.architecture.stage_blocks, config.model.architecture.keep_ratio) == ((), None)
     assert config.teacher is None
     # None in the file.
-    arch = load_config("imagenet_lvvit_tiny", ["--config.model.keep_ratio=0.5", "--config.model.stage_blocks=1,13"])
-    assert arch.model.architecture == dataclasses.replace(VARIANTS["lvvit_tiny"], keep_ratio=0.5, stage_blocks=(1, 13))
+    changed = load_config("imagenet_lvvit_tiny", ["--config.model.keep_ratio=0.5", "--config.model.stage_blocks=1,13"])
+    assert changed.model.architecture == dataclasses.replace(
+        VARIANTS["lvvit_tiny"], keep_ratio=0.5, stage_blocks=(1, 13)
+    )
 
 
 @pytest.mark.parametrize(
