@@ -36,24 +36,15 @@ def draw_maps(
     index: int,
     title: str,
     prediction: str,
-    tokens: int = 8,
-    dpi: int = 150,
+    tokens: int,
+    dpi: int,
 ) -> None:
-    """Draws the token maps of one image.
+    """Draws the token maps of one image, given in display size, of a batch.
 
     The figure has the image and its regions after each slimming module; for each module, heat maps of the tokens with
     the most class attention; the class token's attention by block; and the effective number of patches of the tokens.
-    For a model without slimming modules, it has the image and the attention.
-
-    Args:
-        path: PNG file to write.
-        image: The image in display size.
-        maps: Token maps of a batch.
-        index: Index of the image in the batch.
-        title: The figure's title.
-        prediction: Text below the title.
-        tokens: Largest number of tokens per slimming module, and of blocks.
-        dpi: Dots per inch; 300 for print.
+    For a model without slimming modules, it has the image and the attention. `tokens` is the largest number of tokens
+    per slimming module, and of blocks.
     """
     most = max([len(maps.attention), *(stage.kept for stage in maps.stages)])
     sheet = _Sheet(min(tokens, most), len(maps.stages))
@@ -73,12 +64,7 @@ def draw_maps(
 class _Sheet:
     """The figure, with coordinates in inches from the lower left corner.
 
-    Attributes:
-        tokens: Number of heat maps in a row, at most.
-        cell: Side of a heat map.
-        view: Side of the image and of the regions.
-        height: Height of the figure.
-        figure: The figure.
+    `tokens` is the largest number of heat maps in a row, `cell` the side of one, `view` that of the image.
     """
 
     def __init__(self, tokens: int, stages: int) -> None:
@@ -91,7 +77,6 @@ class _Sheet:
         self.figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
 
     def caption(self, name: str, number: int, what: str) -> str:
-        """Returns the caption of a heat map."""
         return f"{name} {number}: {what}" if self.cell >= _CAPTIONED else f"{number}"
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
@@ -158,11 +143,9 @@ def _plot_effective(axes: Axes, maps: TokenMaps, index: int) -> None:
 def _draw_tokens(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int, number: int) -> float:
     stage = maps.stages[number]
     chosen = maps.most_attended(number, index, sheet.tokens)
-    shown = (
-        f"the {len(chosen)} that the class token attends to most" if len(chosen) < stage.kept else "all, by attention"
-    )
-    heading = f"TSM {number + 1}, after block {stage.after_block}:"
-    text = f"{heading} {stage.assignment.shape[1]} to {stage.kept} tokens ({shown})"
+    some = f"the {len(chosen)} that the class token attends to most"
+    text = f"TSM {number + 1}, after block {stage.after_block}: {stage.assignment.shape[1]} to {stage.kept} tokens"
+    text += f" ({some if len(chosen) < stage.kept else 'all, by attention'})"
     effective = stage.effective_patches[index]
     captions = [sheet.caption("token", token + 1, f"{_number(effective[token])} patches") for token in chosen]
     rows = stage.cumulative[index][list(chosen)]
@@ -196,8 +179,8 @@ def _draw_row(
     top -= _HEADING
     largest = float(rows.max())
     for place, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        pixels = heat(image, row, grid, largest)
-        sheet.show(_MARGIN + place * (sheet.cell + _GAP), top, sheet.cell, pixels, caption)
+        x = _MARGIN + place * (sheet.cell + _GAP)
+        sheet.show(x, top, sheet.cell, heat(image, row, grid, largest), caption)
     sheet.bar(top, *scale)
     return top - sheet.cell - _CAPTION - _BETWEEN
 
