@@ -203,11 +203,3 @@ def test_keys_that_had_another_name_or_were_removed(capsys: pytest.CaptureFixtur
     assert (config.optim.decay_like_original, config.teacher.optim.decay_like_original) == (True, True)
     lines = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
     assert sorted(lines) == sorted(word.partition("=")[0] for word in words)
-    # As the config.json of a run of an earlier version.
-    values = to_dict(load_config("digits"))
-    values["data"]["held_out"] = values["data"].pop("val_fraction") + 0.1
-    assert from_config_dict(values, quiet=True).data.val_fraction == values["data"]["held_out"]
-    assert capsys.readouterr().err == ""
-    values["model"] |= {"scan": True}
-    assert from_config_dict(values).data.val_fraction == values["data"]["held_out"]
-    assert len(capsys.readouterr().err.splitlines()) == 2

@@ -119,6 +119,18 @@ def flip(raw: bytes, at: int) -> bytes:
     return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
 
 
+@pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
+def test_six_convolutions_and_a_distillation_token(kind: str, tmp_path: pathlib.Path) -> None:
+    weights = random_weights.draw(
+        tiny.plain(stem="conv6", residual_scale=3.0, qkv_bias=False, stage_blocks=(1, 3), keep_ratio=0.5,
+                   distillation_token=True)
+    )  # fmt: skip
+    weights.save(tmp_path / "model")
+    file = tmp_path / f"model.{kind}"
+    assert cli.main(["export", str(tmp_path / "model"), str(file), "--format", kind]) == 0
+    np.testing.assert_allclose(load(file).logits(PIXELS), weights.logits(PIXELS), atol=1e-4)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     file = tmp_path / f"model{suffix}"

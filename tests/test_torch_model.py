@@ -18,6 +18,7 @@ import tiny
 import torch
 from golden_files import TRAINED, Golden
 
+from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export.torch_model import (
     SiT,
     distillation_loss,
@@ -28,8 +29,6 @@ from sit_jax.io.export.torch_model import (
 from sit_jax.io.model_folder import describe
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
-
-NORM = ("running_mean", "running_var", "weight", "bias")
 
 
 def close(mine: torch.Tensor, theirs: np.ndarray, relative: float = 1e-4) -> None:
@@ -226,34 +225,12 @@ def test_batch_norm_folds_and_drop_path_drops(folder: pathlib.Path) -> None:
 
 
 def test_the_stem_and_the_layer_scale_of_published_teachers() -> None:
-    shape = {**describe(tiny.TEACHER, {})["architecture"], "stem": "conv7", "stem_width": 6, "layer_scale": True}
-    torch.manual_seed(0)
-    model = SiT({"architecture": shape}).eval()
-    state = model.state_dict()
-    for tensor in state.values():
-        if tensor.is_floating_point():
-            tensor.uniform_(0.2, 0.6)
-    assert [tuple(state[f"patch_embed.{key}.weight"].shape) for key in ("conv1", "conv2", "conv3", "proj")] == [
-        (6, 1, 7, 7),
-        (6, 6, 3, 3),
-        (6, 6, 3, 3),
-        (16, 6, 8, 8),
-    ]
-    images = torch.randn(2, 1, 32, 32)
-    x = images
-    for index, (stride, padding) in enumerate([(2, 3), (1, 1), (1, 1)], start=1):
-        x = torch.conv2d(x, state[f"patch_embed.conv{index}.weight"], None, stride, padding)
-        norm = {name: state[f"patch_embed.bn{index}.{name}"][:, None, None] for name in NORM}
-        x = (x - norm["running_mean"]) / (norm["running_var"] + 1e-5).sqrt() * norm["weight"] + norm["bias"]
-        x = x.clamp(min=0)
-    x = torch.conv2d(x, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], 8)
-    close(model.patch_embed(images), x.numpy())
-    block: Any = model.blocks[0]
-    tokens = torch.randn(2, 5, 16)
-    middle = tokens + block.attn(block.norm1(tokens)) * state["blocks.0.ls1.gamma"]
-    close(block(tokens), (middle + block.mlp(block.norm2(middle)) * state["blocks.0.ls2.gamma"]).detach().numpy())
+    weights = random_weights.draw(tiny.plain(stem="conv7", stem_width=6, layer_scale=True))
+    images = random_weights.images(weights.vit)
+    model = module(weights.vit, to_original(weights.variables, weights.vit))
+    close(model(torch.tensor(images).permute(0, 3, 1, 2)), np.asarray(weights(images)))
     with pytest.raises(ValueError, match="'conv9' is not known"):
-        SiT({"architecture": {**shape, "stem": "conv9"}})
+        SiT({"architecture": {**describe(weights.vit, {})["architecture"], "stem": "conv9"}})
 
 
 def test_fine_tuning_groups() -> None:

@@ -8,7 +8,6 @@ from sit_jax.cli.verb import Verbs, add_option, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "convert", run, "convert weights from PyTorch, Flax and other formats, or from a run")
     add = parser.add_argument
     text = ".pth, .pt or .pth.tar file (needs PyTorch), .safetensors or .npz file, model folder or run folder"
@@ -36,7 +35,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts a file, a model folder or a run."""
     from sit_jax.io.convert.convert import convert
     from sit_jax.io.convert.options import Options
 

@@ -70,7 +70,7 @@ def build_page(models: DemoModels, max_mb: int) -> gr.Blocks:
                 file = gr.File(label=label, file_types=["image"], type="filepath", elem_id="image", height=140)
                 teacher = gr.Dropdown(teachers, value=teachers[0], label="Teacher", elem_id="teacher")
                 student = gr.Dropdown(students, value=students[0], label="Student", elem_id="student")
-                keep, why = _keep_control(first), gr.Markdown(_keep_reason(first))
+                keep, why = _keep_choice(first)
             with gr.Column(scale=2):
                 with gr.Row():
                     answers = [gr.Label(label=who, elem_id=f"{who.lower()}-says") for who in ("Teacher", "Student")]
@@ -94,15 +94,14 @@ def build_page(models: DemoModels, max_mb: int) -> gr.Blocks:
             except UserError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
-        def choose(name: str) -> Updates:
-            return _keep_control(models.students[name]), _keep_reason(models.students[name])
-
         # If the user proceeds during a prediction, only the result of the last request is shown.
         private: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
         inputs, shown = [file, teacher, student, keep], [slider, text, image, tokens]
         outputs = [*answers, costs, session, *shown]
         gr.on([file.upload, file.clear, teacher.input, keep.input], answer, inputs, outputs, **private)
-        student.input(choose, student, [keep, why], **private).then(answer, inputs, outputs, **private)
+        student.input(lambda name: _keep_choice(models.students[name]), student, [keep, why], **private).then(
+            answer, inputs, outputs, **private
+        )
         slider.input(_show_stage, [session, slider], [text, image, tokens], show_progress="hidden", **private)
     return page
 
@@ -152,10 +151,7 @@ def _show_stage(session: Session | None, index: float) -> Updates:
     return text, regions(shown, stage.hard[0], maps.grid, stage.overlooked[0]), tokens
 
 
-def _keep_control(student: DemoModel) -> gr.Radio:
+def _keep_choice(student: DemoModel) -> tuple[gr.Radio, gr.Markdown]:
     labels = [keep.label for keep in student.keeps]
-    return gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
-
-
-def _keep_reason(student: DemoModel) -> str:
-    return _WHY_FEWER if len(student.keeps) > 1 else _WHY_NOT
+    radio = gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
+    return radio, gr.Markdown(_WHY_FEWER if len(labels) > 1 else _WHY_NOT)
