@@ -64,4 +64,4 @@ def test_a_training_resumes(written: pathlib.Path) -> None:
     rtsm = load(written / "run", with_rtsm=True).rtsm
     jax.tree.map(np.testing.assert_array_equal, state.params["rtsm"], rtsm)
     moments = optax.tree.get(state.opt_state, "mu")["rtsm"]
-    assert jax.tree.structure(moments) == jax.tree.structure(rtsm) != jax.tree.structure({})
+    assert jax.tree.map(np.shape, moments) == jax.tree.map(np.shape, rtsm) != {}
