@@ -24,16 +24,3 @@ def test_what_a_visit_notices(chromium: Any, tmp_path: pathlib.Path) -> None:
         assert seen.requests == [page.as_uri(), (tmp_path / "none.png").as_uri()]
         text = "\n".join(seen.errors)
         assert all(word in text for word in ("none.png", "bad", "Cannot read properties of undefined"))
-
-
-@pytest.mark.parametrize(
-    ("setting", "outcome"), [("", pytest.skip.Exception), ("required", pytest.fail.Exception)], ids=["laptop", "ci"]
-)
-def test_without_a_browser(
-    setting: str, outcome: type[BaseException], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("SIT_BROWSER", setting)
-    monkeypatch.delenv("SIT_CHROMIUM", raising=False)
-    with pytest.raises(outcome, match="no Chromium on this machine: install it"), browser.start_chromium():
-        pass

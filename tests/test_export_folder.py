@@ -109,62 +109,26 @@ def text(written: str) -> Callable[[pathlib.Path], Any]:
     return lambda folder: (folder / CONFIG).write_text(written)
 
 
-def header(**changes: Any) -> Callable[[pathlib.Path], Any]:
-    """Changes what the header of the weights says of one tensor."""
-
-    def spoil(raw: bytes) -> bytes:
-        length = int.from_bytes(raw[:8], "little")
-        values = json.loads(raw[8 : 8 + length])
-        values["cls_token"].update(changes)
-        written = json.dumps(values).encode()
-        return len(written).to_bytes(8, "little") + written + raw[8 + length :]
-
-    return content(spoil)
-
-
-FC1 = "blocks.0.mlp.fc1.weight"
-TERA = 2**42
-Damage = Callable[[pathlib.Path], Any]
-# Each with what the message must name. Damaged headers are tried with the reader that conversions share.
-DAMAGE: dict[str, tuple[Damage, str]] = {
+# Each with what the message must name. Damaged headers: test_fuzz_readers.py, test_lying_files.py.
+DAMAGE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "empty": (content(lambda raw: b""), WEIGHTS),
     "cut in the data": (content(lambda raw: raw[:-5]), WEIGHTS),
-    "tensor of terabytes": (header(shape=[1, 1, TERA // 4], data_offsets=[0, TERA]), WEIGHTS),
-    "gone": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
     "one missing": (tensors(lambda x: x.pop("norm.weight")), "norm.weight"),
     "one extra": (tensors(lambda x: x.update(unknown=np.zeros(3, np.float32))), "unknown"),
     "another shape": (tensors(lambda x: x.update({"head.bias": np.zeros(11, np.float32)})), "head.bias (11,)"),
-    "transposed": (tensors(lambda x: x.update({FC1: x[FC1].T.copy()})), f"{FC1} (16, 32)"),
-    "another type": (tensors(lambda x: x.update({"head.bias": x["head.bias"].astype(np.int32)})), "head.bias"),
     "not a number": (tensors(lambda x: np.put(x["head.bias"], 3, np.nan)), "head.bias"),
-    "infinite": (tensors(lambda x: np.put(x["cls_token"], 3, np.inf)), "cls_token"),
-    "deeper": (shape(depth=5, stage_blocks=[1, 4]), "blocks.4.attn.proj.bias"),
     "wider": (shape(dim=32), "shape"),
-    "impossible": (shape(num_heads=5), "num_heads 5"),
     "unknown field": (shape(colour="red"), "architecture.colour"),
-    "words for numbers": (shape(dim="wide"), "architecture.dim"),
     "deep without end": (shape(depth=2**20, stage_blocks=[1, 2**20 - 1]), "depth"),
-    "infinite ratio": (shape(keep_ratio=float("inf")), "keep_ratio"),
-    "no ratio": (shape(keep_ratio=float("nan")), "keep_ratio"),
-    "vast": (shape(dim=24 * 10**20), "dim"),
-    "infinitely wide": (shape(mlp_ratio=1e300), "mlp_ratio"),
     "no width": (shape(mlp_ratio=1e-9), "mlp_ratio"),
     "other tokens": (config(kept_tokens=[4, 3]), "kept_tokens"),
     "too few names": (config(class_names=["one"]), "class_names"),
-    "numbers for names": (config(class_names=list(range(10))), "class_names"),
     "preprocessing a list": (config(preprocessing=[1]), "preprocessing"),
-    "no mean": (config(preprocessing={"mean": []}), "preprocessing.mean"),
-    "mean null": (config(preprocessing={"mean": None}), "preprocessing.mean"),
-    "mean of words": (config(preprocessing={"mean": ["x"]}), "preprocessing.mean"),
-    "deviation zero": (config(preprocessing={"std": [0.0]}), "preprocessing.std"),
     "deviation of nearly zero": (config(preprocessing={"std": [1e-320]}), "preprocessing.std"),
     "later version": (config(format_version=2), "version 2"),
     "another format": (config(format="other"), "'other'"),
-    "no architecture": (text('{"format": "sit_jax", "format_version": 1}'), "arch"),
-    "config cut": (text('{"format": "sit'), "JSON"),
     "config a list": (text("[1]"), "JSON"),
     "config nested": (text("[" * 100_000), "JSON"),
-    "config no text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"), "JSON"),
     "config gone": (lambda folder: (folder / CONFIG).unlink(), "--model.stage_blocks"),
 }
 
@@ -197,40 +161,16 @@ def test_damaged_folders(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_config_that_may_not_be_read(
-    good: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture, read = tmp_path / "x.png", pathlib.Path.read_text
-    Image.new("L", (32, 32)).save(picture)
-
-    def forbidden(path: pathlib.Path, *words: Any) -> str:
-        if path.name == CONFIG:
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *words)
-
-    monkeypatch.setattr(pathlib.Path, "read_text", forbidden)
-    for words in (["predict", str(good), str(picture)], ["convert", str(good), str(tmp_path / "out")]):
-        assert cli.main(words) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"sit {words[0]}: {good / CONFIG}: ")
-        assert line.endswith("Permission denied")
-
-
 def test_nothing_is_overwritten_or_left_behind(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = random_weights.draw()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("precious")
-    (tmp_path / "file").write_text("")
-    for place in ("taken", "file/model"):
-        with pytest.raises(UserError, match=place):
-            weights.save(tmp_path / place)
+    with pytest.raises(UserError, match="taken"):
+        weights.save(tmp_path / "taken")
     assert (tmp_path / "taken" / "mine").read_text() == "precious"
     with pytest.raises(UserError, match="reverse modules"):
         weights.save(tmp_path / "new", with_rtsm=True)
-    broken = dataclasses.replace(weights, variables={"params": {**weights.params, "head": {}}})
-    with pytest.raises(KeyError):
-        broken.save(tmp_path / "new")
     monkeypatch.setattr("shutil.copyfile", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"new: .*No space left on device"):
         weights.save(tmp_path / "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"taken", "file"}
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -20,12 +20,11 @@ import safetensors.numpy
 import tiny
 import torch
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.io.export import onnx_file, torch_model
+from sit_jax.io.export import onnx_file
 from sit_jax.io.load import load
 from sit_jax.models import build_model
 from sit_jax.training.evaluate import evaluate_model
@@ -120,35 +119,16 @@ def flip(raw: bytes, at: int) -> bytes:
     return raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
 
 
-def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole = {kind: folder.with_name(f"images.{kind}").read_bytes() for kind in ("onnx", "stablehlo")}
-    shutil.copy(folder.with_name("images.stablehlo.json"), tmp_path / "m.stablehlo.json")
-    raw, model = whole["onnx"], onnx.load_from_string(whole["onnx"])
-
-    def properties(value: str | None) -> bytes:
-        del model.metadata_props[:]
-        if value is not None:
-            model.metadata_props.add(key="sit_jax", value=value)
-        return bytes(model.SerializeToString())
-
-    damaged = [("onnx", b""), ("onnx", raw[:1000]), ("onnx", b"no model"), ("onnx", flip(raw, raw.index(b'{"format"')))]
-    damaged += [("onnx", properties(value)) for value in ("{", "[]", "{}", None)]
-    raw = whole["stablehlo"]
-    damaged += [("stablehlo", flip(raw, at)) for at in (0, 3000, len(raw) // 2, len(raw) - 1)]
-    damaged += [("stablehlo", part) for part in (b"", raw[:1], raw[: len(raw) // 2], raw + b"\0")]
-    damaged.append(("txt", b""))
-    for kind, content in damaged:
-        (tmp_path / f"m.{kind}").write_bytes(content)
-        with pytest.raises(UserError, match=rf"m\.{kind}: ") as raised:
-            load(tmp_path / f"m.{kind}")
-        assert len(str(raised.value).splitlines()) == 1
-    (tmp_path / "m.stablehlo").write_bytes(raw)
-    for description in ("[]", "[" * 100_000, None):
-        path = tmp_path / "m.stablehlo.json"
-        path.unlink() if description is None else path.write_text(description)
-        with pytest.raises(UserError, match=r"m\.stablehlo"):
-            load(tmp_path / "m.stablehlo")
-    assert capsys.readouterr() == ("", "")
+@pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
+def test_six_convolutions_and_a_distillation_token(kind: str, tmp_path: pathlib.Path) -> None:
+    weights = random_weights.draw(
+        tiny.plain(stem="conv6", residual_scale=3.0, qkv_bias=False, stage_blocks=(1, 3), keep_ratio=0.5,
+                   distillation_token=True)
+    )  # fmt: skip
+    weights.save(tmp_path / "model")
+    file = tmp_path / f"model.{kind}"
+    assert cli.main(["export", str(tmp_path / "model"), str(file), "--format", kind]) == 0
+    np.testing.assert_allclose(load(file).logits(PIXELS), weights.logits(PIXELS), atol=1e-4)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -207,7 +187,7 @@ def test_the_digits_student_scores_the_same_in_every_format(
     assert 0.15 < result["top1"] < 1
     places = {"folder": "model", "onnx": "model.onnx", "stablehlo": "model.stablehlo"}
     for kind, place in places.items():
-        words = ["--with_reverse"] if kind == "folder" else ["--raw_input"]
+        words = ["--with_rtsm"] if kind == "folder" else ["--raw_input"]
         assert cli.main(["export", str(digits_run), str(tmp_path / place), "--format", kind, *words]) == 0
         capsys.readouterr()
         assert cli.main(["evaluate", str(tmp_path / place), "--data_dir", digits_dir, "--json"]) == 0
@@ -218,9 +198,6 @@ def test_the_digits_student_scores_the_same_in_every_format(
     assert weights.metadata["class_names"] == [str(digit) for digit in range(10)]
     assert weights.metadata["provenance"]["step"] == 2 * (1438 // 128)
     assert set(weights.rtsm) == {f"blocks_{block}" for block in range(4)}
-    assert torch_accuracy(tmp_path / "model") == pytest.approx(result["top1"], abs=1e-6)
-    assert cli.main(["evaluate", str(digits_run), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == result
     assert cli.main(["export", str(digits_run), str(tmp_path / "ema"), "--format", "folder", "--ema"]) == 0
     averaged = load(tmp_path / "ema")
     assert averaged.metadata["provenance"]["ema"] is True
@@ -256,87 +233,87 @@ def test_the_walkthrough(
     assert sum(language == "python" for language, _ in blocks) == 5
 
 
-def torch_accuracy(folder: pathlib.Path) -> float:
-    """Top-1 of the PyTorch module on the held-out digits, read without our loader."""
-    digits = load_digits()
-    model = torch_model.load(folder)
-    levels = np.round(digits.images[4::5] * 255 / 16).astype(np.uint8)
-    resized = [np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BICUBIC)) for x in levels]
-    logits = model(model.normalize(torch.tensor(np.stack(resized)[..., None])))
-    return float((logits.argmax(1).numpy() == digits.target[4::5]).mean())
-
-
-def test_refusals(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)).save(tmp_path / "plain")
-    plain, onnx_place, nothing = tmp_path / "plain", tmp_path / "m.onnx", tmp_path / "nothing"
-    cases: list[tuple[list[Any], str]] = [
-        ([nothing, onnx_place, "--format", "onnx"], str(nothing)),
-        ([tmp_path, onnx_place, "--format", "onnx"], str(tmp_path)),
-        ([folder / "config.json", onnx_place, "--format", "onnx"], "config.json"),
-        ([folder, tmp_path / "m.txt", "--format", "onnx"], ".onnx"),
-        ([folder, tmp_path / "m.txt", "--format", "timm"], ".safetensors or .pth"),
-        ([folder, tmp_path / "m.pth", "--format", "timm"], "conv4"),
-        ([plain, tmp_path / "m.pth", "--format", "timm"], "norm_eps 1e-05 (timm's is 1e-06)"),
-        ([folder, onnx_place, "--format", "onnx", "--with_reverse"], "--with_rtsm"),
-        ([folder, nothing, "--format", "folder", "--raw_input"], "--raw_input"),
-        ([folder, nothing, "--format", "folder", "--dtype", "float16"], "--dtype"),
-        ([folder, nothing, "--format", "folder", "--ema"], "--ema"),
-        ([folder, nothing, "--format", "folder", "--step", "3"], "--step"),
-        ([folder, folder, "--format", "folder"], str(folder)),
-    ]
-    for words, named in cases:
-        assert cli.main(["export", *map(str, words)]) == 2, words
-        (line,) = capsys.readouterr().err.splitlines()
-        assert named in line
-        assert list(tmp_path.iterdir()) == [plain]
-    with pytest.raises(UserError, match=r"gone\.onnx: "):
-        load(tmp_path / "gone.onnx")
-
-
-def test_licences(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    silent = random_weights.draw(tiny.plain(stem="patch"))
-    del silent.metadata["licence"]
-    silent.save(tmp_path / "silent")
-    for words, licence in (
-        ("convert silent a --licence MIT", "MIT"),
-        ("convert a b", "MIT"),
-        ("convert a c --num_classes 3 --image_size 64", "MIT"),
-        ("export b d --format folder", "MIT"),
-        ("export silent e --format folder --licence MIT", "MIT"),
-        ("export a f --format folder --licence CC-BY-4.0", "CC-BY-4.0"),
-        ("convert silent x.safetensors --licence MIT", None),
-        ("export silent x.safetensors --format original --licence MIT", None),
-        ("export silent x.safetensors --format timm --licence MIT", None),
-    ):
-        verb, source, dest, *options = words.split()
-        code = cli.main([verb, str(tmp_path / source), str(tmp_path / dest), *options])
-        assert code == (2 if licence is None else 0), words
-        error = capsys.readouterr().err
-        if licence is None:
-            assert error.startswith(f"sit {verb}: --licence: ")
-            assert not (tmp_path / dest).exists()
-        else:
-            assert load(tmp_path / dest).metadata["licence"] == licence, words
-
-
-def test_evaluating_a_model_of_unknown_origin(
-    folder: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["evaluate", str(folder), "--data_dir", digits_dir]) == 2
-    assert "--name" in capsys.readouterr().err
-    assert cli.main(["evaluate", str(folder), "--name", "digits", "--data_dir", digits_dir, "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert scores["examples"] == 359
-    # Random weights know nothing.
-    assert scores["top1"] < 0.3
-    for words in ([], [str(folder), "--workdir", str(folder)]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(["evaluate", *words])
-        assert stop.value.code == 2
-
-
 def test_onnx_without_its_packages(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"onnxscript.*\.\[onnx\]"):
         onnx_file.save(tmp_path / "m.onnx", WEIGHTS, "float32", raw_input=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
+def test_damaged_exports(
+    kind: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, file = folder.with_name(f"images.{kind}").read_bytes(), tmp_path / f"m.{kind}"
+    if kind == "onnx":
+        damaged = [b"", raw[:1000], flip(raw, raw.index(b'{"format"')), *map(with_description, ("{", "[]", "{}", None))]
+    else:
+        shutil.copy(folder.with_name("images.stablehlo.json"), tmp_path / "m.stablehlo.json")
+        damaged = [b"", raw[: len(raw) // 2], flip(raw, 3000)]
+    for content in damaged:
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"m\.{kind}: ") as raised:
+            load(file)
+        assert len(str(raised.value).splitlines()) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def with_description(text: str | None) -> bytes:
+    """An ONNX file with another description of the model, or none."""
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
+    if text is not None:
+        model.metadata_props.add(key="sit_jax", value=text)
+    return bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize("description", ["[]", "[" * 100_000, None])
+def test_damaged_descriptions(description: str | None, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copy(folder.with_name("images.stablehlo"), tmp_path / "m.stablehlo")
+    if description is not None:
+        (tmp_path / "m.stablehlo.json").write_text(description)
+    with pytest.raises(UserError, match=r"m\.stablehlo"):
+        load(tmp_path / "m.stablehlo")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("export MODEL m.txt --format onnx", ".onnx"),
+        ("export MODEL m.pth --format timm", "conv4"),
+        ("export PLAIN m.pth --format timm", "norm_eps 1e-05 (timm's is 1e-06)"),
+        ("export MODEL m.onnx --format onnx --with_reverse", "--with_rtsm"),
+        ("export MODEL m --format folder --raw_input", "--raw_input"),
+        ("export MODEL m --format folder --dtype float16", "--dtype"),
+        ("export MODEL m --format folder --step 3", "--step"),
+        ("export MODEL x.safetensors --format original --licence MIT", "--licence: "),
+        ("convert MODEL x.safetensors --licence MIT", "--licence: "),
+        ("evaluate MODEL", "--name"),  # Not the model of a run.
+    ],
+)
+def test_refusals(
+    words: str,
+    named: str,
+    folder: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "PLAIN" in words:
+        random_weights.draw(tiny.plain(stem="patch", norm_eps=1e-5)).save("PLAIN")
+    assert cli.main(words.replace("MODEL", str(folder)).split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+    assert {path.name for path in tmp_path.iterdir()} <= {"PLAIN"}
+
+
+def test_licences(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for words, licence in (
+        (f"convert {folder} a --licence MIT", "MIT"),
+        ("convert a b --num_classes 3 --image_size 64", "MIT"),
+        ("export b c --format folder", "MIT"),
+        ("export c d --format folder --licence CC-BY-4.0", "CC-BY-4.0"),
+    ):
+        assert cli.main(words.split()) == 0
+        assert load(words.split()[2]).metadata["licence"] == licence, words

@@ -1,9 +1,7 @@
 """`sit visualize`: figures and arrays of real images, of a split, of models with and without slimming."""
 
-import io
 import pathlib
 import re
-import shlex
 from typing import Any
 
 import images
@@ -12,20 +10,15 @@ import pytest
 import random_weights
 import tiny
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from sit_jax.cli import app as cli
-from sit_jax.cli.config_file import load_config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example
-from sit_jax.data.tfds_source import TfdsSource
 from sit_jax.io.load import load
-from sit_jax.models import build_model
 from sit_jax.visual import token_maps as core
 from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.model_input import preprocess
-from sit_jax.visual.visualize import from_files
 
 COLOUR = tiny.plain(
     image_size=64, in_channels=3, stem="patch", patch_size=8, stage_blocks=(1, 1, 2), kept_tokens=(64, 12, 5)
@@ -127,52 +120,6 @@ def test_what_is_shown_is_what_the_model_sees(model: pathlib.Path, photographs: 
         assert off < 0.4 * np.abs(np.roll(seen.pixels.astype(int), 1, axis=1) - seen.pixels).mean()
 
 
-def test_the_digits_split(
-    tmp_path: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    titles: list[tuple[str, str]] = []
-
-    def draw(path: pathlib.Path, *rest: Any) -> None:
-        titles.append(rest[3:5])
-        path.write_bytes(b"png")
-
-    reads: list[int] = []
-
-    read = TfdsSource.__getitem__
-
-    def counted(source: TfdsSource, index: int) -> Example:
-        reads.append(index)
-        return read(source, index)
-
-    monkeypatch.setattr(TfdsSource, "__getitem__", counted)
-    monkeypatch.setattr("sit_jax.visual.visualize.draw_maps", draw)
-    random_weights.draw().save(tmp_path / "model")
-    words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
-    out, file = str(tmp_path / "figures"), tmp_path / "all.npz"
-    assert cli.main([*words, "--limit", "3", "--output", out, "--arrays", str(file)]) == 0
-    assert f"Written: {file} (3 images)" in capsys.readouterr().out
-    assert reads == [0, 1, 2]  # Once each, label and all.
-    with np.load(file) as found:
-        assert list(found["pictures"]) == ["test-00000", "test-00001", "test-00002"]
-        assert found["pixels"].shape == (3, 32, 32, 1)
-        assert found["cumulative_1"].shape == (3, 2, 4)
-        probabilities = found["probabilities"]
-    source = open_source(DataConfig(name="digits", data_dir=digits_dir), "test")
-    for index, ((title, says), row) in enumerate(zip(titles, probabilities, strict=True)):
-        # The same picture in scikit-learn's own collection says which digit it is.
-        levels = np.asarray(Image.open(io.BytesIO(source[index].image)))
-        digits = load_digits()
-        label = digits.target[(np.round(digits.images * 255 / 16) == levels).all(axis=(1, 2))].item()
-        assert title == f"test-0000{index}"
-        best = row.argmax()
-        assert says.startswith(f"labelled {label}; predicted: class {best} {row[best]:.1%}, class ")
-    # Arrays alone draw nothing.
-    titles.clear()
-    assert cli.main([*words, "--limit", "1", "--arrays", str(tmp_path / "one")]) == 0
-    assert (tmp_path / "one" / "test-00000.npz").is_file()
-    assert titles == []
-
-
 def test_a_model_without_slimming(
     photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,28 +136,6 @@ def test_a_model_without_slimming(
         assert found["class_attention"].shape == (1, 4, 64)
 
 
-@pytest.mark.parametrize("tokens", [14, 32])
-def test_figures_show_no_more_than_there_is(
-    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, tokens: int
-) -> None:
-    """The model has 12 tokens at most: it takes 12 columns, and asking for more changes nothing."""
-    figures = {}
-    for count in (12, tokens):
-        out = tmp_path / str(count)
-        words = [str(model), str(photographs / "china.jpg"), "--output", str(out), "--dpi", "40"]
-        assert cli.main(["visualize", *words, "--tokens", str(count)]) == 0
-        figures[count] = (out / "china.maps.png").read_bytes()
-    assert figures[12] == figures[tokens]
-
-
-@pytest.mark.parametrize("tokens", ["0", "33", "105"])
-def test_more_tokens_than_have_room(model: pathlib.Path, tokens: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["visualize", str(model), "x.jpg", "--tokens", tokens])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert all(fact in error for fact in ("--tokens", "from 1 to 32", tokens, "--arrays"))
-
-
 def test_chosen_tokens() -> None:
     assignment = np.full((2, 4, 3), 0.25, np.float32)
     stage = core.StageMaps(1, assignment, assignment.swapaxes(1, 2))
@@ -221,87 +146,82 @@ def test_chosen_tokens() -> None:
     assert arrays_of(np.zeros((8, 8, 1)), maps, 1)["token_attention_1"] == pytest.approx([0, 0, 0.5])
 
 
-def test_names_differ() -> None:
-    found = from_files(["a/x.jpg", "b/x.png", "x-2.jpg", "c/x.gif"])
-    assert [picture.stem for picture in found] == ["x", "x-2", "x-2-2", "x-3"]
+def test_the_digits_split(
+    tmp_path: pathlib.Path, digits_dir: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[tuple[str, str]] = []
+
+    def draw(path: pathlib.Path, *rest: Any) -> None:
+        titles.append(rest[3:5])
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr("sit_jax.visual.visualize.draw_maps", draw)
+    random_weights.draw().save(tmp_path / "model")
+    words = ["visualize", str(tmp_path / "model"), "--split", "test", "--name", "digits", "--data_dir", digits_dir]
+    out, file = str(tmp_path / "figures"), tmp_path / "all.npz"
+    assert cli.main([*words, "--limit", "3", "--output", out, "--arrays", str(file)]) == 0
+    assert f"Written: {file} (3 images)" in capsys.readouterr().out
+    with np.load(file) as found:
+        assert list(found["pictures"]) == ["test-00000", "test-00001", "test-00002"]
+        assert found["cumulative_1"].shape == (3, 2, 4)
+        probabilities = found["probabilities"]
+    source = open_source(DataConfig(name="digits", data_dir=digits_dir), "test")
+    for index, ((title, says), row) in enumerate(zip(titles, probabilities, strict=True)):
+        assert title == f"test-0000{index}"
+        best = row.argmax()
+        assert says.startswith(f"labelled {source[index].label}; predicted: class {best} {row[best]:.1%}, class ")
+    # Arrays alone draw nothing.
+    assert cli.main([*words, "--limit", "1", "--arrays", str(tmp_path / "one")]) == 0
+    assert (tmp_path / "one" / "test-00000.npz").is_file()
+    assert len(titles) == 3
 
 
+def test_figures_show_no_more_than_there_is(
+    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    words = ["visualize", str(model), str(photographs / "china.jpg"), "--output", str(tmp_path), "--dpi", "40"]
+    figures = []
+    for count in ("12", "32"):  # The first module has 12 tokens.
+        assert cli.main([*words, "--tokens", count]) == 0
+        figures.append((tmp_path / "china.maps.png").read_bytes())
+    assert figures[0] == figures[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "fact"),
+    [
+        ("MODEL", "--split"),
+        ("MODEL x.png --split test", "--split"),
+        ("MODEL x.png --name digits", "--name"),
+        ("MODEL --split test", "--name: "),
+        ("MODEL IMAGE --output MODEL/config.json", "config.json"),
+        ("MODEL IMAGE --arrays MODEL/config.json/x.npz", "x.npz"),
+    ],
+)
 def test_mistakes(
-    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    words: str, fact: str, model: pathlib.Path, photographs: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    picture, file = str(photographs / "china.jpg"), tmp_path / "model.onnx"
-    file.write_bytes(b"")
-    wrong: list[tuple[list[Any], str]] = [
-        ([model], "--split"),
-        ([model, picture, "--split", "test"], "--split"),
-        ([model, picture, "--name", "digits"], "--name"),
-        ([model, "--split", "test"], "--name: "),
-        ([model, tmp_path / "gone.png"], "gone.png: "),
-        ([tmp_path / "none", picture], "none: "),
-        ([file, picture], "model.onnx: "),
-        ([model, picture, "--step", "3"], f"{model}"),
-        ([model, picture, "--output", file], "model.onnx"),
-        ([model, picture, "--arrays", file / "x.npz"], "x.npz"),
-    ]
-    for words, fact in wrong:
-        assert cli.main(["visualize", *map(str, words)]) == 2, words
-        error = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("visualize: step")]
-        assert len(error) == 1
-        assert fact in error[0]
-    assert sorted(x.name for x in tmp_path.iterdir()) == ["model.onnx"]
-
-
-def test_a_figure_that_fails_leaves_the_old_one(
-    model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = tmp_path / "china.maps.png"
-    old.write_bytes(b"old")
-
-    def full_disk(path: pathlib.Path, *_: Any) -> None:
-        path.write_bytes(b"ha")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sit_jax.visual.visualize.draw_maps", full_disk)
-    words = ["visualize", str(model), str(photographs / "china.jpg"), "--output", str(tmp_path)]
-    assert cli.main(words) == 2
-    assert [(x.name, x.read_bytes()) for x in tmp_path.iterdir()] == [("china.maps.png", b"old")]
+    words = words.replace("MODEL", str(model)).replace("IMAGE", str(photographs / "china.jpg"))
+    assert cli.main(["visualize", *words.split()]) == 2
+    error = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("visualize: step")]
+    assert len(error) == 1
+    assert fact in error[0]
 
 
 def test_the_page_about_it(
     model: pathlib.Path, photographs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = pathlib.Path("docs/visualize.md").read_text()
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("sit ")]
-    assert [words[1] for words in commands].count("visualize") == 5
-    for words in commands:
-        arguments, rest = cli.make_parser().parse_known_args(words[1:])
-        if "config" in arguments:
-            load_config(arguments.config, rest)
-        else:
-            assert rest == []
-    for figure in re.findall(r"\]\((figures/[^)]+)\)", text):
-        assert pathlib.Path("docs", figure).stat().st_size < 600_000
     # Every array is in the table, and no other.
-    with_slimming = core.token_maps(*drawn_maps(model))
-    written = {re.sub(r"_\d$", "_n", key) for key in arrays_of(np.zeros((8, 8, 3)), with_slimming, 0)}
-    assert set(re.findall(r"`([a-z_]+)`", text[text.index("| array |") : text.index("Patch `row")])) == {
-        *written,
-        "pictures",
-        "class_names",
-    }
-    # The Python lines, on a model and a picture that lie where they say.
+    maps = core.model_token_maps(load(model), random_weights.pixels(COLOUR, 1))
+    written = {re.sub(r"_\d$", "_n", key) for key in arrays_of(np.zeros((8, 8, 3)), maps, 0)}
+    table = text[text.index("| array |") : text.index("Patch `row")]
+    assert set(re.findall(r"`([a-z_]+)`", table)) == {*written, "pictures", "class_names"}
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(model)
-    (tmp_path / "picture.jpg").symlink_to(photographs / "flower.jpg")
+    (tmp_path / "image.jpg").symlink_to(photographs / "flower.jpg")
     (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
     monkeypatch.chdir(tmp_path)
     exec(snippet, names)
-    assert names["picture"].shape == names["outlined"].shape == (384, 384, 3)
-
-
-def drawn_maps(model: pathlib.Path) -> tuple[Any, dict[str, Any], np.ndarray]:
-    """What `token_maps` takes, of one picture of noise."""
-    subject = load(model)
-    return build_model(subject.vit), subject.variables, random_weights.images(subject.vit, 1)
+    assert names["image"].shape == names["outlined"].shape == (384, 384, 3)

@@ -4,22 +4,26 @@ import argparse
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
+
+
+def _number(kind: type, name: str, valid: Callable[[float], bool], bounds: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {name}, got {text!r}") from None
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"must be {bounds.format(text)}")
+        return value
+
+    return parse
 
 
 def integer(least: int, most: float = math.inf, hint: str = "") -> Callable[[str], int]:
     """The type of integers from `least` to `most`; `hint` is appended to the error message."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
-        if not least <= value <= most:
-            bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"must be {bounds}, got {value}{hint}")
-        return value
-
-    return parse
+    bounds = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+    return _number(int, "an integer", lambda value: least <= value <= most, f"{bounds}, got {{}}{hint}")
 
 
 positive = integer(1)
@@ -27,17 +31,7 @@ positive = integer(1)
 
 def above_0(below: float) -> Callable[[str], float]:
     """The type of numbers above 0 and below a bound."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-        if not 0 < value < below:
-            raise argparse.ArgumentTypeError(f"must be above 0 and below {below:g}, got {text}")
-        return value
-
-    return parse
+    return _number(float, "a number", lambda value: 0 < value < below, f"above 0 and below {below:g}, got {{}}")
 
 
 def folder(text: str) -> pathlib.Path:

@@ -9,7 +9,6 @@ from sit_jax.cli.verb import ANY_MODEL, Verbs, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "benchmark", run, "compare the throughput of models")
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help=f"name from `sit models`, {ANY_MODEL}")
@@ -24,7 +23,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Times the models and prints a table."""
     keep_memory()
     from sit_jax.analysis.benchmark_table import Settings, command
 

@@ -10,7 +10,6 @@ from sit_jax.errors import UserError
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb and its tasks."""
     parser = add_verb(verbs, "checkpoint", run, "list, show and verify the checkpoints of a run")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, summary in (
@@ -26,8 +25,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs a task on the CPU, since training may be using the accelerators."""
-    force_cpu()
+    force_cpu()  # Training may be using the accelerators.
     from sit_jax.analysis import checkpoints
 
     if arguments.task == "list":

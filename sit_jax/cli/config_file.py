@@ -20,14 +20,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
-    """Reads a config file, applies overrides, and validates the result.
+    """Reads a config file (see `get_config`), applies `--config.KEY=VALUE` overrides, and validates the result.
 
-    Args:
-        path: File, or name of a config of this package; an argument for its `get_config` may follow after a colon.
-        overrides: `--config.KEY=VALUE` arguments.
-
-    Raises:
-        ConfigError: The file is missing or fails, a key is unknown, or a value is not allowed.
+    Raises a ConfigError if the file is missing or fails, a key is unknown, or a value is not allowed.
     """
     from absl import flags
     from ml_collections import config_flags

@@ -2,14 +2,12 @@
 
 import argparse
 import pathlib
-from collections.abc import Callable
 
 from sit_jax.cli.argument_types import positive
 from sit_jax.cli.verb import Verbs, add_option, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "convert", run, "convert weights from PyTorch, Flax and other formats, or from a run")
     add = parser.add_argument
     text = ".pth, .pt or .pth.tar file (needs PyTorch), .safetensors or .npz file, model folder or run folder"
@@ -24,22 +22,19 @@ def add_parser(verbs: Verbs) -> None:
     add("--licence", metavar="TEXT", help="license of the weights, written to the config.json of a model folder")
     add("--force", action="store_true", help="overwrite DEST")
     text = "Needed if no named model has the shapes in SOURCE."
-    group = parser.add_argument_group("hyperparameters that tensor shapes do not determine", text)
-    shape: tuple[tuple[str, str, Callable[[str], object], str], ...] = (
-        ("name", "NAME", str, "take the values below from this model of `sit models`"),
-        ("num_heads", "N", positive, "attention heads"),
-        ("residual_scale", "NUMBER", float, "divisor of the residual branches"),
-        ("norm_eps", "NUMBER", float, "epsilon of the LayerNorms"),
-        ("image_size", "PX", positive, "image size that the position embeddings were trained for"),
-        ("stage_blocks", "N,N,...", _counts, "blocks per stage"),
-        ("keep_ratio", "NUMBER", float, "fraction of its tokens that a stage passes on to the next"),
-    )
-    for name, metavar, kind, text in shape:
-        group.add_argument(f"--model.{name}", metavar=metavar, type=kind, help=text)
+    add = parser.add_argument_group("hyperparameters that tensor shapes do not determine", text).add_argument
+    add("--model.name", metavar="NAME", help="take the values below from this model of `sit models`")
+    add("--model.num_heads", metavar="N", type=positive, help="attention heads")
+    add("--model.residual_scale", metavar="NUMBER", type=float, help="divisor of the residual branches")
+    add("--model.norm_eps", metavar="NUMBER", type=float, help="epsilon of the LayerNorms")
+    text = "image size that the position embeddings were trained for"
+    add("--model.image_size", metavar="PX", type=positive, help=text)
+    add("--model.stage_blocks", metavar="N,N,...", type=_counts, help="blocks per stage")
+    text = "fraction of its tokens that a stage passes on to the next"
+    add("--model.keep_ratio", metavar="NUMBER", type=float, help=text)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Converts a file, a model folder or a run."""
     from sit_jax.io.convert.convert import convert
     from sit_jax.io.convert.options import Options
 

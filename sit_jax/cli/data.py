@@ -12,7 +12,6 @@ from sit_jax.errors import UserError
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb and its tasks."""
     parser = add_verb(verbs, "data", run, "prepare, preview, check and label data sets")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     prepare = add_verb(tasks, "prepare", run, "download a data set, or convert one to ArrayRecord")
@@ -42,7 +41,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs a task."""
     {"prepare": _prepare, "show": _show, "check": _check, "label": _label}[arguments.task](arguments)
 
 

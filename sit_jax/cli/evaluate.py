@@ -10,7 +10,6 @@ from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_option, add_p
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "evaluate", run, "measure the accuracy of a run or of an exported model")
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
@@ -31,7 +30,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluates and prints the metrics."""
     first = join(arguments)
     keep_memory()
     from sit_jax.io.load import load

@@ -11,7 +11,6 @@ from sit_jax.cli.verb import Verbs, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     text = "compile a train step for TPUs that need not be attached; print its memory, FLOPs and collectives"
     parser = add_verb(verbs, "plan", run, text)
     add_config(parser)
@@ -22,7 +21,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compiles the train step and prints its cost."""
     from sit_jax.analysis.chips import parse_topology
 
     topology = parse_topology(arguments.topology)

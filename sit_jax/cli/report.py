@@ -9,7 +9,6 @@ from sit_jax.cli.verb import Verbs, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "report", run, "write an HTML report of a run, or a comparison of several runs")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="run folder; several are compared")
     text = "file to write; if not given, RUN/report.html for one run and comparison.html here for several"
@@ -22,7 +21,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes the report."""
     from sit_jax.report.write import make_report, output_of, unfinished
 
     output = output_of(arguments.runs, arguments.output)

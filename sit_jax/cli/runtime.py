@@ -81,13 +81,9 @@ def join(arguments: argparse.Namespace) -> bool:
 
 
 def enable_compilation_cache(folder: str = "") -> None:
-    """Enables JAX's persistent compilation cache.
+    """Enables JAX's persistent compilation cache, in JAX_COMPILATION_CACHE_DIR or ~/.cache/sit_jax by default.
 
-    Args:
-        folder: Location, or `none` to disable the cache. If empty, JAX_COMPILATION_CACHE_DIR or ~/.cache/sit_jax.
-
-    Raises:
-        ConfigError: The given folder cannot be written to.
+    `none` disables it. Raises a ConfigError if the given folder cannot be written to.
     """
     import jax
 
@@ -98,12 +94,11 @@ def enable_compilation_cache(folder: str = "") -> None:
         jax.config.update(option, folder)
     elif folder or not getattr(jax.config, option):
         caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        try:
+        writable = False
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home.
             path = pathlib.Path(folder or caches / "sit_jax").expanduser().absolute()
             path.mkdir(parents=True, exist_ok=True)
             writable = os.access(path, os.W_OK | os.X_OK)
-        except (OSError, RuntimeError):  # RuntimeError: the user has no home.
-            writable = False
         if writable:
             jax.config.update(option, str(path))
         elif folder:

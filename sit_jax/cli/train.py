@@ -10,7 +10,6 @@ from sit_jax.cli.verb import Verbs, add_processes, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "train", run, "train a model, or a teacher and its slimmed student")
     add_config(parser)
     text = "run folder, created if missing; runs/CONFIG if not given"
@@ -23,7 +22,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains and prints a summary of the run."""
     config = load_config(arguments.config, arguments.overrides)
     name = pathlib.PurePath(arguments.config).name.partition(":")[0].removesuffix(".py")
     workdir = arguments.workdir or pathlib.Path("runs", name)

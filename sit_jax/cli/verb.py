@@ -8,7 +8,6 @@ from sit_jax.cli.argument_types import positive
 
 # What `ArgumentParser.add_subparsers` returns.
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Run = Callable[[argparse.Namespace], None]
 
 # Help texts of the argument MODEL.
 TRAINED_MODEL = "run folder, model folder, or weights of another program"
@@ -23,12 +22,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if shown else action.help
 
 
-def add_verb(verbs: Verbs, name: str, run: Run, summary: str) -> argparse.ArgumentParser:
-    """Adds the parser of a verb, or of one of its tasks.
+def add_verb(
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    """Adds the parser of a verb, or of one of its tasks; the summary has no capital and no full stop.
 
-    Args:
-        run: Called with the parsed arguments; `overrides` among them are the `--config.KEY=VALUE` ones.
-        summary: One line, without a capital and a full stop.
+    `run` is called with the parsed arguments; `overrides` among them are the `--config.KEY=VALUE` ones.
     """
     text = summary[0].upper() + summary[1:] + "."
     parser = verbs.add_parser(name, help=summary, description=text, allow_abbrev=False, formatter_class=_HelpFormatter)

@@ -8,7 +8,6 @@ from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_images, a
 
 
 def add_parser(verbs: Verbs) -> None:
-    """Adds the verb."""
     parser = add_verb(verbs, "visualize", run, "draw token maps and the attention of the class token")
     add = parser.add_argument
     add("source", metavar="MODEL", type=pathlib.Path, help=TRAINED_MODEL)
@@ -29,7 +28,6 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draws figures, or writes arrays."""
     from sit_jax.visual.visualize import FIGURES, OutputSettings, command
 
     default = FIGURES if arguments.arrays is None else None

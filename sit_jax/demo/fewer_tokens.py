@@ -40,13 +40,7 @@ def tokens_in_words(counts: tuple[int, ...]) -> str:
 
 
 def with_fewer_tokens(arch: Architecture, params: Params, counts: tuple[int, ...]) -> tuple[Architecture, Params]:
-    """Returns architecture and parameters of a model whose slimming modules output only the first of their tokens.
-
-    Args:
-        arch: A slimmed model's architecture.
-        params: Its parameters.
-        counts: Number of tokens after each slimming module, at most the trained number.
-    """
+    """Returns a model whose slimming modules output only the first of their tokens, at most as many as trained."""
     fewer = dict(params)
     for block, count in zip(arch.slimming, counts, strict=True):
         module = params[f"slimming_{block}"]

@@ -28,25 +28,18 @@ _ROUNDS, _SECONDS = 9, 2.0
 class DemoModel:
     """A model of the page.
 
-    Attributes:
-        name: The given folder.
-        model: The model.
-        keeps: Selectable token counts of its slimming modules, the trained ones first; empty without such modules.
-        labels: Its class names; duplicates have their index appended.
+    `keeps` are the selectable token counts of its slimming modules, the trained ones first, and empty without such
+    modules. `labels` are its class names; duplicates have their index appended.
     """
 
-    def __init__(self, name: str, model: Model) -> None:
-        self.name, self.model = name, model
+    def __init__(self, model: Model) -> None:
+        self.model = model
         self.keeps = keeps(model.vit) if model.vit.is_slimmed and model.vit.reducer == "slim" else ()
         times = collections.Counter(model.class_names)
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(model.class_names)]
 
     def preprocess(self, example: Example) -> ModelInput:
-        """Preprocesses an image for the model.
-
-        Raises:
-            ImageDecodeError: The image cannot be read, or has too many pixels.
-        """
+        """Preprocesses an image; raises an ImageDecodeError if it cannot be read, or has too many pixels."""
         data = self.model.data
         limited = dataclasses.replace(data, max_pixels=min(data.max_pixels, MAX_PIXELS))
         return preprocess(self.model.vit, limited, example)
@@ -74,33 +67,21 @@ class DemoModel:
 
 
 class DemoModels(NamedTuple):
-    """All models of a page, by name.
-
-    Attributes:
-        students: Models with slimming modules.
-        teachers: Models to compare the students with.
-    """
+    """All models of a page, by folder."""
 
     students: dict[str, DemoModel]
     teachers: dict[str, DemoModel]
 
 
 def open_demo_models(students: Sequence[pathlib.Path], teachers: Sequence[pathlib.Path]) -> DemoModels:
-    """Opens the models of a page.
+    """Opens slimmed models and transformers to compare them with, by default those in the students' run directories.
 
-    Args:
-        students: Folders of runs or models, with slimming modules.
-        teachers: Folders of any transformers; if empty, the teachers in the students' run directories are used.
-
-    Raises:
-        UserError: A model cannot be opened, a student is not slimmed, or there is no teacher.
+    Raises a UserError if a model cannot be opened, a student is not slimmed, or there is no teacher.
     """
     teachers = teachers or [own for own in (path / "teacher" for path in students) if own.is_dir()]
     if not teachers:
         raise UserError("--teacher: which model are the students compared with? Their folders contain no teacher")
-    models = DemoModels(
-        *({str(path): DemoModel(str(path), load(path)) for path in paths} for paths in (students, teachers))
-    )
+    models = DemoModels(*({str(path): DemoModel(load(path)) for path in paths} for paths in (students, teachers)))
     for name, student in models.students.items():
         if not student.keeps:
             raise UserError(f"--student: {name} has no slimming modules; give it as --teacher")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from sit_jax.data.sources import read_image
-from sit_jax.demo.fewer_tokens import Keep, tokens_in_words
+from sit_jax.demo.fewer_tokens import tokens_in_words
 from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
 from sit_jax.errors import UserError
 from sit_jax.visual.images import as_rgb, heat, regions
@@ -58,12 +58,7 @@ def theme() -> gr.themes.Base:
 
 
 def build_page(models: DemoModels, max_mb: int) -> gr.Blocks:
-    """Builds the page without serving it.
-
-    Args:
-        models: The models.
-        max_mb: Largest file size, for the label; the server enforces it.
-    """
+    """Builds the page without serving it; `max_mb`, for the label, is enforced by the server."""
     students, teachers = list(models.students), list(models.teachers)
     first = models.students[students[0]]
     with gr.Blocks(title="sit demo", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
@@ -75,7 +70,7 @@ def build_page(models: DemoModels, max_mb: int) -> gr.Blocks:
                 file = gr.File(label=label, file_types=["image"], type="filepath", elem_id="image", height=140)
                 teacher = gr.Dropdown(teachers, value=teachers[0], label="Teacher", elem_id="teacher")
                 student = gr.Dropdown(students, value=students[0], label="Student", elem_id="student")
-                keep, why = _keep_control(first), gr.Markdown(_keep_reason(first))
+                keep, why = _keep_choice(first)
             with gr.Column(scale=2):
                 with gr.Row():
                     answers = [gr.Label(label=who, elem_id=f"{who.lower()}-says") for who in ("Teacher", "Student")]
@@ -99,43 +94,33 @@ def build_page(models: DemoModels, max_mb: int) -> gr.Blocks:
             except UserError as error:
                 raise gr.Error(html.escape(str(error)), print_exception=False) from None
 
-        def choose(name: str) -> Updates:
-            return _keep_control(models.students[name]), _keep_reason(models.students[name])
-
         # If the user proceeds during a prediction, only the result of the last request is shown.
         private: dict[str, Any] = {"api_visibility": "private", "trigger_mode": "always_last"}
         inputs, shown = [file, teacher, student, keep], [slider, text, image, tokens]
         outputs = [*answers, costs, session, *shown]
         gr.on([file.upload, file.clear, teacher.input, keep.input], answer, inputs, outputs, **private)
-        student.input(choose, student, [keep, why], **private).then(answer, inputs, outputs, **private)
+        student.input(lambda name: _keep_choice(models.students[name]), student, [keep, why], **private).then(
+            answer, inputs, outputs, **private
+        )
         slider.input(_show_stage, [session, slider], [text, image, tokens], show_progress="hidden", **private)
     return page
 
 
 def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | None) -> Updates:
-    """Returns the values of all components for one image file.
+    """Returns the values of all components for one file; raises a UserError if it is not an image.
 
-    Args:
-        path: The file.
-        teacher: The teacher.
-        student: The student.
-        chosen: Label of one of its `keeps`; the trained token counts if it has no such label.
-
-    Raises:
-        UserError: The file is not an image.
+    `chosen` is the label of one of the student's `keeps`; for another label, the trained token counts are used.
     """
     file = pathlib.Path(path)
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is not an image; give one of {', '.join(_SUFFIXES)}")
     example = read_image(path, name=file.name)  # Messages on the page must not contain folders of the server.
     keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
-    runs: list[tuple[DemoModel, Keep | None, ModelInput]] = [
-        (model, own, model.preprocess(example)) for model, own in ((teacher, None), (student, keep))
-    ]
-    maps = [model.maps(inputs, own) for model, own, inputs in runs]
-    times = milliseconds([model.forward(inputs, own) for model, own, inputs in runs])
-    answers = [model.most_likely(own) for (model, _, _), own in zip(runs, maps, strict=True)]
-    session, last = Session(runs[1][2], maps[1]), len(maps[1].stages)
+    theirs, own = teacher.preprocess(example), student.preprocess(example)
+    teacher_maps, maps = teacher.maps(theirs, None), student.maps(own, keep)
+    times = milliseconds([teacher.forward(theirs, None), student.forward(own, keep)])
+    answers = teacher.most_likely(teacher_maps), student.most_likely(maps)
+    session, last = Session(own, maps), len(maps.stages)
     costs = f"One image, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
     slider = gr.Slider(maximum=last, value=last, interactive=True)
     faster = f"{costs} ({times[0] / times[1]:.2f} times as fast)."
@@ -166,10 +151,7 @@ def _show_stage(session: Session | None, index: float) -> Updates:
     return text, regions(shown, stage.hard[0], maps.grid, stage.overlooked[0]), tokens
 
 
-def _keep_control(student: DemoModel) -> gr.Radio:
+def _keep_choice(student: DemoModel) -> tuple[gr.Radio, gr.Markdown]:
     labels = [keep.label for keep in student.keeps]
-    return gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
-
-
-def _keep_reason(student: DemoModel) -> str:
-    return _WHY_FEWER if len(student.keeps) > 1 else _WHY_NOT
+    radio = gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
+    return radio, gr.Markdown(_WHY_FEWER if len(labels) > 1 else _WHY_NOT)

@@ -1,6 +1,5 @@
 """Opens the models and serves the page."""
 
-import errno
 import os
 import pathlib
 import signal
@@ -13,23 +12,14 @@ from sit_jax.demo.middleware import Guard
 from sit_jax.demo.models import DemoModels, open_demo_models
 from sit_jax.errors import UserError
 
-_PACKAGE = "gradio"
-
 
 def serve(
     students: Sequence[pathlib.Path], teachers: Sequence[pathlib.Path], host: str, port: int, max_mb: int
 ) -> None:
-    """Serves the page until it is interrupted.
+    """Serves the page until it is interrupted; see `open_demo_models`.
 
-    Args:
-        students: Folders of slimmed models.
-        teachers: Folders of models to compare them with; empty for the teachers in the students' run directories.
-        host: Address to listen on.
-        port: Port to listen on.
-        max_mb: Largest file size that the page accepts, in megabytes.
-
-    Raises:
-        UserError: A model cannot be opened, Gradio is not installed, the port is in use, or the page does not start.
+    Raises a UserError if a model cannot be opened, Gradio is not installed, the port is in use, or the page does not
+    start.
     """
     _check_address(host, port)
     models = open_demo_models(students, teachers)
@@ -52,7 +42,7 @@ def _serve(models: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
     try:
         from sit_jax.demo.page import SESSIONS, build_page, theme
     except ImportError as error:
-        if not (error.name or "").startswith(_PACKAGE):
+        if not (error.name or "").startswith("gradio"):
             raise
         raise UserError('the page needs Gradio, which is not installed: pip install ".[demo]"') from None
     import httpx
@@ -95,14 +85,14 @@ def _serve(models: DemoModels, folder: pathlib.Path, host: str, port: int, max_m
 
 
 def _check_address(host: str, port: int) -> None:
-    meant = "give a name or an IPv4 address of this machine"
     try:
-        socket.getaddrinfo(host, port, socket.AF_INET)
-        with socket.create_server((host, port)):
-            pass
+        address = socket.getaddrinfo(host, 0, socket.AF_INET)[0][4]
+        socket.create_server((str(address[0]), 0)).close()
     except (OSError, UnicodeError) as error:
-        unknown = isinstance(error, socket.gaierror | UnicodeError)
-        reason = (isinstance(error, OSError) and error.strerror) or "is not a name"
-        if unknown or (isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL):
-            raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
-        raise UserError(f"--port: {host}:{port} cannot be opened: {reason}; choose another one") from None
+        reason = getattr(error, "strerror", None) or "is not a name"
+        meant = "give a name or an IPv4 address of this machine"
+        raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UserError(f"--port: {host}:{port} cannot be opened: {error.strerror}; choose another one") from None

@@ -10,15 +10,7 @@ from sit_jax.errors import UserError
 
 @contextlib.contextmanager
 def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
-    """Yields a temporary sibling to write a file or folder to, and renames it if the block succeeds.
-
-    Args:
-        path: The file or folder.
-        replace: Whether to replace an existing file or folder.
-
-    Raises:
-        UserError: The path exists or cannot be written; temporary files are then removed.
-    """
+    """As `atomic_replace`; raises a UserError if the path cannot be written, or exists and `replace` is not set."""
     if not replace and (path.exists() or path.is_symlink()):
         raise UserError(f"{path}: exists already; remove it or choose another place")
     try:
@@ -32,10 +24,8 @@ def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib
 def atomic_replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling to write to, and replaces an existing file or folder with it if the block succeeds.
 
-    A folder can only be replaced with a folder.
-
-    Raises:
-        OSError: The path cannot be written; temporary files are then removed, and the old file or folder is unchanged.
+    A folder can only be replaced with a folder. If writing fails, with an OSError, temporary files are removed and the
+    old file or folder is unchanged.
     """
     part, old = (path.with_name(f".{path.name}.{word}") for word in ("part", "old"))
     try:

@@ -24,13 +24,9 @@ _MANY_ROWS = 1024
 class InferenceModel(NamedTuple):
     """A model in evaluation mode.
 
-    Attributes:
-        apply: `(weights, images) -> logits`: normalized images (batch, height, width, channels) to float32
-            (batch, classes). Pure, not jitted.
-        weights: The weights argument of `apply`: the model's variables with BatchNorm folded and kernels cast to
-            `dtype`.
-        tokens: Number of patch tokens of an image.
-        dtype: Name of the type of the matrix products.
+    `apply` is pure and not jitted: `(weights, images) -> logits`, from normalized images (batch, height, width,
+    channels) to float32 (batch, classes). `weights` are the model's variables with BatchNorm folded and kernels cast to
+    `dtype`, the type of the matrix products; `tokens` is the number of patch tokens of an image.
     """
 
     apply: Callable[[Any, Array], Array]
@@ -39,12 +35,7 @@ class InferenceModel(NamedTuple):
     dtype: str
 
     def jitted(self, batch: int, before: Callable[[Any], Array] | None = None) -> Any:
-        """Returns the jitted `(weights, inputs) -> logits` for a batch size.
-
-        Args:
-            batch: The batch size.
-            before: Converts the inputs to normalized images; compiled with the model.
-        """
+        """Returns the jitted `(weights, inputs) -> logits`; `before` converts the inputs to normalized images."""
 
         def run(weights: Any, inputs: Any) -> Array:
             return self.apply(weights, inputs if before is None else before(inputs))
@@ -53,11 +44,7 @@ class InferenceModel(NamedTuple):
         return jax.jit(run, compiler_options=cpu_options(library) if jax.default_backend() == "cpu" else None)
 
     def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
-        """Returns the jitted function from inputs to logits, with the weights on the device.
-
-        Args:
-            before: See `jitted`.
-        """
+        """Returns the jitted function from inputs to logits, with the weights on the device; see `jitted`."""
         apply, weights = self.apply, self.weights
         if not _traced(weights):
             with jax.ensure_compile_time_eval():  # The first call may be inside a trace.
@@ -78,13 +65,9 @@ class InferenceModel(NamedTuple):
 def inference_model(
     arch: Architecture | RegNetArchitecture, variables: dict[str, Any], dtype: str = "float32", attention: str = "auto"
 ) -> InferenceModel:
-    """Prepares a model for inference.
+    """Prepares a model, whose variables are `{'params': ..., 'batch_stats': ...}`, for inference.
 
-    Args:
-        arch: The model's architecture.
-        variables: `{'params': ..., 'batch_stats': ...}`, as returned by `init` and stored in checkpoints.
-        dtype: Type of the matrix products, `float32` or `bfloat16`.
-        attention: Name of the softmax attention; `auto` selects the fastest one for the default device.
+    `attention` is the name of the softmax attention; `auto` selects the fastest one for the default device.
     """
     if isinstance(arch, RegNetArchitecture):
         module = build_model(arch, dtype=dtype)
@@ -111,11 +94,7 @@ def _traced(tree: Any) -> bool:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the probabilities (batch, classes) of logits, in float64.
-
-    Raises:
-        NotFiniteError: A logit is not finite.
-    """
+    """Returns the probabilities (batch, classes), in float64; raises a NotFiniteError if a logit is not finite."""
     if not np.isfinite(logits).all():
         raise NotFiniteError("the model's outputs are not finite, so they say nothing about the images")
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)

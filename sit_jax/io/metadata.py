@@ -32,29 +32,12 @@ _FORMER = {"held_out": "val_fraction", "on_broken": "on_decode_error"}
 _DATA: TypeAdapter[DataConfig] = TypeAdapter(DataConfig)
 
 
-def preprocessing_of(data: DataConfig, channels: int) -> JsonObject:
-    """Returns the evaluation preprocessing of a configuration; mean and std per channel, averaged for grey images."""
-    return {
-        "mean": _per_channel(data.mean, channels),
-        "std": _per_channel(data.std, channels),
-        "interpolation": data.interpolation,
-        "crop_fraction": data.crop_fraction,
-        "resize": data.resize,
-    }
-
-
 # Smallest valid standard deviation; in float32, a smaller one may be zero.
 _SMALLEST_STD = 1e-9
 
 
 def check_metadata(metadata: JsonObject, num_classes: int, where: object) -> None:
-    """Raises a UserError if a model's metadata has values that are not valid for images or classes.
-
-    Args:
-        metadata: See `sit_jax.io.model.Model`.
-        num_classes: Number of classes of the model.
-        where: The file, for messages.
-    """
+    """Raises a UserError, whose message begins with `where`, if class names or preprocessing are not valid."""
     names = metadata.get("class_names")
     if names is not None:
         whole = isinstance(names, list) and len(names) == num_classes
@@ -81,10 +64,8 @@ def _are_numbers(values: Any, above: float) -> bool:
 
 def complete_metadata(metadata: JsonObject, channels: int) -> JsonObject:
     """Returns a model's `metadata` with all entries of `preprocessing` set; missing ones are ImageNet's."""
-    given = metadata.get("preprocessing") or {}
-    filled = {**IMAGENET, **given}
-    for name in ("mean", "std"):
-        filled[name] = _per_channel(filled[name], channels)
+    filled = {**IMAGENET, **(metadata.get("preprocessing") or {})}
+    filled |= {name: _per_channel(filled[name], channels) for name in ("mean", "std")}
     return {**metadata, "preprocessing": filled}
 
 
@@ -97,8 +78,7 @@ def assumptions(metadata: JsonObject) -> str:
 def data_config(metadata: JsonObject, where: object) -> DataConfig:
     """Returns the data section with the image preprocessing of a model's `metadata`.
 
-    Raises:
-        UserError: The metadata has invalid values; the message contains `where`.
+    Raises a UserError, whose message begins with `where`, if it has invalid values.
     """
     values = {**IMAGENET, **(metadata.get("preprocessing") or {})}
     for name in ("mean", "std"):
@@ -119,14 +99,21 @@ def data_config(metadata: JsonObject, where: object) -> DataConfig:
 
 def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> JsonObject:
     """Returns the metadata of a run's model: class names, preprocessing, provenance; see `sit_jax.io.model.Model`."""
+    data, channels = config.data, config.model.architecture.in_channels
     metadata: JsonObject = {
-        "preprocessing": preprocessing_of(config.data, config.model.architecture.in_channels),
+        "preprocessing": {
+            "mean": _per_channel(data.mean, channels),
+            "std": _per_channel(data.std, channels),
+            "interpolation": data.interpolation,
+            "crop_fraction": data.crop_fraction,
+            "resize": data.resize,
+        },
         "provenance": {
             "run": folder.resolve().name,
             "step": step,
             "ema": ema,
-            "data": config.data.name,
-            **{name: getattr(config.data, name) for name in _EVALUATED},
+            "data": data.name,
+            **{name: getattr(data, name) for name in _EVALUATED},
             "sit_jax": __version__,
         },
     }
@@ -135,15 +122,7 @@ def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> 
 
 
 def run_class_names(config: Config, folder: pathlib.Path) -> list[str] | None:
-    """Returns the class names of a run, by index, or None, with a line that states the reason, if they are unknown.
-
-    Args:
-        config: The run's configuration.
-        folder: The run directory.
-
-    Raises:
-        RunError: The file of class names is damaged.
-    """
+    """Returns the class names of a run, by index, or None, with a line that states the reason, if they are unknown."""
     names = read_class_names(folder)
     if names is not None:
         return names

@@ -5,20 +5,20 @@ import functools
 import json
 import pathlib
 import shutil
-from typing import NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from pydantic import TypeAdapter, ValidationError
 
 from sit_jax.config import JsonObject
-from sit_jax.errors import UserError, one_line
+from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.layouts import ORIGINAL
 from sit_jax.io.convert.load_params import expected_shapes, load_params
 from sit_jax.io.convert.safetensors_file import read_safetensors, write_safetensors
 from sit_jax.io.convert.sit_names import name_table
 from sit_jax.io.metadata import check_metadata
+from sit_jax.io.runs import read_object
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Params, Variables
 
@@ -37,15 +37,8 @@ def write_folder(
 ) -> None:
     """Writes a model folder atomically, with a copy of the PyTorch module next to the weights.
 
-    Args:
-        path: The folder; must not exist.
-        arch: The model's architecture.
-        variables: Its variables.
-        rtsm: Parameters of the reverse modules, which only training needs; empty to leave them out.
-        metadata: See `sit_jax.io.model.Model`.
-
-    Raises:
-        UserError: The folder exists or cannot be written.
+    Without `rtsm`, the reverse modules, which only training needs, are left out. Raises a UserError if the folder
+    exists or cannot be written.
     """
     with atomic_create(path) as part:
         part.mkdir()
@@ -54,24 +47,13 @@ def write_folder(
         shutil.copyfile(TORCH_MODULE, part / TORCH_MODULE.name)
 
 
-class Folder(NamedTuple):
-    """The contents of a model folder; the fields are those of `sit_jax.io.model.Model`."""
+def read_folder(path: pathlib.Path) -> tuple[Architecture, Variables, JsonObject, Params]:
+    """Returns architecture, variables, metadata and reverse modules (empty if it has none) of a model folder.
 
-    arch: Architecture
-    variables: Variables
-    metadata: JsonObject
-    rtsm: Params
-
-
-def read_folder(path: pathlib.Path) -> Folder:
-    """Reads a model folder, with the reverse modules if it has them.
-
-    Raises:
-        UserError: The path is not a model folder, or the folder is damaged: a file is missing or truncated, the weights
-            are of another architecture, a tensor is missing, unexpected or has another shape, or values are not finite.
+    Raises a UserError if it is none or is damaged: a file is missing or truncated, the weights are of another
+    architecture, a tensor is missing, unexpected or has another shape, or values are not finite.
     """
-    config = read_json(path / CONFIG)
-    arch, metadata = read_description(config, path / CONFIG)
+    arch, metadata = read_description(read_object(path / CONFIG), path / CONFIG)
     file = path / WEIGHTS
     tensors = read_safetensors(file)
     try:
@@ -79,7 +61,7 @@ def read_folder(path: pathlib.Path) -> Folder:
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     rtsm = tree.pop("rtsm", {})
-    return Folder(arch, tree, metadata, rtsm)
+    return arch, tree, metadata, rtsm
 
 
 def is_model_folder(path: pathlib.Path) -> bool:
@@ -87,10 +69,9 @@ def is_model_folder(path: pathlib.Path) -> bool:
     if not (path / CONFIG).is_file():
         return False
     try:
-        values = json.loads((path / CONFIG).read_text())
-    except (OSError, ValueError, RecursionError):
+        return "format" in read_object(path / CONFIG)
+    except UserError:
         return (path / WEIGHTS).exists()
-    return isinstance(values, dict) and "format" in values
 
 
 def write_weights(path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params) -> None:
@@ -120,17 +101,12 @@ def describe(arch: Architecture, metadata: JsonObject) -> JsonObject:
 def read_description(values: JsonObject, where: object) -> tuple[Architecture, JsonObject]:
     """Returns the architecture and `metadata` that a description holds; the inverse of `describe`.
 
-    Args:
-        values: The JSON values.
-        where: The file, for messages.
-
-    Raises:
-        UserError: The values are not a model description, or are of a later version of the format.
+    Raises a UserError, whose message begins with `where`, if they are not valid or of a later version of the format.
     """
     if values.get("format") != FORMAT:
         raise UserError(f'{where}: describes no model of sit_jax: "format" is {values.get("format")!r}')
-    if values.get("format_version") != VERSION:
-        version = values.get("format_version")
+    version = values.get("format_version")
+    if version != VERSION:
         raise UserError(f"{where}: is of version {version!r} of the format; this sit_jax reads version {VERSION}")
     try:
         arch = _ARCHITECTURE.validate_python(values.get("architecture"))
@@ -138,26 +114,9 @@ def read_description(values: JsonObject, where: object) -> tuple[Architecture, J
         problem = error.errors()[0]
         field = ".".join(map(str, ("architecture", *problem["loc"])))
         raise UserError(f"{where}: {field}: {problem['msg']}") from None
-    if values.get("kept_tokens") != list(arch.token_counts):
-        kept, counts = values.get("kept_tokens"), list(arch.token_counts)
+    kept, counts = values.get("kept_tokens"), list(arch.token_counts)
+    if kept != counts:
         raise UserError(f"{where}: kept_tokens is {kept}, but the architecture gives {counts}")
     metadata = {name: value for name, value in values.items() if name not in _OWN}
     check_metadata(metadata, arch.num_classes, where)
     return arch, metadata
-
-
-def read_json(path: pathlib.Path) -> JsonObject:
-    """Reads a JSON object from a file.
-
-    Raises:
-        UserError: The file is missing or is not a JSON object.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON: {one_line(error, 200)}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return values

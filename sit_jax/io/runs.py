@@ -19,7 +19,8 @@ from typing import Any
 
 from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
-from sit_jax.errors import RunError
+from sit_jax.errors import RunError, one_line
+from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.checkpoint import FOLDER
 
 CONFIG = "config.json"
@@ -33,9 +34,8 @@ _FREE = ("log", "checkpoint", "mesh", "data.data_dir", "data.workers", "data.thr
 def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> None:
     """Claims a run directory for a configuration, or verifies that it has this configuration.
 
-    Raises:
-        RunError: The folder cannot be written, contains the run of another configuration, or contains this run and
-            `resume` is False.
+    Raises a RunError if the folder cannot be written, contains the run of another configuration, or contains this run
+    and `resume` is False.
     """
     path = workdir / CONFIG
     if path.exists():
@@ -77,11 +77,7 @@ def is_run(path: pathlib.Path) -> bool:
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-    """Returns the configuration of a run directory.
-
-    Raises:
-        RunError: The folder is not a run directory.
-    """
+    """Returns the configuration of a run directory; raises a RunError if the folder is none."""
     path = workdir / CONFIG
     if not path.is_file():
         raise RunError(f"{workdir} is not a run directory: it has no {CONFIG}")
@@ -89,11 +85,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 
 def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) -> None:
-    """Writes the class names of a run's data next to its configuration, or verifies that they are the same.
-
-    Raises:
-        RunError: The folder cannot be written, or the run started with other classes or another order of them.
-    """
+    """Writes the class names of a run's data, or raises a RunError if it started with others or in another order."""
     known = read_class_names(workdir)
     if known is None:
         with writing(workdir):
@@ -105,11 +97,7 @@ def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) ->
 
 
 def read_class_names(workdir: pathlib.Path) -> list[str] | None:
-    """Returns the class names of a run, by index, or None for a run of an older version, which does not store them.
-
-    Raises:
-        RunError: The file is damaged.
-    """
+    """Returns the class names of a run, by index, or None for a run of an older version, which does not store them."""
     path = workdir / CLASS_NAMES
     if not path.exists():
         return None
@@ -131,17 +119,12 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    with atomic_replace(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def read_object(path: pathlib.Path) -> JsonObject:
-    """Reads a JSON object.
-
-    Raises:
-        RunError: The file cannot be read, or is not a JSON object.
-    """
+    """Reads a JSON object; raises a RunError if the file cannot be read or is none."""
     values = _read(path)
     if not isinstance(values, dict):
         raise RunError(f"{path}: is not a JSON object")
@@ -151,10 +134,10 @@ def read_object(path: pathlib.Path) -> JsonObject:
 def _read(path: pathlib.Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RunError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path}: is not valid JSON: {one_line(error, 200)}") from None
 
 
 def _difference(theirs: Any, mine: Any, where: str = "") -> str:

@@ -1,8 +1,5 @@
 """Token maps as named arrays, for custom plots."""
 
-import pathlib
-from collections.abc import Sequence
-
 import numpy as np
 from numpy import ndarray
 
@@ -17,12 +14,13 @@ def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray
     slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
     `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
     """
-    blocks = range(1, len(maps.attention) + 1)
     found: dict[str, ndarray] = {
         "pixels": pixels,
         "logits": maps.logits[index],
         "probabilities": maps.probabilities[index],
-        "class_attention": np.stack([maps.attention_on_patches(block)[index] for block in blocks]),
+        "class_attention": np.stack(
+            [maps.attention_on_patches(block)[index] for block in range(1, len(maps.attention) + 1)]
+        ),
         "token_counts": np.array([weights.shape[1] for weights in maps.attention]),
     }
     for number, stage in enumerate(maps.stages, start=1):
@@ -36,18 +34,3 @@ def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray
         }
         found |= {f"{name}_{number}": values[index] for name, values in own.items()}
     return found
-
-
-def write_arrays(
-    path: pathlib.Path, names: Sequence[str], class_names: Sequence[str], images: Sequence[dict[str, ndarray]]
-) -> None:
-    """Writes one compressed .npz file: the arrays of `arrays_of`, with the images as the first axis.
-
-    The names of the images are `pictures` in the file, the class names by index are `class_names`.
-    """
-    # The arrays of all images of a model have the same shapes. Text is stored as plain arrays, so that no pickle is
-    # needed.
-    stacked = {key: np.stack([image[key] for image in images]) for key in images[0]}
-    stacked |= {"pictures": np.array(names), "class_names": np.array(class_names)}
-    with path.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **stacked)

@@ -17,11 +17,8 @@ def apply_watched(
 ) -> tuple[Float[Array, "batch classes"], Outputs, tuple[Array, ...]]:
     """Applies a model and also returns the class token's attention.
 
-    The class query of every attention module is computed a second time; the model itself is unchanged.
-
-    Returns:
-        Logits, the model's `Outputs`, and for each block the class token's attention to all tokens of the block (batch,
-        tokens), prefix tokens first; mean over the heads, float32, rows sum to one.
+    The class query of every attention module is computed a second time; the model itself is unchanged. The attention is
+    that to all tokens of each block, prefix tokens first; mean over the heads, float32, rows sum to one.
     """
     attention: list[Array] = []
 

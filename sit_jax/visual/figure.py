@@ -36,34 +36,25 @@ def draw_maps(
     index: int,
     title: str,
     prediction: str,
-    tokens: int = 8,
-    dpi: int = 150,
+    tokens: int,
+    dpi: int,
 ) -> None:
-    """Draws the token maps of one image.
+    """Draws the token maps of one image, given in display size, of a batch.
 
     The figure has the image and its regions after each slimming module; for each module, heat maps of the tokens with
     the most class attention; the class token's attention by block; and the effective number of patches of the tokens.
-    For a model without slimming modules, it has the image and the attention.
-
-    Args:
-        path: PNG file to write.
-        image: The image in display size.
-        maps: Token maps of a batch.
-        index: Index of the image in the batch.
-        title: The figure's title.
-        prediction: Text below the title.
-        tokens: Largest number of tokens per slimming module, and of blocks.
-        dpi: Dots per inch; 300 for print.
+    For a model without slimming modules, it has the image and the attention. `tokens` is the largest number of tokens
+    per slimming module, and of blocks.
     """
     most = max([len(maps.attention), *(stage.kept for stage in maps.stages)])
-    sheet = _Sheet(min(tokens, most), len(maps.stages))
+    sheet = _Sheet(image, maps, index, min(tokens, most))
     top = sheet.height - _MARGIN
     sheet.write(_MARGIN, top, _short(title), _TITLE_SIZE, weight="bold", va="top", color=_INK)
     sheet.write(_MARGIN, top - 0.27, _short(prediction), _HEADING_SIZE, va="top")
-    top = _draw_views(sheet, top - _HEADER, image, maps, index)
+    top = _draw_views(sheet, top - _HEADER)
     for stage in range(len(maps.stages)):
-        top = _draw_tokens(sheet, top, image, maps, index, stage)
-    _draw_attention(sheet, top, image, maps, index)
+        top = _draw_tokens(sheet, top, stage)
+    _draw_attention(sheet, top)
     with warnings.catch_warnings():
         # Characters that the font lacks are drawn as boxes, without an error.
         warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
@@ -73,16 +64,12 @@ def draw_maps(
 class _Sheet:
     """The figure, with coordinates in inches from the lower left corner.
 
-    Attributes:
-        tokens: Number of heat maps in a row, at most.
-        cell: Side of a heat map.
-        view: Side of the image and of the regions.
-        height: Height of the figure.
-        figure: The figure.
+    `tokens` is the largest number of heat maps in a row, `cell` the side of one, `view` that of the image.
     """
 
-    def __init__(self, tokens: int, stages: int) -> None:
-        self.tokens = tokens
+    def __init__(self, image: ndarray, maps: TokenMaps, index: int, tokens: int) -> None:
+        self.image, self.maps, self.index, self.tokens = image, maps, index, tokens
+        stages = len(maps.stages)
         width, plot = _WIDTH - 2 * _MARGIN, sum(_PLOT) if stages else 0.0
         self.cell = min(_LARGEST_CELL, (width - _BAR_ROOM - (tokens - 1) * _GAP) / tokens)
         self.view = min(_LARGEST_VIEW, (width - plot - stages * _GAP) / (stages + 1))
@@ -91,7 +78,6 @@ class _Sheet:
         self.figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
 
     def caption(self, name: str, number: int, what: str) -> str:
-        """Returns the caption of a heat map."""
         return f"{name} {number}: {what}" if self.cell >= _CAPTIONED else f"{number}"
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
@@ -122,17 +108,17 @@ class _Sheet:
             self.write(_WIDTH - _MARGIN, top + _HEADING, label, _CAPTION_SIZE, ha="right", va="top")
 
 
-def _draw_views(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int) -> float:
+def _draw_views(sheet: _Sheet, top: float) -> float:
     """Draws the image, the regions after each slimming module, and the effective number of patches."""
-    x, side = _MARGIN, sheet.view
-    sheet.show(x, top, side, as_rgb(image), f"the image, {maps.grid} x {maps.grid} patches")
+    x, side, maps = _MARGIN, sheet.view, sheet.maps
+    sheet.show(x, top, side, as_rgb(sheet.image), f"the image, {maps.grid} x {maps.grid} patches")
     for number, stage in enumerate(maps.stages, start=1):
         x += side + _GAP
-        drawn = regions(image, stage.hard[index], maps.grid, stage.overlooked[index])
+        drawn = regions(sheet.image, stage.hard[sheet.index], maps.grid, stage.overlooked[sheet.index])
         sheet.show(x, top, side, drawn, f"regions of the {stage.kept} tokens of TSM {number}")
     if maps.stages:
         left = _WIDTH - _MARGIN - _PLOT[0]
-        _plot_effective(sheet.axes(left, top - side + 0.05, _PLOT[0], side - 0.25), maps, index)
+        _plot_effective(sheet.axes(left, top - side + 0.05, _PLOT[0], side - 0.25), maps, sheet.index)
         sheet.write(left, top, "patches that tokens are made of; median", _CAPTION_SIZE, va="top", color=_INK)
     return top - side - _CAPTION - _BETWEEN
 
@@ -155,49 +141,40 @@ def _plot_effective(axes: Axes, maps: TokenMaps, index: int) -> None:
         spine.set(visible=name in ("left", "bottom"), linewidth=0.4)
 
 
-def _draw_tokens(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int, number: int) -> float:
-    stage = maps.stages[number]
-    chosen = maps.most_attended(number, index, sheet.tokens)
-    shown = (
-        f"the {len(chosen)} that the class token attends to most" if len(chosen) < stage.kept else "all, by attention"
-    )
-    heading = f"TSM {number + 1}, after block {stage.after_block}:"
-    text = f"{heading} {stage.assignment.shape[1]} to {stage.kept} tokens ({shown})"
+def _draw_tokens(sheet: _Sheet, top: float, number: int) -> float:
+    stage, index = sheet.maps.stages[number], sheet.index
+    chosen = sheet.maps.most_attended(number, index, sheet.tokens)
+    some = f"the {len(chosen)} that the class token attends to most"
+    text = f"TSM {number + 1}, after block {stage.after_block}: {stage.assignment.shape[1]} to {stage.kept} tokens"
+    text += f" ({some if len(chosen) < stage.kept else 'all, by attention'})"
     effective = stage.effective_patches[index]
     captions = [sheet.caption("token", token + 1, f"{_number(effective[token])} patches") for token in chosen]
     rows = stage.cumulative[index][list(chosen)]
     scale = float(rows.max()) * rows.shape[1], "times the uniform weight"
-    return _draw_row(sheet, top, text, image, rows, captions, maps.grid, scale)
+    return _draw_row(sheet, top, text, rows, captions, scale)
 
 
-def _draw_attention(sheet: _Sheet, top: float, image: ndarray, maps: TokenMaps, index: int) -> float:
-    depth = len(maps.attention)
+def _draw_attention(sheet: _Sheet, top: float) -> float:
+    maps, depth = sheet.maps, len(sheet.maps.attention)
     blocks = np.unique(np.round(np.linspace(1, depth, min(depth, sheet.tokens))).astype(int))
-    rows = np.stack([maps.attention_on_patches(int(block))[index] for block in blocks])
+    rows = np.stack([maps.attention_on_patches(int(block))[sheet.index] for block in blocks])
     captions = [sheet.caption("block", int(b), f"{maps.attention[b - 1].shape[1]} tokens") for b in blocks]
     heading = "Attention of the class token, distributed to the patches of its tokens (mean over heads)"
     # Early blocks can be much sharper than those after the slimming, whose maps would be black on a common scale.
     peaks = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    return _draw_row(sheet, top, heading, image, peaks, captions, maps.grid, (1.0, "of each map's largest"))
+    return _draw_row(sheet, top, heading, peaks, captions, (1.0, "of each map's largest"))
 
 
 def _draw_row(
-    sheet: _Sheet,
-    top: float,
-    heading: str,
-    image: ndarray,
-    rows: ndarray,
-    captions: Sequence[str],
-    grid: int,
-    scale: tuple[float, str],
+    sheet: _Sheet, top: float, heading: str, rows: ndarray, captions: Sequence[str], scale: tuple[float, str]
 ) -> float:
     """Draws heat maps next to each other on one scale; the colour bar shows the largest weight and its unit."""
     sheet.write(_MARGIN, top, heading, _HEADING_SIZE, va="top", color=_INK)
     top -= _HEADING
     largest = float(rows.max())
     for place, (row, caption) in enumerate(zip(rows, captions, strict=True)):
-        pixels = heat(image, row, grid, largest)
-        sheet.show(_MARGIN + place * (sheet.cell + _GAP), top, sheet.cell, pixels, caption)
+        x = _MARGIN + place * (sheet.cell + _GAP)
+        sheet.show(x, top, sheet.cell, heat(sheet.image, row, sheet.maps.grid, largest), caption)
     sheet.bar(top, *scale)
     return top - sheet.cell - _CAPTION - _BETWEEN
 

@@ -1,10 +1,11 @@
 """`sit visualize`: writes figures and arrays of token maps for images."""
 
+import functools
 import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
-from sit_jax.visual.arrays import arrays_of, write_arrays
+from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.figure import draw_maps
 from sit_jax.visual.model_input import ModelInput, preprocess
 from sit_jax.visual.token_maps import TokenMaps, model_token_maps
@@ -45,21 +46,13 @@ class ImageFile(NamedTuple):
 
 
 class OutputSettings(NamedTuple):
-    """Output settings.
+    """What is written: the options of `sit visualize`; `figures` and `arrays` are None if they are not wanted."""
 
-    Attributes:
-        figures: Folder of one figure per image; None for no figures.
-        arrays: An .npz file for all images, or a folder of one file per image; None for no arrays.
-        tokens: Largest number of tokens per slimming module in a figure.
-        dpi: Resolution of the figures.
-        batch_size: Number of images per batch.
-    """
-
-    figures: pathlib.Path | None = FIGURES
-    arrays: pathlib.Path | None = None
-    tokens: int = 8
-    dpi: int = 150
-    batch_size: int = 8
+    figures: pathlib.Path | None
+    arrays: pathlib.Path | None
+    tokens: int
+    dpi: int
+    batch_size: int
 
 
 def command(
@@ -67,35 +60,25 @@ def command(
     paths: Sequence[str],
     output: OutputSettings,
     data: dict[str, str | None],
-    limit: int | None = None,
-    ema: bool = False,
-    step: int | None = None,
+    limit: int | None,
+    ema: bool,
+    step: int | None,
 ) -> None:
-    """Writes figures and arrays of token maps; implements `sit visualize`.
+    """Implements `sit visualize`; `data` has `split`, `name` and `data_dir` of a data set, which needs no `paths`.
 
-    Args:
-        source: A run directory or a model folder.
-        paths: Files, folders, patterns, or `-`; see `find_images`. Empty for images of a split.
-        output: The output settings.
-        data: `split`, `name` and `data_dir` of a data set; None for the one that the model was trained on.
-        limit: Largest number of images; if None, all, or `FEW` of a split.
-        ema: Use a run's moving average instead of its weights.
-        step: Step of the run's checkpoint; the newest if None.
-
-    Raises:
-        UserError: The model, an image or the data set cannot be opened, or a file cannot be written.
-        PartialFailureError: Some images could not be read.
+    Raises a UserError if the model, an image or the data set cannot be opened, or a file cannot be written; and a
+    PartialFailureError if some images could not be read.
     """
     if bool(paths) == (data["split"] is not None):
         raise UserError("which images? Give files, folders or patterns, or else --split")
     if paths and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir are for a --split, not for image files")
-    files = from_files(find_images(paths, sys.stdin)) if paths else []
+    files = _from_files(find_images(paths, sys.stdin)) if paths else []
     model = load(source, ema=ema, step=step)
     if not model.vit.is_slimmed:
         print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
-    images = files[:limit] if paths else from_split(model, data, FEW if limit is None else limit)
-    done = visualize(model, images, output)
+    images = files[:limit] if paths else _from_split(model, data, FEW if limit is None else limit)
+    done = _visualize(model, images, output)
     for place in (output.figures, output.arrays):
         if place is not None and done:
             print(f"Written: {place} ({done} images)")
@@ -104,48 +87,40 @@ def command(
         raise PartialFailureError(f"{skipped}; all others were processed")
 
 
-def from_files(names: Sequence[str]) -> list[ImageFile]:
-    """Returns images from files."""
+def _from_files(names: Sequence[str]) -> list[ImageFile]:
+    taken: dict[str, ImageFile] = {}
+    for name in names:
+        path = pathlib.PurePath(name)
+        numbered = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+        stem = next(stem for stem in numbered if stem not in taken)
+        taken[stem] = ImageFile(name, path.name, stem, functools.partial(_read_file, name))
+    return list(taken.values())
 
-    def one(name: str, stem: str) -> ImageFile:
-        return ImageFile(name, pathlib.PurePath(name).name, stem, lambda: (read_image(name), ""))
 
-    return [one(*pair) for pair in zip(names, _different(pathlib.PurePath(name).stem for name in names), strict=True)]
+def _read_file(name: str) -> tuple[Example, str]:
+    return read_image(name), ""
 
 
-def from_split(model: Model, data: dict[str, str | None], limit: int) -> list[ImageFile]:
-    """Returns the first images of a split of a data set.
-
-    Raises:
-        UserError: The data set cannot be opened.
-    """
+def _from_split(model: Model, data: dict[str, str | None], limit: int) -> list[ImageFile]:
+    """Returns the first images of a split of a data set."""
     fields = {"name": data["name"], "eval_split": data["split"], "data_dir": data["data_dir"]}
     config = model.evaluation_data({key: value for key, value in fields.items() if value is not None})
     source = open_source(config, config.eval_split)
     stem = re.sub(r"[^\w.%-]+", "-", config.eval_split)
 
-    def one(index: int) -> ImageFile:
-        def read() -> tuple[Example, str]:
-            example = source[index]
-            return example, str(source.class_names[example.label]) if example.label >= 0 else ""
+    def read(index: int) -> tuple[Example, str]:
+        example = source[index]
+        return example, str(source.class_names[example.label]) if example.label >= 0 else ""
 
-        name = f"{stem}-{index:05d}"
-        return ImageFile(name, name, name, read)
-
-    return [one(index) for index in range(min(limit, len(source)))]
+    names = [f"{stem}-{index:05d}" for index in range(min(limit, len(source)))]
+    return [ImageFile(name, name, name, functools.partial(read, index)) for index, name in enumerate(names)]
 
 
-def visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings) -> int:
-    """Writes figures and arrays, and reports unreadable images on standard error.
+def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings) -> int:
+    """Writes figures and arrays, reports unreadable images on standard error, and returns the number of the others.
 
     Files are written atomically and replace existing ones. Memory use does not depend on the number of images, except
     for arrays in one file.
-
-    Returns:
-        Number of images that were read.
-
-    Raises:
-        UserError: A file cannot be written.
     """
     collected: list[tuple[str, dict[str, ndarray]]] = []
     done = 0
@@ -201,16 +176,14 @@ def _describe(model: Model, maps: TokenMaps, index: int, label: str) -> str:
     return f"labelled {label}; {prediction}" if label else prediction
 
 
-def _write_arrays(model: Model, path: pathlib.Path, named: Sequence[tuple[str, dict[str, ndarray]]]) -> None:
-    names, arrays = zip(*named, strict=True)
-    with writing(path), atomic_replace(path) as part:
-        write_arrays(part, names, model.class_names, arrays)
+def _write_arrays(model: Model, path: pathlib.Path, images: Sequence[tuple[str, dict[str, ndarray]]]) -> None:
+    """Writes one .npz file: the arrays of `arrays_of`, with the images as the first axis.
 
-
-def _different(stems: Iterable[str]) -> list[str]:
-    """Returns the names with numbers appended to duplicates."""
-    taken: dict[str, None] = {}
-    for stem in stems:
-        numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
-        taken[next(name for name in numbered if name not in taken)] = None
-    return list(taken)
+    The names of the images are `pictures` in the file, the class names by index are `class_names`.
+    """
+    names, arrays = zip(*images, strict=True)
+    stacked = {key: np.stack([image[key] for image in arrays]) for key in arrays[0]}
+    # Text is stored as plain arrays, so that no pickle is needed.
+    stacked |= {"pictures": np.array(names), "class_names": np.array(model.class_names)}
+    with writing(path), atomic_replace(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **stacked)

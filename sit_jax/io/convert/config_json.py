@@ -13,7 +13,8 @@ from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError
 from sit_jax.io.convert.infer_config import hidden_ratio
 from sit_jax.io.convert.tensors import FileError
-from sit_jax.io.model_folder import FORMAT, read_description, read_json
+from sit_jax.io.model_folder import FORMAT, read_description
+from sit_jax.io.runs import read_object
 from sit_jax.models.architecture import Architecture
 
 _LARGEST = 2**24
@@ -54,7 +55,7 @@ def read_config_json(path: pathlib.Path) -> Description:
             raise FileError(f"{path}: is too large for a description of a model")
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
-    values = read_json(path)
+    values = read_object(path)
     try:
         return _describe(values, path)
     except ConfigError as error:

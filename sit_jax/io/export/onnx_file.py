@@ -1,6 +1,7 @@
 """ONNX files: exported from the PyTorch module with torch's exporter, checked, and run with onnxruntime."""
 
 import contextlib
+import importlib
 import json
 import logging
 import pathlib
@@ -32,21 +33,11 @@ def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> Non
     """Writes a model with BatchNorm folded, for any batch size, after checking it with onnx and onnxruntime.
 
     The input is `pixels`, uint8 (batch, height, width, channels), or `images`, normalized float32 (batch, channels,
-    height, width); the output is `logits`, float32 (batch, classes), for all types of weights.
-
-    Args:
-        path: The file.
-        model: The model; `metadata` must hold its preprocessing.
-        dtype: Type of the weights and matrix products.
-        raw_input: Whether the input is pixels.
-
-    Raises:
-        UserError: The optional packages are missing, the model is too large for a file, the file exists or cannot be
-            written, or its output differs from the model's.
+    height, width); the output is `logits`, float32 (batch, classes), for all types of weights. Raises a UserError if
+    the optional packages are missing, the model is too large for a file, the file exists or cannot be written, or its
+    output differs from the model's.
     """
-    torch = _import("torch")
-    for name in ("onnx", "onnxruntime", "onnxscript"):
-        _import(name)
+    torch, *_ = map(_import, ("torch", "onnx", "onnxruntime", "onnxscript"))
     served = _served(torch, model, dtype, raw_input)
     size = sum(parameter.nbytes for parameter in served.parameters())
     if size > _LARGEST_FILE:
@@ -72,13 +63,10 @@ def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> Non
 
 
 def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """Loads the function from a file's input to logits, and its description.
+    """Returns the function from a file's input to logits, and its description.
 
-    Raises:
-        UserError: onnxruntime is missing, or the file is missing, damaged or was not written by `save`.
+    Raises a UserError if onnxruntime is missing, or the file is damaged or was not written by `save`.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
     ort = _import("onnxruntime")
     options = ort.SessionOptions()
     options.log_severity_level = 3  # It warns of every constant that the CPU provider cannot fold in float16.
@@ -154,8 +142,6 @@ def _check(path: pathlib.Path, part: pathlib.Path, served: Any, images: Any, dty
 
 
 def _import(name: str) -> Any:
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError:

@@ -26,11 +26,8 @@ CHECKSUM = "sha256"
 class Loaded(NamedTuple):
     """A loaded artifact.
 
-    Attributes:
-        run: Images (batch, height, width, channels) of the type given by `input` -> logits (batch, classes), for any
-            batch size.
-        description: Description of the model: `architecture`, `class_names`, `preprocessing`, and `input`, which is
-            `pixels` (uint8) or `images` (normalized float32).
+    `run` is a function of images (batch, height, width, channels), for any batch size; the description's `input` says
+    whether they are `pixels` (uint8) or `images` (normalized float32).
     """
 
     run: Callable[[Any], jax.Array]
@@ -45,16 +42,10 @@ def description_path(path: pathlib.Path) -> pathlib.Path:
 def save(
     path: pathlib.Path, forward: Callable[..., Any], shape: tuple[int, int, int], description: dict[str, Any]
 ) -> None:
-    """Writes a function from images to logits, for every platform and any batch size.
+    """Writes a function from images to logits, including the arrays in its closure, for every platform and batch size.
 
-    Args:
-        path: The file.
-        forward: The function; arrays in its closure become part of the artifact.
-        shape: Height, width and channels of an image.
-        description: JSON values; `input` determines the type of the images.
-
-    Raises:
-        UserError: The file exists already or cannot be written.
+    `shape` is the height, width and channels of an image; `input` of the description determines its type. Raises a
+    UserError if the file exists or cannot be written.
     """
     dtype = jnp.uint8 if description["input"] == "pixels" else jnp.float32
     # The description is written first, so that an artifact always has one.
@@ -71,11 +62,7 @@ def save(
 
 
 def load(path: str | pathlib.Path) -> Loaded:
-    """Reads an artifact and its description.
-
-    Raises:
-        UserError: A file is missing or damaged, or the artifact does not support this machine's devices.
-    """
+    """Reads an artifact; raises a UserError if it is missing, damaged or not for this machine's devices."""
     path = pathlib.Path(path)
     try:
         description, artifact = json.loads(description_path(path).read_text()), path.read_bytes()

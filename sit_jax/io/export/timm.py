@@ -15,11 +15,8 @@ def to_timm(model: Model) -> dict[str, np.ndarray]:
     """Returns a plain ViT's weights as timm's state dict.
 
     With a distillation token the layout is that of timm's `VisionTransformerDistilled`. The names are the original's,
-    except for the distillation token's position, which is stored with the other positions.
-
-    Raises:
-        UserError: timm has no such model: it is slimmed, has a convolutional stem or scaled residuals, or its
-            LayerNorms have an epsilon that timm's models do not have, which no tensor stores.
+    except for the distillation token's position, which is stored with the other positions. Raises a UserError if timm
+    has no such model; an epsilon of LayerNorms that timm's models do not have would be lost, since no tensor stores it.
     """
     arch = model.vit
     problems = ["is slimmed"] if arch.is_slimmed else []
