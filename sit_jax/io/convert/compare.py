@@ -37,18 +37,10 @@ def _fields(arch: AnyArchitecture) -> JsonObject:
 
 
 def check_start(theirs: AnyArchitecture, mine: AnyArchitecture, where: str) -> None:
-    """Checks that a model can start from the weights of another model.
+    """Raises a ConfigError, which names the fields, if a model cannot start from the weights of another model.
 
     Both must be the same except for what is new by design: heads for other classes, slimming modules if the weights
     have none, an auxiliary head, a distillation token. For a convolutional network, the image size may also differ.
-
-    Args:
-        theirs: The architecture of the weights.
-        mine: The architecture of the new model.
-        where: The weights, for messages.
-
-    Raises:
-        ConfigError: The architectures differ; the message names the fields.
     """
     if not isinstance(theirs, Architecture) or not isinstance(mine, Architecture):
         problems = [differences(theirs, mine, ("num_classes", "image_size"))]

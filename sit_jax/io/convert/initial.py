@@ -15,18 +15,8 @@ def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = sil
     """Returns initial weights for a model, from any source that `read_weights` reads.
 
     Hyperparameters that the file does not determine are those of the new model. Position embeddings are interpolated to
-    its resolution; heads for other classes are set to zero.
-
-    Args:
-        path: A file of weights, a model folder, or a run.
-        arch: The model to initialize.
-        log: Called with each line about what was found and changed.
-
-    Returns:
-        The weights, without parameters that the file's model lacks (such as a student's slimming modules).
-
-    Raises:
-        ConfigError: The file cannot be read, or is of another model (see `check_start`).
+    its resolution; heads for other classes are set to zero. Parameters that the file's model lacks, such as a student's
+    slimming modules, are absent. Raises a ConfigError if the file cannot be read or is of another model.
     """
     changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, rtsm=False, like=arch)
     try:

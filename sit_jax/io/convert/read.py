@@ -3,10 +3,10 @@
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from tqdm import tqdm
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
 from sit_jax.io.convert.adapt import empty_head
 from sit_jax.io.convert.config_json import Description, read_config_json
@@ -33,17 +33,9 @@ def silent(line: str) -> None:
 
 
 def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
-    """Reads a file of weights, or a folder that contains one, and infers the architecture.
+    """Reads a file of weights, or a folder that contains one, and infers the architecture; see `read_weights`.
 
-    Args:
-        path: The file or folder.
-        options: Which weights to read, and what the tensors do not determine; `image_size`, `num_classes` (for a file
-            with a head) and `licence` are not applied.
-        log: Called with each line about what was found and changed.
-
-    Raises:
-        UserError: The weights cannot be read; the one-line message names the file and the problem or the missing
-            option.
+    The options `image_size`, `num_classes` (for a file with a head) and `licence` are not applied.
     """
     file = path / WEIGHTS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -58,7 +50,8 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         if absent:
             config = _without_classes(config)
         hints = likely_fields(inferred, options.like) if options.like else {}
-        said = _said(config, inferred)
+        heads = config.heads.get(inferred.fields["dim"])
+        said = {**({} if heads is None else {"num_heads": heads}), **config.fields}
         resolved = resolve(inferred, {**hints, **said}, options.fields)
         arch = resolved.arch
         log(f"found: {describe(inferred, resolved, {*said, *options.fields}, hints)}")
@@ -71,14 +64,14 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
     for name in absent:
         tree["params"][name] = empty_head(arch.dim, arch.num_classes)
         log(f"changed: there is no {name}, so it is zeros")
-    metadata = dict(config.metadata)
+    metadata: JsonObject = {}
     if not config.is_own:
-        metadata = {"provenance": {"converted_from": path.name, "layout": inferred.layout.name}, **metadata}
+        metadata["provenance"] = {"converted_from": path.name, "layout": inferred.layout.name}
     if inferred.layout.preprocessing is not None:
-        metadata = {"preprocessing": inferred.layout.preprocessing, **metadata}
+        metadata["preprocessing"] = inferred.layout.preprocessing
+    metadata |= config.metadata
     check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))
-    rtsm = tree.pop("rtsm", {})
-    return Model(arch, tree, metadata, rtsm, source=str(path))
+    return Model(arch, tree, metadata, tree.pop("rtsm", {}), source=str(path))
 
 
 def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
@@ -110,11 +103,8 @@ def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...
     if num_classes is None:
         raise UserError("it has no head: give --num_classes")
     inferred.fields["num_classes"] = num_classes
-    heads = {
-        "head": True,
-        "distillation_head": inferred.fields["distillation_token"],
-        "aux_head": inferred.fields["aux_head"],
-    }
+    fields = inferred.fields
+    heads = {"head": True, "distillation_head": fields["distillation_token"], "aux_head": fields["aux_head"]}
     return tuple(name for name, wanted in heads.items() if wanted)
 
 
@@ -133,12 +123,6 @@ def _without_classes(config: Description) -> Description:
     fields = {key: value for key, value in config.fields.items() if key != "num_classes"}
     metadata = {key: value for key, value in config.metadata.items() if key != "class_names"}
     return config._replace(fields=fields, metadata=metadata)
-
-
-def _said(config: Description, inferred: Inferred) -> dict[str, Any]:
-    """Returns the fields that a `config.json` gives."""
-    heads = config.heads.get(inferred.fields["dim"])
-    return {**({} if heads is None else {"num_heads": heads}), **config.fields}
 
 
 def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:

@@ -22,16 +22,9 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "opt/target/")
 
 
 def select_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> Tensors:
-    """Returns the weights in a file of `torch.save`.
+    """Returns the weights in a file of `torch.save`, or their moving average.
 
-    Args:
-        path: The file.
-        ema: Select the moving average instead of the weights if there are both.
-        log: Called with the key under which they were found.
-
-    Raises:
-        UserError: PyTorch is not installed.
-        FileError: The file contains no weights, or cannot be read.
+    Raises a UserError if the file contains no weights or cannot be read, or PyTorch is not installed.
     """
     value = read_torch(path)
     if not isinstance(value, dict):

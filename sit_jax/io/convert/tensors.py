@@ -10,13 +10,7 @@ from sit_jax.errors import UserError
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-        shape: Its shape.
-        is_float: Whether its elements are floating-point numbers, of any width.
-        read: Reads it.
-    """
+    """A tensor in a file; `is_float` says whether its elements are floating-point numbers, of any width."""
 
     shape: tuple[int, ...]
     is_float: bool
@@ -40,8 +34,7 @@ _SMALL = 2**26
 def check_axes(path: pathlib.Path, tensors: Tensors) -> None:
     """Raises a FileError if a tensor is empty, or an axis is longer than that of any model.
 
-    An axis of zero makes a tensor of no bytes, whatever the other axes are. The message does not repeat the sizes: they
-    may have thousands of digits, which Python does not print.
+    The message does not repeat the sizes: they may have thousands of digits, which Python does not print.
     """
     for name, tensor in tensors.items():
         if not all(0 < size <= _LONGEST_AXIS for size in tensor.shape):

@@ -60,11 +60,8 @@ def require_torch(path: pathlib.Path) -> None:
 def read_torch(path: pathlib.Path) -> object:
     """Reads a file of `torch.save`, in the zip format or the legacy format, without running code that is in it.
 
-    Tensors of the zip format stay in the file (memory-mapped) until they are used.
-
-    Raises:
-        UserError: PyTorch is not installed.
-        FileError: The file is damaged, is of another format, or contains other objects than tensors and plain values.
+    Tensors of the zip format stay in the file (memory-mapped) until they are used. Raises a UserError if the file is
+    damaged, is of another format, or contains other objects than tensors and plain values.
     """
     require_torch(path)
     import torch
@@ -76,12 +73,11 @@ def read_torch(path: pathlib.Path) -> object:
             _check_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([*_stand_ins()]):
             warnings.simplefilter("ignore")
-            value: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # Of any type: the unpickler hands the values in the file to PyTorch's functions.
         raise FileError(f"{path}: {_reason(error)}") from None
-    return value
 
 
 def _check_zip(path: pathlib.Path) -> None:
@@ -106,11 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 def write_torch(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes a PyTorch file with `torch.save`.
-
-    Raises:
-        OSError: The file cannot be written. (On a full disk, PyTorch itself raises a RuntimeError of many lines.)
-    """
+    """Writes a PyTorch file with `torch.save`; raises an OSError where PyTorch raises a RuntimeError of many lines."""
     import torch
 
     tensors = {key: torch.from_numpy(np.require(x, requirements=["C", "W"])) for key, x in state_dict.items()}
