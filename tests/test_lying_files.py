@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import original_models
 import pytest
-import safetensors.numpy
 import torch
 from test_convert import PLAIN
 from test_other_stems import torch_model
@@ -34,15 +33,6 @@ def refused(source: pathlib.Path, capsys: pytest.CaptureFixture[str], *facts: st
     assert len(line) < 1000
     for fact in facts:
         assert fact in line
-
-
-def save(path: pathlib.Path, value: dict[str, np.ndarray]) -> pathlib.Path:
-    if path.suffix == ".npz":
-        return original_models.save_npz(path, original_models.google(PLAIN))
-    if path.suffix != ".safetensors":
-        return original_models.save_torch(path, value, legacy="legacy" in path.name)
-    safetensors.numpy.save_file(value, path)
-    return path
 
 
 def save_pickle(path: pathlib.Path, program: bytes) -> pathlib.Path:
@@ -69,15 +59,7 @@ def test_tensors_that_do_not_fill_the_model(
     changes: dict[str, np.ndarray | None], facts: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = {key: array for key, array in {**WEIGHTS, **changes}.items() if array is not None}
-    refused(save(tmp_path / "x.pth", value), capsys, facts)
-
-
-@pytest.mark.parametrize("name", ["x.pth", "legacy.pth", "x.safetensors", "x.npz"])
-def test_truncated_files(name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = save(tmp_path / name, WEIGHTS).read_bytes()
-    for keep in (0.0, 0.001, 0.3, 0.9999):
-        (tmp_path / name).write_bytes(data[: int(keep * len(data))])
-        refused(tmp_path / name, capsys)
+    refused(original_models.save_torch(tmp_path / "x.pth", value), capsys, facts)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +85,7 @@ def test_checkpoints_of_other_things(
 
 def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    save(tmp_path / "x.pth", WEIGHTS)
+    original_models.save_torch(tmp_path / "x.pth", WEIGHTS)
     with (
         zipfile.ZipFile(tmp_path / "x.pth") as old,
         zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new,
@@ -225,7 +207,7 @@ def test_objects_in_npz_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
 
 @pytest.fixture
 def source(tmp_path: pathlib.Path) -> pathlib.Path:
-    return save(tmp_path / "x.pth", WEIGHTS)
+    return original_models.save_torch(tmp_path / "x.pth", WEIGHTS)
 
 
 @pytest.fixture
@@ -243,25 +225,21 @@ def test_destinations(source: pathlib.Path, tmp_path: pathlib.Path, capsys: pyte
         assert code == (2 if error else 0)
         return error
 
-    folder, file = tmp_path / "deep" / "folder", tmp_path / "y.safetensors"
-    assert convert(folder) == convert(file) == ""
+    mine, folder, file = tmp_path / "mine", tmp_path / "deep" / "folder", tmp_path / "y.safetensors"
     for dest in (folder, file):
+        assert convert(dest) == ""
         assert "--force" in convert(dest)
         before = dest.stat().st_mtime_ns
         assert convert(dest, "--force") == ""
         assert dest.stat().st_mtime_ns > before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for dest, words, fact in (
-        (tmp_path / "mine", ["--force"], "model folder"),
-        (tmp_path / "x.onnx", [], ".onnx"),
-        (source, ["--force"], "source"),
-        (source / "below" / "it", [], "cannot be written"),
-    ):
-        assert fact in convert(dest, *words)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "model folder" in convert(mine, "--force")
+    assert ".onnx" in convert(tmp_path / "x.onnx")
+    assert "source" in convert(source, "--force")
+    assert "cannot be written" in convert(source / "below" / "it")
+    assert (mine / "thesis.txt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "deep", "y.safetensors", "mine"}
-    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.json"}
 
 
 def test_a_destination_within_the_source(
@@ -300,7 +278,7 @@ def test_without_pytorch(
         assert ".pth: " in line
         assert 'pip install "sit_jax[convert]"' in line
         assert not (tmp_path / dest).exists()
-    save(tmp_path / "x.npz", WEIGHTS)
+    original_models.save_npz(tmp_path / "x.npz", original_models.google(PLAIN))
     for source, dest in (("folder", "out.safetensors"), ("x.npz", "google")):
         assert cli.main(["convert", str(tmp_path / source), str(tmp_path / dest)]) == 0
 

@@ -21,8 +21,6 @@ from sit_jax.models.trees import Variables
 
 Show = Callable[[Iterable[Entry]], Iterable[Entry]]
 
-_MOST_NAMED = 8
-
 
 def load_params(
     arch: Architecture,
@@ -64,7 +62,7 @@ def load_params(
             else:
                 values[entry.path] = value
     if any(problems.values()):
-        text = "; ".join(f"{what}: {listed(names, _MOST_NAMED)}" for what, names in problems.items() if names)
+        text = "; ".join(f"{what}: {listed(names, most=8)}" for what, names in problems.items() if names)
         raise UserError(f"the weights do not fill the model: {text}")
     return unflatten_dict(values)
 

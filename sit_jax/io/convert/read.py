@@ -1,8 +1,9 @@
 """Reads weights of PyTorch, safetensors and NumPy files, model folders and runs."""
 
+import functools
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -16,7 +17,6 @@ from sit_jax.io.convert.npz_file import read_npz
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
 from sit_jax.io.convert.safetensors_file import read_safetensors
-from sit_jax.io.convert.sit_names import Entry
 from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
 from sit_jax.io.convert.tensors import FileError, Tensors, check_axes
 from sit_jax.io.metadata import check_metadata
@@ -26,6 +26,7 @@ from sit_jax.io.model_folder import CONFIG, WEIGHTS
 Log = Callable[[str], None]
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+_READERS = {".safetensors": read_safetensors, ".npz": read_npz}
 
 
 def silent(line: str) -> None:
@@ -58,7 +59,9 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         rtsm = inferred.has_rtsm and options.rtsm
         if inferred.has_rtsm and not rtsm:
             log("changed: RTSMs left out")
-        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, lambda table: _progress(file, table))
+        hidden = not sys.stderr.isatty()
+        bar = functools.partial(tqdm, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=hidden)
+        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, bar)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name in absent:
@@ -81,14 +84,12 @@ def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
     if ema and file.suffix not in TORCH_SUFFIXES:
         raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
     try:
-        if file.suffix == ".safetensors":
-            tensors = read_safetensors(file)
-        elif file.suffix == ".npz":
-            tensors = read_npz(file)
-        elif file.suffix in TORCH_SUFFIXES:
+        if file.suffix in TORCH_SUFFIXES:
             tensors = select_torch(file, ema, log)
+        elif file.suffix in _READERS:
+            tensors = _READERS[file.suffix](file)
         else:
-            known = ", ".join((*TORCH_SUFFIXES, ".safetensors", ".npz"))
+            known = ", ".join((*TORCH_SUFFIXES, *_READERS))
             raise UserError(f"{file}: {file.suffix or 'no suffix'} is not a known format of weights; there are {known}")
         check_axes(file, tensors)
         return tensors
@@ -102,8 +103,8 @@ def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...
         return ()
     if num_classes is None:
         raise UserError("it has no head: give --num_classes")
-    inferred.fields["num_classes"] = num_classes
     fields = inferred.fields
+    fields["num_classes"] = num_classes
     heads = {"head": True, "distillation_head": fields["distillation_token"], "aux_head": fields["aux_head"]}
     return tuple(name for name, wanted in heads.items() if wanted)
 
@@ -123,10 +124,3 @@ def _without_classes(config: Description) -> Description:
     fields = {key: value for key, value in config.fields.items() if key != "num_classes"}
     metadata = {key: value for key, value in config.metadata.items() if key != "class_names"}
     return config._replace(fields=fields, metadata=metadata)
-
-
-def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:
-    """Shows a progress bar on a terminal if reading takes longer than a second."""
-    return tqdm(
-        table, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=not sys.stderr.isatty()
-    )
