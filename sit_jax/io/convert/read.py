@@ -17,8 +17,8 @@ from sit_jax.io.convert.npz_file import read_npz
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
 from sit_jax.io.convert.safetensors_file import read_safetensors
-from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
-from sit_jax.io.convert.tensors import FileError, Tensors, check_axes
+from sit_jax.io.convert.tensors import FileError, Tensors, check_axes, strip_prefixes
+from sit_jax.io.convert.torch_file import read_torch
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
@@ -85,7 +85,7 @@ def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
         raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
     try:
         if file.suffix in TORCH_SUFFIXES:
-            tensors = select_torch(file, ema, log)
+            tensors = read_torch(file, ema, log)
         elif file.suffix in _READERS:
             tensors = _READERS[file.suffix](file)
         else:
