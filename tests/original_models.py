@@ -8,8 +8,10 @@ from typing import Any
 
 import golden_files
 import numpy as np
+import random_weights
 import torch
 
+from sit_jax.io.convert.sit_names import to_original
 from sit_jax.models.architecture import Architecture
 
 
@@ -41,10 +43,10 @@ def as_tensors(value: Any) -> Any:
     return {key: as_tensors(x) for key, x in value.items()} if isinstance(value, dict) else value
 
 
-def save_npz(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+def save_npz(path: pathlib.Path, arrays: dict[str, Any]) -> pathlib.Path:
     """Writes arrays as google-research's files hold them."""
-    values: dict[str, Any] = dict(arrays)
-    np.savez(path, **values)
+    np.savez(path, **arrays)
+    return path
 
 
 def checkpoint(weights: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -63,29 +65,37 @@ def checkpoint(weights: dict[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def google(arch: Architecture, seed: int = 0) -> dict[str, np.ndarray]:
-    """A plain ViT in the layout of google-research's vision_transformer."""
-    rng = np.random.default_rng(seed)
-    dim, width, hidden = arch.dim, arch.dim // arch.num_heads, int(arch.dim * arch.mlp_ratio)
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls": (1, 1, dim),
-        "Transformer/posembed_input/pos_embedding": (1, 1 + arch.num_patches, dim),
-        "embedding/kernel": (arch.patch_size, arch.patch_size, 3, dim),
-        "embedding/bias": (dim,),
-        "Transformer/encoder_norm/scale": (dim,),
-        "Transformer/encoder_norm/bias": (dim,),
-        "head/kernel": (dim, arch.num_classes),
-        "head/bias": (arch.num_classes,),
+def state_dict(arch: Architecture, rtsm: bool = False) -> dict[str, np.ndarray]:
+    """Random weights under the original's names, which are timm's for a plain ViT."""
+    weights = random_weights.draw(arch, rtsm)
+    return to_original({**weights.variables, "rtsm": weights.rtsm}, arch)
+
+
+def google(arch: Architecture) -> dict[str, np.ndarray]:
+    """The weights of `state_dict` in the layout of google-research's vision_transformer, whose heads are axes."""
+    state, heads = state_dict(arch), arch.num_heads
+    arrays = {
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "embedding/kernel": state["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
     }
+    norms = {"Transformer/encoder_norm": "norm"}
     for block in range(arch.depth):
-        key = f"Transformer/encoderblock_{block}"
-        for norm in ("LayerNorm_0", "LayerNorm_2"):
-            shapes |= {f"{key}/{norm}/scale": (dim,), f"{key}/{norm}/bias": (dim,)}
+        key, prefix = f"Transformer/encoderblock_{block}", f"blocks.{block}"
+        norms |= {f"{key}/LayerNorm_0": f"{prefix}.norm1", f"{key}/LayerNorm_2": f"{prefix}.norm2"}
         attention = f"{key}/MultiHeadDotProductAttention_1"
-        for name in ("query", "key", "value"):
-            shapes[f"{attention}/{name}/kernel"] = (dim, arch.num_heads, width)
-            shapes[f"{attention}/{name}/bias"] = (arch.num_heads, width)
-        shapes |= {f"{attention}/out/kernel": (arch.num_heads, width, dim), f"{attention}/out/bias": (dim,)}
-        shapes |= {f"{key}/MlpBlock_3/Dense_0/kernel": (dim, hidden), f"{key}/MlpBlock_3/Dense_0/bias": (hidden,)}
-        shapes |= {f"{key}/MlpBlock_3/Dense_1/kernel": (hidden, dim), f"{key}/MlpBlock_3/Dense_1/bias": (dim,)}
-    return {name: rng.normal(size=shape).astype(np.float32) * 0.3 for name, shape in shapes.items()}
+        qkv = (np.split(state[f"{prefix}.attn.qkv.{part}"], 3) for part in ("weight", "bias"))
+        for name, weight, bias in zip(("query", "key", "value"), *qkv, strict=True):
+            arrays[f"{attention}/{name}/kernel"] = weight.T.reshape(arch.dim, heads, -1)
+            arrays[f"{attention}/{name}/bias"] = bias.reshape(heads, -1)
+        arrays[f"{attention}/out/kernel"] = state[f"{prefix}.attn.proj.weight"].T.reshape(heads, -1, arch.dim)
+        arrays[f"{attention}/out/bias"] = state[f"{prefix}.attn.proj.bias"]
+        for index in (0, 1):
+            arrays[f"{key}/MlpBlock_3/Dense_{index}/kernel"] = state[f"{prefix}.mlp.fc{index + 1}.weight"].T
+            arrays[f"{key}/MlpBlock_3/Dense_{index}/bias"] = state[f"{prefix}.mlp.fc{index + 1}.bias"]
+    for theirs, ours in norms.items():
+        arrays |= {f"{theirs}/scale": state[f"{ours}.weight"], f"{theirs}/bias": state[f"{ours}.bias"]}
+    return arrays

@@ -5,6 +5,7 @@ and memory.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -21,13 +22,12 @@ import numpy as np
 import original_models
 import pytest
 import safetensors.numpy
-from flax.traverse_util import flatten_dict
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_convert import PLAIN
 
 from sit_jax.errors import UserError
-from sit_jax.io.convert.load_params import expected_shapes
-from sit_jax.io.convert.sit_names import name_table
 from sit_jax.io.load import read_weights
 from sit_jax.models.architecture import Architecture
 
@@ -35,9 +35,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory a
 
 EXAMPLES = int(os.environ.get("SIT_JAX_FUZZ_EXAMPLES", "40"))
 SECONDS, MEMORY = 30, 2**30
-ARCH = Architecture(
-    image_size=32, num_classes=3, stem="conv4", dim=8, depth=2, num_heads=2, stage_blocks=(1, 1), keep_ratio=0.5
-)
+ARCH = dataclasses.replace(tiny.STUDENT, in_channels=3, dim=8, depth=2, stage_blocks=(1, 1))
 FIELDS = original_models.options(ARCH)
 
 
@@ -81,12 +79,6 @@ def answers(path: pathlib.Path) -> bool:
     return True
 
 
-def _weights() -> dict[str, np.ndarray]:
-    shapes, rng = flatten_dict(expected_shapes(ARCH, True)), np.random.default_rng(0)
-    values = {path: rng.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
-    return {entry.key: entry.to_torch(values[entry.path]) for entry in name_table(ARCH)}
-
-
 def _rezipped(data: bytes, name: str, content: bytes) -> bytes:
     """A zip file with one entry's content replaced and its checksum right again."""
     stream = io.BytesIO()
@@ -111,14 +103,13 @@ class Seed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seed]:
-    folder, value = tmp_path_factory.mktemp("seeds"), _weights()
+    folder, value = tmp_path_factory.mktemp("seeds"), original_models.state_dict(ARCH, rtsm=True)
     checkpoint = original_models.checkpoint(value)
     zipped = original_models.save_torch(folder / "x.pth", checkpoint).read_bytes()
     legacy = original_models.save_torch(folder / "y.pth", checkpoint, legacy=True).read_bytes()
     safe = safetensors.numpy.save(value)
-    plain = Architecture(image_size=16, patch_size=8, num_classes=3, dim=8, depth=1, num_heads=2)
-    original_models.save_npz(folder / "x.npz", original_models.google(plain))
-    npz = (folder / "x.npz").read_bytes()
+    google = original_models.google(dataclasses.replace(PLAIN, dim=8, depth=1))
+    npz = original_models.save_npz(folder / "x.npz", google).read_bytes()
     length = 8 + struct.unpack("<Q", safe[:8])[0]
     return {
         "zip": Seed(".pth", zipped),
@@ -134,12 +125,12 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seed]:
 KINDS = ["zip", "pickle in zip", "legacy", "safetensors", "header", "npz", "array in npz"]
 NUMBERS = (b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80\0\0\0\0", b"99999999999", b"-1", b"\0" * 8)
 # Bytes that are put anywhere, near the start (headers, pickles) or near the end (a zip file's directory), and how many
-# they replace.
+# they replace: all that follow, to truncate the file.
 EDITS = st.lists(
     st.tuples(
         st.tuples(st.sampled_from(["any", "start", "end"]), st.floats(0, 1)),
         st.sampled_from(NUMBERS) | st.binary(max_size=9),
-        st.integers(0, 9) | st.just(200),
+        st.integers(0, 9) | st.sampled_from([200, 2**31]),
     ),
     min_size=1,
     max_size=5,

@@ -40,24 +40,19 @@ IN_PODS = "--image i --config configs/digits.py --workdir"
     ("script", "words", "named"),
     [
         ("gpu_node.sh", "", "--config"),
-        ("gpu_node.sh", "--config configs/digits.py", "--workdir"),
         ("gpu_node.sh", "--config none.py --workdir w", "none.py"),
         ("gpu_node.sh", "--config configs/digits.py --workdir gs://b/w", "gs://b/w"),
         ("gpu_node.sh", f"{CONFIG} --config.data.data_dir=gs://b", "mount the bucket"),
         ("gpu_node.sh", f"{CONFIG} --config.epochs 3", "--config.KEY=VALUE"),
         ("gpu_node.sh", f"{CONFIG} --gpus x", "--gpus: must be an integer"),
-        ("gpu_node.sh", f"{CONFIG} --gpus 0", "at least 1, got 0"),
         ("gpu_node.sh", f"{CONFIG} --gpus", "--gpus needs a value"),
         ("gpu_node.sh", f"{CONFIG} --gpus 1 --sit none", "--sit: there is no command none"),
         ("gpu_node.sh", "--wrong", "--wrong"),
         ("slurm.sbatch", CONFIG, "sbatch"),
-        ("slurm.sbatch", f"{CONFIG} --tries 0", "--tries"),
         ("tpu_pod.sh", "", "up, logs, status, stop or delete"),
         ("tpu_pod.sh", "up --zone z", "--name"),
-        ("tpu_pod.sh", "up --name n", "--zone"),
         ("tpu_pod.sh", "up --name n --zone z", "--type"),
         ("tpu_pod.sh", "up --name n --zone z --type v4-8 --config ../x/configs/digits.py --workdir w", "../x/configs"),
-        ("kubernetes.sh", "--config configs/digits.py --workdir /data/w", "--image"),
         ("kubernetes.sh", f"{IN_PODS} runs/w", "/data"),
         ("kubernetes.sh", f"{IN_PODS} /data/w --tpu t", "--topology"),
         ("kubernetes.sh", f"{IN_PODS} /data/w --name A", "--name"),
@@ -71,21 +66,16 @@ def test_mistakes_are_one_line(script: str, words: str, named: str, machine: Mac
     assert named in line
 
 
-@pytest.mark.parametrize("mode", [["--per-gpu", "--gpus", "2"], ["--gpus", "2"]])
-def test_gpu_node_does_what_its_dry_run_says(mode: list[str], machine: Machine) -> None:
-    words = [*RUN, *mode, "--sit", machine.sit]
+@pytest.mark.parametrize("per_gpu", [True, False])
+def test_gpu_node_does_what_its_dry_run_says(per_gpu: bool, machine: Machine) -> None:
+    words = [*RUN, "--gpus", "2", "--sit", machine.sit, *["--per-gpu"] * per_gpu]
     dry = machine.dry_run("gpu_node.sh", *words)
+    together = ["--coordinator", "localhost:12345", "--num_processes", "2", "--process_id"]
+    processes = [("0", [*together, "0"]), ("1", [*together, "1"])] if per_gpu else [("0,1", [])]
+    assert dry == [["env", f"CUDA_VISIBLE_DEVICES={gpus}", machine.sit, *WORDS, *more] for gpus, more in processes]
     assert machine.run("gpu_node.sh", *words, FAKE_CODES="0;0").returncode == 0
     calls = machine.calls("sit")
-    done = [["env", f"CUDA_VISIBLE_DEVICES={call['gpus']}", machine.sit, *call["words"][1:]] for call in calls]
-    assert sorted(done) == dry
-    if "--per-gpu" in mode:
-        together = ["--coordinator", "localhost:12345", "--num_processes", "2", "--process_id"]
-        assert dry == [
-            ["env", f"CUDA_VISIBLE_DEVICES={index}", machine.sit, *WORDS, *together, str(index)] for index in range(2)
-        ]
-    else:
-        assert dry == [["env", "CUDA_VISIBLE_DEVICES=0,1", machine.sit, *WORDS]]
+    assert sorted(["env", f"CUDA_VISIBLE_DEVICES={c['gpus']}", machine.sit, *c["words"][1:]] for c in calls) == dry
 
 
 def test_gpu_node_takes_the_gpus_it_is_given(machine: Machine) -> None:
@@ -104,7 +94,6 @@ def test_gpu_node_takes_the_gpus_it_is_given(machine: Machine) -> None:
     ("codes", "starts", "code"),
     [
         ("75 75 0", 3, 0),  # Stopped by a signal: without a limit.
-        ("9 1 0", 3, 0),
         ("1 1 4 0", 3, 4),  # A crash: three starts in all.
         ("2", 1, 2),  # A user error.
     ],
@@ -161,7 +150,6 @@ def test_slurm_does_what_its_dry_run_says(machine: Machine) -> None:
         ("75;75", "RUNNING", 1, 75, True),
         ("75;75", "COMPLETING", 1, 75, False),  # Somebody cancelled it.
         ("1 0;hang 0", "RUNNING", 2, 0, False),  # After a crash it starts again within the job.
-        ("2;2", "RUNNING", 1, 2, False),
         ("2;hang", "RUNNING", 1, 2, False),
     ],
 )

@@ -36,15 +36,12 @@ def manifest(machine: Machine, *words: str) -> str:
 def check(text: str, name: str, workers: int, processes: bool) -> tuple[Any, Any, Any]:
     """Checks how pods find one another and are started again; returns the job, its pod and the pod's container."""
     service, job = yaml.safe_load_all(text)
-    assert (service["kind"], job["kind"], job["apiVersion"]) == ("Service", "Job", "batch/v1")
     pod = job["spec"]["template"]["spec"]
     assert service["metadata"]["name"] == job["metadata"]["name"] == pod["subdomain"] == name
     assert service["spec"] == {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job-name": name}}
     spec = job["spec"]
-    assert spec["completionMode"] == "Indexed"
+    assert (spec["completionMode"], pod["restartPolicy"]) == ("Indexed", "Never")
     assert spec["completions"] == spec["parallelism"] == workers
-    assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it.
-    assert pod["terminationGracePeriodSeconds"] >= 60
     (container,) = pod["containers"]
     rules = spec["podFailurePolicy"]["rules"]
     for action, code in (("FailJob", UserError.exit_code), ("Ignore", PreemptedError.exit_code)):
@@ -64,7 +61,6 @@ def check(text: str, name: str, workers: int, processes: bool) -> tuple[Any, Any
     (meet,) = pod["initContainers"]
     variables = {entry["name"]: entry["value"] for entry in meet["env"]}
     assert variables == {"MEET_AT": f"{name}-0.{name}:12344", "WORKERS": str(workers)}
-    assert meet["image"] == container["image"]
     assert [mount["name"] for mount in container["volumeMounts"]] == [volume["name"] for volume in pod["volumes"]]
     return job, pod, container
 
@@ -108,7 +104,6 @@ def test_on_gke(machine: Machine) -> None:
 def test_pods_meet_before_they_start() -> None:
     _, pod, _ = check(MANIFEST.read_text(), "sit", 2, processes=True)
     program = pod["initContainers"][0]["command"]
-    assert program[:2] == ["python", "-c"]
     place = f"localhost:{free_port()}"
     pods = []
     for index in (1, 0):

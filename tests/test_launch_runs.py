@@ -9,9 +9,7 @@ import time
 
 import pytest
 from launch_machine import Machine
-from test_distributed import free_port
 
-from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.metrics import read_metrics
 
 # A small model on the digits, without a teacher: what is tried here is how runs begin and end.
@@ -45,22 +43,6 @@ def assert_done(folder: pathlib.Path, epochs: int) -> None:
     steps = [line["step"] for line in read_metrics(folder) if line["kind"] == "train"]
     assert steps == list(range(1, STEPS * epochs + 1))
     assert "top1" in json.dumps(json.loads((folder / "summary.json").read_text()))
-
-
-@pytest.mark.slow
-def test_gpu_node(machine: Machine, tmp_path: pathlib.Path, digits_dir: str) -> None:
-    folder = tmp_path / "my run"
-    words = [*run_words(folder, digits_dir, epochs=20), "--per-gpu", "--gpus", "2"]
-    words += ["--port", str(free_port()), "--sit", machine.sit]
-    process = machine.start("gpu_node.sh", *words)
-    wait_for_step(folder, 3, process)
-    process.send_signal(signal.SIGTERM)
-    result = machine.finish(process, timeout=60)
-    assert result.returncode == 75, result.stderr
-    assert "process 1 of 2" in result.stderr
-    reached = max(line["step"] for line in read_metrics(folder))
-    with Checkpoints(folder) as checkpoints:
-        assert checkpoints.latest_step == reached
 
 
 @pytest.mark.slow

@@ -8,21 +8,19 @@ import resource
 import sys
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
-import golden_files
 import numpy as np
 import original_models
 import pytest
-import safetensors.numpy
 import torch
 from test_convert import PLAIN
 from test_other_stems import torch_model
 
 from sit_jax.cli import app as cli
 
-ARCH = golden_files.architecture(golden_files.load("dist_token").meta["model"])
-WORDS = [f"--model.{key}={value}" for key, value in original_models.options(ARCH).items()]
-WEIGHTS = original_models.golden_weights("dist_token")
+WORDS = ["--model.num_heads=2"]
+WEIGHTS = original_models.state_dict(PLAIN)
 
 
 def refused(source: pathlib.Path, capsys: pytest.CaptureFixture[str], *facts: str) -> None:
@@ -35,13 +33,6 @@ def refused(source: pathlib.Path, capsys: pytest.CaptureFixture[str], *facts: st
     assert len(line) < 1000
     for fact in facts:
         assert fact in line
-
-
-def save(path: pathlib.Path, value: dict[str, np.ndarray]) -> pathlib.Path:
-    if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(value, path)
-        return path
-    return original_models.save_torch(path, value, legacy="legacy" in path.name)
 
 
 def save_pickle(path: pathlib.Path, program: bytes) -> pathlib.Path:
@@ -68,20 +59,7 @@ def test_tensors_that_do_not_fill_the_model(
     changes: dict[str, np.ndarray | None], facts: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     value = {key: array for key, array in {**WEIGHTS, **changes}.items() if array is not None}
-    refused(save(tmp_path / "x.pth", value), capsys, facts)
-
-
-@pytest.mark.parametrize("name", ["x.pth", "legacy.pth", "x.safetensors", "x.npz"])
-@pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9999])
-def test_truncated_files(name: str, keep: float, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / name
-    if name == "x.npz":
-        original_models.save_npz(path, original_models.google(PLAIN))
-    else:
-        save(path, WEIGHTS)
-    data = path.read_bytes()
-    path.write_bytes(data[: int(keep * len(data))])
-    refused(path, capsys)
+    refused(original_models.save_torch(tmp_path / "x.pth", value), capsys, facts)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +73,7 @@ def test_truncated_files(name: str, keep: float, tmp_path: pathlib.Path, capsys:
         ("sparse.pth", {"pos_embed": torch.eye(3).to_sparse()}, ["pos_embed", "sparse"]),
         ("expanded.pth", {"pos_embed": torch.ones(1).expand(10**9)}, ["4,000,000,000 bytes"]),
         # The whole model, not its state dict: the line names the class, and says what to do.
-        ("model.pth", torch_model(PLAIN), ["test_other_stems.TorchViT", "torch.save(model.state_dict(), PATH)"]),
+        ("model.pth", torch_model(PLAIN), ["torch_model.SiT", "torch.save(model.state_dict(), PATH)"]),
     ],
 )
 def test_checkpoints_of_other_things(
@@ -107,9 +85,7 @@ def test_checkpoints_of_other_things(
 
 def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "page.pth").write_text("<html>404</html>")
-    with zipfile.ZipFile(tmp_path / "other.pt", "w") as archive:
-        archive.writestr("hello.txt", "hello")
-    save(tmp_path / "x.pth", WEIGHTS)
+    original_models.save_torch(tmp_path / "x.pth", WEIGHTS)
     with (
         zipfile.ZipFile(tmp_path / "x.pth") as old,
         zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as new,
@@ -120,7 +96,6 @@ def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "folder").mkdir()
     for name, fact in (
         ("page.pth", "torch.load"),
-        ("other.pt", "torch.load"),
         ("packed.pth", "compressed"),
         ("x.h5", ".safetensors"),
         ("folder", "model.safetensors"),
@@ -203,36 +178,25 @@ def tensor_pickle(shape: tuple[int, ...], strides: tuple[int, ...], elements: in
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides", "elements"),
-    [((10**9,), (0,), 4), ((10**6, 10**6), (1, 0), 10**13), ((4,), (10**15,), 4), ((8,), (1,), 4)],
+    ("shape", "strides", "elements", "fact"),
+    [((10**9,), (0,), 4, "bytes"), ((10**6, 10**6), (1, 0), 10**13, "torch.load"), ((8,), (1,), 4, "torch.load")],
 )
 def test_tensors_beyond_their_storage(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    elements: int,
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
+    shape: Any, strides: Any, elements: int, fact: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = tensor_pickle(shape, strides, elements)
-    refused(save_pickle(tmp_path / "x.pth", program), capsys, "bytes" if strides == (0,) else "torch.load")
+    refused(save_pickle(tmp_path / "x.pth", tensor_pickle(shape, strides, elements)), capsys, fact)
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        *("tsm.0.x", "tsm.0.weight.3.weight", "rtsm.0.mlp1.fc1.weight", "patch_embed.conv1.weight", "aux_head.weight"),
-        *("dist_token", "bn.num_batches_tracked", "Transformer/encoderblock_0/gamma", "head/else"),
-    ],
+    "name", ["tsm.0.x", "rtsm.0.mlp1.fc1.weight", "dist_token", "bn.num_batches_tracked", "head/else"]
 )
-@pytest.mark.parametrize("shape", [(3,), (4, 3), (8, 3, 7, 7)])
 def test_unknown_tensors_in_googles_files(
-    name: str, shape: tuple[int, ...], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arrays = {**original_models.google(PLAIN), name: np.ones(shape, np.float32)}
+    arrays = {**original_models.google(PLAIN), name: np.ones((4, 3), np.float32)}
     original_models.save_npz(tmp_path / "x.npz", arrays)
     assert cli.main(["convert", str(tmp_path / "x.npz"), str(tmp_path / "out")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"left over: {name}")
+    assert capsys.readouterr().err.endswith(f"left over: {name}\n")
 
 
 def test_objects_in_npz_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,7 +207,7 @@ def test_objects_in_npz_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixt
 
 @pytest.fixture
 def source(tmp_path: pathlib.Path) -> pathlib.Path:
-    return save(tmp_path / "x.pth", WEIGHTS)
+    return original_models.save_torch(tmp_path / "x.pth", WEIGHTS)
 
 
 @pytest.fixture
@@ -261,25 +225,21 @@ def test_destinations(source: pathlib.Path, tmp_path: pathlib.Path, capsys: pyte
         assert code == (2 if error else 0)
         return error
 
-    folder, file = tmp_path / "deep" / "folder", tmp_path / "y.safetensors"
-    assert convert(folder) == convert(file) == ""
+    mine, folder, file = tmp_path / "mine", tmp_path / "deep" / "folder", tmp_path / "y.safetensors"
     for dest in (folder, file):
+        assert convert(dest) == ""
         assert "--force" in convert(dest)
         before = dest.stat().st_mtime_ns
         assert convert(dest, "--force") == ""
         assert dest.stat().st_mtime_ns > before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    for dest, words, fact in (
-        (tmp_path / "mine", ["--force"], "model folder"),
-        (tmp_path / "x.onnx", [], ".onnx"),
-        (source, ["--force"], "source"),
-        (source / "below" / "it", [], "cannot be written"),
-    ):
-        assert fact in convert(dest, *words)
-    assert (tmp_path / "mine" / "thesis.txt").exists()
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    assert "model folder" in convert(mine, "--force")
+    assert ".onnx" in convert(tmp_path / "x.onnx")
+    assert "source" in convert(source, "--force")
+    assert "cannot be written" in convert(source / "below" / "it")
+    assert (mine / "thesis.txt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "deep", "y.safetensors", "mine"}
-    assert {path.name for path in folder.iterdir()} >= {"model.safetensors", "config.json"}
 
 
 def test_a_destination_within_the_source(
@@ -293,24 +253,18 @@ def test_a_destination_within_the_source(
         assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("verb", [["convert"], ["export", "--format", "original"]])
 def test_pytorch_on_a_full_disk(
-    verb: list[str], folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dest = tmp_path / "new" / "x.pth"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
-        code = cli.main([verb[0], str(folder), str(dest), *verb[1:]])
+        assert cli.main(["convert", str(folder), str(dest)]) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"sit {verb[0]}: {dest}: cannot be written: File too large"
+    assert capsys.readouterr().err == f"sit convert: {dest}: cannot be written: File too large\n"
     assert list(dest.parent.iterdir()) == []
-    assert cli.main([verb[0], str(folder), "/proc/x.pth", *verb[1:]]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"sit {verb[0]}: /proc/x.pth: cannot be written: ")
 
 
 def test_without_pytorch(
@@ -318,22 +272,18 @@ def test_without_pytorch(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     for source, dest in (("x.pth", "out"), ("folder", "out.pth")):
-        assert (
-            cli.main(["convert", str(tmp_path / source), str(tmp_path / dest), *(WORDS if dest == "out" else [])]) == 2
-        )
+        words = WORDS if dest == "out" else []
+        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / dest), *words]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert ".pth: " in line
         assert 'pip install "sit_jax[convert]"' in line
         assert not (tmp_path / dest).exists()
     original_models.save_npz(tmp_path / "x.npz", original_models.google(PLAIN))
-    for source, dest in (("folder", "out.safetensors"), ("out.safetensors", "out"), ("x.npz", "google")):
-        words = WORDS if source == "out.safetensors" else []
-        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / dest), *words]) == 0
+    for source, dest in (("folder", "out.safetensors"), ("x.npz", "google")):
+        assert cli.main(["convert", str(tmp_path / source), str(tmp_path / dest)]) == 0
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_a_write_that_fails_leaves_the_old_one(
-    error: BaseException,
     source: pathlib.Path,
     folder: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -344,13 +294,11 @@ def test_a_write_that_fails_leaves_the_old_one(
 
     def fails(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
         if path.name == ".folder.part":
-            raise error
+            raise OSError(28, "No space left on device")
         return replace(path, target)
 
     monkeypatch.setattr(pathlib.Path, "replace", fails)
-    code = cli.main(["convert", str(source), str(folder), *WORDS, "--force"])
-    message = capsys.readouterr().err
-    assert (code == cli.INTERRUPTED) if isinstance(error, KeyboardInterrupt) else (code == 2)
-    assert isinstance(error, KeyboardInterrupt) or "folder: cannot be written: No space left on device" in message
+    assert cli.main(["convert", str(source), str(folder), *WORDS, "--force"]) == 2
+    assert "folder: cannot be written: No space left on device" in capsys.readouterr().err
     assert (folder / "model.safetensors").read_bytes() == old
     assert {path.name for path in tmp_path.iterdir()} == {"x.pth", "folder"}

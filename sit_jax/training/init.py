@@ -10,8 +10,7 @@ from sit_jax.config import Config, TeacherConfig
 from sit_jax.data.classes import class_order, reorder_heads
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.checkpoint import FOLDER
-from sit_jax.io.convert.compare import check_start, differences
-from sit_jax.io.convert.initial import initial_weights
+from sit_jax.io.convert.initial import check_start, differences, initial_weights
 from sit_jax.io.convert.options import Options
 from sit_jax.io.load import load_run, read_weights
 from sit_jax.io.metadata import run_class_names

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from sit_jax.errors import UserError
 from sit_jax.io.model import Model
 from sit_jax.models import HEADS
 
@@ -18,33 +17,27 @@ def resize(model: Model, image_size: int, log: Callable[[str], None]) -> Model:
     """Returns the weights for another image size: positions are interpolated, except for the class token's.
 
     A student keeps the numbers of tokens that its slimming modules were trained with. Reverse modules recover a fixed
-    grid and are removed.
-
-    Raises:
-        ConfigError: The patches do not fill that size, or the student keeps more tokens than the new grid has.
+    grid and are removed. Raises a ConfigError if the patches do not fill that size, or the student keeps more tokens.
     """
     arch = model.vit
     if image_size == arch.image_size:
         return model
-    kept = arch.token_counts
-    wanted = dataclasses.replace(arch.without_slimming(), image_size=image_size)
-    changes: dict[str, Any] = (
-        {"kept_tokens": (wanted.num_patches, *kept[1:]), "keep_ratio": None} if arch.is_slimmed else {}
-    )
-    new = dataclasses.replace(arch, image_size=image_size, **changes)
+    changes: dict[str, Any] = {"image_size": image_size}
+    if arch.is_slimmed:
+        patches = dataclasses.replace(arch.without_slimming(), image_size=image_size).num_patches
+        changes |= {"kept_tokens": (patches, *arch.token_counts[1:]), "keep_ratio": None}
+    new = dataclasses.replace(arch, **changes)
     positions = model.params["positions"]
     grid = interpolate(positions[0, 1:].reshape(arch.grid_size, arch.grid_size, arch.dim), new.grid_size)
-    params = {
-        **model.params,
-        "positions": np.concatenate([positions[:, :1], grid.reshape(1, -1, arch.dim)], axis=1),
-    }
+    table = np.concatenate([positions[:, :1], grid.reshape(1, -1, arch.dim)], axis=1)
+    variables = {**model.variables, "params": {**model.params, "positions": table}}
     sides = f"{arch.grid_size}x{arch.grid_size} to {new.grid_size}x{new.grid_size}"
     log(f"changed: {arch.image_size} to {image_size} px, positions interpolated from {sides} (bicubic)")
     if arch.is_slimmed:
         log(f"changed: tokens per stage are now {'/'.join(map(str, new.token_counts))}")
     if model.rtsm:
         log(f"changed: RTSMs left out, since they recover {arch.grid_size}x{arch.grid_size} tokens")
-    return dataclasses.replace(model, arch=new, variables={**model.variables, "params": params}, rtsm={})
+    return dataclasses.replace(model, arch=new, variables=variables, rtsm={})
 
 
 def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
@@ -77,13 +70,7 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def replace_heads(model: Model, num_classes: int, log: Callable[[str], None]) -> Model:
-    """Returns the weights for another number of classes, with all heads set to zero.
-
-    Raises:
-        UserError: The number is not a valid number of classes.
-    """
-    if num_classes < 1:
-        raise UserError(f"--num_classes: must be at least 1, is {num_classes}")
+    """Returns the weights for another number of classes, with all heads set to zero."""
     arch = model.vit
     if num_classes == arch.num_classes:
         return model

@@ -25,10 +25,9 @@ class Description(NamedTuple):
     """The contents of a `config.json`.
 
     Attributes:
-        fields: Fields of the architecture.
         class_position: Whether the class token has a position embedding; None if not specified.
         heads: Width -> attention heads, if it names a model by its size.
-        metadata: See `Weights.metadata`.
+        metadata: See `sit_jax.io.model.Model`.
         is_own: Whether it is of sit_jax, and thus complete.
         unused: Its keys that are not used.
     """
@@ -44,20 +43,14 @@ class Description(NamedTuple):
 def read_config_json(path: pathlib.Path) -> Description:
     """Reads a `config.json`; returns an empty description if there is none.
 
-    Raises:
-        FileError: The file cannot be read, or is not a JSON object.
-        UserError: The model is not supported; the message names the key.
+    Raises a UserError if the file is damaged or the model is not supported; the message names the key.
     """
+    if not path.is_file():
+        return Description()
+    if path.stat().st_size > _LARGEST:
+        raise FileError(f"{path}: is too large for a description of a model")
     try:
-        if not path.is_file():
-            return Description()
-        if path.stat().st_size > _LARGEST:
-            raise FileError(f"{path}: is too large for a description of a model")
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
-    values = read_object(path)
-    try:
-        return _describe(values, path)
+        return _describe(read_object(path), path)
     except ConfigError as error:
         raise ConfigError(str(path), str(error)) from None
 
@@ -77,7 +70,6 @@ def _describe(values: JsonObject, path: pathlib.Path) -> Description:
 
 
 def _bare(section: JsonObject, harmless: Collection[str] = ()) -> Description:
-    """Describes a mapping that has only architecture fields."""
     if section.get("family", "vit") != "vit":
         raise ConfigError("family", f"{section['family']!r} is not a vision transformer")
     unused = set(section) - _FIELDS - {"family", *harmless}
@@ -178,10 +170,8 @@ def _section(values: JsonObject, key: str) -> JsonObject:
 
 def _input_size(args: JsonObject, images: JsonObject) -> JsonObject:
     """Returns the image size and the channels; the model's own argument takes precedence over `pretrained_cfg`."""
-    size, own = (
-        images.get("input_size"),
-        {"image_size": _side("img_size", args["img_size"])} if "img_size" in args else {},
-    )
+    own: JsonObject = {"image_size": _side("img_size", args["img_size"])} if "img_size" in args else {}
+    size = images.get("input_size")
     if size is None:
         return own
     if not isinstance(size, list) or len(size) != 3:

@@ -14,17 +14,10 @@ from sit_jax.io.model_folder import is_model_folder, write_weights
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
-    """Reads weights from any supported source and writes them for sit_jax or in the original's layout.
+    """Reads weights from any source of `read_weights` and writes them for sit_jax or in the original's layout.
 
-    Args:
-        source: See `read_weights`.
-        dest: A model folder if it has no suffix; a `.pth`, `.pt` or `.safetensors` file in the original's layout.
-        options: How to read and change the weights.
-        force: Replace an existing `dest`.
-        log: Called with each line about what was found and changed.
-
-    Raises:
-        UserError: Conversion failed, with a one-line message; nothing is written, and an existing `dest` is unchanged.
+    `dest` is a model folder if it has no suffix, else a `.pth`, `.pt` or `.safetensors` file in the original's layout;
+    `force` replaces an existing one. Raises a UserError if the conversion fails; `dest` is then unchanged.
     """
     if dest.suffix not in ("", ".safetensors", ".pth", ".pt"):
         raise UserError(f"{dest}: cannot be a {dest.suffix} file; give a folder without suffix, .safetensors or .pth")

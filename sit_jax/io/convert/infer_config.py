@@ -15,11 +15,9 @@ class Inferred(NamedTuple):
     """An architecture inferred from a file's tensors.
 
     Attributes:
-        layout: Layout of the file.
         fields: Architecture fields; `num_heads` only if the layout determines it, `num_classes` only if there is a
             head.
         kept: Tokens that each slimming module keeps, in order.
-        has_rtsm: Whether there are reverse modules.
         class_position: Whether the class token has a position embedding.
     """
 
@@ -27,17 +25,13 @@ class Inferred(NamedTuple):
     fields: JsonObject
     kept: tuple[int, ...]
     has_rtsm: bool
-    class_position: bool = True
+    class_position: bool
 
 
 class Positions(NamedTuple):
-    """Known facts about a table of position embeddings, in addition to its shape.
+    """Known facts about a table of position embeddings; `likely_size` is assumed if nothing else determines the size.
 
-    Attributes:
-        image_size: Image size that the positions are for.
-        class_position: Whether the class token has a position embedding.
-        likely_size: Image size to assume if nothing else determines it.
-        source: Where `image_size` is given, for messages.
+    `source` is where `image_size` is given, for messages.
     """
 
     image_size: object = None
@@ -47,14 +41,9 @@ class Positions(NamedTuple):
 
 
 def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
-    """Infers an architecture from names and shapes, as far as they determine it.
+    """Infers an architecture from the tensors' names and shapes, as far as they determine it.
 
-    Args:
-        shapes: Name -> shape of the tensors.
-        known: Known facts about positions.
-
-    Raises:
-        UserError: The layout is unknown, or tensors that determine the model's size are missing.
+    Raises a UserError if the layout is unknown, or tensors that determine the model's size are missing.
     """
     known, layout = known or Positions(), find_layout(shapes)
     if layout is None:
@@ -107,10 +96,7 @@ def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: 
 
     The same count can be a square grid alone, or the tokens' positions and a non-square grid: 196 is 14x14, or a class
     token and 13x15. The image size decides; if it is unknown, layer scale does, which DeiT-III's models have.
-
-    Raises:
-        ConfigError: The image size is another one.
-        UserError: The grid is, or may be, not square; the message names the option that decides.
+    Raises a UserError if the image size is another one, or the grid is, or may be, not square.
     """
     usual = 2 if distilled else 1
     allowed = {None: (usual, 0), True: (usual,), False: (0,)}[known.class_position]
@@ -118,10 +104,8 @@ def prefix_positions(count: int, patch_size: int, distilled: bool, layer_scale: 
         side = known.image_size if type(known.image_size) is int else 0
         prefix = count - (side // patch_size) ** 2
         if side < patch_size or side % patch_size or prefix not in allowed:
-            size = str(known.image_size)[:50]
-            raise ConfigError(
-                known.source, f"is {size}, but there are {count} positions for patches of {patch_size} px"
-            )
+            problem = f"is {str(known.image_size)[:50]}, but there are {count} positions for patches of {patch_size} px"
+            raise ConfigError(known.source, problem)
         return prefix
     square = [prefix for prefix in allowed if _is_square(count - prefix)]
     if not square:

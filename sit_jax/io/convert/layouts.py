@@ -11,15 +11,11 @@ from sit_jax.config import JsonObject
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _identity(x: np.ndarray) -> np.ndarray:
-    return x
-
-
 class Source(NamedTuple):
     """The source of a tensor of the original's layout: the file's tensors, and the function that combines them."""
 
     names: tuple[str, ...]
-    combine: Callable[..., np.ndarray] = _identity
+    combine: Callable[..., np.ndarray] = lambda x: x
 
 
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
@@ -37,7 +33,6 @@ class Layout(NamedTuple):
     """Names and layouts of a model's weights.
 
     Attributes:
-        name: Common name of the layout.
         source: Key of the original's layout -> its source in this layout.
         plain: Whether all models of the layout are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
         prefixes: Possible first parts of tensor names; empty if any name is possible.
@@ -55,20 +50,13 @@ class Layout(NamedTuple):
         return not self.prefixes or name.startswith(self.prefixes)
 
 
-def _same(key: str) -> Source:
-    return Source((key,))
-
-
-ORIGINAL = Layout("SiT original layout", _same)
+ORIGINAL = Layout("SiT original layout", lambda key: Source((key,)))
 
 
 def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
     """Returns the layout of a file's tensors, or None if it is not a known layout.
 
-    Args:
-        shapes: Name -> shape of the tensors.
-        prefix: How many of timm's positions belong to the class and distillation tokens; see
-            `infer_config.prefix_positions`.
+    `prefix` is how many of timm's positions belong to class and distillation tokens; see `prefix_positions`.
     """
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
         name = "google-research layout (vision_transformer)"
@@ -79,7 +67,7 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
         return ORIGINAL
     if len(shapes.get("patch_embed.conv1.weight", ())) == 4:
         seven = shapes["patch_embed.conv1.weight"][-1] == 7
-        return Layout("token-labelling layout (LV-ViT)", _same) if seven else ORIGINAL
+        return ORIGINAL._replace(name="token-labelling layout (LV-ViT)") if seven else ORIGINAL
     if "aux_head.weight" in shapes or "dist_pos_embed" in shapes:
         return ORIGINAL
     return Layout("timm layout (ViT, DeiT)", _timm(shapes, prefix), plain=True)
@@ -87,24 +75,18 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
 
 def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:
     """Returns timm's sources: the original's names, except for layer scale in DeiT's checkpoints and for positions."""
-    distilled = "dist_token" in shapes
 
     def positions(x: np.ndarray) -> np.ndarray:
-        if prefix == 0:
-            return np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
-        return np.delete(x, 1, axis=1) if prefix == 2 else x
-
-    def distillation_position(x: np.ndarray) -> np.ndarray:
-        return x[:, 1:2] if prefix == 2 else np.zeros_like(x[:, :1])
+        return np.delete(x, 1, axis=1) if prefix == 2 else np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
 
     def source(key: str) -> Source:
         scale = re.fullmatch(r"(blocks\.\d+)\.ls([12])\.gamma", key)
         if scale and key not in shapes:
             return Source((f"{scale[1]}.gamma_{scale[2]}",))
-        if key == "pos_embed" and (distilled or prefix == 0):
+        if key == "pos_embed" and prefix != 1:
             return Source((key,), positions)
         if key == "dist_pos_embed":
-            return Source(("pos_embed",), distillation_position)
+            return Source(("pos_embed",), lambda x: x[:, 1:2] if prefix == 2 else np.zeros_like(x[:, :1]))
         return Source((key,))
 
     return source
@@ -115,36 +97,24 @@ def _heads_kernel(*parts: np.ndarray) -> np.ndarray:
     return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
 
 
-def _heads_bias(*parts: np.ndarray) -> np.ndarray:
-    return np.concatenate([part.reshape(-1) for part in parts])
-
-
-def _out_kernel(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1]).T
-
-
-def _stem_kernel(x: np.ndarray) -> np.ndarray:
-    return x.transpose(3, 2, 0, 1)
-
-
 _GOOGLE = {
     "cls_token": Source(("cls",)),
     "pos_embed": Source(("Transformer/posembed_input/pos_embedding",)),
-    "patch_embed.proj.weight": Source(("embedding/kernel",), _stem_kernel),
+    "patch_embed.proj.weight": Source(("embedding/kernel",), lambda x: x.transpose(3, 2, 0, 1)),
     "patch_embed.proj.bias": Source(("embedding/bias",)),
     "norm.weight": Source(("Transformer/encoder_norm/scale",)),
     "norm.bias": Source(("Transformer/encoder_norm/bias",)),
     "head.weight": Source(("head/kernel",), np.transpose),
     "head.bias": Source(("head/bias",)),
 }
-_QKV = ("query", "key", "value")
+_QKV, _ATTENTION = ("query", "key", "value"), "MultiHeadDotProductAttention_1"
 _GOOGLE_BLOCK = {
     "norm1.weight": Source(("LayerNorm_0/scale",)),
     "norm1.bias": Source(("LayerNorm_0/bias",)),
-    "attn.qkv.weight": Source(tuple(f"MultiHeadDotProductAttention_1/{x}/kernel" for x in _QKV), _heads_kernel),
-    "attn.qkv.bias": Source(tuple(f"MultiHeadDotProductAttention_1/{x}/bias" for x in _QKV), _heads_bias),
-    "attn.proj.weight": Source(("MultiHeadDotProductAttention_1/out/kernel",), _out_kernel),
-    "attn.proj.bias": Source(("MultiHeadDotProductAttention_1/out/bias",)),
+    "attn.qkv.weight": Source(tuple(f"{_ATTENTION}/{x}/kernel" for x in _QKV), _heads_kernel),
+    "attn.qkv.bias": Source(tuple(f"{_ATTENTION}/{x}/bias" for x in _QKV), lambda *x: np.concatenate(x, axis=None)),
+    "attn.proj.weight": Source((f"{_ATTENTION}/out/kernel",), lambda x: x.reshape(-1, x.shape[-1]).T),
+    "attn.proj.bias": Source((f"{_ATTENTION}/out/bias",)),
     "norm2.weight": Source(("LayerNorm_2/scale",)),
     "norm2.bias": Source(("LayerNorm_2/bias",)),
     "mlp.fc1.weight": Source(("MlpBlock_3/Dense_0/kernel",), np.transpose),

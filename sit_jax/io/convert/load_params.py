@@ -21,8 +21,6 @@ from sit_jax.models.trees import Variables
 
 Show = Callable[[Iterable[Entry]], Iterable[Entry]]
 
-_MOST_NAMED = 8
-
 
 def load_params(
     arch: Architecture,
@@ -32,22 +30,11 @@ def load_params(
     absent: Collection[str] = (),
     show: Show = iter,
 ) -> Variables:
-    """Loads a model's weights tensor by tensor.
+    """Returns `{'params': ..., 'batch_stats': ..., 'rtsm': ...}`, NumPy float32; the latter two only if not empty.
 
-    Args:
-        arch: The model.
-        tensors: Tensors of the file; BatchNorm's batch counters are ignored.
-        layout: Layout of the file.
-        rtsm: Whether to load the reverse modules; otherwise their tensors are ignored.
-        absent: Heads that are neither loaded nor in the result.
-        show: Wraps the iterable of tensors, to show progress.
-
-    Returns:
-        `{'params': ..., 'batch_stats': ..., 'rtsm': ...}`, NumPy float32; the latter two only if they are not empty.
-
-    Raises:
-        UserError: Tensors are missing, unexpected, of another shape or type, or not finite; the message names them, or
-            the first of many.
+    The heads in `absent` are neither loaded nor in the result. Reverse modules are loaded only if `rtsm`, and ignored
+    otherwise, as are BatchNorm's batch counters. `show` wraps the iterable of tensors, to show progress. Raises a
+    UserError that lists the tensors that are missing, unexpected, of another shape or type, or not finite.
     """
     table = [entry for entry in name_table(arch, rtsm) if entry.path[1] not in absent]
     sources = {entry.key: layout.source(entry.key) for entry in table}
@@ -75,7 +62,7 @@ def load_params(
             else:
                 values[entry.path] = value
     if any(problems.values()):
-        text = "; ".join(f"{what}: {listed(names, _MOST_NAMED)}" for what, names in problems.items() if names)
+        text = "; ".join(f"{what}: {listed(names, most=8)}" for what, names in problems.items() if names)
         raise UserError(f"the weights do not fill the model: {text}")
     return unflatten_dict(values)
 

@@ -19,10 +19,9 @@ _ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, Runtim
 
 
 def read_npz(path: pathlib.Path) -> Tensors:
-    """Returns the arrays of a `.npz` file; pickled objects are rejected.
+    """Returns the arrays of a `.npz` file.
 
-    Raises:
-        FileError: The file is damaged, claims more than it can hold, or contains objects.
+    Raises a FileError if the file is damaged, claims more than it can hold, or contains pickled objects.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -1,12 +1,13 @@
 """Reads weights of PyTorch, safetensors and NumPy files, model folders and runs."""
 
+import functools
 import pathlib
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
 from tqdm import tqdm
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
 from sit_jax.io.convert.adapt import empty_head
 from sit_jax.io.convert.config_json import Description, read_config_json
@@ -16,9 +17,8 @@ from sit_jax.io.convert.npz_file import read_npz
 from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
 from sit_jax.io.convert.safetensors_file import read_safetensors
-from sit_jax.io.convert.sit_names import Entry
-from sit_jax.io.convert.state_dict import select_torch, strip_prefixes
-from sit_jax.io.convert.tensors import FileError, Tensors, check_axes
+from sit_jax.io.convert.tensors import FileError, Tensors, check_axes, strip_prefixes
+from sit_jax.io.convert.torch_file import read_torch
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
@@ -26,6 +26,7 @@ from sit_jax.io.model_folder import CONFIG, WEIGHTS
 Log = Callable[[str], None]
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
+_READERS = {".safetensors": read_safetensors, ".npz": read_npz}
 
 
 def silent(line: str) -> None:
@@ -33,17 +34,9 @@ def silent(line: str) -> None:
 
 
 def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
-    """Reads a file of weights, or a folder that contains one, and infers the architecture.
+    """Reads a file of weights, or a folder that contains one, and infers the architecture; see `read_weights`.
 
-    Args:
-        path: The file or folder.
-        options: Which weights to read, and what the tensors do not determine; `image_size`, `num_classes` (for a file
-            with a head) and `licence` are not applied.
-        log: Called with each line about what was found and changed.
-
-    Raises:
-        UserError: The weights cannot be read; the one-line message names the file and the problem or the missing
-            option.
+    The options `image_size`, `num_classes` (for a file with a head) and `licence` are not applied.
     """
     file = path / WEIGHTS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
@@ -58,27 +51,30 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         if absent:
             config = _without_classes(config)
         hints = likely_fields(inferred, options.like) if options.like else {}
-        said = _said(config, inferred)
+        heads = config.heads.get(inferred.fields["dim"])
+        said = {**({} if heads is None else {"num_heads": heads}), **config.fields}
         resolved = resolve(inferred, {**hints, **said}, options.fields)
         arch = resolved.arch
         log(f"found: {describe(inferred, resolved, {*said, *options.fields}, hints)}")
         rtsm = inferred.has_rtsm and options.rtsm
         if inferred.has_rtsm and not rtsm:
             log("changed: RTSMs left out")
-        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, lambda table: _progress(file, table))
+        hidden = not sys.stderr.isatty()
+        bar = functools.partial(tqdm, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=hidden)
+        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, bar)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name in absent:
         tree["params"][name] = empty_head(arch.dim, arch.num_classes)
         log(f"changed: there is no {name}, so it is zeros")
-    metadata = dict(config.metadata)
+    metadata: JsonObject = {}
     if not config.is_own:
-        metadata = {"provenance": {"converted_from": path.name, "layout": inferred.layout.name}, **metadata}
+        metadata["provenance"] = {"converted_from": path.name, "layout": inferred.layout.name}
     if inferred.layout.preprocessing is not None:
-        metadata = {"preprocessing": inferred.layout.preprocessing, **metadata}
+        metadata["preprocessing"] = inferred.layout.preprocessing
+    metadata |= config.metadata
     check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))
-    rtsm = tree.pop("rtsm", {})
-    return Model(arch, tree, metadata, rtsm, source=str(path))
+    return Model(arch, tree, metadata, tree.pop("rtsm", {}), source=str(path))
 
 
 def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
@@ -88,14 +84,12 @@ def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
     if ema and file.suffix not in TORCH_SUFFIXES:
         raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
     try:
-        if file.suffix == ".safetensors":
-            tensors = read_safetensors(file)
-        elif file.suffix == ".npz":
-            tensors = read_npz(file)
-        elif file.suffix in TORCH_SUFFIXES:
-            tensors = select_torch(file, ema, log)
+        if file.suffix in TORCH_SUFFIXES:
+            tensors = read_torch(file, ema, log)
+        elif file.suffix in _READERS:
+            tensors = _READERS[file.suffix](file)
         else:
-            known = ", ".join((*TORCH_SUFFIXES, ".safetensors", ".npz"))
+            known = ", ".join((*TORCH_SUFFIXES, *_READERS))
             raise UserError(f"{file}: {file.suffix or 'no suffix'} is not a known format of weights; there are {known}")
         check_axes(file, tensors)
         return tensors
@@ -109,12 +103,9 @@ def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...
         return ()
     if num_classes is None:
         raise UserError("it has no head: give --num_classes")
-    inferred.fields["num_classes"] = num_classes
-    heads = {
-        "head": True,
-        "distillation_head": inferred.fields["distillation_token"],
-        "aux_head": inferred.fields["aux_head"],
-    }
+    fields = inferred.fields
+    fields["num_classes"] = num_classes
+    heads = {"head": True, "distillation_head": fields["distillation_token"], "aux_head": fields["aux_head"]}
     return tuple(name for name, wanted in heads.items() if wanted)
 
 
@@ -133,16 +124,3 @@ def _without_classes(config: Description) -> Description:
     fields = {key: value for key, value in config.fields.items() if key != "num_classes"}
     metadata = {key: value for key, value in config.metadata.items() if key != "class_names"}
     return config._replace(fields=fields, metadata=metadata)
-
-
-def _said(config: Description, inferred: Inferred) -> dict[str, Any]:
-    """Returns the fields that a `config.json` gives."""
-    heads = config.heads.get(inferred.fields["dim"])
-    return {**({} if heads is None else {"num_heads": heads}), **config.fields}
-
-
-def _progress(file: pathlib.Path, table: Iterable[Entry]) -> Iterable[Entry]:
-    """Shows a progress bar on a terminal if reading takes longer than a second."""
-    return tqdm(
-        table, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=not sys.stderr.isatty()
-    )

@@ -1,5 +1,6 @@
 """Resolves hyperparameters that tensor shapes do not determine: heads, residual scale, epsilons, slimming positions."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -45,14 +46,9 @@ class Resolved(NamedTuple):
 def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str, Any]) -> Resolved:
     """Completes an architecture that was inferred from tensors.
 
-    Args:
-        inferred: The inferred fields.
-        config: Fields of an architecture from a `config.json`.
-        options: Fields given by the user, and `name`, a named model to take them from; they take precedence.
-
-    Raises:
-        ConfigError: A field contradicts the tensors, or has an impossible value.
-        UserError: A field is still undetermined; the message names the option to set.
+    `config` has fields from a `config.json`; `options`, which take precedence, those given by the user, and `name`, a
+    named model to take them from. Raises a ConfigError if a field contradicts the tensors or has an impossible value,
+    and a UserError, which names the option to set, if one is still undetermined.
     """
     fields = dict(inferred.fields)
     unknown = sorted(set(options) - set(OPTIONS) - set(fields))
@@ -112,7 +108,7 @@ def _differs(key: str, value: Any, fields: JsonObject) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _is_counts(value: object) -> bool:
@@ -188,22 +184,14 @@ def _kept(inferred: Inferred, fields: JsonObject, given: JsonObject, known: Arch
 def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], configured: Collection[str] = ()) -> str:
     """Describes what was found, in one line.
 
-    Args:
-        inferred: The fields inferred from the tensors.
-        resolved: The complete architecture.
-        said: Fields given by the user or a `config.json`.
-        configured: Fields taken from the model that the weights are loaded into.
+    `said` are fields given by the user or a `config.json`, `configured` those taken from the model that is loaded.
     """
     arch = resolved.arch
     kind = "student" if arch.is_slimmed else "teacher" if arch.aux_head else "model"
     name = resolved.name or f"{arch.stem} stem, width {arch.dim}, depth {arch.depth}"
-    extras = [
-        "RTSMs" if inferred.has_rtsm else "",
-        "distillation head" if arch.distillation_token else "",
-        "layer scale" if arch.layer_scale else "",
-        "" if inferred.class_position else "no class position",
-    ]
-    having = " and ".join(extra for extra in extras if extra)
+    extras = {"RTSMs": inferred.has_rtsm, "distillation head": arch.distillation_token}
+    extras |= {"layer scale": arch.layer_scale, "no class position": not inferred.class_position}
+    having = " and ".join(extra for extra, has in extras.items() if has)
     numbers = f"{arch.num_heads} heads, residual scale {arch.residual_scale:g}, norm epsilon {arch.norm_eps:g}"
     return (
         f"{inferred.layout.name}, {kind} {name}{f' with {having}' if having else ''}, {arch.num_classes} classes, "
@@ -225,8 +213,7 @@ def _guesses(inferred: Inferred, arch: Architecture, said: Collection[str], conf
 def likely_fields(inferred: Inferred, like: Architecture) -> JsonObject:
     """Returns fields that tensors do not determine, taken from the model that the weights are loaded into.
 
-    Raises:
-        UserError: The weights have another width, and thus another number of heads.
+    Raises a UserError if the weights have another width, and thus another number of heads.
     """
     if inferred.fields["dim"] != like.dim:
         raise UserError(f"is of another model: dim is {inferred.fields['dim']} there and {like.dim} here")

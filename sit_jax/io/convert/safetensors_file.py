@@ -20,8 +20,7 @@ _TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
 def read_safetensors(path: pathlib.Path) -> Tensors:
     """Returns the tensors of a `.safetensors` file.
 
-    Raises:
-        FileError: The header does not match the file, or a tensor's type is not one of weights.
+    Raises a FileError if the header does not match the file, or a tensor's type is not one of weights.
     """
     try:
         # The library checks the header against the file before it allocates memory.
@@ -36,24 +35,16 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
             f"{path}: holds tensors of type {', '.join(unknown)}, which are not read from safetensors files"
         )
 
-    def tensor(name: str) -> Tensor:
-        read = functools.partial(file.get_tensor, name)
-        return Tensor(tuple(slices[name].get_shape()), types[name].startswith(("F", "BF")), read)
-
-    return {name: tensor(name) for name in slices}
+    return {
+        name: Tensor(
+            tuple(part.get_shape()), types[name].startswith(("F", "BF")), functools.partial(file.get_tensor, name)
+        )
+        for name, part in slices.items()
+    }
 
 
 def write_safetensors(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
-    """Writes float32 tensors one at a time.
-
-    Args:
-        path: The file.
-        shapes: Key -> shape, in the order of `tensors`.
-        tensors: The arrays.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Writes float32 tensors one at a time; `shapes` maps their keys to shapes, in the order of `tensors`."""
     # Not by the library: it takes all tensors at once, and in PyTorch's layout they are copies of the model's.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0

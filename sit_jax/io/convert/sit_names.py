@@ -19,6 +19,14 @@ Path = tuple[str, ...]
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
+
+
+def _transpose(*axes: int) -> Convert:
+    return lambda x: np.ascontiguousarray(x.transpose(axes))
+
+
 class Entry(NamedTuple):
     """One tensor in both layouts.
 
@@ -30,48 +38,36 @@ class Entry(NamedTuple):
 
     key: str
     path: Path
-    to_flax: Convert
-    to_torch: Convert
+    to_flax: Convert = _same
+    to_torch: Convert = _same
 
 
-def _transpose(*axes: int) -> Convert:
-    return lambda x: np.ascontiguousarray(x.transpose(axes))
-
-
-# To this package's layout, and to PyTorch's.
-_SAME: tuple[Convert, Convert] = (lambda x: x, lambda x: x)
 _LINEAR = (_transpose(1, 0), _transpose(1, 0))
 _CONV = (_transpose(2, 3, 1, 0), _transpose(3, 2, 0, 1))
 _SCALE: tuple[Convert, Convert] = (lambda x: x.reshape(()), lambda x: x.reshape(1, 1, 1))
 
 
-def _plain(key: str, path: Path) -> Iterator[Entry]:
-    yield Entry(key, path, *_SAME)
-
-
 def _linear(key: str, path: Path, bias: bool = True) -> Iterator[Entry]:
     yield Entry(f"{key}.weight", (*path, "kernel"), *_LINEAR)
     if bias:
-        yield from _plain(f"{key}.bias", (*path, "bias"))
+        yield Entry(f"{key}.bias", (*path, "bias"))
 
 
 def _norm(key: str, path: Path) -> Iterator[Entry]:
-    yield from _plain(f"{key}.weight", (*path, "scale"))
-    yield from _plain(f"{key}.bias", (*path, "bias"))
+    yield Entry(f"{key}.weight", (*path, "scale"))
+    yield Entry(f"{key}.bias", (*path, "bias"))
 
 
 def _stem(arch: Architecture) -> Iterator[Entry]:
+    path = ("params", "stem")
     if arch.stem_projection:
-        kernel = ("params", "stem", "proj", "kernel")
-        yield Entry("patch_embed.proj.weight", kernel, *_CONV)
-        yield from _plain("patch_embed.proj.bias", ("params", "stem", "proj", "bias"))
+        yield Entry("patch_embed.proj.weight", (*path, "proj", "kernel"), *_CONV)
+        yield Entry("patch_embed.proj.bias", (*path, "proj", "bias"))
     for index in range(1, len(arch.conv_stem_layers) + 1):
-        kernel = ("params", "stem", f"conv{index}", "kernel")
-        yield Entry(f"patch_embed.conv{index}.weight", kernel, *_CONV)
-        norm = f"bn{index}"
-        yield from _norm(f"patch_embed.{norm}", ("params", "stem", norm))
-        yield from _plain(f"patch_embed.{norm}.running_mean", ("batch_stats", "stem", norm, "mean"))
-        yield from _plain(f"patch_embed.{norm}.running_var", ("batch_stats", "stem", norm, "var"))
+        yield Entry(f"patch_embed.conv{index}.weight", (*path, f"conv{index}", "kernel"), *_CONV)
+        yield from _norm(f"patch_embed.bn{index}", (*path, f"bn{index}"))
+        for name in ("mean", "var"):
+            yield Entry(f"patch_embed.bn{index}.running_{name}", ("batch_stats", "stem", f"bn{index}", name))
 
 
 def _blocks(arch: Architecture) -> Iterator[Entry]:
@@ -84,15 +80,15 @@ def _blocks(arch: Architecture) -> Iterator[Entry]:
         yield from _linear(f"{key}.mlp.fc1", (*path, "mlp", "fc1"))
         yield from _linear(f"{key}.mlp.fc2", (*path, "mlp", "fc2"))
         if arch.layer_scale:
-            yield from _plain(f"{key}.ls1.gamma", (*path, "layer_scale1"))
-            yield from _plain(f"{key}.ls2.gamma", (*path, "layer_scale2"))
+            for branch in (1, 2):
+                yield Entry(f"{key}.ls{branch}.gamma", (*path, f"layer_scale{branch}"))
 
 
 def _slimming(arch: Architecture) -> Iterator[Entry]:
     if arch.reducer != "slim":
         # The original has no such modules, so they keep the names of this package.
         for path in reducer_params(arch):
-            yield from _plain(".".join(("reducer", *path)), ("params", *path))
+            yield Entry(".".join(("reducer", *path)), ("params", *path))
         return
     for index, block in enumerate(arch.slimming):
         key, path = f"tsm.{index}", ("params", f"slimming_{block}")
@@ -105,17 +101,17 @@ def _slimming(arch: Architecture) -> Iterator[Entry]:
 def _reverse(arch: Architecture) -> Iterator[Entry]:
     for block in range(arch.first_reversed_block, arch.depth):
         key, path = f"rtsm.{block}", ("rtsm", f"blocks_{block}")
-        for part, name in (("mlp1", "token_mlp"), ("mlp2", "channel_mlp")):
-            yield from _norm(f"{key}.norm{part[-1]}", (*path, f"norm{part[-1]}"))
-            yield from _linear(f"{key}.{part}.fc1", (*path, name, "fc1"))
-            yield from _linear(f"{key}.{part}.fc2", (*path, name, "fc2"))
+        for part, name in ((1, "token_mlp"), (2, "channel_mlp")):
+            yield from _norm(f"{key}.norm{part}", (*path, f"norm{part}"))
+            yield from _linear(f"{key}.mlp{part}.fc1", (*path, name, "fc1"))
+            yield from _linear(f"{key}.mlp{part}.fc2", (*path, name, "fc2"))
 
 
 def name_table(arch: Architecture, rtsm: bool = True) -> list[Entry]:
     """Returns an entry for every tensor of the original's checkpoint, including reverse modules by default."""
     entries = [
-        *_plain("cls_token", ("params", "class_token")),
-        *_plain("pos_embed", ("params", "positions")),
+        Entry("cls_token", ("params", "class_token")),
+        Entry("pos_embed", ("params", "positions")),
         *_stem(arch),
         *_blocks(arch),
         *_slimming(arch),
@@ -125,8 +121,8 @@ def name_table(arch: Architecture, rtsm: bool = True) -> list[Entry]:
     if arch.aux_head:
         entries += _linear("aux_head", ("params", "aux_head"))
     if arch.distillation_token:
-        entries += _plain("dist_token", ("params", "distillation_token"))
-        entries += _plain("dist_pos_embed", ("params", "distillation_position"))
+        entries.append(Entry("dist_token", ("params", "distillation_token")))
+        entries.append(Entry("dist_pos_embed", ("params", "distillation_position")))
         entries += _linear("head_dist", ("params", "distillation_head"))
     if rtsm:
         entries += _reverse(arch)
@@ -134,14 +130,9 @@ def name_table(arch: Architecture, rtsm: bool = True) -> list[Entry]:
 
 
 def to_original(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
-    """Returns weights under the original's names, without BatchNorm's batch counters.
+    """Returns `params`, `batch_stats` and, if they are there, `rtsm` under the original's names.
 
-    Args:
-        tree: `params`, `batch_stats` and, to include reverse modules, `rtsm`.
-        arch: The architecture of the weights.
-
-    Raises:
-        UserError: The model's reducer is not the original's.
+    BatchNorm's batch counters are left out. Raises a UserError if the model's reducer is not the original's.
     """
     if arch.reducer != "slim":
         raise UserError(f"PyTorch does not support the reducer {arch.reducer}; StableHLO and model folders take any")

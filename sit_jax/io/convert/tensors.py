@@ -10,13 +10,7 @@ from sit_jax.errors import UserError
 
 
 class Tensor(NamedTuple):
-    """A tensor in a file.
-
-    Attributes:
-        shape: Its shape.
-        is_float: Whether its elements are floating-point numbers, of any width.
-        read: Reads it.
-    """
+    """A tensor in a file; `is_float` says whether its elements are floating-point numbers, of any width."""
 
     shape: tuple[int, ...]
     is_float: bool
@@ -30,6 +24,8 @@ class FileError(UserError):
     """A file of weights cannot be read; the message names the file and the reason."""
 
 
+# Prefixes that wrappers add to every name.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "opt/target/")
 _LONGEST_AXIS = 2**31
 # Weights compress little, and few tensors share memory, but zeros compress a thousandfold and a tensor can be expanded
 # to any size: a file that claims a larger ratio is rejected.
@@ -40,8 +36,7 @@ _SMALL = 2**26
 def check_axes(path: pathlib.Path, tensors: Tensors) -> None:
     """Raises a FileError if a tensor is empty, or an axis is longer than that of any model.
 
-    An axis of zero makes a tensor of no bytes, whatever the other axes are. The message does not repeat the sizes: they
-    may have thousands of digits, which Python does not print.
+    The message does not repeat the sizes: they may have thousands of digits, which Python does not print.
     """
     for name, tensor in tensors.items():
         if not all(0 < size <= _LONGEST_AXIS for size in tensor.shape):
@@ -52,3 +47,11 @@ def check_total(path: pathlib.Path, total: int) -> None:
     """Raises a FileError if tensors claim more bytes than weights in a file of this size can have."""
     if total > max(_SMALL, _MOST_COMPRESSED * path.stat().st_size):
         raise FileError(f"{path}: claims {total:,} bytes of tensors, which cannot be weights of this file's size")
+
+
+def strip_prefixes(tensors: Tensors) -> Tensors:
+    """Returns the tensors without the prefixes that wrappers add to every name."""
+    for _ in range(4):
+        prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors

@@ -6,11 +6,15 @@ import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sit_jax.errors import UserError
-from sit_jax.io.convert.tensors import FileError
+from sit_jax.errors import UserError, one_line
+from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total
+
+if TYPE_CHECKING:
+    import torch
 
 # What checkpoints hold in addition to weights: arguments, scores, paths, default factories. The values are not needed.
 _IGNORED = (
@@ -22,6 +26,10 @@ _IGNORED = (
     *("builtins.dict", "builtins.list", "builtins.int", "builtins.float", "builtins.str", "builtins.slice"),
     *("builtins.object", "copyreg._reconstructor"),
 )
+
+# Keys under which training programs store weights and their moving averages, in search order.
+_WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
+_AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 
 
 class _Ignored:
@@ -57,14 +65,64 @@ def require_torch(path: pathlib.Path) -> None:
         ) from None
 
 
-def read_torch(path: pathlib.Path) -> object:
+def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> Tensors:
+    """Returns the weights in a file of `torch.save`, or their moving average.
+
+    Raises a UserError if the file contains no weights or cannot be read, or PyTorch is not installed.
+    """
+    value = _load(path)
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: does not contain a dictionary of weights, but a {type(value).__name__}")
+    found = {key: _tensors(value.get(key)) for key in (*_WEIGHTS, *_AVERAGES)}
+    found = {key: tensors for key, tensors in found.items() if tensors}
+    key = next((key for key in found if key in _AVERAGES or not ema), "")
+    if ema and not key:
+        raise FileError(f"{path}: contains no moving average of the weights; leave out --ema")
+    if key:
+        others = ", ".join(repr(other) for other in found if other != key)
+        log(f"read: the weights under {key!r}" + (f" (there is also {others})" if others else ""))
+    tensors = found[key] if key else _tensors(value)
+    if not tensors:
+        some = ", ".join(str(key)[:50] for key in list(value)[:8])
+        raise FileError(f"{path}: contains no weights; its keys are {some or 'none'}")
+    check_total(path, sum(x.numel() * x.element_size() for x in tensors.values()))
+    return {name: _lazy(path, name, x) for name, x in tensors.items()}
+
+
+def _tensors(value: object) -> "dict[str, torch.Tensor]":
+    """Returns the tensors in a dictionary; empty for another value."""
+    import torch
+
+    items = value.items() if isinstance(value, dict) else ()
+    return {str(key): x for key, x in items if isinstance(x, torch.Tensor)}
+
+
+def _lazy(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> Tensor:
+    import torch
+
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
+        raise FileError(
+            f"{path}: {name[:200]} is sparse, nested, quantized or without data; only dense tensors are read"
+        )
+    return Tensor(tuple(tensor.shape), tensor.is_floating_point(), functools.partial(_read, path, name, tensor))
+
+
+def _read(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
+    """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
+    import torch
+
+    try:
+        copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    except RuntimeError as error:
+        raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
+    return copy.numpy()
+
+
+def _load(path: pathlib.Path) -> object:
     """Reads a file of `torch.save`, in the zip format or the legacy format, without running code that is in it.
 
-    Tensors of the zip format stay in the file (memory-mapped) until they are used.
-
-    Raises:
-        UserError: PyTorch is not installed.
-        FileError: The file is damaged, is of another format, or contains other objects than tensors and plain values.
+    Tensors of the zip format stay in the file (memory-mapped) until they are used. Raises a UserError if the file is
+    damaged, is of another format, or contains other objects than tensors and plain values.
     """
     require_torch(path)
     import torch
@@ -76,12 +134,11 @@ def read_torch(path: pathlib.Path) -> object:
             _check_zip(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([*_stand_ins()]):
             warnings.simplefilter("ignore")
-            value: object = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # Of any type: the unpickler hands the values in the file to PyTorch's functions.
         raise FileError(f"{path}: {_reason(error)}") from None
-    return value
 
 
 def _check_zip(path: pathlib.Path) -> None:
@@ -106,11 +163,7 @@ def _reason(error: Exception) -> str:
 
 
 def write_torch(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes a PyTorch file with `torch.save`.
-
-    Raises:
-        OSError: The file cannot be written. (On a full disk, PyTorch itself raises a RuntimeError of many lines.)
-    """
+    """Writes a PyTorch file with `torch.save`; raises an OSError, for a full disk as well."""
     import torch
 
     tensors = {key: torch.from_numpy(np.require(x, requirements=["C", "W"])) for key, x in state_dict.items()}
