@@ -19,9 +19,6 @@ from sit_jax.training.progress import Progress
 Style = Literal["table", "jsonl", "csv"]
 _THREADS = 4
 
-# Name in earlier documentation.
-read_file = read_image
-
 
 class Prediction(NamedTuple):
     """Prediction for one image.
@@ -44,13 +41,7 @@ def predict(
 ) -> Iterator[Prediction | ImageDecodeError]:
     """Yields predictions in the order of the images, or an error for an image that cannot be read.
 
-    Files are read one batch ahead, which bounds the memory.
-
-    Args:
-        model: The model.
-        images: Image files.
-        top: Number of top classes to return; all if there are fewer.
-        batch_size: Number of images per batch.
+    Files are read one batch ahead, which bounds the memory. A prediction has the `top` classes, all if there are fewer.
     """
     waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
     readable = 0
@@ -75,10 +66,8 @@ def run_predict(
 ) -> None:
     """Writes predictions as they are computed, and reports unreadable images on standard error.
 
-    Stops early if `reader_gone(out)` is True, because the reader has closed the pipe, as with `| head`.
-
-    Raises:
-        PartialFailureError: Some images could not be read.
+    Stops early if `reader_gone(out)` is True, because the reader has closed the pipe, as with `| head`. Raises a
+    PartialFailureError if some images could not be read.
     """
     skipped = 0
     write = _WRITERS[style](out, model.class_names)
