@@ -51,12 +51,9 @@ class Times:
 
 
 def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
-    """Times computations in turns, A B A B ..., after three warm-up calls of each.
+    """Times compiled computations in turns, A B A B ..., after three warm-up calls of each.
 
-    Args:
-        computations: Name -> computation; compiled already.
-        rounds: Number of turns of each.
-        seconds: Approximate duration of a turn: in one half each call is waited for, in the other only the last one.
+    A turn takes about `seconds`: in one half each call is waited for, in the other only the last one.
     """
     calls = {}
     for name, timed in computations.items():
@@ -71,23 +68,14 @@ def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds
     return times
 
 
-def measure_throughput(
-    forwards: Mapping[str, Forward], images: np.ndarray, rounds: int = 15, min_seconds: float = 0.05
-) -> dict[str, float]:
-    """Returns the images per second of each model on the same batch; see `time_interleaved`.
-
-    Args:
-        forwards: Name -> function of a batch of images; jitted here.
-        images: One batch, (batch, height, width, channels).
-        rounds: Number of turns of each model.
-        min_seconds: Duration of a turn.
-    """
+def measure_throughput(forwards: Mapping[str, Forward], images: np.ndarray) -> dict[str, float]:
+    """Returns the images per second of each model, jitted here, on the same batch (batch, height, width, channels)."""
     # Copies, so that no call finds the input of the previous one in the cache.
     buffers = [jax.device_put(np.array(images)) for _ in range(2)]
     compiled = {
         name: Timed(jax.jit(forward).lower(buffers[0]).compile(), buffers) for name, forward in forwards.items()
     }
-    times = time_interleaved(compiled, rounds, 2 * min_seconds)
+    times = time_interleaved(compiled, rounds=15)
     return {name: len(images) / found.seconds for name, found in times.items()}
 
 

@@ -30,13 +30,9 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over groups of one size.
+    """Collectives of one kind (of `COLLECTIVES`) over groups of `group` devices.
 
-    Attributes:
-        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-        group: Number of devices in each group.
-        runs: Number of executions per step.
-        bytes: Bytes of its result (of its operand for reduce-scatter) on each device, per step.
+    `bytes` are those of the results (of the operands for reduce-scatter) of all `runs` of a step, on each device.
     """
 
     kind: str
@@ -52,12 +48,7 @@ class Collective:
 
 
 class Traffic(NamedTuple):
-    """Data transfers of a step.
-
-    Attributes:
-        collectives: Between devices.
-        memory_bytes: Transfers between a device and its main memory: operands read and results written by every kernel.
-    """
+    """Data transfers of a step; `memory_bytes` are read and written by every kernel in a device's main memory."""
 
     collectives: tuple[Collective, ...]
     memory_bytes: int
@@ -73,12 +64,7 @@ class _Instruction(NamedTuple):
 
 
 def read_traffic(text: str, devices: int) -> Traffic:
-    """Returns the traffic of a compiled program.
-
-    Args:
-        text: `compiled.as_text()`.
-        devices: Number of devices that run the program.
-    """
+    """Returns the traffic of a program from `compiled.as_text()`, which runs on this number of devices."""
     computations, entry = _parse(text)
     found: dict[tuple[str, int], tuple[int, int]] = {}
     memory = 0

@@ -37,11 +37,10 @@ _RATIOS = {"gmac_ratio": "MMAC 1/{:.2f}", "speedup": "speed x{:.2f}"}
 def summarize(folder: pathlib.Path) -> JsonObject:
     """Evaluates and times a finished run's student and its teacher, and writes the summary and the images.
 
-    Returns:
-        The contents of `summary.json`: `student` and, if there is one, `teacher`, each with `top1` (fraction of 1),
-        `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
-        `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
-        None if its denominator is 0 or a value is missing.
+    Returns the contents of `summary.json`: `student` and, if there is one, `teacher`, each with `top1` (fraction of 1),
+    `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
+    `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is None
+    if its denominator is 0 or a value is missing.
     """
     student = load_run(folder)
     teacher = trained_teacher(student, folder)
@@ -76,15 +75,7 @@ def summarize(folder: pathlib.Path) -> JsonObject:
 
 
 def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
-    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none.
-
-    Args:
-        student: The run's model.
-        folder: The run directory.
-
-    Raises:
-        UserError: Its weights cannot be read.
-    """
+    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none."""
     config = student.config
     if config is None or config.teacher is None:
         return None

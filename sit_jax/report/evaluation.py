@@ -67,12 +67,10 @@ class ClassScore(NamedTuple):
 class EvalReport:
     """Evaluation of the newest checkpoint of a run on its evaluation split.
 
-    Attributes:
-        classes: All classes with images, in the data's order.
-        outcomes: Number of images by (student correct, teacher correct); empty without a teacher.
-        lost: Images that only the teacher classifies correctly, the most confident mistakes first.
-        examples: Images from the whole split, in the order of the batch of `maps`.
-        maps: The student's token maps of the examples; None for a model without slimming.
+    `classes` are those with images, in the data's order; `outcomes` is the number of images by (student correct,
+    teacher correct), empty without a teacher; `lost` are images that only the teacher classifies correctly, the most
+    confident mistakes first; `examples` are from the whole split, and `maps` the student's token maps of them, None for
+    a model without slimming.
     """
 
     classes: list[ClassScore]
@@ -99,14 +97,10 @@ class _Predictions(NamedTuple):
 
 
 def evaluate(run: RunInfo, examples: int) -> EvalReport:
-    """Evaluates a run's student and its teacher on the evaluation split, with progress output.
+    """Evaluates a run's student and its teacher on the evaluation split, with up to `examples` images of each kind.
 
-    Args:
-        run: The run. Problems of the teacher alone are added to its `missing`.
-        examples: Largest number of images of each kind.
-
-    Raises:
-        UserError: The student has no complete checkpoint, or the data is not available.
+    Problems of the teacher alone are added to `run.missing`. Raises a UserError if the student has no complete
+    checkpoint, or the data is not available.
     """
     student = load_run(run.folder)
     config, models = student.config, {"student": student}

@@ -27,14 +27,7 @@ class Shown(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The tokens of one image in one stage of the model.
-
-    Attributes:
-        title: Name of the stage and number of its tokens.
-        regions: The image with each token's patches in their mean color.
-        tokens: Maps of single tokens.
-        text: The numbers as text.
-    """
+    """The tokens of one image in one stage: `regions` have the mean color of each token's patches."""
 
     title: str
     regions: Shown

@@ -31,18 +31,10 @@ Line = dict[str, float]
 class RunInfo:
     """The contents of a run directory.
 
-    Attributes:
-        name: A short name, unique within a report.
-        folder: The run directory.
-        values: The configuration as stored in the file; empty if the file is missing or damaged.
-        config: The validated configuration; None if it is invalid.
-        train: Lines of training metrics, oldest first; only finite numbers.
-        scores: Lines of evaluations, oldest first; only finite numbers.
-        summary: Contents of `summary.json`; empty for a run that is not finished.
-        checkpoints: The complete checkpoints, oldest first.
-        metadata: Metadata of the newest checkpoint.
-        teachers: Runs of its teachers, by the name of their section; only those with their own run.
-        missing: Sentences that state what is missing or damaged.
+    `name` is unique within a report. `values` is the configuration as stored, `config` the validated one; None if it is
+    invalid. `train` and `scores` are lines of metrics and of evaluations, oldest first, with finite numbers only.
+    `metadata` is that of the newest checkpoint. `teachers` are those with a run of their own, by the name of their
+    section. What is missing or damaged is empty, and `missing` has a sentence about it.
     """
 
     name: str
@@ -126,15 +118,9 @@ class RunInfo:
 
 
 def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
-    """Loads a run directory; lists what is missing or damaged in `missing`.
+    """Loads a run directory; the run of a teacher has no summary.
 
-    Args:
-        folder: The directory.
-        name: Name of the run; the folder's name if empty.
-        is_teacher: Whether the run is the training of a teacher, which has no summary.
-
-    Raises:
-        UserError: There is no such folder, or it is not a run directory.
+    Raises a UserError if there is no such folder, or it is not a run directory.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
@@ -181,11 +167,7 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
 
 
 def read_runs(folders: list[pathlib.Path]) -> list[RunInfo]:
-    """Loads several runs and gives each a unique name.
-
-    Raises:
-        UserError: A folder is given twice, or is not a run directory.
-    """
+    """Loads several runs and gives each a unique name; raises a UserError if a folder is given twice, or not a run."""
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:

@@ -83,12 +83,7 @@ def view_run(key: str, run: RunInfo, evaluation: EvalReport | None) -> RunView:
 
 
 def render(views: Sequence[RunView], made: datetime.datetime) -> str:
-    """Returns the HTML page.
-
-    Args:
-        views: The runs, in order.
-        made: Creation time of the page.
-    """
+    """Returns the HTML page, created at the time `made`."""
     runs = [view.run for view in views]
     several = len(views) > 1
     comparing = comparing_charts(runs, "compared") if several else []
