@@ -55,11 +55,7 @@ def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds
 
     A turn takes about `seconds`: in one half each call is waited for, in the other only the last one.
     """
-    calls = {}
-    for name, timed in computations.items():
-        jax.block_until_ready(timed.run(timed.buffers[0]))
-        once = _each(timed, 2)[-1]
-        calls[name] = max(1, math.ceil(seconds / 2 / once))
+    calls = {name: max(1, math.ceil(seconds / 2 / _each(timed, 3)[-1])) for name, timed in computations.items()}
     times = {name: Times([], []) for name in computations}
     for _ in range(rounds):
         for name, timed in computations.items():
@@ -79,7 +75,7 @@ def measure_throughput(forwards: Mapping[str, Forward], images: np.ndarray) -> d
     return {name: len(images) / found.seconds for name, found in times.items()}
 
 
-def product_rate(dtype: str, seconds: float = 0.5) -> float:
+def product_rate(dtype: str) -> float:
     """Returns the measured FLOP/s of large matrix products on the first device."""
     on_cpu = jax.default_backend() == "cpu"
     side = 1024 if on_cpu else 8192
@@ -89,8 +85,7 @@ def product_rate(dtype: str, seconds: float = 0.5) -> float:
     result = jax.numpy.float32 if on_cpu else None
     multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=result)).lower(*factors).compile()
     timed = Timed(lambda pair: multiply(*pair), [factors, factors[::-1]])
-    found = time_interleaved({"products": timed}, rounds=5, seconds=seconds / 5)["products"]
-    return 2 * side**3 / min(found.turns)
+    return 2 * side**3 / min(time_interleaved({"products": timed}, rounds=5)["products"].turns)
 
 
 def _each(timed: Timed, calls: int) -> list[float]:

@@ -148,14 +148,9 @@ def _arrays(type_text: str) -> list[tuple[int, bool]]:
     return found
 
 
-def _size(*types: str) -> int:
-    """Returns the bytes of the arrays that are in main memory."""
-    return sum(size for text in types for size, in_main in _arrays(text) if in_main)
-
-
-def _whole(*types: str) -> int:
-    """Returns the bytes of all arrays."""
-    return sum(size for text in types for size, _ in _arrays(text))
+def _size(*types: str, anywhere: bool = False) -> int:
+    """Returns the bytes of the arrays that are in main memory, or of all."""
+    return sum(size for text in types for size, in_main in _arrays(text) if in_main or anywhere)
 
 
 def _moved(instruction: _Instruction, operands: list[str], computations: dict[str, list[_Instruction]]) -> int:
@@ -187,8 +182,8 @@ def _moved_by_fusion(instruction: _Instruction, operands: list[str], body: list[
             moved += _size(operand)
             continue
         updates = [user for user in users if user.opcode == "dynamic-update-slice"]
-        updated += _whole(*(types[user.operands[1]] for user in updates))
-        moved += _whole(*(user.type for user in users if user not in updates))
+        updated += _size(*(types[user.operands[1]] for user in updates), anywhere=True)
+        moved += _size(*(user.type for user in users if user not in updates), anywhere=True)
     # A result that is updated in place uses the memory of its operand.
     return moved + (2 * updated or _size(instruction.type))
 
@@ -201,8 +196,8 @@ def _payload(instruction: _Instruction, operands: list[str], kind: str) -> int:
     """Returns the bytes of a collective's result on each device; of its operands for reduce-scatter."""
     starts = instruction.opcode.endswith("-start")
     if kind == "reduce-scatter" or (starts and kind != "all-gather"):
-        return _whole(*operands)
-    return _whole(instruction.type) - (_whole(*operands) if starts else 0)
+        return _size(*operands, anywhere=True)
+    return _size(instruction.type, anywhere=True) - (_size(*operands, anywhere=True) if starts else 0)
 
 
 def _group_size(attributes: str, kind: str, devices: int) -> int:

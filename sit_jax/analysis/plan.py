@@ -27,8 +27,6 @@ from sit_jax.parallel import sharding
 from sit_jax.training.state import TrainState
 from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
-# Shapes with shardings of the arrays of a batch, by their name.
-AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 # Number of compilations to find the largest batch that fits; each takes minutes.
 _TRIES = 3
 
@@ -88,7 +86,7 @@ class Plan:
     counted from the architectures) and `memory_bytes` (transferred from and to the memory) are per device and step.
     `padding` is the fraction of the products on TPUs that fills tiles, `fuller_token_counts` as in analysis/flops.py.
     If the step does not fit, `needed_bytes` is what the compiler requested, `largest_batch` the largest batch found to
-    fit in a few tries, and the fields after it are empty; virtual devices have no `bound`.
+    fit in a few tries, and the fields from `memory` on are empty; virtual devices have no `bound`.
     """
 
     topology: str
@@ -110,11 +108,7 @@ class Plan:
 
 
 class _TooLargeError(Exception):
-    """The step does not fit; the compiler requested `needed` bytes, None if it did not state them."""
-
-    def __init__(self, needed: int | None) -> None:
-        super().__init__()
-        self.needed = needed
+    """The step does not fit; the argument is the bytes that the compiler requested, None if it did not state them."""
 
 
 def plan(
@@ -142,9 +136,10 @@ def plan(
     try:
         compiled = compile_step(config, mesh)
     except _TooLargeError as error:
-        largest = _largest_batch(config, mesh, topology.chip, error.needed, log)
+        (needed,) = error.args
+        largest = _largest_batch(config, mesh, topology.chip, needed, log)
         seconds = time.monotonic() - begun
-        return dataclasses.replace(result, largest_batch=largest, needed_bytes=error.needed, compile_s=seconds)
+        return dataclasses.replace(result, largest_batch=largest, needed_bytes=needed, compile_s=seconds)
     seconds = time.monotonic() - begun
     traffic = read_traffic(compiled.as_text() or "", topology.devices)
     bound = None
@@ -240,7 +235,9 @@ def _fixed_bytes(state: TrainState, teachers: dict[str, Variables]) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, AbstractBatch, dict[str, Variables]]:
+def abstract_arguments(
+    config: Config, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], dict[str, Variables]]:
     """Returns state, batch and teachers of a run's train step as shapes with shardings."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(spec).items()}

@@ -128,11 +128,10 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
         raise UserError(f"{folder}: is not a run directory: it has no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
-    config = (
-        attempt(lambda: from_config_dict(copy.deepcopy(values), quiet=True), None, missing, "The configuration")
-        if values
-        else None
-    )
+    config: Config | None = None
+    if values:
+        read = functools.partial(from_config_dict, copy.deepcopy(values), quiet=True)
+        config = attempt(read, None, missing, "The configuration")
     metrics = attempt(lambda: scan_metrics(folder), MetricLines([], [], False), missing, "The metrics")
     _tell_damage(folder, metrics, missing)
     summary = _read_object(folder / SUMMARY, missing) if (folder / SUMMARY).exists() else {}
