@@ -189,7 +189,6 @@ def test_mistakes(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.Ca
         ([tmp_path / "none", model / "config.json"], "none: there is no such file or folder"),
         ([tmp_path, model / "config.json"], "is neither a run nor a model folder"),
         ([model, tmp_path / "x.png"], "x.png: there is no such file, folder or match"),
-        ([model, model / "config.json", "--ema"], "--ema"),
     ):
         assert cli.main(["predict", *map(str, words)]) == 2, words
         error = capsys.readouterr().err.strip()

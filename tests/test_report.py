@@ -247,14 +247,11 @@ def test_mistakes_are_one_line(finished: pathlib.Path, tmp_path: pathlib.Path, c
 def test_several_runs(finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
     other = tmp_path / "elsewhere" / "digits"
     shutil.copytree(finished, other)
-    values = json.loads((other / "config.json").read_text())
-    values["optim"]["lr"] = 0.002
-    values["seed"] = 1
-    (other / "config.json").write_text(json.dumps(values))
+    reports.configure("optim", lr=0.002)(other)
     runs = read_runs([finished, other])
     # As many parts of the path as it takes.
     assert [run.name for run in runs] == [f"{finished.parent.name}/digits", "elsewhere/digits"]
-    assert differences(runs) == {"seed": ("0", "1"), "optim.lr": ("0.001", "0.002")}
+    assert differences(runs) == {"optim.lr": ("0.001", "0.002")}
     charts = {chart.title: chart for chart in comparing_charts(runs, "all")}
     assert {"Evaluation: top1", "Training: loss", "Learning rate: rtsm"} <= set(charts)
     assert [x["name"] for x in charts["Training: loss"].figure["data"]] == [run.name for run in runs]

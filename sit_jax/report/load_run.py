@@ -1,5 +1,6 @@
 """Loads a run directory, complete or not, without evaluating the model."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -23,7 +24,7 @@ from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 _METRICS = "metrics.jsonl"
 _NUMBERS_NAMED = 5
 
-T = TypeVar("T")
+T, U = TypeVar("T"), TypeVar("U")
 Line = dict[str, float]
 
 
@@ -128,7 +129,7 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
         raise UserError(f"{folder}: is not a run directory: it has no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
-    config: Config | None = None
+    config = None
     if values:
         read = functools.partial(from_config_dict, copy.deepcopy(values), quiet=True)
         config = attempt(read, None, missing, "The configuration")
@@ -185,11 +186,9 @@ def finite(value: object) -> float | None:
     """Returns a value if it is a finite number, otherwise None, as damaged files may contain any value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    with contextlib.suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
 
 
 def _finite_line(line: JsonObject) -> Line:
@@ -197,7 +196,7 @@ def _finite_line(line: JsonObject) -> Line:
 
 
 def _load_teachers(folder: pathlib.Path, config: Config | None, missing: list[str]) -> dict[str, RunInfo]:
-    found: dict[str, RunInfo] = {}
+    found = {}
     for name, teacher in (config.teachers if config else {}).items():
         place = pathlib.Path(teacher.run) if teacher.run else folder / name
         if not place.exists():
@@ -206,14 +205,14 @@ def _load_teachers(folder: pathlib.Path, config: Config | None, missing: list[st
         elif not teacher.run or is_run(place):  # Weights of another framework have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
             read = functools.partial(read_run, place, name, is_teacher=True)
-            run: RunInfo | None = attempt(read, None, missing, f"The {name}")
+            run = attempt(read, None, missing, f"The {name}")
             if run is not None:
                 found[name] = run
                 missing += [f"{name}: {text}" for text in run.missing]
     return found
 
 
-def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) -> T:
+def attempt(read: Callable[[], T], otherwise: U, missing: list[str], what: str) -> T | U:
     """Returns the result of `read`; on an error returns `otherwise` and adds a sentence about `what` to `missing`."""
     try:
         return read()

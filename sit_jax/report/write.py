@@ -34,13 +34,13 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
     not a run directory, or the page cannot be written.
     """
     from sit_jax.data.sources import writing
-    from sit_jax.report.evaluation import EvalReport, evaluate
+    from sit_jax.report.evaluation import evaluate
     from sit_jax.report.load_run import attempt, read_runs
     from sit_jax.report.page import render, view_run
 
     views = []
     for index, run in enumerate(read_runs(list(folders)), start=1):
-        evaluation: EvalReport | None = None
+        evaluation = None
         if not with_model:
             run.missing.append("The model was not evaluated (--no_model): no classes, no images, no token maps.")
         elif run.config is not None and run.checkpoints:
