@@ -33,6 +33,7 @@ from sit_jax.report.load_run import read_run, read_runs
 from sit_jax.report.page import render, view_run
 from sit_jax.training.loop import run as train
 
+STUDENT = dataclasses.replace(tiny.STUDENT, depth=2, stage_blocks=(1, 1))
 SUMMARY = {
     "teacher": {"top1": 0.25, "params": 12345, "gmac": 0.002, "images_per_s": 1000.0},
     "student": {"top1": 0.125, "params": 13456, "gmac": 0.001, "images_per_s": 1500.0},
@@ -57,10 +58,9 @@ class Elements(html.parser.HTMLParser):
 def finished(digits_dir: str, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A run of eight steps with its summary."""
     folder = tmp_path_factory.mktemp("report") / "digits"
-    teacher = tiny.plain(depth=2)
     config = tiny.config(
-        arch=dataclasses.replace(teacher, stage_blocks=(1, 1), keep_ratio=0.5),
-        teacher=TeacherConfig(model=ModelConfig(architecture=teacher), batch_size=64),
+        arch=STUDENT,
+        teacher=TeacherConfig(model=ModelConfig(architecture=STUDENT.without_slimming()), batch_size=64),
         data=DataConfig(data_dir=digits_dir, train_split="train[:256]", eval_split="test[:60]"),
         batch_size=64,
         eval_batch_size=64,
@@ -186,7 +186,7 @@ def test_run_that_goes_on(finished: pathlib.Path, tmp_path: pathlib.Path) -> Non
     student = run.entry("student")
     assert student["top1"] == json.loads(lines[1])["top1"]
     assert student["images_per_s"] is None
-    assert student["params"] == count_cost(read_config(folder).model.architecture).params
+    assert student["params"] == count_cost(STUDENT).params
     text = report(folder, "--no_model")
     assert "step 6 of 8" in text
     assert "The model was not evaluated (--no_model)" in text

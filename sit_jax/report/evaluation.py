@@ -1,7 +1,6 @@
 """Evaluates a run's models for its report: accuracy per class, images that the student lost, and token maps."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -170,9 +169,9 @@ def _per_class(labels: ndarray, top1: dict[str, _Top1], names: Sequence[str]) ->
 def _outcomes(labels: ndarray, top1: dict[str, _Top1]) -> dict[tuple[bool, bool], int]:
     if "teacher" not in top1:
         return {}
-    student, teacher = top1["student"].right, top1["teacher"].right
-    pairs = itertools.product((True, False), repeat=2)
-    return {pair: int(((labels >= 0) & (student == pair[0]) & (teacher == pair[1])).sum()) for pair in pairs}
+    read, student, teacher = labels >= 0, top1["student"].right, top1["teacher"].right
+    pairs = [(mine, theirs) for mine in (True, False) for theirs in (True, False)]
+    return {(mine, theirs): int((read & (student == mine) & (teacher == theirs)).sum()) for mine, theirs in pairs}
 
 
 def _lost(top1: dict[str, _Top1]) -> Int[ndarray, " lost"]:
