@@ -14,7 +14,7 @@ import tiny
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
 from sit_jax.cli import app as cli
-from sit_jax.config import Config, LossConfig, MeshConfig, OptimConfig
+from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import RunError
 from sit_jax.io import runs as workdir
@@ -27,7 +27,8 @@ STUDENT = dataclasses.replace(tiny.STUDENT, depth=2, stage_blocks=(1, 1))
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return tiny.config(arch=STUDENT, optim=OptimConfig(ema_decay=0.9))
+    teacher = TeacherConfig(model=ModelConfig(architecture=STUDENT.without_slimming()))
+    return tiny.config(arch=STUDENT, teacher=teacher, optim=OptimConfig(ema_decay=0.9))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Benchmarking: models are timed in turns, so that other load on the machine slows all of them equally.
 
-The protocol is documented in docs/benchmarks.md. `sit benchmark` and a run's report use this module for all timings.
+The protocol is documented in docs/benchmarks.md. `sit benchmark` and a run's summary use this module for all timings.
 """
 
 import dataclasses
@@ -62,17 +62,6 @@ def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds
             times[name].latencies.extend(_each(timed, calls[name]))
             times[name].turns.append(_all(timed, calls[name]))
     return times
-
-
-def measure_throughput(forwards: Mapping[str, Forward], images: np.ndarray) -> dict[str, float]:
-    """Returns the images per second of each model, jitted here, on the same batch (batch, height, width, channels)."""
-    # Copies, so that no call finds the input of the previous one in the cache.
-    buffers = [jax.device_put(np.array(images)) for _ in range(2)]
-    compiled = {
-        name: Timed(jax.jit(forward).lower(buffers[0]).compile(), buffers) for name, forward in forwards.items()
-    }
-    times = time_interleaved(compiled, rounds=15)
-    return {name: len(images) / found.seconds for name, found in times.items()}
 
 
 def product_rate(dtype: str) -> float:

@@ -24,7 +24,8 @@ from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 _METRICS = "metrics.jsonl"
 _NUMBERS_NAMED = 5
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 Line = dict[str, float]
 
 
@@ -196,7 +197,7 @@ def _finite_line(line: JsonObject) -> Line:
 
 
 def _load_teachers(folder: pathlib.Path, config: Config | None, missing: list[str]) -> dict[str, RunInfo]:
-    found = {}
+    found: dict[str, RunInfo] = {}
     for name, teacher in (config.teachers if config else {}).items():
         place = pathlib.Path(teacher.run) if teacher.run else folder / name
         if not place.exists():
