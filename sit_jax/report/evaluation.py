@@ -131,10 +131,10 @@ def _predict(
         for done, batch in enumerate(eval_batches(config.inputs, source, Hosts()), start=1):
             batches.append(np.where(batch["mask"] > 0, batch["label"], -1))
             for part, step in steps.items():
-                top1, probability = jax.device_get(step(batch["image"]))
-                if not np.isfinite(probability).all():
+                classes, probabilities = jax.device_get(step(batch["image"]))
+                if not np.isfinite(probabilities).all():
                     raise NotFiniteError(f"the {part}'s outputs are not finite, so they say nothing about the images")
-                found[part].append((top1, probability))
+                found[part].append((classes, probabilities))
             progress.update(done, {})
     labels, top1 = np.concatenate(batches)[:count], {}
     for part in models:
