@@ -18,11 +18,10 @@ HOSTILE = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>
 
 
 class Breakage(NamedTuple):
-    """What breaks a run, what the page then says is missing, and whether its student is evaluated all the same."""
+    """What breaks a run, and what the page then says is missing."""
 
     apply: Callable[[pathlib.Path], object]
     facts: tuple[str, ...]
-    evaluated: bool = False
 
 
 def damage_metrics(folder: pathlib.Path) -> None:
@@ -33,7 +32,7 @@ def damage_metrics(folder: pathlib.Path) -> None:
 
 
 def damage_checkpoint(folder: pathlib.Path) -> None:
-    for path in (folder / "checkpoints" / "22").rglob("*"):
+    for path in (folder / "checkpoints" / "8").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
@@ -52,22 +51,15 @@ def cut(folder: pathlib.Path) -> None:
 
 
 BREAKAGES = {
-    "damaged metrics": Breakage(damage_metrics, ("metrics.jsonl: 4 ", "(2, 3, 4, 5)"), evaluated=True),
-    "no metrics": Breakage(lambda folder: (folder / "metrics.jsonl").unlink(), ("metrics.jsonl",), evaluated=True),
+    "damaged metrics": Breakage(damage_metrics, ("metrics.jsonl: 4 ", "(2, 3, 4, 5)")),
+    "no metrics": Breakage(lambda folder: (folder / "metrics.jsonl").unlink(), ("metrics.jsonl",)),
     "no checkpoints": Breakage(lambda folder: shutil.rmtree(folder / "checkpoints"), ("no checkpoint",)),
     "damaged checkpoint": Breakage(damage_checkpoint, ("The checkpoints cannot be read: ",)),
-    "no teacher": Breakage(
-        lambda folder: shutil.rmtree(folder / "teacher"), ("The teacher's training", "no config.json"), evaluated=True
-    ),
+    "no teacher": Breakage(lambda folder: shutil.rmtree(folder / "teacher"), ("The teacher's training has not begun",)),
     "no configuration": Breakage(lambda folder: (folder / "config.json").unlink(), ("no config.json",)),
     "damaged configuration": Breakage(cut, ("config.json", "JSON")),
     "impossible configuration": Breakage(configure("optim", lr=-1), ("Optim.lr: ", "greater than 0")),
-    "damaged summary": Breakage(
-        lambda folder: (folder / "summary.json").write_text("[]"),
-        ("summary.json", "22 steps"),
-        evaluated=True,
-    ),
-    "no data": Breakage(configure("data", name="cifar100", data_dir="/nowhere"), ("cifar100", "/nowhere")),
+    "damaged summary": Breakage(lambda folder: (folder / "summary.json").write_text("[]"), ("summary.json", "8 steps")),
 }
 
 

@@ -99,9 +99,6 @@ def test_command(folders: dict[str, str], tmp_path: pathlib.Path, capsys: pytest
         assert row["compile_s"] > 0
     assert [row["speedup"] for row in result["rows"]][::3] == [1.0, 1.0]
     assert plot.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_table_in_bfloat16(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["benchmark", folders["teacher"], "--batch_sizes", "2", "--dtype", "bfloat16", "--seconds", "0.02"]
     assert cli.main([*words, "--rounds", "1"]) == 0
     out, progress = capsys.readouterr()

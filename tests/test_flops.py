@@ -1,4 +1,4 @@
-"""The cost counter, module by module, against the products that JAX traces, and against the compiler's count."""
+"""The cost counter, module by module, against the products that JAX traces."""
 
 import collections
 import dataclasses
@@ -78,24 +78,7 @@ def test_each_part_is_the_products_that_are_traced(arch: Architecture) -> None:
     assert traced(arch) == {part: macs for part, macs in expected.items() if macs}
 
 
-@pytest.mark.parametrize("slimmed", [False, True])
-def test_the_compilers_count_is_the_products_and_what_lies_between(slimmed: bool) -> None:
-    full = dataclasses.replace(tiny.TEACHER, image_size=64, dim=192, num_heads=3, stem="patch", depth=2)
-    arch = dataclasses.replace(full, stage_blocks=(1, 1), keep_ratio=0.5) if slimmed else full
-    images = jax.ShapeDtypeStruct((1, 64, 64, 1), jnp.float32)
-    shapes = expected_shapes(arch, rtsm=False)
-    forward = jax.jit(lambda params, images: build_model(arch).apply({"params": params}, images)[0])
-    analysis = forward.lower(shapes["params"], images).compile().cost_analysis()
-    assert analysis is not None
-    # Besides its products the compiler counts norms, GELU (a polynomial of some thirty operations), softmax, biases
-    # and residuals: some hundred operations for each of a token's 192 values in a block, whose products are
-    # 2 * 8 * 192 of them. So its count is above ours, by no more than a tenth.
-    assert 1.0 <= analysis["flops"] / (2e9 * count_cost(arch).gmac) <= 1.1
-
-
-def test_parts_add_up_in_the_list_of_models(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_add_up_in_the_list_of_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(rows) == set(VARIANTS)

@@ -14,7 +14,7 @@ import tiny
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
 from sit_jax.cli import app as cli
-from sit_jax.config import Config, LossConfig, MeshConfig, OptimConfig
+from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import RunError
 from sit_jax.io import runs as workdir
@@ -22,10 +22,13 @@ from sit_jax.parallel import sharding
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.step import abstract_state, init_state, make_train_spec
 
+STUDENT = dataclasses.replace(tiny.STUDENT, depth=2, stage_blocks=(1, 1))
+
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return tiny.config(optim=OptimConfig(ema_decay=0.9))
+    teacher = TeacherConfig(model=ModelConfig(architecture=STUDENT.without_slimming()))
+    return tiny.config(arch=STUDENT, teacher=teacher, optim=OptimConfig(ema_decay=0.9))
 
 
 @pytest.fixture(scope="module")
@@ -78,24 +81,16 @@ def test_show(run: pathlib.Path, state: Any, capsys: Any) -> None:
 
 
 def test_verify_a_good_one(run: pathlib.Path, state: Any, capsys: Any) -> None:
-    verdict = verify(run)
-    assert verdict.problems == ()
-    assert verdict.arrays == len(jax.tree.leaves(state))
-    assert verdict.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    assert cli.main(["checkpoint", "verify", "--workdir", str(run)]) == 0
-    assert "all readable, finite and of the right size" in capsys.readouterr().out
+    assert cli.main(["checkpoint", "verify", "--workdir", str(run), "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    leaves = jax.tree.leaves(state)
+    assert verdict == {"step": 8, "arrays": len(leaves), "bytes": sum(x.nbytes for x in leaves), "problems": []}
 
 
 def refused(capsys: Any, *words: object) -> str:
     assert cli.main([str(word) for word in words]) == 2
     text: str = capsys.readouterr().err.strip()
     assert len(text.splitlines()) == 1, text
-    return text
-
-
-def passed(capsys: Any, *words: object) -> str:
-    assert cli.main([str(word) for word in words]) == 0
-    text: str = capsys.readouterr().out
     return text
 
 
@@ -112,7 +107,7 @@ def test_verify_names_what_the_configuration_has_otherwise(
     run: pathlib.Path, config: Config, tmp_path: pathlib.Path
 ) -> None:
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    arch = dataclasses.replace(tiny.STUDENT, num_classes=7, qkv_bias=False)
+    arch = dataclasses.replace(STUDENT, num_classes=7, qkv_bias=False)
     model = dataclasses.replace(config.model, architecture=arch)
     teacher = dataclasses.replace(
         config.teacher, model=dataclasses.replace(model, architecture=arch.without_slimming())
@@ -131,42 +126,28 @@ def restore(folder: pathlib.Path, config: Config) -> Any:
 
 
 def test_restore_of_another_models(run: pathlib.Path, config: Config) -> None:
-    assert int(restore(run, config).step) == 8
     wider = tiny.config(LossConfig(), tiny.plain(dim=32), teacher=None, optim=config.optim)
     with pytest.raises(RunError, match=r"^checkpoint 8 in .* is of another model: "):
         restore(run, wider)
 
 
-@pytest.mark.parametrize(
-    ("damage", "part"), [("cut", "model"), ("emptied", "training"), ("overwritten", "training"), ("gone", "model")]
-)
+@pytest.mark.parametrize(("damage", "part"), [("gone", "model"), ("overwritten", "training")])
 def test_damaged_files(
     damage: str, part: str, run: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
     folder = tmp_path / part
     shutil.copytree(run, folder)
     target = max((folder / "checkpoints" / "8" / part).rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = target.read_bytes()
     if damage == "gone":
         target.unlink()
-    elif damage == "overwritten":
-        target.write_bytes(np.random.default_rng(0).bytes(len(content)))
     else:
-        target.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+        target.write_bytes(np.random.default_rng(0).bytes(target.stat().st_size))
     assert "checkpoint 8 in" in refused(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "8")
     with pytest.raises(RunError, match=r"^checkpoint 8 in .* is damaged .*; move 8 away to go on from step 6$"):
         restore(folder, config)
-    assert "checkpoint 6: " in passed(capsys, "checkpoint", "verify", "--workdir", folder, "--step", "6")
-
-
-def test_damaged_one_before_it_is_not_recommended(run: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:
-    # As a process leaves it that is killed while it removes an old checkpoint.
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
+    # As a process leaves it that is killed while it removes an old checkpoint: it is not recommended.
     for path in (folder / "checkpoints" / "6").rglob("*METADATA*"):
         path.unlink()
-    largest = max((folder / "checkpoints" / "8" / "model").rglob("d/*"), key=lambda path: path.stat().st_size)
-    largest.write_bytes(b"")
     with pytest.raises(RunError, match=r"; move 8 away to go on from step 2$"):
         restore(folder, config)
 

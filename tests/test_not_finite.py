@@ -13,18 +13,16 @@ import pytest
 import tiny
 
 import sit_jax
+from sit_jax.analysis import summary as analysis
 from sit_jax.analysis.checkpoints import list_checkpoints, verify
-from sit_jax.analysis.summary import print_summary, summarize
 from sit_jax.cli import app as cli
 from sit_jax.config import CheckpointConfig, Config, DataConfig, LossConfig, ModelConfig, OptimConfig
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.io import runs as workdir
-from sit_jax.io.load import load
 from sit_jax.parallel import sharding
 from sit_jax.report.load_run import read_run
 from sit_jax.training.checkpoint import Checkpoints
-from sit_jax.training.evaluate import evaluate_model
 from sit_jax.training.init import initial_state
 from sit_jax.training.loop import run
 from sit_jax.training.metrics import EvalMetrics, eval_metrics
@@ -137,7 +135,6 @@ def test_every_command_refuses_weights_that_are_not_finite(
         ["predict", sick, picture],
         ["visualize", sick, picture, "--output", tmp_path / "maps"],
         ["export", sick, tmp_path / "folder", "--format", "folder"],
-        ["export", sick, tmp_path / "x.stablehlo", "--format", "stablehlo"],
         ["convert", sick, tmp_path / "converted"],
         ["benchmark", sick, "--batch_sizes", "1", "--seconds", "0.1"],
     ):
@@ -172,31 +169,16 @@ def test_outputs_that_overflow_say_nothing(tmp_path: pathlib.Path, capsys: pytes
 
 
 def test_a_teacher_at_zero_leaves_the_ratio_empty(
-    digits_run: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    digits_run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(digits_run, folder)
-    values = json.loads((folder / "config.json").read_text())
-    # Images of one class that the teacher never names.
-    split = never_right(folder / "teacher")
-    values["data"]["eval_split"] = split
-    workdir.write_json(folder / "config.json", values)
-    teacher = json.loads((folder / "teacher" / "config.json").read_text())
-    teacher["data"]["eval_split"] = split
-    workdir.write_json(folder / "teacher" / "config.json", teacher)
-    summary = summarize(folder)
-    assert summary["teacher"]["top1"] == 0
+    monkeypatch.setattr(analysis, "evaluate_model", lambda *_, **__: {"top1": 0.0})
+    summary = analysis.summarize(folder)
     assert summary["kept_accuracy"] is None
     assert json.loads((folder / "summary.json").read_text()) == summary
-    print_summary(summary)
+    analysis.print_summary(summary)
     assert "0.00%" in capsys.readouterr().out
-
-
-def never_right(teacher: pathlib.Path) -> str:
-    """A split of one image that a run's model has wrong."""
-    for index in range(40):
-        split = f"test[{index}:{index + 1}]"
-        data = dataclasses.replace(workdir.read_config(teacher).data, eval_split=split)
-        if evaluate_model(load(teacher), data)["top1"] == 0:
-            return split
-    raise AssertionError("the model has every image right")

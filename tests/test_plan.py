@@ -126,8 +126,6 @@ def test_what_the_compiler_noted_comes_first() -> None:
     [
         ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
         ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups=[2,4]<=[4,2]T(1,0)", 4),
-        ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", 4),
         ("replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'y'}", 4),
         ("replica_groups={}", 8),
         ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", 1),
@@ -177,25 +175,6 @@ def test_abstract_arguments_are_those_of_a_real_run() -> None:
     assert jax.eval_shape(make_train_step(make_train_spec(small, 1000), mesh), state, batch, teachers)
 
 
-@pytest.mark.slow
-def test_plan_for_virtual_devices() -> None:
-    result = plan(config(mesh=MeshConfig(data=2, fsdp=4)), parse_topology("cpu:8"), examples=1600)
-    assert result.fits
-    assert (result.devices, result.mesh, result.steps) == (8, {"data": 2, "fsdp": 4, "tensor": 1}, 200)
-    assert result.bound is None
-    assert result.memory is not None
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
-    held = sum(
-        leaf.dtype.itemsize * int(jax.numpy.prod(jax.numpy.array(leaf.sharding.shard_shape(leaf.shape))))
-        for leaf in jax.tree.leaves(abstract_arguments(config(), mesh))
-    )
-    assert result.memory.arguments == pytest.approx(held, rel=0.02)
-    assert {collective.kind for collective in result.collectives} >= {"all-gather", "all-reduce"}
-    alone = plan(config(), parse_topology("cpu:1"))
-    assert alone.collectives == ()
-    assert alone.flops == 8 * result.flops
-
-
 def test_bound_is_the_largest_of_three() -> None:
     chip = CHIPS["v5e"]
     traffic = Traffic((Collective("all-reduce", 16, 3, 80 * 10**9),), int(3 * chip.memory_rate))
@@ -214,7 +193,6 @@ def test_topologies() -> None:
 @pytest.mark.parametrize(
     ("topology", "facts"),
     [
-        ("v9:2x2", ("--topology", "v9")),
         ("cpu:5", ("batch_size", "64", "5")),
         ("cpu:16", ("--topology", "8")),
         ("v5e:4x4", ("--topology", 'pip install "libtpu==')),
@@ -262,11 +240,17 @@ def sit_plan(*words: str, **values: Any) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.slow
 def test_command_on_virtual_devices() -> None:
-    done = sit_plan("--topology", "cpu:4", "--json", **{"mesh.tensor": 2})
+    done = sit_plan("--topology", "cpu:4", "--json", **{"mesh.fsdp": 2})
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["devices"], result["mesh"]) == (4, {"data": 2, "fsdp": 1, "tensor": 2})
-    assert result["steps"] == 4 * (1438 // 64)
+    assert result["fits"]
+    assert (result["devices"], result["mesh"]) == (4, {"data": 2, "fsdp": 2, "tensor": 1})
+    assert (result["steps"], result["bound"]) == (4 * (1438 // 64), None)
+    assert {collective["kind"] for collective in result["collectives"]} >= {"all-gather", "all-reduce"}
+    memory = result["memory"]
+    parts = ("arguments", "temporaries", "outputs", "program")
+    assert all(memory[part] > 0 for part in parts[:2])
+    assert memory["peak"] == sum(memory[part] for part in parts)
 
 
 @pytest.mark.slow

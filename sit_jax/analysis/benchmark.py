@@ -1,6 +1,6 @@
 """Benchmarking: models are timed in turns, so that other load on the machine slows all of them equally.
 
-The protocol is documented in docs/benchmarks.md. `sit benchmark` and a run's report use this module for all timings.
+The protocol is documented in docs/benchmarks.md. `sit benchmark` and a run's summary use this module for all timings.
 """
 
 import dataclasses
@@ -51,18 +51,11 @@ class Times:
 
 
 def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds: float = 0.1) -> dict[str, Times]:
-    """Times computations in turns, A B A B ..., after three warm-up calls of each.
+    """Times compiled computations in turns, A B A B ..., after three warm-up calls of each.
 
-    Args:
-        computations: Name -> computation; compiled already.
-        rounds: Number of turns of each.
-        seconds: Approximate duration of a turn: in one half each call is waited for, in the other only the last one.
+    A turn takes about `seconds`: in one half each call is waited for, in the other only the last one.
     """
-    calls = {}
-    for name, timed in computations.items():
-        jax.block_until_ready(timed.run(timed.buffers[0]))
-        once = _each(timed, 2)[-1]
-        calls[name] = max(1, math.ceil(seconds / 2 / once))
+    calls = {name: max(1, math.ceil(seconds / 2 / _each(timed, 3)[-1])) for name, timed in computations.items()}
     times = {name: Times([], []) for name in computations}
     for _ in range(rounds):
         for name, timed in computations.items():
@@ -71,27 +64,7 @@ def time_interleaved(computations: Mapping[str, Timed], rounds: int = 9, seconds
     return times
 
 
-def measure_throughput(
-    forwards: Mapping[str, Forward], images: np.ndarray, rounds: int = 15, min_seconds: float = 0.05
-) -> dict[str, float]:
-    """Returns the images per second of each model on the same batch; see `time_interleaved`.
-
-    Args:
-        forwards: Name -> function of a batch of images; jitted here.
-        images: One batch, (batch, height, width, channels).
-        rounds: Number of turns of each model.
-        min_seconds: Duration of a turn.
-    """
-    # Copies, so that no call finds the input of the previous one in the cache.
-    buffers = [jax.device_put(np.array(images)) for _ in range(2)]
-    compiled = {
-        name: Timed(jax.jit(forward).lower(buffers[0]).compile(), buffers) for name, forward in forwards.items()
-    }
-    times = time_interleaved(compiled, rounds, 2 * min_seconds)
-    return {name: len(images) / found.seconds for name, found in times.items()}
-
-
-def product_rate(dtype: str, seconds: float = 0.5) -> float:
+def product_rate(dtype: str) -> float:
     """Returns the measured FLOP/s of large matrix products on the first device."""
     on_cpu = jax.default_backend() == "cpu"
     side = 1024 if on_cpu else 8192
@@ -101,8 +74,7 @@ def product_rate(dtype: str, seconds: float = 0.5) -> float:
     result = jax.numpy.float32 if on_cpu else None
     multiply = jax.jit(lambda a, b: jax.numpy.dot(a, b, preferred_element_type=result)).lower(*factors).compile()
     timed = Timed(lambda pair: multiply(*pair), [factors, factors[::-1]])
-    found = time_interleaved({"products": timed}, rounds=5, seconds=seconds / 5)["products"]
-    return 2 * side**3 / min(found.turns)
+    return 2 * side**3 / min(time_interleaved({"products": timed}, rounds=5)["products"].turns)
 
 
 def _each(timed: Timed, calls: int) -> list[float]:

@@ -31,10 +31,7 @@ _BUFFERS = 4
 class Compiled:
     """A model compiled for a batch size.
 
-    Attributes:
-        timed: The computation to time.
-        compile_s: Compile time in seconds; None if nothing is compiled here.
-        memory_bytes: Largest memory use of the compiled program, including weights; None if not known.
+    `compile_s` is None if nothing is compiled here, `memory_bytes`, which include the weights, None if not known.
     """
 
     timed: Timed
@@ -44,12 +41,7 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BenchmarkModel:
-    """A model to benchmark.
-
-    Attributes:
-        name: The given name.
-        model: The model.
-    """
+    """A model to benchmark, by the name that the user gave."""
 
     name: str
     model: Model
@@ -92,11 +84,7 @@ class BenchmarkModel:
 
 
 def open_benchmark_model(name: str) -> BenchmarkModel:
-    """Opens a named model (with random weights), or whatever `load` opens.
-
-    Raises:
-        UserError: The name is none of these, the files are damaged, or a required package is missing.
-    """
+    """Opens a named model (with random weights), or whatever `load` opens; raises a UserError for other names."""
     if name in VARIANTS:
         return BenchmarkModel(name, Model(VARIANTS[name], _random_variables(VARIANTS[name]), source=name))
     if not pathlib.Path(name).exists():

@@ -33,8 +33,7 @@ def command(
 ) -> None:
     """Times models and prints the result; implements `sit benchmark`.
 
-    Raises:
-        UserError: A model cannot be opened, is named twice, or does not fit the device's memory.
+    Raises a UserError if a model cannot be opened, is named twice, or does not fit the device's memory.
     """
     if plot is not None and (plot.suffix != ".png" or plot.exists() or not plot.parent.is_dir()):
         raise UserError(f"--plot: {plot} must be a new .png file in an existing folder")
@@ -54,9 +53,8 @@ def command(
 def benchmark(models: Sequence[BenchmarkModel], settings: Settings) -> JsonObject:
     """Times models in turns; the first model is the reference.
 
-    Returns:
-        JSON values: `device`, `jax`, `date`, `dtype`, `product_flops` (measured FLOP/s of matrix products),
-        `published_flops` (None if not known) and `rows`, one per model and batch size.
+    Returns `product_flops` (measured FLOP/s of matrix products), `published_flops` (None if not known), `rows`, one per
+    model and batch size, and what was measured on.
     """
     device = jax.devices()[0]
     published = published_flops(device.device_kind) if settings.dtype == "bfloat16" else None
@@ -128,11 +126,7 @@ def _row(
 
 
 def draw(path: pathlib.Path, rows: Sequence[JsonObject]) -> None:
-    """Plots accuracy (GMAC if the accuracy of a model is not known) against the best throughput of each model.
-
-    Raises:
-        UserError: The file exists already or cannot be written.
-    """
+    """Plots accuracy (GMAC if the accuracy of a model is not known) against the best throughput of each model."""
     from matplotlib.figure import Figure
 
     names = dict.fromkeys(row["model"] for row in rows)

@@ -10,12 +10,8 @@ from sit_jax.errors import ConfigError
 class Chip:
     """A chip, with figures from Google's Cloud TPU documentation (read November 2026).
 
-    Attributes:
-        name: Name of the generation in topologies.
-        flops: Peak bfloat16 FLOP/s.
-        memory_bytes: High-bandwidth memory in bytes.
-        memory_rate: Memory bandwidth in bytes/s.
-        link_rate: Bandwidth from a chip to its neighbours, over all links, in bytes/s.
+    `name` is that of the generation in topologies, `flops` the peak of bfloat16 per second. The rates of the
+    high-bandwidth memory, and to the neighbours over all links, are in bytes/s.
     """
 
     name: str
@@ -70,11 +66,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Parses a topology's name.
-
-    Raises:
-        ConfigError: The name is not of the form CHIP:SIZES, or there is no such chip.
-    """
+    """Parses a topology's name; raises a ConfigError if it is not of the form CHIP:SIZES, or names no such chip."""
     kind, _, sizes = name.partition(":")
     numbers = sizes.split("x")
     if not all(number.isdigit() and int(number) > 0 for number in numbers):

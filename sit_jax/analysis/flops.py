@@ -43,13 +43,9 @@ class Tiles:
     rows: int = 1
     lanes: int = 1
 
-    def padded_rows(self, tokens: int) -> int:
-        """Returns the padded number of tokens on the second-last axis."""
-        return -(-tokens // self.rows) * self.rows
-
-    def padded_lanes(self, tokens: int) -> int:
-        """Returns the padded number of tokens on the last axis."""
-        return -(-tokens // self.lanes) * self.lanes
+    def pad(self, rows: int, lanes: int) -> tuple[int, int]:
+        """Returns the padded sizes of the last two axes."""
+        return -(-rows // self.rows) * self.rows, -(-lanes // self.lanes) * self.lanes
 
 
 # A float32 or bfloat16 array on a TPU is stored in tiles of 8 rows by 128 lanes.
@@ -62,7 +58,7 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
     dim, hidden, prefix = arch.dim, int(arch.dim * arch.mlp_ratio), arch.num_prefix_tokens
     attention = mlp = 0
     for patches in arch.block_input_tokens:
-        rows, lanes = tiles.padded_rows(patches + prefix), tiles.padded_lanes(patches + prefix)
+        rows, lanes = tiles.pad(patches + prefix, patches + prefix)
         attention += rows * 4 * dim**2 + 2 * rows * lanes * dim
         mlp += rows * 2 * dim * hidden
     slimming_macs = slimming_params = 0
@@ -70,7 +66,7 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
     if own_reducer:
         slimming_params = sum(math.prod(leaf.shape) for leaf in reducer_params(arch).values())
     for block, kept in arch.slimming.items():
-        rows, lanes = tiles.padded_rows(arch.block_input_tokens[block]), tiles.padded_lanes(kept)
+        rows, lanes = tiles.pad(arch.block_input_tokens[block], kept)
         slimming_macs += rows * lanes * dim  # The product with the assignment.
         if own_reducer:
             continue  # What else it computes is not known.
@@ -78,14 +74,10 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
         slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)
     block_params += _linear(dim, hidden) + _linear(hidden, dim) + 2 * dim * arch.layer_scale
-    head = _linear(dim, arch.num_classes)
-    heads = 1 + arch.distillation_token + arch.aux_head
-    positions = (arch.num_patches + prefix) * dim
-    tokens_params = prefix * dim
-    params = (
-        stem_params + arch.depth * block_params + slimming_params + 2 * dim + heads * head + positions + tokens_params
-    )
     used_heads = 1 + arch.distillation_token
+    params = stem_params + arch.depth * block_params + slimming_params + 2 * dim
+    params += (used_heads + arch.aux_head) * _linear(dim, arch.num_classes)
+    params += (arch.num_patches + 2 * prefix) * dim  # Positions and prefix tokens.
     macs = {
         "stem": stem_macs,
         "attention": attention,
@@ -169,11 +161,12 @@ def _reverse(arch: Architecture, tiles: Tiles) -> tuple[int, int]:
     """Returns parameters and MAC of the RTSMs: an MLP over tokens per channel, and one over channels per token."""
     patches, dim = arch.num_patches, arch.dim
     params = macs = 0
-    wide, out = tiles.padded_lanes(4 * patches), tiles.padded_lanes(patches)
+    rows, out = tiles.pad(patches, patches)
+    _, wide = tiles.pad(patches, 4 * patches)
     for kept in arch.block_output_tokens[arch.first_reversed_block :]:
         params += 4 * dim + _linear(kept, 4 * patches) + _linear(4 * patches, patches)
         params += _linear(dim, 4 * dim) + _linear(4 * dim, dim)
-        macs += dim * (tiles.padded_lanes(kept) * wide + wide * out) + tiles.padded_rows(patches) * 8 * dim**2
+        macs += dim * wide * (tiles.pad(patches, kept)[1] + out) + rows * 8 * dim**2
     return params, macs
 
 

@@ -30,13 +30,9 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind over groups of one size.
+    """Collectives of one kind (of `COLLECTIVES`) over groups of `group` devices.
 
-    Attributes:
-        kind: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `collective-permute`.
-        group: Number of devices in each group.
-        runs: Number of executions per step.
-        bytes: Bytes of its result (of its operand for reduce-scatter) on each device, per step.
+    `bytes` are those of the results (of the operands for reduce-scatter) of all `runs` of a step, on each device.
     """
 
     kind: str
@@ -52,12 +48,7 @@ class Collective:
 
 
 class Traffic(NamedTuple):
-    """Data transfers of a step.
-
-    Attributes:
-        collectives: Between devices.
-        memory_bytes: Transfers between a device and its main memory: operands read and results written by every kernel.
-    """
+    """Data transfers of a step; `memory_bytes` are read and written by every kernel in a device's main memory."""
 
     collectives: tuple[Collective, ...]
     memory_bytes: int
@@ -73,12 +64,7 @@ class _Instruction(NamedTuple):
 
 
 def read_traffic(text: str, devices: int) -> Traffic:
-    """Returns the traffic of a compiled program.
-
-    Args:
-        text: `compiled.as_text()`.
-        devices: Number of devices that run the program.
-    """
+    """Returns the traffic of a program from `compiled.as_text()`, which runs on this number of devices."""
     computations, entry = _parse(text)
     found: dict[tuple[str, int], tuple[int, int]] = {}
     memory = 0
@@ -162,14 +148,9 @@ def _arrays(type_text: str) -> list[tuple[int, bool]]:
     return found
 
 
-def _size(*types: str) -> int:
-    """Returns the bytes of the arrays that are in main memory."""
-    return sum(size for text in types for size, in_main in _arrays(text) if in_main)
-
-
-def _whole(*types: str) -> int:
-    """Returns the bytes of all arrays."""
-    return sum(size for text in types for size, _ in _arrays(text))
+def _size(*types: str, anywhere: bool = False) -> int:
+    """Returns the bytes of the arrays that are in main memory, or of all."""
+    return sum(size for text in types for size, in_main in _arrays(text) if in_main or anywhere)
 
 
 def _moved(instruction: _Instruction, operands: list[str], computations: dict[str, list[_Instruction]]) -> int:
@@ -201,8 +182,8 @@ def _moved_by_fusion(instruction: _Instruction, operands: list[str], body: list[
             moved += _size(operand)
             continue
         updates = [user for user in users if user.opcode == "dynamic-update-slice"]
-        updated += _whole(*(types[user.operands[1]] for user in updates))
-        moved += _whole(*(user.type for user in users if user not in updates))
+        updated += _size(*(types[user.operands[1]] for user in updates), anywhere=True)
+        moved += _size(*(user.type for user in users if user not in updates), anywhere=True)
     # A result that is updated in place uses the memory of its operand.
     return moved + (2 * updated or _size(instruction.type))
 
@@ -215,8 +196,8 @@ def _payload(instruction: _Instruction, operands: list[str], kind: str) -> int:
     """Returns the bytes of a collective's result on each device; of its operands for reduce-scatter."""
     starts = instruction.opcode.endswith("-start")
     if kind == "reduce-scatter" or (starts and kind != "all-gather"):
-        return _whole(*operands)
-    return _whole(instruction.type) - (_whole(*operands) if starts else 0)
+        return _size(*operands, anywhere=True)
+    return _size(instruction.type, anywhere=True) - (_size(*operands, anywhere=True) if starts else 0)
 
 
 def _group_size(attributes: str, kind: str, devices: int) -> int:

@@ -27,8 +27,6 @@ from sit_jax.parallel import sharding
 from sit_jax.training.state import TrainState
 from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
-# Shapes with shardings of the arrays of a batch, by their name.
-AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 # Number of compilations to find the largest batch that fits; each takes minutes.
 _TRIES = 3
 
@@ -48,13 +46,8 @@ _CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
 class Memory:
     """Bytes of memory on each device during a step.
 
-    Attributes:
-        arguments: State, teachers and the batch.
-        temporaries: Activations, gradients and other values within a step.
-        outputs: New arrays; the state is donated and not counted twice.
-        program: The compiled code.
-        peak: The most at any moment.
-        available: Memory of the chip; None for virtual devices.
+    `arguments` are state, teachers and batch; `outputs` leave out the donated state; `program` is the compiled code;
+    `available` is the chip's memory, None for virtual devices.
     """
 
     arguments: int
@@ -69,15 +62,10 @@ class Memory:
 class Bound:
     """Lower bound of the step time, from the chip's published peak rates.
 
-    Attributes:
-        compute_s: Time of the matrix products.
-        memory_s: Time of reading the operands and writing the results of every kernel in the chip's memory.
-        network_s: Time of the collectives.
-        binds: The largest of the three: `compute`, `memory` or `network`.
-        step_s: The largest of the three times, which assumes perfect overlap.
-        images_per_s: Images per second, over all devices.
-        days: Days for the configuration's epochs, without evaluation; None if the number of examples is not known.
-        chip_hours: Days multiplied by the number of devices, in hours.
+    The times are those of the matrix products, of all kernels' transfers from and to the chip's memory, and of the
+    collectives; `binds` (`compute`, `memory` or `network`) names the largest, which is `step_s`, if they overlap
+    perfectly. `images_per_s` is over all devices. `days` are those of the configuration's epochs without evaluation,
+    `chip_hours` those of all devices; None if the number of examples is not known.
     """
 
     compute_s: float
@@ -94,23 +82,11 @@ class Bound:
 class Plan:
     """Result of `sit plan`.
 
-    Attributes:
-        topology: Name of the topology.
-        devices: Number of devices.
-        mesh: Sizes of the mesh axes.
-        batch_size: Global batch size.
-        steps: Total number of steps; None if the number of examples is not known.
-        flops: FLOPs of a step on each device, counted from the architectures: two per multiply-accumulate.
-        padding: Fraction of the TPU's products that is padding, if token counts do not fill tiles of 8 by 128.
-        fuller_token_counts: Kept tokens that leave rows of their tiles empty -> the nearest counts that fill them.
-        fits: Whether the step fits in memory, by the compiler.
-        largest_batch: If the batch does not fit, the largest batch found to fit in a few tries; None if there is none.
-        needed_bytes: Memory that the compiler requested if the step does not fit.
-        memory: Memory of a step; None if it does not fit.
-        memory_bytes: Bytes transferred between each device and its memory in a step.
-        collectives: Collectives of a step.
-        bound: Lower bound of the step time; None for virtual devices and if the step does not fit.
-        compile_s: Compile time in seconds.
+    `steps` is the total number, None if the number of examples is not known. `flops` (two per multiply-accumulate,
+    counted from the architectures) and `memory_bytes` (transferred from and to the memory) are per device and step.
+    `padding` is the fraction of the products on TPUs that fills tiles, `fuller_token_counts` as in analysis/flops.py.
+    If the step does not fit, `needed_bytes` is what the compiler requested, `largest_batch` the largest batch found to
+    fit in a few tries, and the fields from `memory` on are empty; virtual devices have no `bound`.
     """
 
     topology: str
@@ -132,11 +108,7 @@ class Plan:
 
 
 class _TooLargeError(Exception):
-    """The step does not fit: the compiler needs `needed` bytes of `available`, if it stated them."""
-
-    def __init__(self, needed: int | None) -> None:
-        super().__init__()
-        self.needed = needed
+    """The step does not fit; the argument is the bytes that the compiler requested, None if it did not state them."""
 
 
 def plan(
@@ -144,15 +116,8 @@ def plan(
 ) -> Plan:
     """Compiles a run's train step for a topology and reads its cost from the compiled program.
 
-    Args:
-        config: The run's configuration, with the numbers of classes resolved.
-        topology: The devices.
-        examples: Number of training examples, for the number of steps; None if not known.
-        log: Called with a line of text before each compilation.
-
-    Raises:
-        ConfigError: The mesh does not match the devices, or batches or heads are not divisible by the mesh axes.
-        UserError: The compiler for TPUs is not installed.
+    The numbers of classes are resolved in `config`; `log` is called before each compilation. Raises a ConfigError if
+    the configuration does not match the devices, and a UserError if there is no compiler for them.
     """
     arch = config.model.architecture
     assert isinstance(arch, Architecture)
@@ -171,9 +136,10 @@ def plan(
     try:
         compiled = compile_step(config, mesh)
     except _TooLargeError as error:
-        largest = _largest_batch(config, mesh, topology.chip, error.needed, log)
+        (needed,) = error.args
+        largest = _largest_batch(config, mesh, topology.chip, needed, log)
         seconds = time.monotonic() - begun
-        return dataclasses.replace(result, largest_batch=largest, needed_bytes=error.needed, compile_s=seconds)
+        return dataclasses.replace(result, largest_batch=largest, needed_bytes=needed, compile_s=seconds)
     seconds = time.monotonic() - begun
     traffic = read_traffic(compiled.as_text() or "", topology.devices)
     bound = None
@@ -188,9 +154,7 @@ def plan(
 def topology_devices(topology: Topology) -> list[jax.Device]:
     """Returns the devices of a topology.
 
-    Raises:
-        UserError: libtpu is not installed, or does not know the slice.
-        ConfigError: There are fewer virtual devices.
+    Raises a UserError if libtpu is not installed or does not know the slice, a ConfigError for too few virtual devices.
     """
     if topology.chip is None:
         devices = jax.devices("cpu")
@@ -271,7 +235,9 @@ def _fixed_bytes(state: TrainState, teachers: dict[str, Variables]) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def abstract_arguments(config: Config, mesh: Mesh) -> tuple[TrainState, AbstractBatch, dict[str, Variables]]:
+def abstract_arguments(
+    config: Config, mesh: Mesh
+) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct], dict[str, Variables]]:
     """Returns state, batch and teachers of a run's train step as shapes with shardings."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(spec).items()}
@@ -304,16 +270,7 @@ def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> Memory:
 
 
 def lower_bound(chip: Chip, devices: int, batch_size: int, flops: float, traffic: Traffic, steps: int | None) -> Bound:
-    """Returns the lower bound of the step time on a TPU slice.
-
-    Args:
-        chip: The chip of the slice.
-        devices: Number of chips.
-        batch_size: Global batch size.
-        flops: FLOPs of a step on each device.
-        traffic: Data transfers of a step.
-        steps: Total number of steps; None if not known.
-    """
+    """Returns the lower bound of the step time on a TPU slice; `flops` are per device and step."""
     network = sum(collective.sent for collective in traffic.collectives)
     compute_s, memory_s = flops / chip.flops, traffic.memory_bytes / chip.memory_rate
     network_s = network / chip.link_rate
@@ -326,9 +283,7 @@ def lower_bound(chip: Chip, devices: int, batch_size: int, flops: float, traffic
 def requested_bytes(message: str, fixed: int) -> int | None:
     """Returns the bytes that the compiler requested, from either of its messages, or None.
 
-    Args:
-        message: The message. One of the two counts only temporary values.
-        fixed: Bytes of the other values.
+    One of the messages counts only temporary values; `fixed` are the bytes of the others.
     """
     amount = r"([\d.]+)([KMGT])"
     total = re.search(rf"Used {amount} of", message)

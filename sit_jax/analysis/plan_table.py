@@ -17,15 +17,9 @@ _GIB = 2**30
 
 
 def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
-    """Plans a run; reports slow operations and assumptions on standard error.
+    """Plans a run; reports slow operations and assumptions on standard error. Without `examples`, the data is read.
 
-    Args:
-        config: The run's configuration.
-        topology: The devices.
-        examples: Number of training examples; looked up if None.
-
-    Raises:
-        UserError: The configuration cannot be planned for the topology.
+    Raises a UserError if the configuration cannot be planned for the topology.
     """
     if not isinstance(config.model.architecture, Architecture):
         raise ConfigError("model", "only vision transformers can be planned")
@@ -68,9 +62,10 @@ def _rows(result: Plan) -> list[tuple[str, str, str]]:
     assert memory is not None
     assert result.memory_bytes is not None
 
-    def at_least(seconds: float | None) -> str:
-        return "" if seconds is None else f"at least {1e3 * seconds:.1f} ms"
-
+    compute = transfers = network = ""
+    if bound is not None:
+        times = (bound.compute_s, bound.memory_s, bound.network_s)
+        compute, transfers, network = (f"at least {1e3 * seconds:.1f} ms" for seconds in times)
     available = f"of {memory.available / _GIB:.0f}" if memory.available else ""
     rows = [
         ("memory per device, GiB", f"{memory.peak / _GIB:.2f}", available),
@@ -78,21 +73,19 @@ def _rows(result: Plan) -> list[tuple[str, str, str]]:
         ("  temporaries", f"{memory.temporaries / _GIB:.2f}", "activations, gradients"),
         ("  outputs and program", f"{(memory.outputs + memory.program) / _GIB:.2f}", ""),
         ("per device and step", "", ""),
-        ("  TFLOP", f"{result.flops / 1e12:.2f}", at_least(bound.compute_s if bound else None)),
+        ("  TFLOP", f"{result.flops / 1e12:.2f}", compute),
     ]
     if result.padding is not None:
         counts = [f"{n}: {' or '.join(map(str, better))}" for n, better in result.fuller_token_counts.items() if better]
         note = f"token counts that fill tiles: {'; '.join(counts)}" if counts else ""
         rows.append(("  tile padding in products, %", f"{100 * result.padding:.0f}", note))
-    rows.append(
-        ("  memory traffic, GB", f"{result.memory_bytes / 1e9:.1f}", at_least(bound.memory_s if bound else None))
-    )
+    rows.append(("  memory traffic, GB", f"{result.memory_bytes / 1e9:.1f}", transfers))
     for c in result.collectives:
         rows.append((f"  {c.kind} over {c.group}, MB", f"{c.bytes / 1e6:.1f}", f"{c.runs} of them"))
     if bound is None:
         return rows
     rows += [
-        ("  collectives", "", at_least(bound.network_s)),
+        ("  collectives", "", network),
         ("step, lower bound, ms", f"{1e3 * bound.step_s:.1f}", f"bound by {bound.binds}"),
         ("images/s, upper bound", f"{bound.images_per_s:,.0f}", ""),
     ]

@@ -129,9 +129,8 @@ def _answer(
             yield read
             continue
         probabilities = next(rows)
-        order = np.argsort(-probabilities, kind="stable")[:top]
-        chosen = [int(index) for index in order]
-        yield Prediction(name, chosen, [names[i] for i in chosen], [float(probabilities[i]) for i in chosen])
+        chosen = np.argsort(-probabilities, kind="stable")[:top]
+        yield Prediction(name, chosen.tolist(), [names[i] for i in chosen], probabilities[chosen].tolist())
 
 
 def _rows(prediction: Prediction) -> Iterator[tuple[int, str, float]]:
@@ -156,9 +155,7 @@ def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
     """Returns a writer of one JSON object per image."""
 
     def write(prediction: Prediction) -> None:
-        rows = [
-            {"class": index, "name": name, "probability": probability} for index, name, probability in _rows(prediction)
-        ]
+        rows = [dict(zip(("class", "name", "probability"), row, strict=True)) for row in _rows(prediction)]
         print(json.dumps({"picture": prediction.image, "predictions": rows}), file=out)
 
     return write

@@ -1,20 +1,17 @@
 """Summarizes a finished run: summary.json, a table, curves.png and slimming.png."""
 
-import functools
 import pathlib
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
-from sit_jax.analysis.benchmark import measure_throughput
+from sit_jax.analysis.benchmark import time_interleaved
+from sit_jax.analysis.benchmark_models import BenchmarkModel
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.table import cell, print_table
 from sit_jax.config import JsonObject
 from sit_jax.data.pipeline import eval_batches
-from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.io import runs
 from sit_jax.io.load import load_run
@@ -37,11 +34,10 @@ _RATIOS = {"gmac_ratio": "MMAC 1/{:.2f}", "speedup": "speed x{:.2f}"}
 def summarize(folder: pathlib.Path) -> JsonObject:
     """Evaluates and times a finished run's student and its teacher, and writes the summary and the images.
 
-    Returns:
-        The contents of `summary.json`: `student` and, if there is one, `teacher`, each with `top1` (fraction of 1),
-        `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
-        `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is
-        None if its denominator is 0 or a value is missing.
+    Returns the contents of `summary.json`: `student` and, if there is one, `teacher`, each with `top1` (fraction of 1),
+    `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
+    `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is None
+    if its denominator is 0 or a value is missing.
     """
     student = load_run(folder)
     teacher = trained_teacher(student, folder)
@@ -50,21 +46,22 @@ def summarize(folder: pathlib.Path) -> JsonObject:
     assert config is not None
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config.inputs, source)))["image"]
-    images = np.asarray(normalize(jnp.asarray(pixels), config.data))
-    speed = measure_throughput({name: functools.partial(_logits, model) for name, model in models.items()}, images)
+    batch, dtype = len(pixels), config.model.dtype
+    timed = {name: BenchmarkModel(name, model).compile(batch, dtype).timed for name, model in models.items()}
+    times = time_interleaved(timed, rounds=15)
     summary: JsonObject = {}
     for name, model in models.items():
         summary[name] = {"top1": evaluate_model(model, match_names=False)["top1"]}
         if isinstance(model.arch, Architecture):
             cost = count_cost(model.arch)
             summary[name] |= {"params": cost.params, "gmac": cost.gmac}
-        summary[name]["images_per_s"] = speed[name]
+        summary[name]["images_per_s"] = batch / times[name].seconds
     if "teacher" in summary:
         mine, theirs = summary["student"], summary["teacher"]
         summary["kept_accuracy"] = _ratio(mine["top1"], theirs["top1"])
         summary["gmac_ratio"] = _ratio(theirs.get("gmac"), mine.get("gmac"))
         summary["speedup"] = _ratio(mine["images_per_s"], theirs["images_per_s"])
-    summary["images_per_s_measured"] = f"batch of {len(images)}, {config.model.dtype}, {jax.devices()[0].device_kind}"
+    summary["images_per_s_measured"] = f"batch of {batch}, {dtype}, {jax.devices()[0].device_kind}"
     if not distributed.is_process_0():
         return summary
     with runs.writing(folder):
@@ -76,15 +73,7 @@ def summarize(folder: pathlib.Path) -> JsonObject:
 
 
 def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
-    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none.
-
-    Args:
-        student: The run's model.
-        folder: The run directory.
-
-    Raises:
-        UserError: Its weights cannot be read.
-    """
+    """Returns the teacher of a run, with the heads in the order of the student's classes; None if there is none."""
     config = student.config
     if config is None or config.teacher is None:
         return None
@@ -143,11 +132,6 @@ def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
         axes[1, column].grid(alpha=0.3)
         axes[1, column].legend()
     figure.savefig(folder / CURVES, dpi=110)
-
-
-def _logits(model: Model, images: Array) -> Array:
-    logits: Array = model.module.apply(model.variables, images)[0]
-    return logits
 
 
 def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class_names: Sequence[str]) -> None:

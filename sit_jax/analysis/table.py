@@ -16,12 +16,7 @@ def print_table(
 ) -> None:
     """Prints a table without lines, as wide as the terminal, or 160 columns if the output is not a terminal.
 
-    Args:
-        headings: Names of the columns.
-        rows: Cells of each row.
-        left: Names of the columns that are aligned to the left; the others have numbers.
-        title: Title above the table.
-        show_header: Whether to print the names.
+    The columns whose headings are in `left` are aligned to the left; the others have numbers.
     """
     table = Table(title=title, box=None, padding=(0, 2, 0, 0), show_header=show_header)
     for heading in headings:

@@ -26,11 +26,10 @@ _MOST_BARS = 30
 
 
 class Series(NamedTuple):
-    """A curve: one value for each of these optimizer steps."""
+    """A curve: optimizer step -> value, in the order of the steps."""
 
     name: str
-    steps: list[int]
-    values: list[float]
+    points: dict[int, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +113,19 @@ def class_chart(evaluation: EvalReport, key: str) -> Chart | None:
 def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart | None:
     """Returns a chart of curves over the steps, or None if there are no values."""
     if scale == "log":  # Values that a logarithmic axis cannot show would leave gaps.
-        series = [_above_zero(one) for one in series]
-    series = [one for one in series if one.steps]
+        series = [Series(name, {step: x for step, x in points.items() if x > 0}) for name, points in series]
+    series = [one for one in series if one.points]
     if not series:
         return None
     factor = 100 if scale == "percent" else 1
-    figure, thinned = go.Figure(), False
-    for one in series:
-        every = -(-len(one.steps) // _MOST_POINTS)
-        thinned = thinned or every > 1
+    figure = go.Figure()
+    for name, points in series:
+        every = -(-len(points) // _MOST_POINTS)
         figure.add_scatter(
-            x=one.steps[::every],
-            y=[float(f"{factor * value:.6g}") for value in one.values[::every]],
-            name=html.escape(one.name),
-            mode="lines+markers" if len(one.steps) <= _FEW_POINTS else "lines",
+            x=list(points)[::every],
+            y=[float(f"{factor * value:.6g}") for value in list(points.values())[::every]],
+            name=html.escape(name),
+            mode="lines+markers" if len(points) <= _FEW_POINTS else "lines",
         )
     axis = _log_axis(series) if scale == "log" else {}
     figure.update_layout(
@@ -136,32 +134,32 @@ def _curves(key: str, title: str, series: list[Series], scale: Scale) -> Chart |
         hovermode="x unified",
     )
     rows, table_note = _table(series, scale)
+    thinned = any(len(one.points) > _MOST_POINTS for one in series)
     note = f"The chart shows at most {_MOST_POINTS:,} points of each curve. " if thinned else ""
-    ends = [
-        f"{one.name} from {_show(one.values[0], scale)} at step {one.steps[0]:,} "
-        f"to {_show(one.values[-1], scale)} at step {one.steps[-1]:,}"
-        for one in series
-    ]
+    ends = []
+    for name, points in series:
+        first, last = (f"{_show(points[step], scale)} at step {step:,}" for step in (min(points), max(points)))
+        ends.append(f"{name} from {first} to {last}")
     headings = ["step", *(one.name for one in series)]
     return Chart(key, title, "; ".join(ends) + ".", _plain(figure), headings, rows, note + table_note)
 
 
 def _log_axis(series: list[Series]) -> JsonObject:
     """Returns a logarithmic axis with sparse labels; Plotly's default of one per digit does not fit."""
-    values = [value for one in series for value in one.values]
+    values = [value for one in series for value in one.points.values()]
     decades = math.log10(max(values) / min(values))
     ticks: JsonObject = {} if decades < 1 else {"dtick": "D2"} if decades < 3 else {"dtick": 1}
     return {"type": "log", "tickformat": "~g", **ticks}
 
 
 def _table(series: list[Series], scale: Scale) -> tuple[list[list[str]], str]:
-    columns = [dict(zip(one.steps, one.values, strict=True)) for one in series]
-    steps = sorted({step for one in series for step in one.steps})
+    steps = sorted({step for one in series for step in one.points})
     every = -(-len(steps) // _MOST_ROWS)
     # The last step is always included, since it is the most relevant.
     kept = steps[::every] if steps[::every][-1] == steps[-1] else [*steps[::every], steps[-1]]
     rows = [
-        [f"{step:,}", *(_show(column[step], scale) if step in column else "" for column in columns)] for step in kept
+        [f"{step:,}", *(_show(one.points[step], scale) if step in one.points else "" for one in series)]
+        for step in kept
     ]
     return rows, f"The table shows {len(kept)} of {len(steps):,} steps." if every > 1 else ""
 
@@ -173,21 +171,15 @@ def _show(value: float, scale: Scale) -> str:
 def _all_of(lines: list[Line], names: Iterable[str], label: str = "{}") -> list[Series]:
     """Returns a curve for each name that any line has."""
     found = [_series(lines, name, label.format(name)) for name in names]
-    return [one for one in found if one.steps]
+    return [one for one in found if one.points]
 
 
 def _series(lines: list[Line], name: str, label: str) -> Series:
-    there = {int(line["step"]): line[name] for line in lines if name in line}
-    return Series(label, list(there), list(there.values()))
+    return Series(label, {int(line["step"]): line[name] for line in lines if name in line})
 
 
 def _with_prefix(lines: list[Line], prefix: str) -> list[str]:
     return list(dict.fromkeys(key for line in lines for key in line if key.startswith(prefix)))
-
-
-def _above_zero(one: Series) -> Series:
-    kept = [(step, value) for step, value in zip(one.steps, one.values, strict=True) if value > 0]
-    return Series(one.name, [step for step, _ in kept], [value for _, value in kept])
 
 
 def _plain(figure: go.Figure) -> JsonObject:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
 
 from sit_jax.analysis.summary import trained_teacher
@@ -67,12 +67,10 @@ class ClassScore(NamedTuple):
 class EvalReport:
     """Evaluation of the newest checkpoint of a run on its evaluation split.
 
-    Attributes:
-        classes: All classes with images, in the data's order.
-        outcomes: Number of images by (student correct, teacher correct); empty without a teacher.
-        lost: Images that only the teacher classifies correctly, the most confident mistakes first.
-        examples: Images from the whole split, in the order of the batch of `maps`.
-        maps: The student's token maps of the examples; None for a model without slimming.
+    `classes` are those with images, in the data's order; `outcomes` is the number of images by (student correct,
+    teacher correct), empty without a teacher; `lost` are images that only the teacher classifies correctly, the most
+    confident mistakes first; `examples` are from the whole split, and `maps` the student's token maps of them, None for
+    a model without slimming.
     """
 
     classes: list[ClassScore]
@@ -87,26 +85,19 @@ class EvalReport:
         return sum(score.images for score in self.classes)
 
 
-class _Predictions(NamedTuple):
-    """Labels of a split, -1 for skipped images, and each model's top-1 classes with their probabilities."""
+class _Top1(NamedTuple):
+    """A model's top-1 classes of the images of a split with their probabilities, and which are the images' own."""
 
-    labels: Int[ndarray, " images"]
-    classes: dict[str, Int[ndarray, " images"]]
-    probabilities: dict[str, Float[ndarray, " images"]]
-
-    def right(self, model: str) -> ndarray:
-        return (self.classes[model] == self.labels) & (self.labels >= 0)
+    classes: Int[ndarray, " images"]
+    probabilities: Float[ndarray, " images"]
+    right: Bool[ndarray, " images"]
 
 
 def evaluate(run: RunInfo, examples: int) -> EvalReport:
-    """Evaluates a run's student and its teacher on the evaluation split, with progress output.
+    """Evaluates a run's student and its teacher on the evaluation split, with up to `examples` images of each kind.
 
-    Args:
-        run: The run. Problems of the teacher alone are added to its `missing`.
-        examples: Largest number of images of each kind.
-
-    Raises:
-        UserError: The student has no complete checkpoint, or the data is not available.
+    Problems of the teacher alone are added to `run.missing`. Raises a UserError if the student has no complete
+    checkpoint, or the data is not available.
     """
     student = load_run(run.folder)
     config, models = student.config, {"student": student}
@@ -116,35 +107,40 @@ def evaluate(run: RunInfo, examples: int) -> EvalReport:
         models["teacher"] = teacher
     source = open_source(config.data, config.data.eval_split)
     check_classes(config.inputs, source)
-    predictions = _predict(run.name, models, config, source)
-    classes, outcomes = _per_class(predictions, source.class_names), _outcomes(predictions)
+    labels, top1 = _predict(run.name, models, config, source)
+    classes, outcomes = _per_class(labels, top1, source.class_names), _outcomes(labels, top1)
     if not isinstance(student.arch, Architecture):  # A model without tokens.
         return EvalReport(classes, outcomes, [], [], None)
     spread = np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int)
-    shown, inputs = _load(source, student, predictions, np.unique(spread))
+    shown, inputs = _load(source, student, labels, top1, np.unique(spread))
     slimmed = student.arch.is_slimmed and inputs
     maps = model_token_maps(student, np.stack([x.pixels for x in inputs])) if slimmed else None
-    lost, _ = _load(source, student, predictions, _lost(predictions)[:examples])
+    lost, _ = _load(source, student, labels, top1, _lost(top1)[:examples])
     return EvalReport(classes, outcomes, lost, shown, maps)
 
 
-def _predict(name: str, models: dict[str, Model], config: Config, source: Source) -> _Predictions:
+def _predict(
+    name: str, models: dict[str, Model], config: Config, source: Source
+) -> tuple[Int[ndarray, " images"], dict[str, _Top1]]:
+    """Returns the labels of a split, -1 for skipped images, and the predictions of each model."""
     steps = {part: _step(model) for part, model in models.items()}
-    labels: list[ndarray] = []
+    batches: list[ndarray] = []
     found: dict[str, list[tuple[ndarray, ndarray]]] = {part: [] for part in models}
     count, size = len(source), config.eval_batch_size
     with Progress(f"report: images of {name}", -(-count // size), 0, size) as progress:
         for done, batch in enumerate(eval_batches(config.inputs, source, Hosts()), start=1):
-            labels.append(np.where(batch["mask"] > 0, batch["label"], -1))
+            batches.append(np.where(batch["mask"] > 0, batch["label"], -1))
             for part, step in steps.items():
-                top1, probability = jax.device_get(step(batch["image"]))
-                if not np.isfinite(probability).all():
+                classes, probabilities = jax.device_get(step(batch["image"]))
+                if not np.isfinite(probabilities).all():
                     raise NotFiniteError(f"the {part}'s outputs are not finite, so they say nothing about the images")
-                found[part].append((top1, probability))
+                found[part].append((classes, probabilities))
             progress.update(done, {})
-    columns = {part: [np.concatenate(x)[:count] for x in zip(*found[part], strict=True)] for part in models}
-    classes, probabilities = ({part: columns[part][index] for part in models} for index in (0, 1))
-    return _Predictions(np.concatenate(labels)[:count], classes, probabilities)
+    labels, top1 = np.concatenate(batches)[:count], {}
+    for part in models:
+        classes, probabilities = (np.concatenate(x)[:count] for x in zip(*found[part], strict=True))
+        top1[part] = _Top1(classes, probabilities, classes == labels)
+    return labels, top1
 
 
 def _step(model: Model) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
@@ -159,52 +155,47 @@ def _step(model: Model) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
     return lambda pixels: step(placed, jnp.asarray(pixels))
 
 
-def _per_class(predictions: _Predictions, names: Sequence[str]) -> list[ClassScore]:
+def _per_class(labels: ndarray, top1: dict[str, _Top1], names: Sequence[str]) -> list[ClassScore]:
     def count(images: ndarray) -> ndarray:
-        return np.bincount(predictions.labels[images], minlength=len(names))
+        return np.bincount(labels[images], minlength=len(names))
 
-    counts = count(predictions.labels >= 0)
-    right = {model: count(predictions.right(model)) / np.maximum(1, counts) for model in predictions.classes}
-    students = right["student"].tolist()
-    teachers = right["teacher"].tolist() if "teacher" in right else [None] * len(names)
-    rows = zip(names, counts.tolist(), students, teachers, strict=True)
+    counts = count(labels >= 0)
+    right = {model: (count(x.right) / np.maximum(1, counts)).tolist() for model, x in top1.items()}
+    teachers = right.get("teacher", [None] * len(names))
+    rows = zip(names, counts.tolist(), right["student"], teachers, strict=True)
     return [ClassScore(str(name), images, student, teacher) for name, images, student, teacher in rows if images]
 
 
-def _outcomes(predictions: _Predictions) -> dict[tuple[bool, bool], int]:
-    if "teacher" not in predictions.classes:
+def _outcomes(labels: ndarray, top1: dict[str, _Top1]) -> dict[tuple[bool, bool], int]:
+    if "teacher" not in top1:
         return {}
-    read, student, teacher = predictions.labels >= 0, predictions.right("student"), predictions.right("teacher")
+    read, student, teacher = labels >= 0, top1["student"].right, top1["teacher"].right
     pairs = [(mine, theirs) for mine in (True, False) for theirs in (True, False)]
     return {(mine, theirs): int((read & (student == mine) & (teacher == theirs)).sum()) for mine, theirs in pairs}
 
 
-def _lost(predictions: _Predictions) -> Int[ndarray, " lost"]:
+def _lost(top1: dict[str, _Top1]) -> Int[ndarray, " lost"]:
     """Returns the indices of the images that only the teacher classifies correctly, most confident mistakes first."""
-    if "teacher" not in predictions.classes:
+    if "teacher" not in top1:
         return np.zeros(0, int)
-    lost = np.flatnonzero(predictions.right("teacher") & ~predictions.right("student"))
-    return lost[np.argsort(-predictions.probabilities["student"][lost], kind="stable")]
+    lost = np.flatnonzero(top1["teacher"].right & ~top1["student"].right)
+    return lost[np.argsort(-top1["student"].probabilities[lost], kind="stable")]
 
 
 def _load(
-    source: Source, student: Model, predictions: _Predictions, indices: Int[ndarray, " chosen"]
+    source: Source, student: Model, labels: ndarray, top1: dict[str, _Top1], indices: Int[ndarray, " chosen"]
 ) -> tuple[list[EvalImage], list[ModelInput]]:
     """Returns the images at these indices of the split, and their model inputs; unreadable ones are skipped."""
     images, inputs, names = [], [], source.class_names
-    for index in indices[predictions.labels[indices] >= 0].tolist():
+    for index in indices[labels[indices] >= 0].tolist():
         try:
             example = source[index]
             inputs.append(preprocess(student.vit, student.data, example))
         except ImageDecodeError:
             continue
         verdicts = {
-            model: Verdict(
-                str(names[classes[index]]),
-                float(predictions.probabilities[model][index]),
-                bool(predictions.right(model)[index]),
-            )
-            for model, classes in predictions.classes.items()
+            model: Verdict(str(names[x.classes[index]]), float(x.probabilities[index]), bool(x.right[index]))
+            for model, x in top1.items()
         }
         images.append(EvalImage(index, example.name, str(names[example.label]), verdicts, inputs[-1].shown))
     return images, inputs

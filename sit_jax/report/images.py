@@ -27,14 +27,7 @@ class Shown(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The tokens of one image in one stage of the model.
-
-    Attributes:
-        title: Name of the stage and number of its tokens.
-        regions: The image with each token's patches in their mean color.
-        tokens: Maps of single tokens.
-        text: The numbers as text.
-    """
+    """The tokens of one image in one stage: `regions` have the mean color of each token's patches."""
 
     title: str
     regions: Shown
@@ -108,6 +101,5 @@ def data_uri(pixels: UInt8[ndarray, "height width channels"], side: int) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun}es" if noun.endswith("ch") else f"{number:,} {noun}s"
+    ending = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{ending}"

@@ -1,5 +1,6 @@
 """Loads a run directory, complete or not, without evaluating the model."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -24,6 +25,7 @@ _METRICS = "metrics.jsonl"
 _NUMBERS_NAMED = 5
 
 T = TypeVar("T")
+U = TypeVar("U")
 Line = dict[str, float]
 
 
@@ -31,18 +33,10 @@ Line = dict[str, float]
 class RunInfo:
     """The contents of a run directory.
 
-    Attributes:
-        name: A short name, unique within a report.
-        folder: The run directory.
-        values: The configuration as stored in the file; empty if the file is missing or damaged.
-        config: The validated configuration; None if it is invalid.
-        train: Lines of training metrics, oldest first; only finite numbers.
-        scores: Lines of evaluations, oldest first; only finite numbers.
-        summary: Contents of `summary.json`; empty for a run that is not finished.
-        checkpoints: The complete checkpoints, oldest first.
-        metadata: Metadata of the newest checkpoint.
-        teachers: Runs of its teachers, by the name of their section; only those with their own run.
-        missing: Sentences that state what is missing or damaged.
+    `name` is unique within a report. `values` is the configuration as stored, `config` the validated one; None if it is
+    invalid. `train` and `scores` are lines of metrics and of evaluations, oldest first, with finite numbers only.
+    `metadata` is that of the newest checkpoint. `teachers` are those with a run of their own, by the name of their
+    section. What is missing or damaged is empty, and `missing` has a sentence about it.
     """
 
     name: str
@@ -126,15 +120,9 @@ class RunInfo:
 
 
 def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> RunInfo:
-    """Loads a run directory; lists what is missing or damaged in `missing`.
+    """Loads a run directory; the run of a teacher has no summary.
 
-    Args:
-        folder: The directory.
-        name: Name of the run; the folder's name if empty.
-        is_teacher: Whether the run is the training of a teacher, which has no summary.
-
-    Raises:
-        UserError: There is no such folder, or it is not a run directory.
+    Raises a UserError if there is no such folder, or it is not a run directory.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; give the folder of a run")
@@ -142,11 +130,10 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
         raise UserError(f"{folder}: is not a run directory: it has no {CONFIG}, {_METRICS} or {FOLDER}")
     missing: list[str] = []
     values = _read_object(folder / CONFIG, missing)
-    config = (
-        attempt(lambda: from_config_dict(copy.deepcopy(values), quiet=True), None, missing, "The configuration")
-        if values
-        else None
-    )
+    config = None
+    if values:
+        read = functools.partial(from_config_dict, copy.deepcopy(values), quiet=True)
+        config = attempt(read, None, missing, "The configuration")
     metrics = attempt(lambda: scan_metrics(folder), MetricLines([], [], False), missing, "The metrics")
     _tell_damage(folder, metrics, missing)
     summary = _read_object(folder / SUMMARY, missing) if (folder / SUMMARY).exists() else {}
@@ -181,11 +168,7 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
 
 
 def read_runs(folders: list[pathlib.Path]) -> list[RunInfo]:
-    """Loads several runs and gives each a unique name.
-
-    Raises:
-        UserError: A folder is given twice, or is not a run directory.
-    """
+    """Loads several runs and gives each a unique name; raises a UserError if a folder is given twice, or not a run."""
     resolved = [folder.resolve() for folder in folders]
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
@@ -204,11 +187,9 @@ def finite(value: object) -> float | None:
     """Returns a value if it is a finite number, otherwise None, as damaged files may contain any value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    with contextlib.suppress(OverflowError):
+        return float(value) if math.isfinite(value) else None
+    return None
 
 
 def _finite_line(line: JsonObject) -> Line:
@@ -225,14 +206,14 @@ def _load_teachers(folder: pathlib.Path, config: Config | None, missing: list[st
         elif not teacher.run or is_run(place):  # Weights of another framework have no history.
             place = place.parent.parent if place.parent.name == FOLDER else place
             read = functools.partial(read_run, place, name, is_teacher=True)
-            run: RunInfo | None = attempt(read, None, missing, f"The {name}")
+            run = attempt(read, None, missing, f"The {name}")
             if run is not None:
                 found[name] = run
                 missing += [f"{name}: {text}" for text in run.missing]
     return found
 
 
-def attempt(read: Callable[[], T], otherwise: T, missing: list[str], what: str) -> T:
+def attempt(read: Callable[[], T], otherwise: U, missing: list[str], what: str) -> T | U:
     """Returns the result of `read`; on an error returns `otherwise` and adds a sentence about `what` to `missing`."""
     try:
         return read()

@@ -23,6 +23,7 @@ from sit_jax.report.load_run import RunInfo, finite
 
 # Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
 _MOST_CLASSES = 400
+_TIME = "%Y-%m-%d %H:%M UTC"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +84,14 @@ def view_run(key: str, run: RunInfo, evaluation: EvalReport | None) -> RunView:
 
 
 def render(views: Sequence[RunView], made: datetime.datetime) -> str:
-    """Returns the HTML page.
-
-    Args:
-        views: The runs, in order.
-        made: Creation time of the page.
-    """
+    """Returns the HTML page, created at the time `made`."""
     runs = [view.run for view in views]
     several = len(views) > 1
     comparing = comparing_charts(runs, "compared") if several else []
     charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
     plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
     template = _environment().get_template("page.html")
+    versions = [(name, importlib.metadata.version(name)) for name in ("jax", "plotly", "Jinja2")]
     return template.render(
         title=f"{len(views)} runs compared" if several else runs[0].name,
         views=views,
@@ -107,8 +104,8 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
         plotly_code=plotly_code if charts else Markup(""),
         own_code=own_code,
         script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
-        made=made.strftime("%Y-%m-%d %H:%M UTC"),
-        maker=_maker(),
+        made=made.strftime(_TIME),
+        maker=[("sit_jax", __version__), ("python", platform.python_version()), *versions],
     )
 
 
@@ -120,7 +117,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, count=count, mac=mac, day=day, ratio=ratio)
+    environment.filters.update(percent=percent, count=count, mac=mac, ratio=ratio)
     return environment
 
 
@@ -146,13 +143,12 @@ def mac(gmac: float | None) -> str:
     return f"{gmac:.3g} GMAC" if gmac >= 0.1 else f"{gmac * 1e3:.3g} MMAC"
 
 
-def day(seconds: float | None) -> str:
+def day(seconds: float) -> str:
     """Formats a time in seconds since 1970, in UTC."""
     try:
-        when = datetime.datetime.fromtimestamp(seconds or 0, datetime.UTC)
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime(_TIME)
     except (OverflowError, OSError, ValueError):
         return ABSENT
-    return ABSENT if seconds is None else when.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _data_rows(run: RunInfo) -> list[tuple[str, str]]:
@@ -205,12 +201,6 @@ def _sections(values: JsonObject) -> list[tuple[str, dict[str, str]]]:
     flat = {key: show(value) for key, value in values.items() if not isinstance(value, dict)}
     sections = [(key, flatten(value)) for key, value in values.items() if isinstance(value, dict)]
     return ([("run", flat)] if flat else []) + sections
-
-
-def _maker() -> list[tuple[str, str]]:
-    names = ("jax", "plotly", "Jinja2")
-    versions = [(name, importlib.metadata.version(name)) for name in names]
-    return [("sit_jax", __version__), ("python", platform.python_version()), *versions]
 
 
 def _source(name: str) -> str:

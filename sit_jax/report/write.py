@@ -14,11 +14,7 @@ REPORT, COMPARISON = "report.html", "comparison.html"
 
 
 def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> pathlib.Path:
-    """Returns the path of the page: `output` if given, otherwise in the run directory, or in the working directory.
-
-    Raises:
-        UserError: The path is not a valid name of a page.
-    """
+    """Returns the path of the page: `output` if given, otherwise in the run directory, or in the working directory."""
     if output is None:
         return folders[0] / REPORT if len(folders) == 1 else pathlib.Path(COMPARISON)
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
@@ -32,25 +28,19 @@ def unfinished(folders: Sequence[pathlib.Path]) -> bool:
 
 
 def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples: int, with_model: bool) -> None:
-    """Writes a page about one run, or that compares several runs.
+    """Writes a page about one run, or that compares several runs, with up to `examples` images of each kind.
 
-    Args:
-        folders: The run directories.
-        output: The page; an existing one is replaced.
-        examples: Largest number of images of each kind.
-        with_model: Whether to also evaluate the newest checkpoints on the whole evaluation split.
-
-    Raises:
-        UserError: A folder is not a run directory, or the page cannot be written.
+    `with_model` also evaluates the newest checkpoints on the whole evaluation split. Raises a UserError if a folder is
+    not a run directory, or the page cannot be written.
     """
     from sit_jax.data.sources import writing
-    from sit_jax.report.evaluation import EvalReport, evaluate
+    from sit_jax.report.evaluation import evaluate
     from sit_jax.report.load_run import attempt, read_runs
     from sit_jax.report.page import render, view_run
 
     views = []
     for index, run in enumerate(read_runs(list(folders)), start=1):
-        evaluation: EvalReport | None = None
+        evaluation = None
         if not with_model:
             run.missing.append("The model was not evaluated (--no_model): no classes, no images, no token maps.")
         elif run.config is not None and run.checkpoints:
