@@ -15,16 +15,12 @@ from sit_jax.data.token_labels import patch_labels
 def prepare_batch(spec: InputSpec, batch: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
     """Normalizes, erases and mixes images, and converts labels to distributions.
 
-    Args:
-        spec: `Config.inputs` of the run.
-        batch: `image`, uint8 or already normalized float (batch, height, width, channels); `label`, class indices
-            (batch,) or distributions (batch, classes); with label maps also `map_classes`, `map_values`, `crop`
-            and `flipped` (see `token_labels.patch_labels`).
-        step: Number of optimizer steps done; together with the seed it determines all random choices.
+    `batch` has `image`, uint8 or already normalized float (batch, height, width, channels), and `label`, class indices
+    (batch,) or distributions (batch, classes); with label maps also the arguments of `patch_labels`. The seed and
+    `step`, the number of optimizer steps done, determine all random choices.
 
-    Returns:
-        `image`, float32; `label` (batch, classes); with label maps `patch_label` (batch, patches, classes); with
-        MixToken `token_mix`, True for patches that come from the partner image, (batch, patches).
+    Returns `image`, float32; `label` (batch, classes); with label maps `patch_label` (batch, patches, classes); with
+    MixToken `token_mix` (batch, patches), True for patches that come from the partner image.
     """
     images, labels = batch["image"], batch["label"]
     if images.dtype == jnp.uint8:

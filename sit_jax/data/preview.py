@@ -16,17 +16,7 @@ _COLUMNS = 8
 
 
 def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0) -> int:
-    """Writes a PNG file with a grid of the first images of a training batch and their labels; returns their number.
-
-    Args:
-        spec: `Config.inputs` of a run, with the number of classes resolved.
-        path: File to write.
-        count: Number of images, at most a batch.
-        step: Step of the batch.
-
-    Raises:
-        UserError: The data cannot be read, or the file cannot be written.
-    """
+    """Writes a PNG file with a grid of the first images of a training batch and their labels; returns their number."""
     from matplotlib.figure import Figure
 
     data = TrainData(spec, Hosts())

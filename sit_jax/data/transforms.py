@@ -107,12 +107,7 @@ def random_crop_box(
 ) -> Box:
     """Returns the box of Inception's random resized crop, by torchvision's rules.
 
-    Args:
-        width: Width of the image in pixels.
-        height: Height of the image in pixels.
-        rng: Source of the random choices.
-        scale: Smallest and largest area fraction, sampled uniformly.
-        ratio: Smallest and largest aspect ratio (width over height), sampled uniformly on a log scale.
+    The fraction of the area is uniform in `scale`; the aspect ratio (width over height) in `ratio`, on a log scale.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_ATTEMPTS):
@@ -207,15 +202,7 @@ def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple
 def random_affine(
     image: Image.Image, rng: np.random.Generator, max_rotation: float, max_shift: float, max_zoom: float
 ) -> Image.Image:
-    """Rotates, shifts and scales an image about its centre; pixels outside the image are black.
-
-    Args:
-        image: The image.
-        rng: Source of the random choices.
-        max_rotation: Degrees in either direction.
-        max_shift: Fraction of the side in either direction, independently for each axis.
-        max_zoom: Largest relative change of scale.
-    """
+    """Rotates (in degrees), shifts (by fractions of the side) and scales an image; pixels outside are black."""
     angle, zoom = np.radians(rng.uniform(-max_rotation, max_rotation)), 1.0 + rng.uniform(-max_zoom, max_zoom)
     shift_x, shift_y = rng.uniform(-max_shift, max_shift, 2) * image.size
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom

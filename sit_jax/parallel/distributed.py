@@ -28,12 +28,9 @@ _HELLO, _GO = "sit_jax", "go"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How the processes of a run connect to each other.
+    """How the processes of a run connect: `host:port` of process 0, their number, and the index of this one.
 
-    Attributes:
-        coordinator: `host:port` of process 0; empty for auto-detection.
-        count: Number of processes; 0 if not given.
-        index: Index of this process; -1 if not given.
+    The defaults mean that nothing was given, so that the processes are auto-detected.
     """
 
     coordinator: str = ""
@@ -75,10 +72,8 @@ _LAUNCHERS = {"gcetpu": "Cloud TPU", "gketpu": "Cloud TPU", "slurm": "SLURM", "o
 def find_processes() -> Found | None:
     """Detects the processes of the launcher with JAX's cluster detection; returns None for a single process.
 
-    The detection queries the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set.
-
-    Raises:
-        RunError: There is a launcher, but its information is incomplete.
+    The detection queries the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set. Raises a
+    RunError if they are incomplete.
     """
     # Private API, but the only code that detects all launchers; pyproject.toml restricts JAX to tested versions.
     from jax._src.clusters import ClusterEnv
@@ -116,9 +111,7 @@ def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
 def initialize(processes: Processes) -> None:
     """Connects to the other processes, if there are any; must be called before JAX devices are accessed.
 
-    Raises:
-        MissingProcessError: Processes did not connect within a minute; the message lists the missing ones.
-        RunError: The processes cannot connect for another reason.
+    Raises a MissingProcessError that lists processes missing after a minute, and a RunError for other reasons.
     """
     found = Found("given coordinator", processes) if processes.coordinator else find_processes()
     if found is None:
@@ -144,10 +137,7 @@ def initialize(processes: Processes) -> None:
 def wait_for_processes(processes: Processes) -> None:
     """Waits until every process has reported to process 0, on the port that the coordinator will use afterwards.
 
-    Raises:
-        MissingProcessError: Processes did not report within `ARRIVAL_TIMEOUT_S`; all others raise this error with the
-            missing ones.
-        RunError: The port is in use.
+    After `ARRIVAL_TIMEOUT_S`, all that are present raise a MissingProcessError with the missing ones.
     """
     # `jax.distributed.initialize` does not do this: if a process is missing, it ends each of the others with SIGABRT,
     # which Python cannot catch, and a stack trace that says 'RegisterTask: DEADLINE_EXCEEDED' and names no process
@@ -285,11 +275,7 @@ def broadcast_from_process_0(value: bool) -> bool:
 
 
 def run_on_process_0(work: Callable[[], None]) -> None:
-    """Runs a function in process 0 only, and raises its errors in all processes.
-
-    Raises:
-        RunError: The function raised a UserError.
-    """
+    """Runs a function in process 0 only; a UserError is raised in all processes, as a RunError."""
     if jax.process_count() == 1:
         work()
         return
