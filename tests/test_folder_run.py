@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 
 from sit_jax.cli import app as cli
-from sit_jax.cli.config_file import load_config
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.label_maps import LabelMaps
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.transforms import resize_box
-from sit_jax.errors import ConfigError, PartialFailureError
+from sit_jax.errors import PartialFailureError
 from sit_jax.io.load import load_run
 from sit_jax.io.runs import read_config
 from sit_jax.models import build_model
@@ -192,19 +191,3 @@ def test_show_draws_what_the_model_sees(folder: pathlib.Path, tmp_path: pathlib.
         assert len(np.unique(np.asarray(image.convert("L")))) > 50
     assert cli.main(["data", "show", *words(folder, batch_size=16), "--output", "/proc/none/grid.png"]) == 2
     assert "cannot be written" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("augment.rand_augment", "rand-x9"),
-        ("augment.crop_scale", "(0.9,0.2)"),
-        ("augment.flip", "1.5"),
-        ("mix.mode", "some"),
-        ("data.std.1", "(0.2,0.0,0.2)"),
-    ],
-)
-def test_wrong_values_are_named_by_key(key: str, value: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        load_config("configs/folder.py:64", [f"--config.{key.removesuffix('.1')}={value}"])
-    assert caught.value.key == key

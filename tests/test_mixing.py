@@ -13,7 +13,7 @@ import tiny
 
 from sit_jax.data.config import AugmentConfig, DataConfig, InputSpec, MixConfig
 from sit_jax.data.device_augment import prepare_batch
-from sit_jax.data.mixing import Mix, draw_mix, mix_images, mix_labels, soft_labels
+from sit_jax.data.mixing import Mix, draw_mix, mix_images, mix_labels
 from sit_jax.data.preprocess import normalize, random_erasing
 from sit_jax.data.token_labels import patch_labels
 
@@ -27,11 +27,6 @@ def compiled(config: MixConfig, batch: int) -> Callable[[jax.Array], Mix]:
 
 def draw(config: MixConfig, batch: int = 4000, seed: int = 0) -> Mix:
     return compiled(config, batch)(jax.random.key(seed))
-
-
-def test_soft_labels() -> None:
-    labels = soft_labels(jnp.array([2, 0]), 4, 0.1)
-    np.testing.assert_allclose(labels, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])

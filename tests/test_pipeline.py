@@ -18,7 +18,7 @@ import psutil
 import pytest
 import tiny
 
-from sit_jax.config import Config, LossConfig, ModelConfig
+from sit_jax.config import Config
 from sit_jax.data.config import AugmentConfig, DataConfig
 from sit_jax.data.pipeline import HostBatch, Hosts, TrainData, eval_batches
 from sit_jax.data.registry import open_source
@@ -39,10 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def config(folder: pathlib.Path, augment: AugmentConfig = VARIED, **data: Any) -> Config:
     section = DataConfig(name="folder", data_dir=str(folder), eval_split="val", resize="crop", **data)
-    model = ModelConfig(architecture=tiny.plain(in_channels=3, num_classes=8))
-    return tiny.config(
-        model=model, teacher=None, loss=LossConfig(), data=section, augment=augment, batch_size=16, eval_batch_size=12
-    )
+    return tiny.folder_config(section, augment=augment, batch_size=16, eval_batch_size=12)
 
 
 def take(config: Config, count: int, start: int = 0, host: int = 0, hosts: int = 1) -> list[HostBatch]:

@@ -17,7 +17,6 @@ import tiny
 from PIL import Image
 
 from sit_jax.cli import app as cli
-from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
@@ -90,11 +89,6 @@ def test_folders_and_splits_that_cannot_be_a_data_set(flat: pathlib.Path, tmp_pa
     with pytest.raises(ConfigError) as caught:
         open_source(DataConfig(name="folder"), "train")
     assert caught.value.key == "data.data_dir"
-
-
-def folder_config(data: DataConfig) -> Any:
-    model = ModelConfig(architecture=tiny.plain(in_channels=3, num_classes=8))
-    return tiny.config(model=model, teacher=None, loss=LossConfig(), data=data, batch_size=2, eval_batch_size=16)
 
 
 def test_prepared_folder_is_the_same_data(flat: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
@@ -175,11 +169,11 @@ def test_several_correct_classes(tmp_path: pathlib.Path) -> None:
     ManyLabels(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     data = DataConfig(name="many_labels", data_dir=str(tmp_path), train_split="validation")
     source = open_source(data, "validation")
-    config = folder_config(data)
+    inputs = tiny.folder_config(data, batch_size=2, eval_batch_size=16).inputs
     with pytest.raises(ConfigError) as caught:
-        TrainData(config.inputs, Hosts())
+        TrainData(inputs, Hosts())
     assert caught.value.key == "data.name"
-    (batch,) = eval_batches(config.inputs, source, Hosts())
+    (batch,) = eval_batches(inputs, source, Hosts())
     assert batch["mask"].sum() == 3
     labels = batch["label"][batch["mask"] > 0]
     assert sorted(row[row >= 0].tolist() for row in labels) == [[0, 2, 7], [1, 5], [3]]
@@ -189,17 +183,6 @@ def test_not_prepared(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match=r"sit data prepare --name cifar100 --data_dir") as caught:
         open_source(DataConfig(name="cifar100", data_dir=str(tmp_path)), "train")
     assert caught.value.key == "data.name"
-
-
-def test_images_of_a_source_reach_the_batch(flat: pathlib.Path) -> None:
-    data = DataConfig(name="folder", data_dir=str(flat), resampler="pillow")
-    source = open_source(data, "train")
-    batches = list(eval_batches(folder_config(data).inputs, source, Hosts()))
-    images = np.concatenate([batch["image"] for batch in batches])[: len(source)]
-    for index in (0, 37, len(source) - 1):
-        with Image.open(source[index].name) as image:
-            expected = np.asarray(image.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC), np.int64)
-        assert np.abs(images[index] - expected).max() <= 2
 
 
 def test_synthetic_images() -> None:

@@ -108,8 +108,3 @@ def test_color_jitter_is_pillows() -> None:
     for index in rng.permutation(3):
         expected = order[index](expected).enhance(float(factors[index]))
     assert transforms.color_jitter(photo, np.random.default_rng(5), 0.4).tobytes() == expected.tobytes()
-
-
-def test_fill_colour_is_the_mean() -> None:
-    assert transforms.fill_colour(DataConfig().mean, 3) == (124, 116, 104)
-    assert transforms.fill_colour(DataConfig().mean, 1) == (115,)

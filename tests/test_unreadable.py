@@ -14,7 +14,6 @@ import pytest
 import tiny
 
 from sit_jax.cli import app as cli
-from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource, find_images
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
@@ -37,12 +36,6 @@ WAYS: dict[str, Callable[[pathlib.Path], object]] = {
 LISTED = tuple(way for way in WAYS if way not in ("missing", "folder"))
 
 
-def a_config(data: DataConfig) -> Any:
-    model = ModelConfig(architecture=tiny.plain(in_channels=3, num_classes=8))
-    fields: dict[str, Any] = {"model": model, "teacher": None, "loss": LossConfig(), "batch_size": 8}
-    return tiny.config(data=data, eval_batch_size=16, **fields)
-
-
 def spoil(root: pathlib.Path, way: str) -> pathlib.Path:
     path = root / "china" / "0001.jpg"
     path.unlink()
@@ -62,14 +55,14 @@ def folder_data(root: pathlib.Path, on_decode_error: Any = "error") -> DataConfi
 
 
 def masks(data: DataConfig, source: Source) -> list[float]:
-    config = a_config(data)
-    return [x for batch in eval_batches(config.inputs, source, Hosts()) for x in batch["mask"].tolist()][: len(source)]
+    inputs = tiny.folder_config(data, eval_batch_size=16).inputs
+    return [x for batch in eval_batches(inputs, source, Hosts()) for x in batch["mask"].tolist()][: len(source)]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_evaluation_and_training_skip_it_or_name_it(root: pathlib.Path, way: str) -> None:
     skip, stop = folder_data(root, "skip"), folder_data(root)
-    source, train = open_source(skip, "train"), TrainData(a_config(skip).inputs, Hosts())
+    source, train = open_source(skip, "train"), TrainData(tiny.folder_config(skip, batch_size=8).inputs, Hosts())
     bad = spoil(root, way)
     index = [path for path, _ in source.files].index(str(bad))  # type: ignore[attr-defined]
     assert masks(skip, source) == [float(place != index) for place in range(len(source))]
