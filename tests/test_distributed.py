@@ -116,7 +116,7 @@ OPEN_MPI = {
 }
 
 
-def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> distributed.Found | None:
+def found(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Processes | None:
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_")):
             monkeypatch.delenv(name)
@@ -129,14 +129,14 @@ def test_processes_are_found_by_their_launchers_variables(monkeypatch: pytest.Mo
     assert found(monkeypatch) is None
     slurm = found(monkeypatch, **SLURM)
     assert slurm is not None
-    assert (slurm.launcher, slurm.processes.count, slurm.processes.index) == ("SLURM", 8, 3)
-    assert slurm.processes.address[0] == "node017"
-    assert 1024 < slurm.processes.address[1] < 2**16
+    assert (slurm.launcher, slurm.count, slurm.index) == ("SLURM", 8, 3)
+    assert slurm.address[0] == "node017"
+    assert 1024 < slurm.address[1] < 2**16
     assert found(monkeypatch, **{**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) is None
     mpi = found(monkeypatch, **OPEN_MPI)
     assert mpi is not None
-    assert (mpi.launcher, mpi.processes.count, mpi.processes.index) == ("Open MPI", 2, 1)
-    assert mpi.processes.address[0] == "10.96.0.1"
+    assert (mpi.launcher, mpi.count, mpi.index) == ("Open MPI", 2, 1)
+    assert mpi.address[0] == "10.96.0.1"
     with pytest.raises(RunError, match="Open MPI"):
         found(monkeypatch, **{**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "nonsense"})
 

@@ -12,9 +12,8 @@ import pytest
 import tiny
 
 from sit_jax.data.config import AugmentConfig, DataConfig, InputSpec, MixConfig
-from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.mixing import Mix, draw_mix, mix_images, mix_labels
-from sit_jax.data.preprocess import normalize, random_erasing
+from sit_jax.data.preprocess import normalize, prepare_batch, random_erasing
 from sit_jax.data.token_labels import patch_labels
 
 SIDE = 32

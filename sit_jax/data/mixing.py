@@ -65,11 +65,6 @@ def mix_labels(labels: Float[Array, "batch classes"], mix: Mix) -> Float[Array, 
     return labels * weight + labels[::-1] * (1.0 - weight)
 
 
-def draw_token_mix(key: Array, batch: int, grid: int, config: MixConfig) -> Mix:
-    """Draws MixToken's box on the grid of patch tokens, the same for the whole batch (LV-ViT, section 3.3)."""
-    return draw_mix(key, batch, grid, grid, MixConfig(cutmix=config.mix_token, probability=config.probability))
-
-
 def _cut_box(key: Array, weight: Float[Array, " draws"], height: int, width: int) -> Bool[Array, "draws height width"]:
     """Returns masks of boxes of about `1 - weight` of the area; centres are uniform, boxes clipped at the edges."""
     side = jnp.sqrt(1.0 - weight)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.data.config import InputSpec
-from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.pipeline import Hosts, TrainData
+from sit_jax.data.preprocess import prepare_batch
 from sit_jax.data.sources import writing
 
 _COLUMNS = 8

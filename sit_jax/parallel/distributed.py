@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,12 +30,15 @@ _HELLO, _GO = "sit_jax", "go"
 class Processes:
     """How the processes of a run connect: `host:port` of process 0, their number, and the index of this one.
 
-    The defaults mean that nothing was given, so that the processes are auto-detected.
+    The defaults mean that nothing was given, so that the processes are auto-detected. `local_devices` are the indices
+    of the local accelerators of this process; None leaves the choice to JAX.
     """
 
     coordinator: str = ""
     count: int = 0
     index: int = -1
+    launcher: str = "given coordinator"
+    local_devices: list[int] | None = None
 
     def __post_init__(self) -> None:
         given = (bool(self.coordinator), self.count > 0, self.index >= 0)
@@ -55,21 +58,10 @@ class Processes:
         return host, int(port)
 
 
-class Found(NamedTuple):
-    """Processes that a launcher (`Cloud TPU`, `SLURM` or `Open MPI`) started, without options of this command.
-
-    `local_devices` are the indices of the local accelerators of this process; None leaves the choice to JAX.
-    """
-
-    launcher: str
-    processes: Processes
-    local_devices: list[int] | None = None
-
-
 _LAUNCHERS = {"gcetpu": "Cloud TPU", "gketpu": "Cloud TPU", "slurm": "SLURM", "ompi": "Open MPI"}
 
 
-def find_processes() -> Found | None:
+def find_processes() -> Processes | None:
     """Detects the processes of the launcher with JAX's cluster detection; returns None for a single process.
 
     The detection queries the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set. Raises a
@@ -89,11 +81,11 @@ def find_processes() -> Found | None:
             return None
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
-        processes = Processes(address, count, cluster.get_process_id())
+        devices = _devices_of_a_lone_task(os.environ) if name == "SLURM" else None
+        return Processes(address, count, cluster.get_process_id(), name, devices)
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: the metadata server did not answer.
         reason = one_line(error)
         raise RunError(f"{name} was detected, but does not define the other processes: {reason}") from None
-    return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
 
 
 def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
@@ -113,15 +105,15 @@ def initialize(processes: Processes) -> None:
 
     Raises a MissingProcessError that lists processes missing after a minute, and a RunError for other reasons.
     """
-    found = Found("given coordinator", processes) if processes.coordinator else find_processes()
+    found = processes if processes.coordinator else find_processes()
     if found is None:
         return
-    wait_for_processes(found.processes)
+    wait_for_processes(found)
     try:
         jax.distributed.initialize(
-            coordinator_address=found.processes.coordinator,
-            num_processes=found.processes.count,
-            process_id=found.processes.index,
+            coordinator_address=found.coordinator,
+            num_processes=found.count,
+            process_id=found.index,
             local_device_ids=found.local_devices,
             initialization_timeout=int(ARRIVAL_TIMEOUT_S),
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
