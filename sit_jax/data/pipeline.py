@@ -16,7 +16,7 @@ from sit_jax.data.registry import open_source
 from sit_jax.data.sampler import TrainOrder
 from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
-from sit_jax.errors import ConfigError, RunError, UserError
+from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError
 
 HostBatch = dict[str, np.ndarray]
 # A stream of batches; closing it stops the readers.
@@ -127,6 +127,9 @@ def _read_ahead(batches: grain.MapDataset[HostBatch], data: DataConfig) -> Strea
                 yield next(iterator)
             except StopIteration:
                 return
+            except ImageDecodeError as error:
+                advice = "fix or remove it, or set data.on_decode_error=skip (sit data check lists all such)"
+                raise ImageDecodeError(f"{error}; {advice}") from None
             except UserError as error:
                 error.__notes__ = []  # Without Grain's note and the traceback of the loader process.
                 raise error.with_traceback(None) from None
