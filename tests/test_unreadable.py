@@ -93,7 +93,7 @@ def test_prepare_leaves_it_out(root: pathlib.Path, tmp_path: pathlib.Path, way: 
     words = ["data", "prepare", "--from_folder", str(root), "--name", "some", "--data_dir", str(tmp_path / "data")]
     words += ["--val_fraction", "0.34"]
     assert cli.main(words) == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("sit data prepare: china/0001.jpg: ")
+    assert "china/0001.jpg: " in capsys.readouterr().err.strip().splitlines()[-1]
     assert not list((tmp_path / "data").rglob("*.array_record*"))
     assert cli.main([*words, "--skip_broken"]) == 0
     assert "left out" in capsys.readouterr().err
