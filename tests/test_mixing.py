@@ -1,8 +1,6 @@
 """Mixup, cutmix, random erasing and dense labels, against NumPy and the definitions."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,13 +17,11 @@ from sit_jax.data.token_labels import patch_labels
 SIDE = 32
 
 
-@functools.cache
-def compiled(config: MixConfig, batch: int) -> Callable[[jax.Array], Mix]:
-    return jax.jit(lambda key: draw_mix(key, batch, SIDE, SIDE, config))
+compiled = jax.jit(draw_mix, static_argnums=(1, 2, 3, 4))
 
 
 def draw(config: MixConfig, batch: int = 4000, seed: int = 0) -> Mix:
-    return compiled(config, batch)(jax.random.key(seed))
+    return compiled(jax.random.key(seed), batch, SIDE, SIDE, config)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.8, 2.0])

@@ -336,7 +336,7 @@ class Config:
             arch = dataclasses.replace(arch, num_classes=arch.num_classes or num_classes)
             return dataclasses.replace(model, architecture=arch)
 
-        teachers = {name: dataclasses.replace(x, model=resolve(x.model)) for name, x in self.teachers.items()}
+        teachers: dict[str, Any] = {n: dataclasses.replace(x, model=resolve(x.model)) for n, x in self.teachers.items()}
         return dataclasses.replace(self, model=resolve(self.model), **teachers)
 
 
