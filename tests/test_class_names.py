@@ -14,7 +14,7 @@ import tiny
 
 import sit_jax
 from sit_jax.cli import app as cli
-from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, TeacherConfig
 from sit_jax.data.classes import match_classes
 from sit_jax.data.sources import Example
 from sit_jax.errors import ConfigError, RunError, UserError
@@ -104,9 +104,7 @@ def test_several_correct_classes_are_renumbered() -> None:
 def config(folder: pathlib.Path, **changes: Any) -> Config:
     """A model that is trained for an epoch on a flat folder, of which it holds out 40%."""
     data = DataConfig(name="folder", data_dir=str(folder), eval_split="val", val_fraction=0.4, on_decode_error="skip")
-    model = ModelConfig(architecture=tiny.plain(num_classes=3))
-    fields = {"epochs": 1, "batch_size": 16, "eval_batch_size": 8, "optim": OptimConfig(lr=1e-3), "data": data}
-    return tiny.config(**{**fields, "model": model, "loss": LossConfig(), "teacher": None, **changes})
+    return tiny.folder_config(data, 3, **{"epochs": 1, "batch_size": 16, "eval_batch_size": 8, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from sit_jax.parallel.distributed import Processes, wait_for_processes
 from sit_jax.training.metrics import read_metrics
 
 # Some gradients are 0 but for rounding; with the usual epsilon Adam would make a full step of what is left.
-BOTH = {"model.dim": 16, "model.num_heads": 2, "model.depth": 2, "epochs": 1, "batch_size": 128}
+BOTH: dict[str, Any] = {"model.dim": 16, "model.num_heads": 2, "model.depth": 2, "epochs": 1, "batch_size": 128}
 BOTH |= {"optim.warmup_epochs": 0.0, "optim.eps": 1e-5}
 SMALL = {"model.stage_blocks": "(1,1)", "log.every_steps": 1, **BOTH, **{f"teacher.{x}": y for x, y in BOTH.items()}}
 

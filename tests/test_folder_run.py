@@ -26,7 +26,7 @@ from sit_jax.models import build_model
 from sit_jax.training.dense_labels import write_label_maps
 from sit_jax.training.metrics import read_metrics
 
-SHORT = {"epochs": 1, "batch_size": 16, "optim.warmup_epochs": 0.0}
+SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "optim.warmup_epochs": 0.0}
 TINY = {"dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 32}
 
 
@@ -88,7 +88,13 @@ def test_accuracy_is_far_above_chance_with_either_resize(tmp_path: pathlib.Path)
     folder, run = tmp_path / "photos", tmp_path / "run"
     images.make_folder(folder, 40, "train", size=(72, 64))
     images.make_folder(folder, 8, "val", seed=1, size=(72, 64))
-    values = {"teacher.epochs": 14, "teacher.batch_size": 32, "teacher.optim.lr": 4e-3, "epochs": 6, "batch_size": 32}
+    values: dict[str, Any] = {
+        "teacher.epochs": 14,
+        "teacher.batch_size": 32,
+        "teacher.optim.lr": 4e-3,
+        "epochs": 6,
+        "batch_size": 32,
+    }
     values |= {"augment.rand_augment": "", "mix.probability": 0.2, "eval_every_epochs": 14}
     shape = {"dim": 32, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
     assert cli.main(["train", *words(folder, shape, **values), "--workdir", str(run)]) == 0
@@ -114,7 +120,12 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     maps, first, second = (str(tmp_path / name) for name in ("maps", "first", "second"))
     assert cli.main(["data", "label", "--workdir", str(finished), "--output", maps]) == 2
     assert "--workdir" in capsys.readouterr().err
-    plain = {"model.aux_head": True, "model.stage_blocks": "()", "model.keep_ratio": None, "teacher": None}
+    plain: dict[str, Any] = {
+        "model.aux_head": True,
+        "model.stage_blocks": "()",
+        "model.keep_ratio": None,
+        "teacher": None,
+    }
     plain |= {"loss.token": 0.0, "loss.logits": 0.0, "init": finished / "teacher"}
     train = ["train", *words(folder, **plain, **SHORT)]
     assert cli.main([*train, "--workdir", first]) == 0
