@@ -27,7 +27,7 @@ from sit_jax.training.dense_labels import write_label_maps
 from sit_jax.training.metrics import read_metrics
 
 SHORT: dict[str, Any] = {"epochs": 1, "batch_size": 16, "optim.warmup_epochs": 0.0}
-TINY = {"dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 32}
+TINY: dict[str, Any] = {"stem": "patch", "dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2.0, "image_size": 32}
 
 
 def words(folder: pathlib.Path, shape: dict[str, Any] = TINY, **more: Any) -> list[str]:
