@@ -7,7 +7,7 @@ import zlib
 import images
 import numpy as np
 import skimage.data
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 PHOTO = Image.fromarray(skimage.data.chelsea()).resize((90, 60))
 
@@ -26,15 +26,7 @@ def _png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, key: bytes = b"") -> bytes:
-    """A PNG file.
-
-    Args:
-        size: Width and height.
-        bits: Bits per sample.
-        colour: 0 for grey, 2 for RGB.
-        rows: Samples row by row, each row with its filter's byte before it.
-        key: The transparent colour, 16 bits per sample; empty for none.
-    """
+    """A PNG file, grey (`colour` 0) or RGB (2); each row begins with the byte of its filter, `key` is transparent."""
     header = _png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, 0))
     transparent = _png_chunk(b"tRNS", key) if key else b""
     data = _png_chunk(b"IDAT", zlib.compress(rows)) + _png_chunk(b"IEND", b"")
@@ -58,40 +50,27 @@ WEBP = saved(PHOTO, "WEBP", lossless=True)
 # File name -> bytes that are not an image, or only a part of one.
 BROKEN: dict[str, bytes] = {
     "empty.jpg": b"",
-    "one_byte.jpg": b"\xff",
     "zeros.jpg": bytes(1000),
     "text.jpg": b"not a picture at all, but a note to myself",
-    "html.jpg": b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
-    "json.png": b'{"error": "quota exceeded"}',
     "jpeg_half.jpg": JPEG[: len(JPEG) // 2],
     "jpeg_without_end.jpg": JPEG[:-200],
     "jpeg_header_only.jpg": JPEG[:20],
-    "jpeg_marker_only.jpg": JPEG[:2],
     "jpeg_start_and_end.jpg": b"\xff\xd8\xff\xd9",
     "jpeg_tables_gone.jpg": JPEG[:2] + JPEG[JPEG.index(b"\xff\xda") :],
     "jpeg_huge_header.jpg": _huge_jpeg(60000, 60000),
     "jpeg_zero_size.jpg": _huge_jpeg(0, 0),
     "png_half.png": PNG[: len(PNG) // 2],
-    "png_signature_only.png": PNG[:8],
     "png_no_data.png": PNG[:33] + PNG[-12:],  # Its header and its end.
     "png_huge_header.png": png((50000, 50000), 8, 2, b"x"),
-    "png_absurd_header.png": png((2**31 - 1, 2**31 - 1), 8, 2, b"x"),
     "png_zero_size.png": png((0, 10), 8, 2, b"x"),
     "png_bad_checksum.png": PNG[:20] + bytes([PNG[20] ^ 255]) + PNG[21:],
     "png_bad_data.png": PNG[:60] + bytes(len(PNG) - 120) + PNG[-60:],
     "gif_half.gif": GIF[: len(GIF) // 2],
-    "gif_header_only.gif": GIF[:13],
     "bmp_half.bmp": BMP[: len(BMP) // 2],
-    "bmp_header_only.bmp": BMP[:30],
     "tiff_half.tif": TIFF[: len(TIFF) // 2],
-    "tiff_header_only.tif": TIFF[:8],
     "webp_half.webp": WEBP[: len(WEBP) // 2],
-    "webp_header_only.webp": WEBP[:16],
     "float.tif": saved(Image.fromarray(np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)), "TIFF"),
     "int32.tif": saved(Image.fromarray(np.arange(600, dtype=np.int32).reshape(20, 30) % 256), "TIFF"),
-    "zip.png": b"PK\x03\x04" + bytes(200),
-    "pdf.jpg": b"%PDF-1.7\n1 0 obj\n<<>>\nendobj\n",
-    "svg.png": b'<svg xmlns="http://www.w3.org/2000/svg" width="5" height="5"/>',
 }
 
 
@@ -99,12 +78,6 @@ def _exif(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
-
-
-def _text_chunks() -> bytes:
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Comment", "x" * 1000)
-    return saved(PHOTO, "PNG", pnginfo=info)
 
 
 _DEEP = (np.asarray(PHOTO.convert("L"), np.uint16) << 8) + 77
@@ -127,7 +100,6 @@ ODD: dict[str, tuple[bytes, str]] = {
     "jpeg_called.png": (JPEG, "suffix"),
     "png_called.jpeg": (PNG, "suffix"),
     "turned.jpg": (saved(PHOTO, "JPEG", exif=_exif(6)), "EXIF"),
-    "turned_by_xmp.jpg": (saved(PHOTO, "JPEG", xmp=b'<rdf tiff:Orientation="6"/>'), "XMP"),
     "bad_orientation.jpg": (saved(PHOTO, "JPEG", exif=_exif(77)), ""),
     "bad_exif.jpg": (saved(PHOTO, "JPEG", exif=b"Exif\x00\x00" + b"\xff" * 40), ""),
     "bad_icc.jpg": (saved(PHOTO, "JPEG", icc_profile=b"\x00garbage" * 30), ""),
@@ -136,8 +108,7 @@ ODD: dict[str, tuple[bytes, str]] = {
     "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), "longer"),
     "progressive.jpg": (saved(PHOTO, "JPEG", progressive=True), ""),
     "trailing_zeros.jpg": (JPEG + bytes(64), ""),
-    "trailing_text.jpg": (JPEG + b"camera maker's notes", ""),
-    "text_chunks.png": (_text_chunks(), ""),
+    "trailing_text.jpg": (JPEG + b"notes", ""),
     "bitmap.bmp": (BMP, ""),
     "scan.tif": (TIFF, ""),
     "web.webp": (WEBP, ""),

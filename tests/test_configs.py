@@ -5,41 +5,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from sit_jax.analysis.plan import abstract_arguments
 from sit_jax.cli.config_file import load_config
 from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
-from sit_jax.training.step import abstract_state, make_train_spec, train_step
+from sit_jax.errors import ConfigError
+from sit_jax.parallel.sharding import make_mesh
+from sit_jax.training.step import make_train_spec, train_step
 
 PAGES = sorted(pathlib.Path("configs").glob("*.py"))
 IMAGENET_TRAIN = 1_281_167
 
 
-def abstract_batch(config: Config) -> dict[str, Any]:
-    arch, size = config.model.architecture, config.batch_size
-    shape = (size, arch.image_size, arch.image_size, arch.in_channels)
-    arrays: dict[str, Any] = {"image": (shape, jnp.uint8)}
-    arrays |= {"label": ((size,), jnp.int32), "skipped": ((size,), jnp.int32)}
-    if config.loss.token_label > 0:
-        maps = (size, 14, 14, 5)
-        arrays |= {"map_classes": (maps, jnp.int32), "map_values": (maps, jnp.float32)}
-        arrays |= {"crop": ((size, 4), jnp.float32), "flipped": ((size,), jnp.bool_)}
-    return {name: jax.ShapeDtypeStruct(*array) for name, array in arrays.items()}
-
-
 def trace_step(config: Config) -> dict[str, Any]:
     """Metrics of one traced train step; nothing is computed."""
-    task = make_train_spec(config, steps_per_epoch=100)
-    state = abstract_state(task)
-    teachers = {}
-    if task.teacher is not None and config.teacher is not None:
-        arch = config.teacher.model.architecture
-        images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
-        teachers["teacher"] = jax.eval_shape(task.teacher.init, jax.random.key(0), images)
-    _, metrics = jax.eval_shape(lambda *x: train_step(task, *x), state, abstract_batch(config), teachers)
-    return dict(metrics)
+    arguments = abstract_arguments(config, make_mesh(devices=jax.devices()[:1]))
+    spec = make_train_spec(config, steps_per_epoch=100)
+    return dict(jax.eval_shape(lambda *x: train_step(spec, *x), *arguments)[1])
 
 
 def shallow(config: Config) -> Config:
@@ -105,8 +89,11 @@ def test_arguments_of_pages() -> None:
     assert load_config("configs/imagenet_lvvit_small.py").init == "runs/lvvit_small_pretrained"
 
 
-def test_rate_follows_the_batch() -> None:
-    small = load_config("configs/imagenet_sit_tiny.py", ["--config.batch_size=256"])
-    np.testing.assert_allclose(small.scaled_optim.lr, 1e-4)
-    fixed = load_config("configs/imagenet_sit_tiny.py", ["--config.batch_size=256", "--config.optim.lr_batch_size=0"])
-    np.testing.assert_allclose(fixed.scaled_optim.lr, 2e-4)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("augment.rand_augment", "rand-x9"), ("augment.flip", "1.5"), ("data.std.1", "(0.2,0.0,0.2)")],
+)
+def test_wrong_values_are_named_by_key(key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("configs/folder.py:64", [f"--config.{key.removesuffix('.1')}={value}"])
+    assert caught.value.key == key

@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import skimage.data
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from sit_jax.data import transforms
 from sit_jax.data.config import AugmentConfig, DataConfig
@@ -98,18 +98,3 @@ def test_augmentations_change_what_they_should() -> None:
         assert all(not np.array_equal(image, base) for image in images)
         again = varied(example(), np.random.default_rng(2))["image"]
         assert np.array_equal(again, images[2])
-
-
-def test_color_jitter_is_pillows() -> None:
-    photo = Image.fromarray(PHOTO)
-    order = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-    rng = np.random.default_rng(5)
-    factors, expected = rng.uniform(0.6, 1.4, 3), photo
-    for index in rng.permutation(3):
-        expected = order[index](expected).enhance(float(factors[index]))
-    assert transforms.color_jitter(photo, np.random.default_rng(5), 0.4).tobytes() == expected.tobytes()
-
-
-def test_fill_colour_is_the_mean() -> None:
-    assert transforms.fill_colour(DataConfig().mean, 3) == (124, 116, 104)
-    assert transforms.fill_colour(DataConfig().mean, 1) == (115,)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.config import Config, DataConfig, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 
@@ -32,6 +32,12 @@ def config(loss: LossConfig = FRD, arch: Architecture = STUDENT, **changes: Any)
         "optim": OptimConfig(lr=1e-3),
     }
     return Config(**{**fields, **changes})
+
+
+def folder_config(data: DataConfig, num_classes: int = 8, **changes: Any) -> Config:
+    """A model's configuration, without a teacher, for a folder of colour images."""
+    model = ModelConfig(architecture=plain(in_channels=3, num_classes=num_classes))
+    return config(**{"loss": LossConfig(), "model": model, "teacher": None, "data": data, **changes})
 
 
 def plain(**changes: Any) -> Architecture:

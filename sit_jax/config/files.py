@@ -31,9 +31,9 @@ def get_config(path: str) -> ConfigDict:
             spec.loader.exec_module(module)
         config = module.get_config(*([argument] if argument else []))
     except Exception as error:  # A user's Python file may raise any error.
-        if isinstance(error, UserError | TypeError | ValueError):
-            raise ConfigError("--config", f"{path}: {one_line(error)}") from None
-        raise ConfigError("--config", f"{path} raises {type(error).__name__}: {one_line(error)}") from None
+        usual = isinstance(error, UserError | TypeError | ValueError)
+        where = path if usual else f"{path} raises {type(error).__name__}"
+        raise ConfigError("--config", f"{where}: {one_line(error)}") from None
     if not isinstance(config, ConfigDict):
         raise ConfigError("--config", f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
     return with_defaults(config)

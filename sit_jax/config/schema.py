@@ -336,11 +336,8 @@ class Config:
             arch = dataclasses.replace(arch, num_classes=arch.num_classes or num_classes)
             return dataclasses.replace(model, architecture=arch)
 
-        teachers = {name: dataclasses.replace(x, model=resolve(x.model)) for name, x in self.teachers.items()}
-        student = resolve(self.model)
-        return dataclasses.replace(
-            self, model=student, teacher=teachers.get("teacher"), cnn_teacher=teachers.get("cnn_teacher")
-        )
+        teachers: dict[str, Any] = {n: dataclasses.replace(x, model=resolve(x.model)) for n, x in self.teachers.items()}
+        return dataclasses.replace(self, model=resolve(self.model), **teachers)
 
 
 def _check_training(epochs: int, batch_size: int, optim: OptimConfig, model: ModelConfig) -> None:

@@ -12,16 +12,8 @@ from sit_jax.errors import UserError, listed
 def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what: str, other: str) -> list[int] | None:
     """Returns the index in `names` of each name in `wanted`, or None if both have the same order.
 
-    Names that are only numbers (0, 1, 2, ...) carry no information beyond the index and match any names.
-
-    Args:
-        names: Class names by index, or None if they are unknown.
-        wanted: The names to find in `names`, or None if they are unknown.
-        what: What `names` belongs to, for messages.
-        other: What `wanted` belongs to, for messages.
-
-    Raises:
-        UserError: The two sides have different classes; the message lists the differences.
+    Unknown names (None) and names that are only numbers (0, 1, 2, ...) match any names. Raises a UserError with the
+    differences if `what` and `other`, the owners of the names, have different classes.
     """
     if names is None or wanted is None or _are_numbers(names) or _are_numbers(wanted) or list(names) == list(wanted):
         return None
@@ -38,10 +30,7 @@ def class_order(names: Sequence[str] | None, wanted: Sequence[str] | None, what:
 def reorder_heads(
     variables: dict[str, PyTree], order: Sequence[int] | None, heads: Collection[str]
 ) -> dict[str, PyTree]:
-    """Returns a model's variables with the outputs of the named heads reordered.
-
-    `order` has the old index of each new output; None changes nothing.
-    """
+    """Returns a model's variables with the outputs of the named heads reordered; `order` has the old indices."""
     if order is None:
         return variables
     columns = np.asarray(order)
@@ -53,15 +42,9 @@ def reorder_heads(
 
 
 def match_classes(source: Source, names: Sequence[str] | None, what: str) -> Source:
-    """Returns the source with its labels mapped to the indices of a model's class names.
+    """Returns the source with its labels mapped to the indices of a model's class names, if they are known.
 
-    Args:
-        source: A split of a data set.
-        names: The model's class names, or None if they are unknown.
-        what: The model, for messages.
-
-    Raises:
-        UserError: The data set has different classes.
+    Raises a UserError if the data set has other classes than the model, which messages call `what`.
     """
     order = class_order(names, source.class_names, what, "the data set")
     return source if order is None or names is None else _ReorderedSource(source, tuple(names), tuple(order))

@@ -145,19 +145,8 @@ class MixConfig:
 class InputSpec:
     """Parameters of the input pipeline, derived from a run's configuration (`Config.inputs`).
 
-    Attributes:
-        data: The data set and how images are read.
-        image_size: Height and width of the model's input in pixels.
-        channels: Channels of the model's input.
-        num_classes: Number of classes of the model.
-        augment: Augmentation of training images.
-        mix: Mixup, CutMix and MixToken.
-        grid_size: Patches along one side, for per-patch labels; 1 for models without patches.
-        batch_size: Examples in a global training batch.
-        eval_batch_size: Examples in a global evaluation batch.
-        seed: Seed of the order and the augmentation.
-        label_smoothing: Fraction of each label that is spread over all classes.
-        patch_labels: Whether the loss uses a label per patch.
+    Image size, channels and classes are those of the model. `grid_size` is its number of patches along one side, 1 for
+    models without patches; `patch_labels` says whether the loss uses a label per patch. Batch sizes are global.
     """
 
     data: DataConfig

@@ -31,17 +31,8 @@ def decode(encoded: bytes, channels: int, name: str = "image", max_pixels: int =
     Transparent pixels are composited on white, samples of more than 8 bits are scaled to 8, CMYK and palette images are
     converted to RGB. Pixels of unknown range (floats, signed integers, 32-bit integers) are rejected.
 
-    Args:
-        encoded: The file's bytes.
-        channels: 1 for grey, 3 for RGB.
-        name: Name of the image in messages.
-        max_pixels: Images with more pixels than this are not decoded.
-
-    Returns:
-        Pixels, uint8 (height, width, channels).
-
-    Raises:
-        ImageDecodeError: The data are not an image, are damaged, or have too many pixels or pixels of unknown range.
+    Returns uint8 pixels (height, width, channels), grey for 1 channel and RGB for 3. Raises an ImageDecodeError if the
+    data are not an image, are damaged, or have more than `max_pixels` pixels.
     """
     return _read(encoded, channels, name, max_pixels)[0]
 
@@ -49,13 +40,7 @@ def decode(encoded: bytes, channels: int, name: str = "image", max_pixels: int =
 def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
     """Returns descriptions of what is unusual about an image and how `decode` handles it; empty for a plain image.
 
-    Args:
-        encoded: The file's bytes.
-        name: The file name, for its suffix.
-        max_pixels: As for `decode`.
-
-    Raises:
-        ImageDecodeError: As for `decode`.
+    The suffix of `name` is one such property. Raises an ImageDecodeError as `decode` does.
     """
     pixels, found = _read(encoded, 3, name, max_pixels)
     height, width, _ = pixels.shape

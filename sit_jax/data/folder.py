@@ -31,23 +31,14 @@ class FolderSource:
 
     `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val` (or `valid`, `validation`,
     `test`). If the classes are in `root` itself, a fraction of each class, spread evenly over the sorted file names, is
-    `val`. Classes are numbered by name. Subfolders of a class belong to that class.
-
-    Attributes:
-        class_names: Names of the classes, by index.
-        files: Paths and labels of the images, sorted.
-        base: The folder that contains the classes.
+    `val`. Classes are numbered by name. Subfolders of a class belong to that class. `files` has paths and labels.
     """
 
     multi_label = False
 
     @_listing()
     def __init__(self, root: pathlib.Path, split: str, val_fraction: float = 0.1) -> None:
-        """Lists the images of a split, or of a part of one, such as `train[:90%]`.
-
-        Raises:
-            UserError: There is no such folder or split, it contains no images, or a folder cannot be listed.
-        """
+        """Lists the images of a split, or of a part of one, such as `train[:90%]`; it must contain images."""
         if not root.is_dir():
             raise ConfigError("data.data_dir", f"there is no folder {root}")
         match = _SPLIT.fullmatch(split)
@@ -102,11 +93,7 @@ def _classes(base: pathlib.Path) -> tuple[str, ...]:
 
 @_listing()
 def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the images in a folder and its subfolders, sorted and without hidden files.
-
-    Raises:
-        UserError: A folder cannot be listed.
-    """
+    """Returns the images in a folder and its subfolders, sorted and without hidden files."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # `val` may lack a class of `train`.
@@ -145,12 +132,8 @@ def _bound(text: str | None, length: int) -> int | None:
 def find_images(args: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
     """Returns the images that command-line arguments refer to, in order.
 
-    Args:
-        args: Files, folders (all images within, sorted), glob patterns (`**` for any depth), or `-` for `lines`.
-        lines: One file per line.
-
-    Raises:
-        UserError: An argument matches no file.
+    An argument is a file, a folder (all images within, sorted), a glob pattern (`**` for any depth), or `-` for the
+    files in `lines`. Raises a UserError if one matches no file.
     """
     found: list[str] = []
     for arg in args:

@@ -39,9 +39,9 @@ class TrainExamples:
             place = (index + skipped) % len(self.source)
             try:
                 example = self.transform(self.source[place], rng)
-            except ImageDecodeError as error:
+            except ImageDecodeError:
                 if not self.skip_broken:
-                    raise _with_advice(error) from None
+                    raise
                 continue
             if self.maps is not None:
                 classes, values = self.maps[place]
@@ -70,9 +70,9 @@ class EvalExamples:
             if stored.label < 0:
                 return self._nothing()  # ReaL has images without a correct class; they are not counted.
             example = self.transform(stored)
-        except ImageDecodeError as error:
+        except ImageDecodeError:
             if not self.skip_broken:
-                raise _with_advice(error) from None
+                raise
             return self._nothing()
         if self.source.multi_label:
             labels = np.array(stored.labels, np.int32)
@@ -89,9 +89,3 @@ def start_worker(index: int, count: int) -> None:
     """Initializes a loader process: only the main process handles Ctrl-C."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _with_advice(error: ImageDecodeError) -> ImageDecodeError:
-    return ImageDecodeError(
-        f"{error}; fix or remove it, or set data.on_decode_error=skip (sit data check lists all such)"
-    )

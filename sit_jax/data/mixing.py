@@ -16,10 +16,8 @@ from sit_jax.data.config import MixConfig
 class Mix(NamedTuple):
     """Mixing parameters of a batch.
 
-    Attributes:
-        weight: Mixing weight (lambda) of each original image and label; the partner has the remaining weight.
-        is_cutmix: Whether `inside` selects the partner's pixels (CutMix); otherwise all pixels are blended.
-        inside: True for the pixels (or patches) that CutMix takes from the partner.
+    `weight` is the mixing weight (lambda) of each original image and label; the partner has the remaining weight. With
+    CutMix, `inside` is True for the pixels (or patches) of the partner; otherwise all pixels are blended.
     """
 
     weight: Float[Array, " batch"]
@@ -35,10 +33,7 @@ def soft_labels(
 
 
 def draw_mix(key: Array, batch: int, height: int, width: int, config: MixConfig) -> Mix:
-    """Draws for each image of a batch whether, how and how much it is mixed.
-
-    `height` and `width` are those of the images, or of the patch grid.
-    """
+    """Draws whether, how and how much each image is mixed; `height` and `width` are in pixels, or in patches."""
     draws = {"batch": 1, "pair": -(-batch // 2), "element": batch}[config.mode]
     whether, which, mixup_key, cutmix_key, box_key = jax.random.split(key, 5)
     mixes = jax.random.bernoulli(whether, config.probability, (draws,))
@@ -68,11 +63,6 @@ def mix_labels(labels: Float[Array, "batch classes"], mix: Mix) -> Float[Array, 
     """Returns the mixed labels."""
     weight = mix.weight[:, None]
     return labels * weight + labels[::-1] * (1.0 - weight)
-
-
-def draw_token_mix(key: Array, batch: int, grid: int, config: MixConfig) -> Mix:
-    """Draws MixToken's box on the grid of patch tokens, the same for the whole batch (LV-ViT, section 3.3)."""
-    return draw_mix(key, batch, grid, grid, MixConfig(cutmix=config.mix_token, probability=config.probability))
 
 
 def _cut_box(key: Array, weight: Float[Array, " draws"], height: int, width: int) -> Bool[Array, "draws height width"]:

@@ -16,7 +16,7 @@ from sit_jax.data.registry import open_source
 from sit_jax.data.sampler import TrainOrder
 from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
-from sit_jax.errors import ConfigError, RunError, UserError
+from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError
 
 HostBatch = dict[str, np.ndarray]
 # A stream of batches; closing it stops the readers.
@@ -39,11 +39,7 @@ class Hosts:
         return cls(jax.process_index(), jax.process_count())
 
     def examples(self, name: str, batch_size: int) -> int:
-        """Returns the number of examples of a global batch that each process reads.
-
-        Raises:
-            ConfigError: The batch size is not divisible by the number of processes.
-        """
+        """Returns the examples of a global batch that each process reads; `name` is the key of the batch size."""
         if batch_size % self.count:
             raise ConfigError(name, f"{batch_size} examples do not divide over {self.count} processes")
         return batch_size // self.count
@@ -52,22 +48,13 @@ class Hosts:
 class TrainData:
     """Training batches of a run.
 
-    Attributes:
-        source: The split that the batches are read from.
-        steps_per_epoch: Full batches per epoch. The remaining examples are in the next epoch, so none is lost.
+    `steps_per_epoch` counts full batches. The remaining examples are in the next epoch, so none is lost.
     """
 
     def __init__(self, spec: InputSpec, hosts: Hosts | None = None, source: Source | None = None) -> None:
-        """Opens the training split.
+        """Opens the training split, or a custom `source`, to read the part of `hosts` (by default of this process).
 
-        Args:
-            spec: What to read and how; `Config.inputs` of a run.
-            hosts: The part to read; that of this process by default.
-            source: A custom source that replaces the data set that `spec` names.
-
-        Raises:
-            UserError: The data cannot be prepared or read.
-            ConfigError: The batch is larger than the data set, or the number of classes differs from the model's.
+        Raises a UserError if the data cannot be read or do not match the batch size or the model's classes.
         """
         self.source = open_source(spec.data, spec.data.train_split) if source is None else source
         check_classes(spec, self.source)
@@ -100,9 +87,7 @@ class TrainData:
         `flipped` (see `TrainTransform`), int32 `skipped` (host batch,): the number of unreadable images that were
         replaced; with label maps also `map_classes` and `map_values`.
 
-        Raises:
-            UserError: While iterating: an image cannot be read.
-            RunError: While iterating: a loader process died.
+        Iterating raises a UserError if an image cannot be read, and a RunError if a loader process died.
         """
         first = start_step * self._hosts.count + self._hosts.index
         mine = self._examples.batch(self._host_batch_size, drop_remainder=True)[first :: self._hosts.count]
@@ -110,15 +95,11 @@ class TrainData:
 
 
 def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) -> Stream:
-    """Returns this process's part of the whole evaluation split, once and in order.
+    """Returns this process's part of the whole evaluation split, once and in order; raises as `TrainData.batches` does.
 
     All processes yield the same number of batches. `mask` is 0 for padding examples, and for unreadable images if
     `data.on_decode_error` is `skip`. `label` is (host batch,), or (host batch, labels) padded with -1 for a source with
     several correct classes.
-
-    Raises:
-        UserError: While iterating: an image cannot be read.
-        RunError: While iterating: a loader process died.
     """
     hosts = hosts or Hosts.here()
     host_batch_size = hosts.examples("eval_batch_size", spec.eval_batch_size)
@@ -146,6 +127,9 @@ def _read_ahead(batches: grain.MapDataset[HostBatch], data: DataConfig) -> Strea
                 yield next(iterator)
             except StopIteration:
                 return
+            except ImageDecodeError as error:
+                advice = "fix or remove it, or set data.on_decode_error=skip (sit data check lists all such)"
+                raise ImageDecodeError(f"{error}; {advice}") from None
             except UserError as error:
                 error.__notes__ = []  # Without Grain's note and the traceback of the loader process.
                 raise error.with_traceback(None) from None

@@ -45,18 +45,9 @@ def _folder_examples(
 
 
 def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.Path:
-    """Converts a folder of images to a tfds data set of ArrayRecord files.
+    """Converts a folder of images to a tfds data set of ArrayRecord files in `data.data_dir`; returns its folder.
 
-    Args:
-        root: The folder; see `FolderSource`.
-        name: Name of the new data set; lower case with underscores.
-        data: Output folder (`data_dir`), validation fraction, and handling of unreadable images.
-
-    Returns:
-        The folder of the new data set.
-
-    Raises:
-        UserError: The name is invalid or taken, there are no images, an image is damaged, or the disk is full.
+    Raises a UserError if the name is invalid or taken, an image is damaged (unless skipped), or the disk is full.
     """
     if not name.isidentifier() or name != name.lower():
         raise ConfigError("--name", f"must be lower-case letters, digits and underscores, got {name!r}")
@@ -83,12 +74,10 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
 
 
 def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
-    """Downloads and converts a data set of tfds, or prepares the digits.
+    """Downloads and converts a data set of tfds, or prepares the digits; returns its folder.
 
     Files that must be downloaded manually (ImageNet's tars) are read from `manual_dir`, or from the default of tfds.
-
-    Raises:
-        UserError: There is no such data set, files are missing, TensorFlow is needed and missing, or the disk is full.
+    Raises a UserError if files are missing, TensorFlow is needed and missing, or the disk is full.
     """
     if data.name == "digits":
         return pathlib.Path(prepared_digits(data.data_dir).data_path)
@@ -98,13 +87,9 @@ def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
 def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     """Converts a prepared tfds data set of TFRecord files to ArrayRecord, with the converter of tfds.
 
-    Args:
-        source: The version's folder, such as `~/tensorflow_datasets/imagenet2012/5.1.0`.
-        data_dir: Folder of the copy, which gets the same name and version.
-
-    Raises:
-        UserError: There is no such data set, the copy exists already, the packages of the converter are missing, or the
-            disk is full.
+    `source` is the version's folder, such as `~/tensorflow_datasets/imagenet2012/5.1.0`. The copy in `data_dir`, whose
+    folder is returned, has the same name and version. Raises a UserError if it exists already, the packages of the
+    converter are missing, or the disk is full.
     """
     if not (source / "dataset_info.json").is_file():
         problem = f"{source} is not a prepared tfds data set: it has no dataset_info.json"

@@ -8,25 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sit_jax.data.config import InputSpec
-from sit_jax.data.device_augment import prepare_batch
 from sit_jax.data.pipeline import Hosts, TrainData
+from sit_jax.data.preprocess import prepare_batch
 from sit_jax.data.sources import writing
 
 _COLUMNS = 8
 
 
 def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0) -> int:
-    """Writes a PNG file with a grid of the first images of a training batch and their labels; returns their number.
-
-    Args:
-        spec: `Config.inputs` of a run, with the number of classes resolved.
-        path: File to write.
-        count: Number of images, at most a batch.
-        step: Step of the batch.
-
-    Raises:
-        UserError: The data cannot be read, or the file cannot be written.
-    """
+    """Writes a PNG file with a grid of the first images of a training batch and their labels; returns their number."""
     from matplotlib.figure import Figure
 
     data = TrainData(spec, Hosts())

@@ -39,26 +39,15 @@ Fill = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RandAugmentSpec:
-    """A parsed policy string such as `rand-m9-mstd0.5-inc1`.
+    """A parsed policy string such as `rand-m9-mstd0.5-inc1`."""
 
-    Attributes:
-        magnitude: `m`, from 0 to 10.
-        num_layers: `n`, operations per image.
-        magnitude_std: `mstd`, standard deviation of each operation's magnitude; infinite for uniform in [0, magnitude].
-        magnitude_max: `mmax`, upper bound of the sampled magnitude.
-        increasing: `inc`, whether the strength increases with the magnitude for all operations.
-        probability: `p`, probability of applying each selected operation.
-        weighted: `w`, whether operations are sampled with timm's weights (without replacement) or uniformly (with
-            replacement).
-    """
-
-    magnitude: float = MAX_LEVEL
-    num_layers: int = 2
-    magnitude_std: float = 0.0
-    magnitude_max: float = MAX_LEVEL
-    increasing: bool = False
-    probability: float = 0.5
-    weighted: bool = False
+    magnitude: float = MAX_LEVEL  # m
+    num_layers: int = 2  # n: operations per image
+    magnitude_std: float = 0.0  # mstd: of each operation's magnitude; infinite for uniform in [0, magnitude]
+    magnitude_max: float = MAX_LEVEL  # mmax: upper bound of the sampled magnitude
+    increasing: bool = False  # inc: the strength of all operations increases with the magnitude
+    probability: float = 0.5  # p: of applying each selected operation
+    weighted: bool = False  # w: sample with timm's weights, without replacement
 
     @property
     def operations(self) -> tuple[str, ...]:
@@ -70,11 +59,7 @@ class RandAugmentSpec:
 
 @functools.cache
 def parse_rand_augment(text: str) -> RandAugmentSpec:
-    """Parses timm's string: `rand`, then any of `m9`, `n2`, `mstd0.5`, `mmax10`, `inc1`, `p0.5`, `w0`, joined by `-`.
-
-    Raises:
-        ConfigError: The string has an unknown part, or a value is out of range.
-    """
+    """Parses timm's string: `rand`, then some of `m9`, `n2`, `mstd0.5`, `mmax10`, `inc1`, `p0.5`, `w0`, with `-`."""
     head, *parts = text.split("-")
     if head != "rand":
         raise ConfigError("rand_augment", f"{text!r} must begin with rand, as rand-m9-mstd0.5-inc1 does")
@@ -112,12 +97,8 @@ def rand_augment(
 ) -> Image.Image:
     """Applies `spec.num_layers` random operations.
 
-    Args:
-        image: Grey or RGB image.
-        rng: Source of the random choices.
-        spec: The parsed policy.
-        resample: Filter of the geometric operations; not Lanczos, which Pillow's geometric transforms do not support.
-        fill: Color of pixels outside the image, one value per channel.
+    The geometric ones use the filter `resample`, for which Pillow does not support Lanczos; `fill` is the colour of
+    pixels outside the image.
     """
     names = spec.operations
     weights = np.array(list(_WEIGHTS.values())) if spec.weighted else None

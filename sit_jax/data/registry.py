@@ -11,11 +11,7 @@ from sit_jax.errors import ConfigError
 
 
 def open_source(data: DataConfig, split: str) -> Source:
-    """Opens a split of a configuration's data set; prepares the digits if necessary.
-
-    Raises:
-        UserError: The data set is missing or not readable, the folder cannot be written, or there is no such split.
-    """
+    """Opens a split of a configuration's data set; prepares the digits if necessary. Raises UserErrors."""
     if "://" in data.data_dir:
         raise ConfigError(
             "data.data_dir", f"{data.data_dir} is not a folder; mount the bucket, as launch/README.md says"

@@ -16,13 +16,7 @@ class TrainOrder:
     Positions `batch * batch_size` to `(batch + 1) * batch_size - 1` make up a global batch. The map is a pure function,
     so it does not depend on the number of hosts and loader processes or on restarts. Each pass over the source uses a
     different permutation. With `repeats`, a batch has several views of each image, and a pass takes that many times
-    longer; no image is left out.
-
-    Attributes:
-        length: Examples in the source.
-        batch_size: Examples in a global batch.
-        repeats: Views of each image in a batch. If they do not divide the batch size, some images have one view fewer.
-        seed: Seed of the permutations.
+    longer; no image is left out. If they do not divide the batch size, some images have one view fewer.
     """
 
     length: int

@@ -18,13 +18,9 @@ ExampleArrays = dict[str, np.ndarray]
 
 
 class Example(NamedTuple):
-    """One stored image.
+    """One stored image: encoded bytes (PNG, JPEG), class index (-1 if no class is correct), and its name for messages.
 
-    Attributes:
-        image: Encoded bytes (PNG, JPEG).
-        label: Class index; -1 if no class is correct.
-        name: File or record of the image, for messages.
-        labels: All correct classes if the source has `multi_label`; empty otherwise.
+    `labels` has all correct classes if the source has `multi_label`; it is empty otherwise.
     """
 
     image: bytes
@@ -34,11 +30,7 @@ class Example(NamedTuple):
 
 
 def read_image(path: str, label: int = -1, name: str = "") -> Example:
-    """Reads an image file; messages contain `name`, or the path.
-
-    Raises:
-        ImageDecodeError: The file cannot be read, for any reason.
-    """
+    """Reads an image file; raises an ImageDecodeError with `name`, or the path, if that is not possible."""
     try:
         # Opened without blocking: a pipe without a writer is read as empty.
         with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
@@ -73,12 +65,7 @@ class Source(Protocol):
 
 @contextlib.contextmanager
 def writing(place: object, key: str = "") -> Iterator[None]:
-    """Converts the errors of a full disk or a missing permission to a UserError that names the place.
-
-    Args:
-        place: What is written.
-        key: The configuration's key or the option that names it, if any.
-    """
+    """Converts the errors of a full disk or a missing permission to a UserError that names the place, and its key."""
     prefix = f"{key}: " if key else ""
     try:
         yield

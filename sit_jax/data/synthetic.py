@@ -25,11 +25,7 @@ class SyntheticSource:
     multi_label = False
 
     def __init__(self, name: str, split: str) -> None:
-        """Opens a split: `train`, `val`, `validation` or `test`, or its first examples, as in `train[:6400]`.
-
-        Raises:
-            UserError: There is no such split, or the name has no valid number of classes.
-        """
+        """Opens a split: `train`, `val`, `validation` or `test`, or its first examples, as in `train[:6400]`."""
         classes = name.partition("/")[2] or str(_CLASSES)
         if not classes.isdecimal() or not 1 <= int(classes) <= 100_000:
             raise UserError(f"data.name: {name!r} is not of the form synthetic/CLASSES, such as synthetic/1000")

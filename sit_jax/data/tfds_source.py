@@ -26,11 +26,7 @@ class TfdsSource:
     """A split of a tfds image classification data set, read as ArrayRecord without TensorFlow."""
 
     def __init__(self, builder: Builder, split: str) -> None:
-        """Opens a split of a prepared builder; `split` takes tfds's syntax, such as `train[:90%]`.
-
-        Raises:
-            UserError: There is no such split, or it has no images with class labels.
-        """
+        """Opens a split of a prepared builder; raises a UserError if there is none or it has no images with labels."""
         import tensorflow_datasets as tfds
 
         features = builder.info.features
@@ -97,11 +93,7 @@ def prepared(name: str, data_dir: str) -> Builder:
 
 
 def find_builder(name: str, data_dir: str) -> Builder:
-    """Returns the tfds builder of a data set that tfds knows, or that is prepared in `data_dir`.
-
-    Raises:
-        ConfigError: Neither is the case.
-    """
+    """Returns the tfds builder of a data set that tfds knows, or that is prepared in `data_dir`."""
     import tensorflow_datasets as tfds
 
     folder = _folder(data_dir)

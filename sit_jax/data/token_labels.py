@@ -21,16 +21,10 @@ def patch_labels(
     num_classes: int,
     smoothing: float = 0.0,
 ) -> Float[Array, "batch patches classes"]:
-    """Returns a class distribution for every patch, in row-major order.
+    """Returns a class distribution for every patch, in row-major order, of the `grid` x `grid` patches of a crop.
 
-    Args:
-        classes: Top classes at each position of the whole image.
-        values: Their probabilities; the remaining probability is spread over all classes.
-        crop: Left, top, right, bottom of the training crop as fractions of the image.
-        flipped: Whether the crop was mirrored.
-        grid: Patches along one side of the crop.
-        num_classes: Number of classes.
-        smoothing: Fraction of each label that is spread over all classes.
+    `classes` are the top classes at each position of the whole image, `values` their probabilities; the remaining
+    probability is spread over all classes. `crop` is left, top, right, bottom as fractions of the image.
     """
     side = classes.shape[1]
     rest = (1.0 - values.sum(axis=-1, keepdims=True)) / num_classes

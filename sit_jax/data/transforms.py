@@ -19,11 +19,7 @@ from sit_jax.data.sources import Example, ExampleArrays
 # The loader workers provide the parallelism; OpenCV's threads would compete for the same cores.
 cv2.setNumThreads(0)
 
-RESAMPLING = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+RESAMPLING = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos")}
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC, "lanczos": cv2.INTER_LANCZOS4}
 _CROP_ATTEMPTS = 10
 # Crops that keep less than this fraction of the resized image are resized separately.
@@ -57,14 +53,7 @@ class TrainTransform:
         else:
             box = (0, 0, width, height)
         flipped = bool(augment.flip > 0 and rng.random() < augment.flip)
-        image = self._vary(resize_box(pixels, box, self.size, self.data), rng, flipped)
-        left, top, box_width, box_height = box
-        crop = (left / width, top / height, (left + box_width) / width, (top + box_height) / height)
-        arrays = {"crop": np.array(crop, np.float32), "flipped": np.array(flipped)}
-        return {**_image_and_label(image, example), **arrays}
-
-    def _vary(self, image: Image.Image, rng: np.random.Generator, flipped: bool) -> Image.Image:
-        augment = self.augment
+        image = resize_box(pixels, box, self.size, self.data)
         if augment.max_rotation or augment.max_shift or augment.max_zoom:
             image = random_affine(image, rng, augment.max_rotation, augment.max_shift, augment.max_zoom)
         if flipped:
@@ -76,7 +65,10 @@ class TrainTransform:
             image = rand_augment(image, rng, spec, resample, fill_colour(self.data.mean, self.channels))
         if augment.color_jitter:
             image = color_jitter(image, rng, augment.color_jitter)
-        return image
+        left, top, box_width, box_height = box
+        crop = (left / width, top / height, (left + box_width) / width, (top + box_height) / height)
+        arrays = {"crop": np.array(crop, np.float32), "flipped": np.array(flipped)}
+        return {**_image_and_label(image, example), **arrays}
 
 
 @dataclass(frozen=True)
@@ -107,12 +99,7 @@ def random_crop_box(
 ) -> Box:
     """Returns the box of Inception's random resized crop, by torchvision's rules.
 
-    Args:
-        width: Width of the image in pixels.
-        height: Height of the image in pixels.
-        rng: Source of the random choices.
-        scale: Smallest and largest area fraction, sampled uniformly.
-        ratio: Smallest and largest aspect ratio (width over height), sampled uniformly on a log scale.
+    The fraction of the area is uniform in `scale`; the aspect ratio (width over height) in `ratio`, on a log scale.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_ATTEMPTS):
@@ -207,15 +194,7 @@ def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple
 def random_affine(
     image: Image.Image, rng: np.random.Generator, max_rotation: float, max_shift: float, max_zoom: float
 ) -> Image.Image:
-    """Rotates, shifts and scales an image about its centre; pixels outside the image are black.
-
-    Args:
-        image: The image.
-        rng: Source of the random choices.
-        max_rotation: Degrees in either direction.
-        max_shift: Fraction of the side in either direction, independently for each axis.
-        max_zoom: Largest relative change of scale.
-    """
+    """Rotates (in degrees), shifts (by fractions of the side) and scales an image; pixels outside are black."""
     angle, zoom = np.radians(rng.uniform(-max_rotation, max_rotation)), 1.0 + rng.uniform(-max_zoom, max_zoom)
     shift_x, shift_y = rng.uniform(-max_shift, max_shift, 2) * image.size
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom

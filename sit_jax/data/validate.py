@@ -17,22 +17,16 @@ _SHOWN_PER_KIND = 10
 
 @dataclass
 class CheckReport:
-    """Result of checking one split.
-
-    Attributes:
-        split: The split.
-        pictures: Number of images read.
-        per_class: Class name -> number of images.
-        unusual: Unusual property and how it is handled -> names of the images.
-        broken: Messages of the images that cannot be read.
-        ignored: Files in the folder that are not images by their suffix.
-    """
+    """Result of checking one split of `pictures` images."""
 
     split: str
     pictures: int
     per_class: dict[str, int]
+    # Unusual property and how it is handled -> names of the images.
     unusual: dict[str, list[str]] = field(default_factory=dict)
+    # Messages of the images that cannot be read.
     broken: list[str] = field(default_factory=list)
+    # Files in the folder that are not images by their suffix.
     ignored: list[str] = field(default_factory=list)
 
     def lines(self, on_decode_error: str, everything: bool = False) -> list[str]:
@@ -56,11 +50,7 @@ class CheckReport:
 
 
 def check_data(data: DataConfig, threads: int) -> list[CheckReport]:
-    """Checks the training and evaluation splits of a data set, with a progress bar on standard error.
-
-    Raises:
-        UserError: The data set cannot be opened.
-    """
+    """Checks the training and evaluation splits of a data set, with a progress bar on standard error."""
     splits = dict.fromkeys((data.train_split, data.eval_split))
     sources = {split: open_source(data, split) for split in splits}
     return [_check(split, source, data.max_pixels, threads) for split, source in sources.items()]

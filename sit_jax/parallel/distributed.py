@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,17 +28,17 @@ _HELLO, _GO = "sit_jax", "go"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """How the processes of a run connect to each other.
+    """How the processes of a run connect: `host:port` of process 0, their number, and the index of this one.
 
-    Attributes:
-        coordinator: `host:port` of process 0; empty for auto-detection.
-        count: Number of processes; 0 if not given.
-        index: Index of this process; -1 if not given.
+    The defaults mean that nothing was given, so that the processes are auto-detected. `local_devices` are the indices
+    of the local accelerators of this process; None leaves the choice to JAX.
     """
 
     coordinator: str = ""
     count: int = 0
     index: int = -1
+    launcher: str = "given coordinator"
+    local_devices: list[int] | None = None
 
     def __post_init__(self) -> None:
         given = (bool(self.coordinator), self.count > 0, self.index >= 0)
@@ -58,27 +58,14 @@ class Processes:
         return host, int(port)
 
 
-class Found(NamedTuple):
-    """Processes that a launcher (`Cloud TPU`, `SLURM` or `Open MPI`) started, without options of this command.
-
-    `local_devices` are the indices of the local accelerators of this process; None leaves the choice to JAX.
-    """
-
-    launcher: str
-    processes: Processes
-    local_devices: list[int] | None = None
-
-
 _LAUNCHERS = {"gcetpu": "Cloud TPU", "gketpu": "Cloud TPU", "slurm": "SLURM", "ompi": "Open MPI"}
 
 
-def find_processes() -> Found | None:
+def find_processes() -> Processes | None:
     """Detects the processes of the launcher with JAX's cluster detection; returns None for a single process.
 
-    The detection queries the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set.
-
-    Raises:
-        RunError: There is a launcher, but its information is incomplete.
+    The detection queries the metadata server of Cloud TPU, and the variables that SLURM and Open MPI set. Raises a
+    RunError if they are incomplete.
     """
     # Private API, but the only code that detects all launchers; pyproject.toml restricts JAX to tested versions.
     from jax._src.clusters import ClusterEnv
@@ -94,11 +81,11 @@ def find_processes() -> Found | None:
             return None
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
-        processes = Processes(address, count, cluster.get_process_id())
+        devices = _devices_of_a_lone_task(os.environ) if name == "SLURM" else None
+        return Processes(address, count, cluster.get_process_id(), name, devices)
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: the metadata server did not answer.
         reason = one_line(error)
         raise RunError(f"{name} was detected, but does not define the other processes: {reason}") from None
-    return Found(name, processes, _devices_of_a_lone_task(os.environ) if name == "SLURM" else None)
 
 
 def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
@@ -116,19 +103,17 @@ def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
 def initialize(processes: Processes) -> None:
     """Connects to the other processes, if there are any; must be called before JAX devices are accessed.
 
-    Raises:
-        MissingProcessError: Processes did not connect within a minute; the message lists the missing ones.
-        RunError: The processes cannot connect for another reason.
+    Raises a MissingProcessError that lists processes missing after a minute, and a RunError for other reasons.
     """
-    found = Found("given coordinator", processes) if processes.coordinator else find_processes()
+    found = processes if processes.coordinator else find_processes()
     if found is None:
         return
-    wait_for_processes(found.processes)
+    wait_for_processes(found)
     try:
         jax.distributed.initialize(
-            coordinator_address=found.processes.coordinator,
-            num_processes=found.processes.count,
-            process_id=found.processes.index,
+            coordinator_address=found.coordinator,
+            num_processes=found.count,
+            process_id=found.index,
             local_device_ids=found.local_devices,
             initialization_timeout=int(ARRIVAL_TIMEOUT_S),
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
@@ -144,10 +129,7 @@ def initialize(processes: Processes) -> None:
 def wait_for_processes(processes: Processes) -> None:
     """Waits until every process has reported to process 0, on the port that the coordinator will use afterwards.
 
-    Raises:
-        MissingProcessError: Processes did not report within `ARRIVAL_TIMEOUT_S`; all others raise this error with the
-            missing ones.
-        RunError: The port is in use.
+    After `ARRIVAL_TIMEOUT_S`, all that are present raise a MissingProcessError with the missing ones.
     """
     # `jax.distributed.initialize` does not do this: if a process is missing, it ends each of the others with SIGABRT,
     # which Python cannot catch, and a stack trace that says 'RegisterTask: DEADLINE_EXCEEDED' and names no process
@@ -285,11 +267,7 @@ def broadcast_from_process_0(value: bool) -> bool:
 
 
 def run_on_process_0(work: Callable[[], None]) -> None:
-    """Runs a function in process 0 only, and raises its errors in all processes.
-
-    Raises:
-        RunError: The function raised a UserError.
-    """
+    """Runs a function in process 0 only; a UserError is raised in all processes, as a RunError."""
     if jax.process_count() == 1:
         work()
         return

@@ -32,11 +32,7 @@ _NOT_SPLIT = "slimming_"
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of the given or else all devices, which are all along `data` by default.
-
-    Raises:
-        ConfigError: The product of the sizes is not the number of devices.
-    """
+    """Returns a mesh of the given or else all devices, which are all along `data` by default."""
     chosen = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(config or MeshConfig(), len(chosen))
     # Auto axes: with Explicit ones, the default of jax.make_mesh, concatenating a class token is an error.
@@ -45,7 +41,7 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | 
 
 
 def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
-    """Returns the sizes of the axes for a number of devices, with -1 resolved."""
+    """Returns the sizes of the axes, with -1 resolved; raises a ConfigError if they do not fit `count` devices."""
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
     text = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
