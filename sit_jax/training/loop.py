@@ -277,11 +277,6 @@ def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonO
     }
 
 
-def _package_versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
     config = spec.config
     step = make_eval_step(spec.model, config.data)

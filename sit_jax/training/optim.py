@@ -47,20 +47,15 @@ def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> opt
 
     As in the original, the auxiliary head of the token-labelled teachers is frozen.
     """
-    rates = schedules(optim, epochs, steps_per_epoch)
+    steps = {
+        group: optax.scale_by_learning_rate(rate) for group, rate in schedules(optim, epochs, steps_per_epoch).items()
+    }
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(
         clip,
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
         optax.add_decayed_weights(optim.weight_decay, lambda params: decay_mask(params, optim.decay_like_original)),
-        optax.partition(
-            {
-                "model": optax.scale_by_learning_rate(rates["model"]),
-                "rtsm": optax.scale_by_learning_rate(rates["rtsm"]),
-                "frozen": optax.set_to_zero(),
-            },
-            parameter_groups,
-        ),
+        optax.partition({**steps, "frozen": optax.set_to_zero()}, parameter_groups),
     )
 
 
