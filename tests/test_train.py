@@ -1,6 +1,7 @@
 """The train step: metrics, teachers, accumulation, types, memory, custom terms and terms that are off."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,19 +32,23 @@ from sit_jax.training.step import (
     train_step,
 )
 
-HALF = tiny.config(
-    model=ModelConfig(architecture=tiny.STUDENT, dtype="bfloat16"),
-    teacher=TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER, dtype="bfloat16")),
-    optim=OptimConfig(ema_decay=0.9),
-)
+# Every compiled step counts: two blocks, and no BatchNorm, whose statistics would be those of a micro-batch.
+TEACHER = tiny.plain(stem="patch", depth=2)
+STUDENT = dataclasses.replace(TEACHER, stage_blocks=(1, 1), keep_ratio=0.5)
+
+
+def small(dtype: Any = "float32", student: Any = STUDENT, teacher: Any = TEACHER, **changes: Any) -> Config:
+    section = TeacherConfig(model=ModelConfig(architecture=teacher, dtype=dtype))
+    return tiny.config(**{"model": ModelConfig(architecture=student, dtype=dtype), "teacher": section, **changes})
 
 
 def make_spec(config: Config, losses: Mapping[str, Loss] | None = None) -> TrainSpec:
     return make_train_spec(config, steps_per_epoch=10, losses=losses)
 
 
-def variables(arch: Any = tiny.TEACHER) -> Any:
-    return build_model(arch).init(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))
+@functools.cache
+def variables(arch: Any = TEACHER) -> Any:
+    return jax.jit(build_model(arch).init)(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))
 
 
 def train(spec: TrainSpec, teachers: Any, steps: int = 1) -> tuple[list[Metrics], TrainState]:
@@ -58,7 +63,7 @@ def train(spec: TrainSpec, teachers: Any, steps: int = 1) -> tuple[list[Metrics]
 
 
 def test_distillation_trains_the_student_and_leaves_the_teacher() -> None:
-    teacher = variables()
+    teacher = variables(tiny.TEACHER)
     before = jax.tree.map(np.array, teacher)
     history, state = train(make_spec(tiny.config()), {"teacher": teacher}, steps=5)
     first = history[0]
@@ -75,38 +80,26 @@ def test_distillation_trains_the_student_and_leaves_the_teacher() -> None:
 
 
 def test_accumulation_equals_the_large_batch() -> None:
-    # Without BatchNorm: its statistics are those of a micro-batch, as everywhere.
-    arch, teacher = (dataclasses.replace(x, stem="patch") for x in (tiny.STUDENT, tiny.TEACHER))
-    teachers, results = {"teacher": variables(teacher)}, []
+    results = []
     for parts in (1, 4):
         optim = OptimConfig(lr=1e-3, accumulate_steps=parts, eps=1e-3)
-        section = TeacherConfig(model=ModelConfig(architecture=teacher))
-        results.append(train(make_spec(tiny.config(arch=arch, teacher=section, optim=optim)), teachers))
+        results.append(train(make_spec(small(optim=optim)), {"teacher": variables()}))
     ((one,), first), ((four,), second) = results
     assert one["loss"] == pytest.approx(float(four["loss"]), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first.params, second.params)
 
 
-def test_terms_that_are_off_leave_no_trace() -> None:
-    spec = make_spec(tiny.config(loss=LossConfig()))
-    assert (spec.teacher, spec.rtsm) == (None, None)
-    (metrics,), state = train(spec, {})
-    assert set(state.params) == {"model"}
-    assert metrics["loss"] == metrics["classification"]
-
-
 def test_cnn_teacher_trains_the_distillation_token() -> None:
-    arch = dataclasses.replace(tiny.STUDENT, distillation_token=True)
+    arch = dataclasses.replace(STUDENT, distillation_token=True)
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN))
-    spec = make_spec(tiny.config(dataclasses.replace(tiny.FRD, hard=1.0), arch, cnn_teacher=cnn))
+    spec = make_spec(small(student=arch, loss=dataclasses.replace(tiny.FRD, hard=1.0), cnn_teacher=cnn))
     teachers = {"teacher": variables(), "cnn_teacher": variables(tiny.CNN)}
     (metrics,), state = train(spec, teachers)
     weighted = metrics["classification"] + 2 * metrics["token"] + 2 * metrics["logits"] + metrics["hard"]
     assert metrics["loss"] == pytest.approx(float(weighted), rel=1e-5)
-    before = init_state(spec, sharding.make_mesh(), teachers["teacher"]).params["model"]
-    assert not np.array_equal(
-        before["distillation_head"]["kernel"], state.params["model"]["distillation_head"]["kernel"]
-    )
+    # The first moment after one step is a tenth of the gradient.
+    moments = optax.tree.get(state.opt_state, "mu")["model"]
+    assert np.abs(moments["distillation_head"]["kernel"]).max() > 0
 
 
 def imitate_logits(given: Any) -> jax.Array:
@@ -114,40 +107,40 @@ def imitate_logits(given: Any) -> jax.Array:
 
 
 def test_custom_term_with_a_teacher() -> None:
-    config = tiny.config(LossConfig(extra={"imitation": 0.5}))
-    spec = make_spec(config, {"imitation": imitate_logits})
-    (metrics,), _ = train(spec, {"teacher": variables()})
+    config = small(loss=LossConfig(extra={"imitation": 0.5}))
+    (metrics,), _ = train(make_spec(config, {"imitation": imitate_logits}), {"teacher": variables()})
     assert metrics["imitation"] > 0
     assert metrics["loss"] == pytest.approx(float(metrics["classification"] + 0.5 * metrics["imitation"]), rel=1e-5)
     # Its cost includes the teacher's forward pass, which no built-in term needs.
-    teacher = sum(count_cost(tiny.TEACHER).macs.values())
-    assert count_step_macs(config) - count_step_macs(tiny.config(LossConfig())) == teacher
+    teacher = sum(count_cost(TEACHER).macs.values())
+    assert count_step_macs(config) - count_step_macs(small(loss=LossConfig())) == teacher
 
 
-@pytest.mark.parametrize(
-    "name", ["token", "logits", "classification", "hard", "token_label", "loss", "accuracy", "grad_norm", "lr/model"]
-)
+@pytest.mark.parametrize("name", ["token", "grad_norm"])
 def test_custom_term_named_like_a_built_in_metric(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        make_spec(tiny.config(LossConfig(extra={name: 1.0})), {name: imitate_logits})
+        make_spec(small(loss=LossConfig(extra={name: 1.0})), {name: imitate_logits})
     assert caught.value.key == f"loss.extra.{name}"
 
 
-def test_moving_average() -> None:
-    spec = make_spec(tiny.config(loss=LossConfig(), optim=OptimConfig(lr=1e-2, ema_decay=0.25)))
+def test_moving_average_without_a_teacher() -> None:
+    spec = make_spec(small(loss=LossConfig(), optim=OptimConfig(lr=1e-2, ema_decay=0.25)))
+    assert (spec.teacher, spec.rtsm) == (None, None)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     state, step = init_state(spec, mesh), make_train_step(spec, mesh)
     average = np.array(state.params["model"]["head"]["kernel"])
     for done in range(3):
-        state, _ = step(state, tiny.batch(16, seed=done), {})
+        state, metrics = step(state, tiny.batch(16, seed=done), {})
         decay = min(0.25, (1 + done) / (10 + done))
         average = decay * average + (1 - decay) * np.array(state.params["model"]["head"]["kernel"])
     assert state.ema is not None
     np.testing.assert_allclose(state.ema["params"]["head"]["kernel"], average, atol=1e-6)
+    assert set(state.params) == {"model"}
+    assert metrics["loss"] == metrics["classification"]
 
 
 def test_state_and_metrics_stay_in_float32() -> None:
-    spec = make_spec(HALF)
+    spec = make_spec(small("bfloat16", optim=OptimConfig(ema_decay=0.9)))
     arguments = abstract_state(spec), tiny.batch(16), abstract_teachers(spec)
     result = jax.eval_shape(lambda *xs: train_step(spec, *xs), *arguments)
     assert {x.dtype for x in jax.tree.leaves(result)} <= {jnp.dtype(name) for name in ("float32", "int32")}
@@ -158,7 +151,7 @@ def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
     moments = {}
     for grad_dtype in ("float32", "bfloat16"):
         optim = OptimConfig(b1=0.5, eps=1e-3, grad_dtype=grad_dtype, accumulate_steps=parts)
-        _, state = train(make_spec(dataclasses.replace(HALF, optim=optim)), {"teacher": variables()})
+        _, state = train(make_spec(small("bfloat16", optim=optim)), {"teacher": variables()})
         # The first moment after one step is half of the gradient.
         moments[grad_dtype] = optax.tree.get(state.opt_state, "mu")["rtsm"]["blocks_1"]["channel_mlp"]["fc1"]
     wide, narrow = moments["float32"], moments["bfloat16"]
@@ -170,7 +163,7 @@ def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
 
 
 def test_a_teacher_cast_beforehand_gives_the_same_step() -> None:
-    spec, given = make_spec(HALF), {"teacher": variables()}
+    spec, given = make_spec(small("bfloat16")), {"teacher": variables()}
     frozen = freeze_teachers(spec, given)
     kernel = frozen["teacher"]["params"]["blocks_0"]["mlp"]["fc1"]["kernel"]
     scale = frozen["teacher"]["params"]["blocks_0"]["norm1"]["scale"]
@@ -183,8 +176,8 @@ def test_a_teacher_cast_beforehand_gives_the_same_step() -> None:
 
 def test_teacher_and_reverse_modules_leave_no_activations() -> None:
     # Widths that tell whose an activation is.
-    arch, wide = dataclasses.replace(tiny.STUDENT, mlp_ratio=3.0), dataclasses.replace(tiny.TEACHER, mlp_ratio=7.0)
-    spec = make_spec(tiny.config(arch=arch, teacher=TeacherConfig(model=ModelConfig(architecture=wide))))
+    arch, wide = dataclasses.replace(STUDENT, mlp_ratio=3.0), dataclasses.replace(TEACHER, mlp_ratio=7.0)
+    spec = make_spec(small(student=arch, teacher=wide))
     state, batch = abstract_state(spec), {"image": jnp.zeros((16, 32, 32, 1)), "label": jnp.zeros((16, 10))}
 
     def residuals(params: Any, stats: Any, teachers: Any) -> Any:
@@ -203,13 +196,8 @@ def test_teacher_and_reverse_modules_leave_no_activations() -> None:
 
 
 def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> None:
-    arch, teacher = (dataclasses.replace(x, stem="patch") for x in (tiny.STUDENT, tiny.TEACHER))
-    config = tiny.config(
-        model=ModelConfig(architecture=arch, attention="plain"),
-        teacher=TeacherConfig(model=ModelConfig(architecture=teacher)),
-    )
-    spec = make_spec(config)
-    teachers = {"teacher": variables(teacher)}
+    spec = make_spec(small(model=ModelConfig(architecture=STUDENT, attention="plain")))
+    teachers = {"teacher": variables()}
     params = init_state(spec, sharding.make_mesh(devices=jax.devices()[:1])).params
     batch = {**tiny.batch(4), "label": jax.nn.one_hot(tiny.batch(4)["label"], 10)}
 

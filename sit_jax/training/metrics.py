@@ -37,7 +37,7 @@ class EvalMetrics(clu_metrics.Collection):
         if examples == 0:
             raise RunError(f"{what}: no example to evaluate: no image of the split can be read and has a label")
         averages = {name: float(value) for name, value in self.compute().items()}
-        if not is_finite(averages):
+        if not all(map(math.isfinite, averages.values())):
             raise NotFiniteError(f"{what}: the loss over {examples:.0f} examples is {averages['loss']}")
         return {**averages, "examples": examples}
 
@@ -169,9 +169,4 @@ def read_metrics(workdir: pathlib.Path) -> list[JsonObject]:
 def evaluations(lines: Sequence[JsonObject]) -> list[JsonObject]:
     """Returns the evaluation lines whose values are all finite; runs of older versions may have others."""
     evaluated = [line for line in lines if line["kind"] == "eval"]
-    return [x for x in evaluated if is_finite({name: v for name, v in x.items() if isinstance(v, float)})]
-
-
-def is_finite(values: dict[str, float]) -> bool:
-    """Returns whether all metrics are finite numbers."""
-    return all(math.isfinite(value) for value in values.values())
+    return [x for x in evaluated if all(math.isfinite(value) for value in x.values() if isinstance(value, float))]
