@@ -40,14 +40,14 @@ def test_adamw_against_numpy() -> None:
     optimizer = make_optimizer(optim, epochs=4, steps_per_epoch=5)
     rates = schedules(optim, 4, 5)
     rng = np.random.default_rng(0)
-    params, state = PARAMS, optimizer.init(PARAMS)
+    params, state, update = PARAMS, optimizer.init(PARAMS), jax.jit(optimizer.update)
     paths = ["model/head/kernel", "model/norm/scale", "rtsm/blocks_0/norm1/scale"]
     mine = {path: np.array(flatten_dict(PARAMS, sep="/")[path], np.float64) for path in paths}
     first, second = ({path: np.zeros_like(mine[path]) for path in paths} for _ in range(2))
     for step in range(3):
         grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
         norm = math.sqrt(sum(float(np.square(np.asarray(x, np.float64)).sum()) for x in jax.tree.leaves(grads)))
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = update(grads, state, params)
         params = jax.tree.map(jnp.add, params, updates)
         for path in paths:
             grad = np.asarray(flatten_dict(grads, sep="/")[path], np.float64) / max(1.0, norm)

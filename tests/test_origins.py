@@ -43,10 +43,10 @@ def state_of(config: Config, folder: pathlib.Path, teachers: Any = None) -> Any:
 
 
 def test_order(tmp_path: pathlib.Path) -> None:
-    given = folder_of(tmp_path / "given", tiny.TEACHER, seed=1)
-    drawn = {seed: random_weights.variables(random_weights.draw(tiny.TEACHER, seed=seed)) for seed in (1, 2, 3)}
+    given = folder_of(tmp_path / "given", tiny.TWO_BLOCKS, seed=1)
+    drawn = {seed: random_weights.variables(random_weights.draw(tiny.TWO_BLOCKS, seed=seed)) for seed in (1, 2, 3)}
     kernels = {seed: weights["params"]["blocks_0"]["attn"]["qkv"]["kernel"] for seed, weights in drawn.items()}
-    config, teachers = tiny.config(), {"teacher": drawn[2]}
+    config, teachers = tiny.small(), {"teacher": drawn[2]}
     fresh = state_of(config, tmp_path / "empty")
     cases = {"random": kernel(fresh), "teacher": kernels[2]}
     cases |= dict.fromkeys((str(given), str(given / "model.safetensors")), kernels[1])
@@ -191,16 +191,16 @@ def drawn(config: Config, folder: pathlib.Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_is_drawn_at_random_is_listed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = folder_of(tmp_path / "given", tiny.TEACHER, seed=1)
-    same = starting(tiny.TEACHER, str(given))
+    given = folder_of(tmp_path / "given", tiny.TWO_BLOCKS, seed=1)
+    same = starting(tiny.TWO_BLOCKS, str(given))
     assert drawn(same, tmp_path / "empty", capsys) == set()
-    assert drawn(tiny.config(init=str(given)), tmp_path / "empty", capsys) == {"slimming_0", "reverse modules"}
-    teachers = {"teacher": random_weights.variables(random_weights.draw(tiny.TEACHER))}
-    assert drawn(tiny.config(), tmp_path / "empty", capsys, teachers) == {"slimming_0", "reverse modules"}
-    run = run_of(tmp_path / "run", tiny.TEACHER)
-    more = tiny.plain(num_classes=3, distillation_token=True, aux_head=True)
+    assert drawn(tiny.small(init=str(given)), tmp_path / "empty", capsys) == {"slimming_0", "reverse modules"}
+    teachers = {"teacher": random_weights.variables(random_weights.draw(tiny.TWO_BLOCKS))}
+    assert drawn(tiny.small(), tmp_path / "empty", capsys, teachers) == {"slimming_0", "reverse modules"}
+    run = run_of(tmp_path / "run", tiny.TWO_BLOCKS)
+    more = dataclasses.replace(tiny.TWO_BLOCKS, num_classes=3, distillation_token=True, aux_head=True)
     config = starting(more, str(run))
     tokens = {"distillation_token", "distillation_position"}
     assert drawn(config, tmp_path / "empty", capsys) == {"head", "distillation_head", "aux_head", *tokens}
-    student = folder_of(tmp_path / "student", tiny.STUDENT, seed=1)
-    assert drawn(tiny.config(init=str(student)), tmp_path / "empty", capsys) == {"reverse modules"}
+    student = folder_of(tmp_path / "student", tiny.SLIMMED, seed=1)
+    assert drawn(tiny.small(init=str(student)), tmp_path / "empty", capsys) == {"reverse modules"}

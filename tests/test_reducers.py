@@ -28,8 +28,7 @@ IMAGES = jax.random.normal(jax.random.key(1), (3, 32, 32, 1))
 
 
 def student(reducer: str) -> Architecture:
-    small = dataclasses.replace(tiny.STUDENT, stem="patch", depth=2, stage_blocks=(1, 1))
-    return dataclasses.replace(small, reducer=f"own_reducers:{reducer}")
+    return dataclasses.replace(tiny.SLIMMED, reducer=f"own_reducers:{reducer}")
 
 
 def drawn(arch: Architecture) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny import small
 
 from sit_jax.analysis.flops import count_cost, count_step_macs
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
@@ -32,22 +33,13 @@ from sit_jax.training.step import (
     train_step,
 )
 
-# Every compiled step counts: two blocks, and no BatchNorm, whose statistics would be those of a micro-batch.
-TEACHER = tiny.plain(stem="patch", depth=2)
-STUDENT = dataclasses.replace(TEACHER, stage_blocks=(1, 1), keep_ratio=0.5)
-
-
-def small(dtype: Any = "float32", student: Any = STUDENT, teacher: Any = TEACHER, **changes: Any) -> Config:
-    section = TeacherConfig(model=ModelConfig(architecture=teacher, dtype=dtype))
-    return tiny.config(**{"model": ModelConfig(architecture=student, dtype=dtype), "teacher": section, **changes})
-
 
 def make_spec(config: Config, losses: Mapping[str, Loss] | None = None) -> TrainSpec:
     return make_train_spec(config, steps_per_epoch=10, losses=losses)
 
 
 @functools.cache
-def variables(arch: Any = TEACHER) -> Any:
+def variables(arch: Any = tiny.TWO_BLOCKS) -> Any:
     return jax.jit(build_model(arch).init)(jax.random.key(7), jnp.zeros((1, 32, 32, 1)))
 
 
@@ -90,7 +82,7 @@ def test_accumulation_equals_the_large_batch() -> None:
 
 
 def test_cnn_teacher_trains_the_distillation_token() -> None:
-    arch = dataclasses.replace(STUDENT, distillation_token=True)
+    arch = dataclasses.replace(tiny.SLIMMED, distillation_token=True)
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN))
     spec = make_spec(small(student=arch, loss=dataclasses.replace(tiny.FRD, hard=1.0), cnn_teacher=cnn))
     teachers = {"teacher": variables(), "cnn_teacher": variables(tiny.CNN)}
@@ -112,7 +104,7 @@ def test_custom_term_with_a_teacher() -> None:
     assert metrics["imitation"] > 0
     assert metrics["loss"] == pytest.approx(float(metrics["classification"] + 0.5 * metrics["imitation"]), rel=1e-5)
     # Its cost includes the teacher's forward pass, which no built-in term needs.
-    teacher = sum(count_cost(TEACHER).macs.values())
+    teacher = sum(count_cost(tiny.TWO_BLOCKS).macs.values())
     assert count_step_macs(config) - count_step_macs(small(loss=LossConfig())) == teacher
 
 
@@ -146,15 +138,21 @@ def test_state_and_metrics_stay_in_float32() -> None:
     assert {x.dtype for x in jax.tree.leaves(result)} <= {jnp.dtype(name) for name in ("float32", "int32")}
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
-    moments = {}
-    for grad_dtype in ("float32", "bfloat16"):
-        optim = OptimConfig(b1=0.5, eps=1e-3, grad_dtype=grad_dtype, accumulate_steps=parts)
-        _, state = train(make_spec(small("bfloat16", optim=optim)), {"teacher": variables()})
-        # The first moment after one step is half of the gradient.
-        moments[grad_dtype] = optax.tree.get(state.opt_state, "mu")["rtsm"]["blocks_1"]["channel_mlp"]["fc1"]
-    wide, narrow = moments["float32"], moments["bfloat16"]
+@functools.cache
+def half_step(grad_dtype: str = "float32", parts: int = 1, cast: bool = False) -> tuple[Metrics, TrainState]:
+    """One step in bfloat16, without distillation where there are micro-batches; the teacher may be cast before it."""
+    optim = OptimConfig(b1=0.5, eps=1e-3, grad_dtype=grad_dtype, accumulate_steps=parts)  # type: ignore[arg-type]
+    spec = make_spec(small("bfloat16", optim=optim, loss=tiny.FRD if parts == 1 else LossConfig()))
+    teachers = {"teacher": variables()}
+    (metrics,), state = train(spec, freeze_teachers(spec, teachers) if cast else teachers)
+    return metrics, state
+
+
+@pytest.mark.parametrize(("parts", "place"), [(1, "rtsm/blocks_1/channel_mlp/fc1"), (2, "model/blocks_1/mlp/fc1")])
+def test_gradients_of_kernels_in_bfloat16(parts: int, place: str) -> None:
+    # The first moment after one step is half of the gradient.
+    moments = [optax.tree.get(half_step(dtype, parts)[1].opt_state, "mu") for dtype in ("float32", "bfloat16")]
+    wide, narrow = (functools.reduce(lambda tree, name: tree[name], place.split("/"), x) for x in moments)
     rounding = 2**-8 * parts * np.abs(wide["kernel"]).max()
     np.testing.assert_allclose(narrow["kernel"], wide["kernel"], rtol=0, atol=rounding)
     rounded = narrow["kernel"].astype(jnp.bfloat16).astype(jnp.float32)
@@ -163,20 +161,14 @@ def test_gradients_of_kernels_in_bfloat16(parts: int) -> None:
 
 
 def test_a_teacher_cast_beforehand_gives_the_same_step() -> None:
-    spec, given = make_spec(small("bfloat16")), {"teacher": variables()}
-    frozen = freeze_teachers(spec, given)
-    kernel = frozen["teacher"]["params"]["blocks_0"]["mlp"]["fc1"]["kernel"]
-    scale = frozen["teacher"]["params"]["blocks_0"]["norm1"]["scale"]
-    assert (kernel.dtype, scale.dtype) == (jnp.bfloat16, jnp.float32)
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    step = make_train_step(spec, mesh)
-    (_, expected), (_, metrics) = (step(init_state(spec, mesh), tiny.batch(16), x) for x in (given, frozen))
-    assert metrics == expected
+    frozen = freeze_teachers(make_spec(small("bfloat16")), {"teacher": variables()})["teacher"]["params"]["blocks_0"]
+    assert (frozen["mlp"]["fc1"]["kernel"].dtype, frozen["norm1"]["scale"].dtype) == (jnp.bfloat16, jnp.float32)
+    assert half_step(cast=True)[0] == half_step()[0]
 
 
 def test_teacher_and_reverse_modules_leave_no_activations() -> None:
     # Widths that tell whose an activation is.
-    arch, wide = dataclasses.replace(STUDENT, mlp_ratio=3.0), dataclasses.replace(TEACHER, mlp_ratio=7.0)
+    arch, wide = dataclasses.replace(tiny.SLIMMED, mlp_ratio=3.0), dataclasses.replace(tiny.TWO_BLOCKS, mlp_ratio=7.0)
     spec = make_spec(small(student=arch, teacher=wide))
     state, batch = abstract_state(spec), {"image": jnp.zeros((16, 32, 32, 1)), "label": jnp.zeros((16, 10))}
 
@@ -196,7 +188,7 @@ def test_teacher_and_reverse_modules_leave_no_activations() -> None:
 
 
 def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> None:
-    spec = make_spec(small(model=ModelConfig(architecture=STUDENT, attention="plain")))
+    spec = make_spec(small(model=ModelConfig(architecture=tiny.SLIMMED, attention="plain")))
     teachers = {"teacher": variables()}
     params = init_state(spec, sharding.make_mesh(devices=jax.devices()[:1])).params
     batch = {**tiny.batch(4), "label": jax.nn.one_hot(tiny.batch(4)["label"], 10)}
@@ -206,15 +198,19 @@ def test_the_training_loss_has_forward_mode_and_hessian_vector_products() -> Non
 
     direction = jax.tree.map(lambda x: jnp.cos(100.0 * x), params)
 
+    @jax.jit
+    def derivatives(params: Any) -> tuple[Any, jax.Array, Any]:
+        """The gradient, the slope by forward mode, and the Hessian times the direction, by forward over reverse."""
+        slope = jax.jvp(loss, (params,), (direction,))[1]
+        return jax.grad(loss)(params), slope, jax.jvp(jax.grad(loss), (params,), (direction,))[1]
+
     def along(tree: Any) -> jax.Array:
         return sum(jax.tree.leaves(jax.tree.map(jnp.vdot, tree, direction)))  # type: ignore[return-value]
 
-    grad = jax.jit(jax.grad(loss))
-    slope = jax.jit(lambda x: jax.jvp(loss, (x,), (direction,))[1])(params)
-    assert slope == pytest.approx(float(along(grad(params))), rel=1e-4)
-    # Forward over reverse, against the difference of two gradients.
-    curvature = along(jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (direction,))[1])(params))
+    grad, slope, curvature = derivatives(params)
+    assert slope == pytest.approx(float(along(grad)), rel=1e-4)
+    # Against the difference of two gradients.
     step = 2e-4
-    ends = [grad(jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction)) for sign in (1, -1)]
+    ends = [derivatives(jax.tree.map(lambda x, d, s=sign: x + s * step * d, params, direction))[0] for sign in (1, -1)]
     differences = along(ends[0]) - along(ends[1])
-    assert float(curvature) == pytest.approx(float(differences) / (2 * step), rel=2e-2)
+    assert float(along(curvature)) == pytest.approx(float(differences) / (2 * step), rel=2e-2)
