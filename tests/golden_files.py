@@ -22,14 +22,9 @@ STEMS: dict[str, Stem] = {"4c": "conv4", "6c": "conv6", "naive": "patch"}
 
 
 class Golden(NamedTuple):
-    """One file, its architecture, and its weights in our layout.
+    """Arrays and settings of a file as stored, the student's architecture, and the weights in our layout.
 
-    Attributes:
-        data: The arrays as stored.
-        meta: The settings as stored.
-        arch: The student's architecture.
-        teacher: The teacher's variables.
-        student: The student's variables at the start, reverse modules under `rtsm`.
+    The student's are those at the start, with its reverse modules under `rtsm`.
     """
 
     data: dict[str, np.ndarray]
@@ -46,21 +41,15 @@ def load(name: str) -> Golden:
         data = {key: file[key] for key in file.files}
     meta = json.loads(bytes(data["meta_json"]))
     arch = architecture(meta["model"])
-    teacher = part(data, "teacher/")
-    own = part(data, "student_own/")
-    return Golden(
-        data, meta, arch, from_original(teacher, arch.without_slimming()), from_original({**teacher, **own}, arch)
-    )
+    teacher, own = part(data, "teacher/"), part(data, "student_own/")
+    student = from_original({**teacher, **own}, arch)
+    return Golden(data, meta, arch, from_original(teacher, arch.without_slimming()), student)
 
 
 def from_original(weights: Mapping[str, np.ndarray], arch: Architecture) -> Variables:
     """The original's weights in our layout; reverse modules where there are any."""
     entries = name_table(arch, rtsm=any(key.startswith("rtsm.") for key in weights))
     return unflatten_dict({entry.path: entry.to_flax(np.asarray(weights[entry.key])) for entry in entries})
-
-
-def _tree(weights: dict[str, np.ndarray], arch: Architecture) -> Variables:
-    return jax.tree.map(jnp.asarray, from_original(weights, arch))
 
 
 def part(data: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -96,11 +96,7 @@ def unfinished(run: pathlib.Path) -> list[str]:
 def kill(run: pathlib.Path, process: "subprocess.Popen[str]", whole: int, moment: float | None) -> int:
     """Kills a run once its newest whole save is of step `whole` or later; returns the newest that was seen whole.
 
-    Args:
-        run: Its folder.
-        process: It.
-        whole: The step.
-        moment: Seconds to wait then; None for the middle of the next save.
+    That is `moment` seconds later, or in the middle of the next save for None.
     """
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None:

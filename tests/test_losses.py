@@ -1,4 +1,4 @@
-"""The loss terms against NumPy."""
+"""Loss terms against NumPy, in what the golden values do not have: temperatures, and blocks of unequal errors."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,12 +11,6 @@ from sit_jax.data.mixing import soft_labels
 RNG = np.random.default_rng(0)
 LOGITS, TEACHER = RNG.normal(size=(2, 6, 5)).astype(np.float32) * 3
 LABELS = np.array([0, 4, 2, 2, 1, 3], np.int32)
-
-
-def test_soft_target_cross_entropy() -> None:
-    soft = softmax(RNG.normal(size=(6, 5)), axis=1).astype(np.float32)
-    expected = -(soft * log_softmax(LOGITS, axis=1)).sum(axis=1).mean()
-    assert losses.soft_target_cross_entropy(jnp.asarray(LOGITS), jnp.asarray(soft)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("tau", [1.0, 3.0])
@@ -35,16 +29,6 @@ def test_token_distillation_averages_blocks_not_elements() -> None:
     assert losses.token_distillation(mine, theirs) == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="zip"):
         losses.token_distillation(mine, theirs[:2])
-
-
-def test_hard_distillation_takes_the_likeliest_class() -> None:
-    expected = -log_softmax(LOGITS, axis=1)[np.arange(6), TEACHER.argmax(axis=1)].mean()
-    assert losses.hard_distillation(jnp.asarray(LOGITS), jnp.asarray(TEACHER)) == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(
-        losses.label_cross_entropy(jnp.asarray(LOGITS), jnp.asarray(LABELS)),
-        -log_softmax(LOGITS, axis=1)[np.arange(6), LABELS],
-        rtol=1e-5,
-    )
 
 
 def test_label_smoothing() -> None:

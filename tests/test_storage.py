@@ -47,38 +47,31 @@ def finish(command: list[str], timeout: float = 300) -> "subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory, digits_dir: str) -> pathlib.Path:
-    """A run whose disk was full when its tenth step was to be saved."""
-    run = tmp_path_factory.mktemp("filled") / "run"
-    command = [sys.executable, "-c", FULL, "10", "2000", *words(run, digits_dir, **{"teacher.epochs": 1})]
-    begun = time.monotonic()
-    done = finish(command)
+def assert_refused(done: "subprocess.CompletedProcess[str]", *facts: str) -> None:
+    """Asserts that a command ended with one clear line, which names the facts."""
     assert done.returncode == 2, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("sit train: ")
-    assert all(fact in last for fact in (str(run), "File too large", "--resume"))
+    assert all(fact in last for fact in facts)
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - begun < 200, "it hangs before it ends"
-    return run
 
 
 @pytest.mark.slow
-def test_full_disk_leaves_the_earlier_checkpoints(
-    filled: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path
-) -> None:
+def test_full_disk_leaves_the_earlier_checkpoints(digits_dir: str, tmp_path: pathlib.Path) -> None:
+    run, begun = tmp_path / "run", time.monotonic()
+    command = [sys.executable, "-c", FULL, "10", "2000", *words(run, digits_dir, **{"teacher.epochs": 1})]
+    assert_refused(finish(command), str(run), "File too large", "--resume")
+    assert time.monotonic() - begun < 200, "it hangs before it ends"
     # The teacher comes first, and is what the disk was too small for.
-    teacher = filled / "teacher"
-    steps = [entry.step for entry in list_checkpoints(teacher)]
+    steps = [entry.step for entry in list_checkpoints(run / "teacher")]
     assert steps in ([6, 8], [4, 6])  # The eighth may still have been under way.
     for step in steps:
-        assert verify(teacher, step).problems == ()
+        assert verify(run / "teacher", step).problems == ()
     # With room again the run goes on, and ends as one that was never disturbed.
-    for place, run in ((filled.parent, "run"), (tmp_path, "undisturbed")):
-        done = finish([sys.executable, "-m", "sit_jax", *words(place / run, digits_dir)])
+    for folder in (run, tmp_path / "undisturbed"):
+        done = finish([sys.executable, "-m", "sit_jax", *words(folder, digits_dir)])
         assert done.returncode == 0, done.stderr
-    weights = [load_run(run).variables for run in (filled, tmp_path / "undisturbed")]
-    jax.tree.map(np.testing.assert_array_equal, *weights)
+    jax.tree.map(np.testing.assert_array_equal, *(load_run(tmp_path / x).variables for x in ("run", "undisturbed")))
 
 
 def without_roots_powers(command: list[str]) -> list[str]:
@@ -103,12 +96,7 @@ def test_read_only_workdir(tmp_path: pathlib.Path, digits_dir: str) -> None:
         folder.chmod(0o555)
     try:
         command = [sys.executable, "-m", "sit_jax", *words(run, digits_dir, **more)]
-        done = finish(without_roots_powers(command))
-        assert done.returncode == 2, done.stderr
-        last = done.stderr.strip().splitlines()[-1]
-        assert last.startswith("sit train: ")
-        assert all(fact in last for fact in (str(run), "Permission denied"))
-        assert "Traceback" not in done.stderr
+        assert_refused(finish(without_roots_powers(command)), str(run), "Permission denied")
         assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
         # Reading is another matter.
         for verb in ("list", "verify"):

@@ -33,9 +33,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int = 1) -> None:
         """Opens the checkpoints of a run directory, of which the `keep` newest and the best one are kept."""
         best = _keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
-        logger = logging.getLogger("absl")
-        if not any(isinstance(known, _SaidElsewhere) for known in logger.filters):
-            logger.addFilter(_SaidElsewhere())
+        logging.getLogger("absl").addFilter(_is_news)
         self._checkpointer = ocp.training.Checkpointer(
             (workdir / FOLDER).absolute(),
             save_decision_policy=_when.FixedIntervalPolicy(1),
@@ -47,7 +45,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with self._writing("the last checkpoint"):  # Waits for it.
+            self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
@@ -71,15 +70,13 @@ class Checkpoints:
     def save(self, state: TrainState, metrics: dict[str, float], metadata: JsonObject | None = None) -> None:
         """Starts writing the state asynchronously, unless its step exists; the arrays may be donated right after.
 
-        `metrics` are those of the evaluation of this state; they are empty if there is none.
-
-        Raises:
-            RunError: This or the previous checkpoint could not be written.
+        `metrics` are those of the evaluation of this state, if any. Raises a RunError if this or the previous
+        checkpoint could not be written.
         """
         step = int(state.step)
         if self.latest_step is not None and step <= self.latest_step:
             return
-        with self._writing(step):
+        with self._writing(f"checkpoint {step}, or the one before,"):
             self._checkpointer.save_checkpointables_async(
                 step, checkpoint_parts(state), metrics=metrics, custom_metadata=metadata
             )
@@ -87,9 +84,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> TrainState:
         """Restores the newest checkpoint with the shapes, types and shardings of an abstract state.
 
-        Raises:
-            RunError: The checkpoint is of another model, or damaged.
-            NotFiniteError: Its weights are not finite.
+        Raises a RunError if it is of another model or damaged, and a NotFiniteError if its weights are not finite.
         """
         step = self.latest_step
         assert step is not None, "there is no checkpoint"
@@ -146,17 +141,8 @@ class Checkpoints:
             return {}
         return dict(self._checkpointer.checkpointables_metadata(self.latest_step).custom_metadata or {})
 
-    def close(self) -> None:
-        """Waits for the checkpoint that is being written.
-
-        Raises:
-            RunError: It could not be written.
-        """
-        with self._writing(None):
-            self._checkpointer.close()
-
     @contextlib.contextmanager
-    def _writing(self, step: int | None) -> Iterator[None]:
+    def _writing(self, which: str) -> Iterator[None]:
         """Converts any error of writing a checkpoint, including those of the storage, to a one-line RunError."""
         try:
             yield
@@ -164,7 +150,6 @@ class Checkpoints:
             reason = _storage_problem(error)
             if reason is None:
                 raise
-            which = "the last checkpoint" if step is None else f"checkpoint {step}, or the one before,"
             raise RunError(
                 f"{which} could not be written in {self._checkpointer.directory}: {reason}; what is whole there stays "
                 "as it is: make room, and go on with --resume"
@@ -172,10 +157,9 @@ class Checkpoints:
 
 
 class SaveSchedule:
-    """Decides when to save the next checkpoint."""
+    """Decides when to save the next checkpoint; process 0 looks at its clock every `check_every` steps."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, check_every: int) -> None:
-        """Starts the timer; process 0 looks at its clock every `check_every` steps."""
         self._config, self._epoch, self._check_every = config, steps_per_epoch, check_every
         self._saved_at = time.monotonic()
 
@@ -216,8 +200,6 @@ def _storage_problem(error: BaseException) -> str | None:
     return None
 
 
-class _SaidElsewhere(logging.Filter):
-    """Drops the tracebacks that Orbax's threads log for errors that are also raised to the caller."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for the tracebacks that Orbax's threads log for errors that are also raised to the caller."""
+    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname

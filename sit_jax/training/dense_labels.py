@@ -21,23 +21,11 @@ from sit_jax.io.model import Model
 
 
 def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: DataConfig | None = None) -> int:
-    """Predicts dense labels of all images of a training split with a run's model.
+    """Writes dense labels of a training split, predicted by a run's model, to `LabelMaps`; returns their number.
 
     The model is either convolutional, with its head applied at each position of the last feature map, or a transformer
-    with an auxiliary head.
-
-    Args:
-        run: Run directory of the model.
-        output: Folder to write; see `LabelMaps`.
-        top: Number of top classes stored per position.
-        data: The data set; that of the run if not given.
-
-    Returns:
-        Number of labelled images.
-
-    Raises:
-        UserError: There is no such run, its model has no dense head, or the folder cannot be written.
-        PartialFailureError: Some images could not be read; the folder is complete, with uniform labels for them.
+    with an auxiliary head. The `top` most likely classes are stored per position. `data` is that of the run if None.
+    Raises a PartialFailureError if images could not be read; the folder is complete then, with uniform labels for them.
     """
     model = load_run(run)
     assert model.config is not None

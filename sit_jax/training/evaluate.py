@@ -1,5 +1,6 @@
 """Evaluation on exactly the whole split, on any mesh."""
 
+import sys
 from collections.abc import Callable, Iterable
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from sit_jax.data.registry import open_source
 from sit_jax.io.model import Model
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
-from sit_jax.training.metrics import EvalMetrics, eval_metrics, warn_of_missing
+from sit_jax.training.metrics import EvalMetrics, eval_metrics
 
 EvalStep = Callable[[Variables, dict[str, jax.Array], EvalMetrics], EvalMetrics]
 
@@ -37,12 +38,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns loss, top-1 and top-5 (fractions of 1) and the number of examples of a model over all batches.
 
-    Args:
-        step: See `make_eval_step`.
-        variables: Variables of the model.
-        batches: See `eval_batches`.
-        mesh: The mesh of the computation.
-        what: Name of what is evaluated, for the messages of `EvalMetrics.result`.
+    `what` names it in the errors of `EvalMetrics.result`.
     """
     metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
     for batch in batches:
@@ -54,23 +50,14 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     """Evaluates a model on the whole evaluation split: loss, top-1, top-5 (fractions of 1), number of examples.
 
     All processes and devices take part, except for an exported file: each process evaluates the whole split then.
-
-    Args:
-        model: The model.
-        data: The data set; that of its training if None.
-        match_names: Match classes by name if both sides have names; otherwise by index.
-
-    Raises:
-        UserError: The data does not exist, or has different classes from the model.
-        RunError: No image of the split can be read.
-        NotFiniteError: The loss is not finite.
+    `data` is that of the training if None. `match_names` matches classes by name if both sides have names; otherwise
+    they are matched by index. Raises a UserError if the data does not exist or has other classes than the model.
     """
     data, arch, mesh = data or model.data, model.arch, sharding.make_mesh()
+    batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
     if model.config is not None:
         batch_size = model.config.eval_batch_size
         sharding.check_batch(mesh, "eval_batch_size", batch_size)
-    else:
-        batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
     spec = InputSpec(
         data=data,
         image_size=arch.image_size,
@@ -91,6 +78,8 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
         for batch in eval_batches(spec, source, Hosts()):
             metrics = merge(metrics, model.logits(batch["image"]), batch["label"], batch["mask"])
         result = metrics.result(model.source)
-    if distributed.is_process_0():
-        warn_of_missing(result, len(source))
+    missing = len(source) - round(result["examples"])
+    if missing and distributed.is_process_0():
+        unread = f"{missing} of {len(source)} images are not counted: they are unreadable or have no label"
+        print(unread, file=sys.stderr)
     return result

@@ -24,8 +24,6 @@ from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.state import TrainState
 from sit_jax.training.step import Teachers, TrainSpec, abstract_state, init_state
 
-_NO_PATH = ("teacher", "random")
-
 
 def initial_state(
     spec: TrainSpec,
@@ -128,21 +126,28 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
     """
     path, arch = pathlib.Path(teacher.run), teacher.model.architecture
     if is_run(path):
-        _check_teacher(read_config(find_checkpoint(path)[0]).model.architecture, teacher, name)
         model = load_run(path)
     elif isinstance(arch, Architecture):
         model = read_weights(path, options=Options(like=arch, rtsm=False))
-        _check_teacher(model.arch, teacher, name)
     else:
         problem = "is not a run; teachers other than vision transformers must be runs"
         raise ConfigError(f"{name}.run", f"{teacher.run} {problem}")
-    order = _teacher_order(teacher, name, model.metadata.get("class_names"), class_names)
+    order = _teacher_order(model.arch, model.metadata.get("class_names"), teacher, name, class_names)
     return reorder_heads(model.variables, order, HEADS)
 
 
 def _teacher_order(
-    teacher: TeacherConfig, name: str, names: Sequence[str] | None, class_names: Sequence[str] | None
+    theirs: Architecture | RegNetArchitecture,
+    names: Sequence[str] | None,
+    teacher: TeacherConfig,
+    name: str,
+    class_names: Sequence[str] | None,
 ) -> list[int] | None:
+    """Returns the order of the heads' classes; raises a ConfigError if the model is not that of the section `name`."""
+    problem = differences(theirs, teacher.model.architecture)
+    if problem:
+        problem = f"the model in {teacher.run} is not the one that {name}.model describes: {problem}"
+        raise ConfigError(f"{name}.run", problem)
     if teacher.match_classes == "index":
         return None
     try:
@@ -150,14 +155,6 @@ def _teacher_order(
     except UserError as problem:
         advice = f"if they are the same classes in the same order, set {name}.match_classes=index"
         raise ConfigError(f"{name}.run", f"{problem}; {advice}") from None
-
-
-def _check_teacher(theirs: Architecture | RegNetArchitecture, teacher: TeacherConfig, name: str) -> None:
-    problem = differences(theirs, teacher.model.architecture)
-    if problem:
-        raise ConfigError(
-            f"{name}.run", f"the model in {teacher.run} is not the one that {name}.model describes: {problem}"
-        )
 
 
 def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[str] | None = None) -> None:
@@ -169,7 +166,7 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
         class_names: Class names of the data, by index; None skips the check of the classes.
     """
     starts = not (folder / FOLDER).is_dir()
-    if config.init not in _NO_PATH and starts:
+    if config.init not in ("teacher", "random") and starts:
         if not pathlib.Path(config.init).exists():
             raise ConfigError("init", f"there is no {config.init}; name a run, a model folder or a file of weights")
         _initial(pathlib.Path(config.init), config, class_names, lambda _: None)
@@ -179,8 +176,7 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
         elif is_run(pathlib.Path(teacher.run)):
             run, _ = find_checkpoint(pathlib.Path(teacher.run))
             theirs = read_config(run)
-            _check_teacher(theirs.model.architecture, teacher, name)
-            _teacher_order(teacher, name, run_class_names(theirs, run), class_names)
+            _teacher_order(theirs.model.architecture, run_class_names(theirs, run), teacher, name, class_names)
         else:
             given_teacher(teacher, name, class_names)
     if starts:

@@ -28,7 +28,7 @@ from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
 from sit_jax.training.evaluate import evaluate, make_eval_step
 from sit_jax.training.init import check_origins, given_teacher, initial_state
-from sit_jax.training.metrics import MetricWriter, is_finite
+from sit_jax.training.metrics import MetricWriter
 from sit_jax.training.progress import Progress
 from sit_jax.training.state import TrainState, has_finite_weights
 from sit_jax.training.step import (
@@ -215,10 +215,12 @@ def train_loop(
                 return
             step, values = pending[0], {name: float(x) for name, x in jax.device_get(pending[1]).items()}
             pending = None
-            if not is_finite(values):
-                bad = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            if bad:
                 # They are computed from the weights of the previous step, which a checkpoint may contain.
-                raise _not_finite(f"step {step}: {bad} is not finite", checkpoints.last_before(step - 1), folder)
+                raise _not_finite(
+                    f"step {step}: {', '.join(bad)} is not finite", checkpoints.last_before(step - 1), folder
+                )
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
@@ -275,11 +277,6 @@ def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonO
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"sit_jax": __version__, "python": platform.python_version(), **versions},
     }
-
-
-def _package_versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:

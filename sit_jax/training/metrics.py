@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, TextIO
@@ -32,18 +31,13 @@ class EvalMetrics(clu_metrics.Collection):
     def result(self, what: str) -> dict[str, float]:
         """Returns the averages by name, accuracies as fractions of 1, and the number of `examples`.
 
-        Args:
-            what: What was evaluated, for messages.
-
-        Raises:
-            RunError: The number of examples is 0.
-            NotFiniteError: The loss is not finite.
+        Raises a RunError without examples and a NotFiniteError for such a loss; they name `what` was evaluated.
         """
         examples = float(self.top1.count)
         if examples == 0:
             raise RunError(f"{what}: no example to evaluate: no image of the split can be read and has a label")
         averages = {name: float(value) for name, value in self.compute().items()}
-        if not is_finite(averages):
+        if not all(map(math.isfinite, averages.values())):
             raise NotFiniteError(f"{what}: the loss over {examples:.0f} examples is {averages['loss']}")
         return {**averages, "examples": examples}
 
@@ -51,13 +45,9 @@ class EvalMetrics(clu_metrics.Collection):
 def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalMetrics:
     """Returns the metrics of one batch.
 
-    Among equal logits, the class with the lower index ranks first, as with argmax. Logits with a NaN count as wrong.
-
-    Args:
-        logits: (batch, classes).
-        labels: Class indices, (batch,), or indices of all correct classes, (batch, labels), padded with -1, of which
-            the one with the largest logit is used.
-        mask: 1 for examples that are counted, 0 for padding, (batch,).
+    Labels are class indices, (batch,), or indices of all correct classes, (batch, labels), padded with -1, of which the
+    one with the largest logit is used. The mask, (batch,), is 0 for padding. Among equal logits, the class with the
+    lower index ranks first, as with argmax. Logits with a NaN count as wrong.
     """
     rows = labels[:, None] if labels.ndim == 1 else labels
     scores = jnp.where(rows >= 0, jnp.take_along_axis(logits, rows, axis=1), -jnp.inf)
@@ -136,12 +126,9 @@ class _Events:
 
 
 class MetricLines(NamedTuple):
-    """The contents of a run's `metrics.jsonl`.
+    """The contents of a run's `metrics.jsonl`: valid lines, oldest first, and the numbers, from 1, of damaged ones.
 
-    Attributes:
-        lines: Lines of metrics, oldest first; each has at least `step` and `kind`.
-        damaged: Numbers, from 1, of invalid lines, which are skipped.
-        cut_off: Whether the last invalid line is incomplete, because of an interrupted write or a full disk.
+    The last line is `cut_off` by an interrupted write or a full disk.
     """
 
     lines: list[JsonObject]
@@ -150,11 +137,7 @@ class MetricLines(NamedTuple):
 
 
 def scan_metrics(workdir: pathlib.Path) -> MetricLines:
-    """Reads a run's `metrics.jsonl`, skipping damaged lines; a missing file has no lines.
-
-    Raises:
-        RunError: The file cannot be read.
-    """
+    """Reads a run's `metrics.jsonl`, skipping damaged lines; a missing file has no lines."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return MetricLines([], [], False)
@@ -183,19 +166,7 @@ def read_metrics(workdir: pathlib.Path) -> list[JsonObject]:
     return scan_metrics(workdir).lines
 
 
-def warn_of_missing(result: dict[str, float], images: int) -> None:
-    """Reports on standard error how many of a split's images an evaluation did not count, if any."""
-    missing = images - round(result["examples"])
-    if missing:
-        print(f"{missing} of {images} images are not counted: they are unreadable or have no label", file=sys.stderr)
-
-
 def evaluations(lines: Sequence[JsonObject]) -> list[JsonObject]:
     """Returns the evaluation lines whose values are all finite; runs of older versions may have others."""
     evaluated = [line for line in lines if line["kind"] == "eval"]
-    return [x for x in evaluated if is_finite({name: v for name, v in x.items() if isinstance(v, float)})]
-
-
-def is_finite(values: dict[str, float]) -> bool:
-    """Returns whether all metrics are finite numbers."""
-    return all(math.isfinite(value) for value in values.values())
+    return [x for x in evaluated if all(math.isfinite(value) for value in x.values() if isinstance(value, float))]

@@ -1,10 +1,12 @@
 """AdamW with one schedule per parameter group, and the learning-rate schedules."""
 
+import functools
 from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import tree_map_with_path
 from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
@@ -47,31 +49,21 @@ def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> opt
 
     As in the original, the auxiliary head of the token-labelled teachers is frozen.
     """
-    rates = schedules(optim, epochs, steps_per_epoch)
+    steps = {
+        group: optax.scale_by_learning_rate(rate) for group, rate in schedules(optim, epochs, steps_per_epoch).items()
+    }
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(
         clip,
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
         optax.add_decayed_weights(optim.weight_decay, lambda params: decay_mask(params, optim.decay_like_original)),
-        optax.partition(
-            {
-                "model": optax.scale_by_learning_rate(rates["model"]),
-                "rtsm": optax.scale_by_learning_rate(rates["rtsm"]),
-                "frozen": optax.set_to_zero(),
-            },
-            parameter_groups,
-        ),
+        optax.partition({**steps, "frozen": optax.set_to_zero()}, functools.partial(tree_map_with_path, _group)),
     )
 
 
-def parameter_groups(params: Params) -> PyTree[str]:
-    """Returns the group of each parameter: `model`, `rtsm` or `frozen`."""
-
-    def group(path: tuple[Hashable, ...], _: object) -> str:
-        names = path_names(path)
-        return "frozen" if "aux_head" in names else names[0]
-
-    return jax.tree_util.tree_map_with_path(group, params)
+def _group(path: tuple[Hashable, ...], _: object) -> str:
+    names = path_names(path)
+    return "frozen" if "aux_head" in names else names[0]
 
 
 def decay_mask(params: Params, decay_like_original: bool = False) -> PyTree[bool]:
@@ -88,4 +80,4 @@ def decay_mask(params: Params, decay_like_original: bool = False) -> PyTree[bool
         tokens = ("class_token", "positions", "distillation_token", "distillation_position")
         return leaf.ndim > 1 and names[-1] not in tokens
 
-    return jax.tree_util.tree_map_with_path(decays, params)
+    return tree_map_with_path(decays, params)

@@ -17,8 +17,7 @@ class TrainState:
         step: Number of optimizer steps done, int32 scalar.
         params: `{'model': ..., 'rtsm': ...}`, float32; `rtsm` is absent if no tokens are recovered.
         batch_stats: BatchNorm's running statistics; an empty dict without BatchNorm.
-        opt_state: State of the optimizer.
-        ema: `{'params': ..., 'batch_stats': ...}`, the moving average of the model; None if disabled.
+        ema: The moving average of the model's variables; None if disabled.
     """
 
     step: jax.Array

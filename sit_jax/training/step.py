@@ -63,16 +63,12 @@ Loss = Callable[[LossInputs], jax.Array]
 
 
 class TrainSpec(NamedTuple):
-    """The functions of a run; contains no arrays.
+    """The modules and functions of a run; contains no arrays.
 
     Attributes:
-        model: The module to train.
         rtsm: The reverse modules, or None if no tokens are recovered.
-        teacher: The un-slimmed teacher's module, or None.
-        cnn_teacher: The convolutional teacher's module, or None.
         optimizer: The optimizer over `{'model': ..., 'rtsm': ...}`.
         rates: The learning-rate schedule of each parameter group.
-        config: The configuration of the run.
         losses: Custom loss terms by name, weighted by `config.loss.extra`.
     """
 
