@@ -54,7 +54,7 @@ def test_order(tmp_path: pathlib.Path) -> None:
         state = state_of(dataclasses.replace(config, init=init), tmp_path / "empty", teachers)
         np.testing.assert_array_equal(kernel(state), weights)
         assert int(state.step) == 0
-        # What no teacher has is drawn at random: the same as without one.
+        # What no teacher has is randomly initialized: the same as without one.
         mine, theirs = (x.params["model"]["slimming_0"]["fc1"]["kernel"] for x in (state, fresh))
         np.testing.assert_array_equal(mine, theirs)
     # The run's own checkpoint comes before all of them.
@@ -185,9 +185,9 @@ def drawn(config: Config, folder: pathlib.Path, capsys: pytest.CaptureFixture[st
     """What a run says that it draws at random."""
     capsys.readouterr()
     state_of(config, folder, teachers)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("init: drawn at random: ")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("init: randomly initialized: ")]
     assert len(lines) <= 1
-    return set(lines[0].removeprefix("init: drawn at random: ").split(", ")) if lines else set()
+    return set(lines[0].removeprefix("init: randomly initialized: ").split(", ")) if lines else set()
 
 
 def test_what_is_drawn_at_random_is_listed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

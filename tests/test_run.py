@@ -202,7 +202,7 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
         (["train", "--config", "configs/none.py", "--workdir", fresh], "there is no file configs/none.py"),
         (["train", "--config", "pyproject.toml", "--workdir", fresh], "pyproject.toml"),
         ([*train, "--workdir", "/proc/none"], "/proc/none cannot be written"),
-        ([*train, "--workdir", finished], "holds another configuration's run"),
+        ([*train, "--workdir", finished], "contains a run of another configuration"),
         (["evaluate", "--workdir", fresh], "fresh"),
         (["evaluate", "--workdir", finished, "--step", "3"], "checkpoint 3"),
         (["evaluate", "--workdir", finished / "teacher", "--ema"], "optim.ema_decay"),

@@ -17,7 +17,7 @@ def add_parser(verbs: Verbs) -> None:
     text = "dtype of the matrix products; exported files keep their own"
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help=text)
     add("--seconds", type=above_0(1e6), default=3.0, help="measuring time of each model and batch size, in seconds")
-    add("--rounds", metavar="N", type=positive, default=9, help="number of rounds; the models take turns in each")
+    add("--rounds", metavar="N", type=positive, default=9, help="number of rounds; each times every model once")
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=pathlib.Path, metavar="FILE.png", help="plot accuracy (GMAC if unknown) over throughput")
 

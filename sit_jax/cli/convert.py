@@ -19,7 +19,7 @@ def add_parser(verbs: Verbs) -> None:
     text = "leave out the reverse modules (RTSM), which only training needs"
     add_option(parser, "--without_rtsm", "--without_reverse", action="store_true", help=text)
     add("--ema", action="store_true", help="use the moving average of the weights, if SOURCE has one")
-    add("--licence", metavar="TEXT", help="license of the weights, written to the config.json of a model folder")
+    add("--licence", metavar="TEXT", help="licence of the weights, written to the config.json of a model folder")
     add("--force", action="store_true", help="overwrite DEST")
     text = "Needed if no named model has the shapes in SOURCE."
     add = parser.add_argument_group("hyperparameters that tensor shapes do not determine", text).add_argument
@@ -30,7 +30,7 @@ def add_parser(verbs: Verbs) -> None:
     text = "image size that the position embeddings were trained for"
     add("--model.image_size", metavar="PX", type=positive, help=text)
     add("--model.stage_blocks", metavar="N,N,...", type=_counts, help="blocks per stage")
-    text = "fraction of its tokens that a stage passes on to the next"
+    text = "fraction of tokens that each slimming module keeps"
     add("--model.keep_ratio", metavar="NUMBER", type=float, help=text)
 
 

@@ -17,7 +17,7 @@ def add_parser(verbs: Verbs) -> None:
     text = "include the reverse modules (RTSM), which only training needs (folder, original)"
     add_option(parser, "--with_rtsm", "--with_reverse", action="store_true", help=text)
     add("--dtype", default="float32", choices=("float32", "float16"), help="dtype of the weights (onnx)")
-    add("--licence", metavar="TEXT", help="license of the weights (folder, onnx, stablehlo)")
+    add("--licence", metavar="TEXT", help="licence of the weights (folder, onnx, stablehlo)")
     add("--raw_input", action="store_true", help="take uint8 pixels in NHWC, not normalized images (onnx, stablehlo)")
 
 

@@ -11,7 +11,7 @@ from sit_jax.cli.verb import Verbs, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
-    text = "compile a train step for TPUs that need not be attached; print its memory, FLOPs and collectives"
+    text = "compile a train step for a TPU slice, without the TPU; print its memory, FLOPs and collectives"
     parser = add_verb(verbs, "plan", run, text)
     add_config(parser)
     parser.add_argument("--topology", required=True, help="TPU slice, such as v5e:16x16 or v4:2x2x4, or cpu:8")

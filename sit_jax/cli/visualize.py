@@ -14,9 +14,18 @@ def add_parser(verbs: Verbs) -> None:
     add_images(parser, "*")
     add_checkpoint(parser)
     add("--split", help="instead of IMAGE: draw the first images of this split of a data set, such as test")
-    add("--name", help="with --split: name of the data set; that of training if not given")
-    add("--data_dir", metavar="FOLDER", help="with --split: folder of the data set; that of training if not given")
-    add("--limit", metavar="N", type=positive, help="maximum number of images; 16 of a split if not given")
+    add("--name", help="with --split: name of the data set; data.name of the run if not given")
+    add(
+        "--data_dir",
+        metavar="FOLDER",
+        help="with --split: folder of the data set; data.data_dir of the run if not given",
+    )
+    add(
+        "--limit",
+        metavar="N",
+        type=positive,
+        help="maximum number of images; if not given, 16 of a split and all files",
+    )
     add("--output", metavar="FOLDER", type=pathlib.Path, help="folder of the figures; maps if not given")
     text = "write all arrays to a .npz file, or to one file per image in a folder; figures then need --output"
     add("--arrays", metavar="PATH", type=pathlib.Path, help=text)

@@ -202,7 +202,10 @@ def _describe(error: ValidationError) -> str:
                 message = str(problem["ctx"]["error"])
                 lines.append(f"{key}.{message}" if key else message)
             case _:
-                lines.append(f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, is {problem['input']!r}")
+                message = (
+                    problem["msg"].replace("Input should be ", "must be ").replace("Input should have", "must have")
+                )
+                lines.append(f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -178,7 +178,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
-            _require(size == -1 or size >= 1, name, f"must be at least 1, or -1 for the rest, is {size}")
+            _require(size == -1 or size >= 1, name, f"must be at least 1, or -1 for the rest, got {size}")
         _require(list(sizes.values()).count(-1) <= 1, "data", "only one of data, fsdp and tensor can be -1, the rest")
 
 
@@ -258,10 +258,10 @@ class Config:
         arch = self.model.architecture
         _check_training(self.epochs, self.batch_size, self.optim, self.model)
         if self.loss.needs_teacher:
-            _require(self.teacher is not None, "teacher", "is missing, but loss.token or loss.logits is above 0")
+            _require(self.teacher is not None, "teacher", "must be set if loss.token or loss.logits is above 0")
         if self.loss.hard > 0:
             has_token = isinstance(arch, Architecture) and arch.distillation_token
-            _require(self.cnn_teacher is not None, "cnn_teacher", "is missing, but loss.hard is above 0")
+            _require(self.cnn_teacher is not None, "cnn_teacher", "must be set if loss.hard is above 0")
             _require(has_token, "model.distillation_token", "must be True where loss.hard is above 0")
         if self.loss.token_label > 0:
             labels = isinstance(arch, Architecture) and arch.aux_head and not arch.is_slimmed
@@ -275,11 +275,11 @@ class Config:
 
     def _check_teacher(self, arch: Architecture | RegNetArchitecture, teacher: object) -> None:
         is_vit = isinstance(arch, Architecture) and isinstance(teacher, Architecture) and not teacher.is_slimmed
-        _require(is_vit, "teacher.model", "must be an un-slimmed vision transformer, and model one as well")
+        _require(is_vit, "teacher.model", "must be an un-slimmed vision transformer, and model a vision transformer")
         if self.loss.token > 0 or self.init == "teacher":
             for name in ("image_size", "patch_size", "dim", "depth", "num_classes", "in_channels"):
                 mine, theirs = getattr(arch, name), getattr(teacher, name)
-                _require(mine == theirs, f"teacher.model.{name}", f"is {theirs}, but the student's is {mine}")
+                _require(mine == theirs, f"teacher.model.{name}", f"must be {mine}, as in model, got {theirs}")
 
     def teacher_run(self, teacher: TeacherConfig) -> "Config":
         """Returns the configuration of the run that trains one of the teachers."""

@@ -118,7 +118,7 @@ def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
     deep_grey = mode.startswith("I;16") or (mode == "I" and image.format in _SCALED_TO_16)
     if mode in ("I", "F") and not deep_grey:
         kind = "floating-point numbers" if mode == "F" else "signed or 32-bit integers"
-        raise ValueError(f"its pixels are {kind} of unknown range; save it with 8 bits, or unsigned with 16 bits")
+        raise ValueError(f"has {kind} pixels of unknown range; save it with 8 bits, or unsigned with 16 bits")
     if deep_grey or mode in ("1", "L", "LA"):
         done.append(_GREY)
     if mode in ("CMYK", "LAB", "HSV", "YCbCr"):

@@ -58,7 +58,9 @@ class FolderSource:
         if has_splits:
             unknown = sorted(set(_classes(self.base)) - set(self.class_names))
             if unknown:
-                raise ConfigError("data.data_dir", f"{self.base} has classes that train has not: {listed(unknown)}")
+                raise ConfigError(
+                    "data.data_dir", f"{self.base} has classes that train does not have: {listed(unknown)}"
+                )
         else:
             if name != _TRAIN and any(by_class):
                 why = f"data.val_fraction {val_fraction} of each class is less than one"

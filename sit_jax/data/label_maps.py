@@ -57,7 +57,7 @@ class LabelMapWriter:
     """Writes a folder of label maps; the folder is valid only after `close`."""
 
     def __init__(self, folder: pathlib.Path, examples: int, grid: int, top: int, num_classes: int) -> None:
-        """Creates the folder and allocates all maps; raises a UserError if it exists already or cannot be written."""
+        """Creates the folder and allocates all maps; raises a UserError if it already exists or cannot be written."""
         if (folder / _ABOUT).exists():
             raise UserError(f"{folder} holds label maps already; choose another --output")
         shape = (examples, grid, grid, top)

@@ -47,7 +47,7 @@ class TrainExamples:
                 classes, values = self.maps[place]
                 example |= {"map_classes": classes, "map_values": values}
             return {**example, "skipped": np.array(skipped, np.int32)}
-        raise UserError(f"{_MOST_BROKEN_IN_A_ROW} images in a row cannot be read; look at them: sit data check")
+        raise UserError(f"{_MOST_BROKEN_IN_A_ROW} consecutive images cannot be read; list them with sit data check")
 
 
 @dataclass(frozen=True)

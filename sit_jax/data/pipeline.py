@@ -137,7 +137,7 @@ def _read_ahead(batches: grain.MapDataset[HostBatch], data: DataConfig) -> Strea
                 if "terminated unexpectedly" not in str(error):
                     raise
                 raise RunError(
-                    f"a loader process died ({' '.join(str(error).split()[:9])}); was it out of memory? "
+                    f"a loader process died ({' '.join(str(error).split()[:9])}); possibly out of memory. "
                     "Go on with --resume, with fewer data.workers if it happens again"
                 ) from None
     finally:
@@ -149,4 +149,4 @@ def check_classes(spec: InputSpec, source: Source) -> None:
     """Raises a ConfigError if the model's head does not match the data set."""
     mine, theirs = spec.num_classes, len(source.class_names)
     if mine != theirs:
-        raise ConfigError("model.num_classes", f"is {mine}, but the data set has {theirs} classes")
+        raise ConfigError("model.num_classes", f"must be {theirs}, as in the data set, got {mine}")

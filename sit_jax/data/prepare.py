@@ -88,7 +88,7 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     """Converts a prepared tfds data set of TFRecord files to ArrayRecord, with the converter of tfds.
 
     `source` is the version's folder, such as `~/tensorflow_datasets/imagenet2012/5.1.0`. The copy in `data_dir`, whose
-    folder is returned, has the same name and version. Raises a UserError if it exists already, the packages of the
+    folder is returned, has the same name and version. Raises a UserError if it already exists, the packages of the
     converter are missing, or the disk is full.
     """
     if not (source / "dataset_info.json").is_file():
@@ -98,7 +98,7 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
     base = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
     target = base / builder.info.full_name
     if target.exists():
-        raise UserError(f"{target} exists already; choose another --data_dir")
+        raise UserError(f"{target} already exists; choose another --data_dir")
     # The converter is correct only if the copy is in the folder of the original. Hence it runs in a folder of links to
     # the original, which becomes the data set when it is complete.
     scratch = base / f"incomplete.{builder.info.name}"

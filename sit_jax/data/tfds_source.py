@@ -51,7 +51,7 @@ class TfdsSource:
         except ValueError as error:
             raise UserError(f"split {split!r} of {builder.name} cannot be read: there are {splits} ({error})") from None
         if len(self._records) == 0:
-            raise UserError(f"split {split!r} of {builder.name} is empty: there are {splits}")
+            raise UserError(f"split {split!r} of {builder.name} is empty; available splits: {splits}")
 
     def __len__(self) -> int:
         return len(self._records)

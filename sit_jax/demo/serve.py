@@ -91,7 +91,7 @@ def _check_address(host: str, port: int) -> None:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "is not a name"
         meant = "give a name or an IPv4 address of this machine"
-        raise UserError(f"--host: {host} cannot be listened at: {reason}; {meant}") from None
+        raise UserError(f"--host: cannot listen on {host}: {reason}; {meant}") from None
     try:
         socket.create_server((host, port)).close()
     except OSError as error:

@@ -12,7 +12,7 @@ from sit_jax.errors import UserError
 def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib.Path]:
     """As `atomic_replace`; raises a UserError if the path cannot be written, or exists and `replace` is not set."""
     if not replace and (path.exists() or path.is_symlink()):
-        raise UserError(f"{path}: exists already; remove it or choose another place")
+        raise UserError(f"{path}: already exists; remove it or choose another path")
     try:
         with atomic_replace(path) as part:
             yield part

@@ -69,7 +69,7 @@ def load_run(path: pathlib.Path, ema: bool = False, step: int | None = None, wit
     step = named if step is None else step
     config = read_config(folder)
     if ema and config.optim.ema_decay == 0:
-        raise RunError(f"{folder}: has no moving average, since its optim.ema_decay is 0")
+        raise RunError(f"{folder}: has no moving average because optim.ema_decay=0")
     arch = config.model.architecture
     variables, step = load_variables(folder, {"batch_stats": {}, **abstract_variables(arch)}, ema, step)
     rtsm = {}

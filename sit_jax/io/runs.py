@@ -42,7 +42,9 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
         # Converted to the current format: a run of an older version lacks newer keys, which are all at their defaults.
         difference = _difference(to_dict(read_config(workdir)), to_dict(config))
         if difference:
-            raise RunError(f"{workdir} holds another configuration's run ({difference}); choose another --workdir")
+            raise RunError(
+                f"{workdir} contains a run of another configuration ({difference}); choose another --workdir"
+            )
         if not resume:
             raise RunError(
                 f"{workdir} already holds this run; pass --resume to continue it, or choose another --workdir"

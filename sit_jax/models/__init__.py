@@ -41,7 +41,7 @@ def build_model(
             attention.
     """
     if arch.num_classes == 0:
-        raise ConfigError("num_classes", "is 0, left to the data; say how many classes the model has")
+        raise ConfigError("num_classes", "must be above 0 here: only commands that open the data set replace 0")
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
     if arch.is_slimmed:

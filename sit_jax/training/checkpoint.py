@@ -151,8 +151,8 @@ class Checkpoints:
             if reason is None:
                 raise
             raise RunError(
-                f"{which} could not be written in {self._checkpointer.directory}: {reason}; what is whole there stays "
-                "as it is: make room, and go on with --resume"
+                f"{which} could not be written in {self._checkpointer.directory}: {reason}; complete checkpoints are "
+                "unchanged: free disk space, then continue with --resume"
             ) from None
 
 

@@ -79,7 +79,7 @@ def _log_drawn(params: Params, given: Params) -> None:
     drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
     drawn += ["reverse modules"] if "rtsm" in params else []
     left = sorted(given.keys() - params["model"].keys())
-    for what, names in (("drawn at random", drawn), ("left out", left)):
+    for what, names in (("randomly initialized", drawn), ("left out", left)):
         if names:
             _log(f"{what}: {', '.join(names)}")
 
@@ -146,7 +146,7 @@ def _teacher_order(
     """Returns the order of the heads' classes; raises a ConfigError if the model is not that of the section `name`."""
     problem = differences(theirs, teacher.model.architecture)
     if problem:
-        problem = f"the model in {teacher.run} is not the one that {name}.model describes: {problem}"
+        problem = f"the model in {teacher.run} does not match {name}.model: {problem}"
         raise ConfigError(f"{name}.run", problem)
     if teacher.match_classes == "index":
         return None

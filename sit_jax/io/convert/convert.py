@@ -44,7 +44,7 @@ def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
     mine, theirs = source.resolve(), dest.resolve()
     inside, there = source.is_dir() and mine in theirs.parents, dest.exists() or dest.is_symlink()
     if there and not force and not inside:
-        raise UserError(f"{dest}: exists; pass --force to replace it")
+        raise UserError(f"{dest}: already exists; pass --force to replace it")
     if source.exists() and (inside or (there and (mine == theirs or theirs in mine.parents))):
         raise UserError(f"{dest}: is, holds or belongs to the source; choose another place")
     if not there:

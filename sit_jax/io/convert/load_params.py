@@ -63,7 +63,7 @@ def load_params(
                 values[entry.path] = value
     if any(problems.values()):
         text = "; ".join(f"{what}: {listed(names, most=8)}" for what, names in problems.items() if names)
-        raise UserError(f"the weights do not fill the model: {text}")
+        raise UserError(f"the weights do not match the model: {text}")
     return unflatten_dict(values)
 
 

@@ -102,7 +102,7 @@ def _absent_heads(inferred: Inferred, num_classes: int | None) -> tuple[str, ...
     if "num_classes" in inferred.fields:
         return ()
     if num_classes is None:
-        raise UserError("it has no head: give --num_classes")
+        raise UserError("the file has no head: give --num_classes")
     fields = inferred.fields
     fields["num_classes"] = num_classes
     heads = {"head": True, "distillation_head": fields["distillation_token"], "aux_head": fields["aux_head"]}

@@ -73,7 +73,7 @@ def load(path: str | pathlib.Path) -> Loaded:
     # XLA's parser aborts the process for some damaged artifacts, so the checksum is verified first.
     checksum = description.pop(CHECKSUM, None) if isinstance(description, dict) else None
     if hashlib.sha256(artifact).hexdigest() != checksum:
-        raise UserError(f"{path}: is damaged, or not the artifact that {description_path(path).name} describes")
+        raise UserError(f"{path}: is damaged, or does not match {description_path(path).name}")
     try:
         exported = export.deserialize(bytearray(artifact))
     except Exception as error:  # A later JAX may reject an old artifact with any type of error.
@@ -81,7 +81,7 @@ def load(path: str | pathlib.Path) -> Loaded:
         raise UserError(f"{path}: cannot be read by this version of JAX: {reason}") from None
     platform = jax.default_backend().replace("gpu", "cuda")
     if platform not in exported.platforms:
-        raise UserError(f"{path}: is for {', '.join(exported.platforms)}, but this machine's devices are {platform}")
+        raise UserError(f"{path}: was exported for {', '.join(exported.platforms)}; this machine has {platform}")
     return Loaded(jax.jit(exported.call), description)
 
 
