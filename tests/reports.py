@@ -1,5 +1,6 @@
 """Broken runs and hostile texts for the tests of `sit report`."""
 
+import collections
 import dataclasses
 import datetime
 import json
@@ -12,7 +13,7 @@ import numpy as np
 
 from sit_jax.report.evaluation import ClassScore, EvalImage, EvalReport, Verdict
 from sit_jax.report.load_run import read_run
-from sit_jax.report.page import render, view_run
+from sit_jax.report.page import RunView, render
 
 HOSTILE = "<script>window.hurt = 1</script><img src=x onerror='window.hurt = 2'>&amp;\"'"
 
@@ -73,6 +74,6 @@ def hostile_page(folder: pathlib.Path) -> str:
     verdicts = {"student": Verdict(HOSTILE, 0.5, False), "teacher": Verdict("7", 0.75, True)}
     image = EvalImage(0, HOSTILE, HOSTILE, verdicts, np.zeros((32, 32, 1), np.uint8))
     classes = [ClassScore(HOSTILE, 3, 1 / 3, 2 / 3), ClassScore("7", 3, 1.0, 1.0)]
-    outcomes = {(True, True): 4, (True, False): 0, (False, True): 1, (False, False): 1}
+    outcomes = collections.Counter({(True, True): 4, (False, True): 1, (False, False): 1})
     evaluation = EvalReport(classes, outcomes, [image], [image], None)
-    return render([view_run("run-1", run, evaluation)], datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))
+    return render([RunView("run-1", run, evaluation)], datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC))

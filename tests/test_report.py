@@ -30,7 +30,7 @@ from sit_jax.report.charts import comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences
 from sit_jax.report.evaluation import evaluate
 from sit_jax.report.load_run import read_run, read_runs
-from sit_jax.report.page import render, view_run
+from sit_jax.report.page import RunView, render
 from sit_jax.training.loop import run as train
 
 STUDENT = dataclasses.replace(tiny.STUDENT, depth=2, stage_blocks=(1, 1))
@@ -276,7 +276,7 @@ def test_runs_without_a_configuration_are_not_compared(tmp_path: pathlib.Path) -
         ([one, two, lost], "Not known of all: no configuration can be read for lost."),
         ([one, one], "Nowhere."),
     ):
-        views = [view_run(f"run-{number}", run, None) for number, run in enumerate(runs)]
+        views = [RunView(f"run-{number}", run, None) for number, run in enumerate(runs)]
         assert f"<p>{sentence}</p>" in render(views, datetime.datetime.now(datetime.UTC))
 
 

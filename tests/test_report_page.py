@@ -13,7 +13,7 @@ import reports
 from sit_jax.analysis.summary import summarize
 from sit_jax.report.evaluation import evaluate
 from sit_jax.report.load_run import read_run
-from sit_jax.report.page import render, view_run
+from sit_jax.report.page import RunView, render
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -26,7 +26,7 @@ def page(digits_run: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     summarize(folder)
     run = read_run(folder)
     evaluation = evaluate(run, examples=2)
-    views = [view_run("run-1", run, evaluation), view_run("run-2", read_run(folder, "again"), evaluation)]
+    views = [RunView("run-1", run, evaluation), RunView("run-2", read_run(folder, "again"), evaluation)]
     path = folder / "report.html"
     path.write_text(render(views, datetime.datetime.now(datetime.UTC)))
     return path

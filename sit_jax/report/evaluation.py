@@ -1,11 +1,10 @@
 """Evaluates a run's models for its report: accuracy per class, images that the student lost, and token maps."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from numpy import ndarray
@@ -13,14 +12,13 @@ from numpy import ndarray
 from sit_jax.analysis.summary import trained_teacher
 from sit_jax.config import Config
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
-from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
-from sit_jax.errors import ImageDecodeError, NotFiniteError
+from sit_jax.errors import ImageDecodeError
+from sit_jax.io.inference import softmax
 from sit_jax.io.load import load_run
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.trees import Variables
 from sit_jax.report.load_run import RunInfo, attempt
 from sit_jax.training.progress import Progress
 from sit_jax.visual.model_input import ModelInput, preprocess
@@ -74,7 +72,7 @@ class EvalReport:
     """
 
     classes: list[ClassScore]
-    outcomes: dict[tuple[bool, bool], int]
+    outcomes: collections.Counter[tuple[bool, bool]]
     lost: list[EvalImage]
     examples: list[EvalImage]
     maps: TokenMaps | None
@@ -123,36 +121,21 @@ def _predict(
     name: str, models: dict[str, Model], config: Config, source: Source
 ) -> tuple[Int[ndarray, " images"], dict[str, _Top1]]:
     """Returns the labels of a split, -1 for skipped images, and the predictions of each model."""
-    steps = {part: _step(model) for part, model in models.items()}
     batches: list[ndarray] = []
     found: dict[str, list[tuple[ndarray, ndarray]]] = {part: [] for part in models}
     count, size = len(source), config.eval_batch_size
     with Progress(f"report: images of {name}", -(-count // size), 0, size) as progress:
         for done, batch in enumerate(eval_batches(config.inputs, source, Hosts()), start=1):
             batches.append(np.where(batch["mask"] > 0, batch["label"], -1))
-            for part, step in steps.items():
-                classes, probabilities = jax.device_get(step(batch["image"]))
-                if not np.isfinite(probabilities).all():
-                    raise NotFiniteError(f"the {part}'s outputs are not finite, so they say nothing about the images")
-                found[part].append((classes, probabilities))
+            for part, model in models.items():
+                probabilities = softmax(model.logits(batch["image"]))
+                found[part].append((probabilities.argmax(axis=1), probabilities.max(axis=1)))
             progress.update(done, {})
     labels, top1 = np.concatenate(batches)[:count], {}
     for part in models:
         classes, probabilities = (np.concatenate(x)[:count] for x in zip(*found[part], strict=True))
         top1[part] = _Top1(classes, probabilities, classes == labels)
     return labels, top1
-
-
-def _step(model: Model) -> Callable[[ndarray], tuple[jax.Array, jax.Array]]:
-    """Returns a jitted map from uint8 pixels to the top-1 class and its probability."""
-
-    @jax.jit
-    def step(variables: Variables, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        probabilities = jax.nn.softmax(model.module.apply(variables, normalize(pixels, model.data))[0])
-        return probabilities.argmax(axis=1), probabilities.max(axis=1)
-
-    placed = jax.device_put(model.variables)
-    return lambda pixels: step(placed, jnp.asarray(pixels))
 
 
 def _per_class(labels: ndarray, top1: dict[str, _Top1], names: Sequence[str]) -> list[ClassScore]:
@@ -166,12 +149,11 @@ def _per_class(labels: ndarray, top1: dict[str, _Top1], names: Sequence[str]) ->
     return [ClassScore(str(name), images, student, teacher) for name, images, student, teacher in rows if images]
 
 
-def _outcomes(labels: ndarray, top1: dict[str, _Top1]) -> dict[tuple[bool, bool], int]:
+def _outcomes(labels: ndarray, top1: dict[str, _Top1]) -> collections.Counter[tuple[bool, bool]]:
     if "teacher" not in top1:
-        return {}
-    read, student, teacher = labels >= 0, top1["student"].right, top1["teacher"].right
-    pairs = [(mine, theirs) for mine in (True, False) for theirs in (True, False)]
-    return {(mine, theirs): int((read & (student == mine) & (teacher == theirs)).sum()) for mine, theirs in pairs}
+        return collections.Counter()
+    student, teacher = (top1[model].right[labels >= 0].tolist() for model in ("student", "teacher"))
+    return collections.Counter(zip(student, teacher, strict=True))
 
 
 def _lost(top1: dict[str, _Top1]) -> Int[ndarray, " lost"]:

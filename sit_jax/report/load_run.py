@@ -84,7 +84,7 @@ class RunInfo:
         """
         stored = self.summary.get(name)
         known = {key: finite(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
-        run, config = (self, self.config) if name == "student" else (self.teachers.get(name), self._teacher_config)
+        run, config = (self, self.config) if name == "student" else (self.teachers.get(name), self.teacher_config)
         scores = run.scores if run else []
         if known.get("top1") is None and scores:
             known["top1"] = scores[-1].get("top1")
@@ -95,12 +95,8 @@ class RunInfo:
         return {key: known.get(key) for key in ("top1", "params", "gmac", "images_per_s")}
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether the run has a teacher."""
-        return self._teacher_config is not None
-
-    @property
-    def _teacher_config(self) -> Config | None:
+    def teacher_config(self) -> Config | None:
+        """The configuration of the teacher's training; None without a teacher."""
         if self.config is None or self.config.teacher is None:
             return None
         return self.config.teacher_run(self.config.teacher)
@@ -225,29 +221,21 @@ def attempt(read: Callable[[], T], otherwise: U, missing: list[str], what: str) 
 
 
 def _read_object(path: pathlib.Path, missing: list[str]) -> JsonObject:
-    if not path.exists():
-        missing.append(f"There is no {path.name}.")
-        return {}
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
-        missing.append(f"{path.name} cannot be read: {reason}.")
-        return {}
-    if isinstance(values, dict) and values:
+    def read() -> JsonObject:
+        values = json.loads(path.read_bytes()) if path.exists() else None
+        if not isinstance(values, dict) or not values:
+            raise UserError(f"there is {'nothing in' if path.exists() else 'no'} {path.name}")
         return values
-    missing.append(f"{path.name} is empty.")
-    return {}
+
+    return attempt(read, {}, missing, path.name)
 
 
 def _tell_damage(folder: pathlib.Path, metrics: MetricLines, missing: list[str]) -> None:
     if not (folder / _METRICS).exists():
         missing.append(f"There is no {_METRICS}: no step was logged.")
-    damaged = metrics.damaged[:-1] if metrics.cut_off else metrics.damaged
-    if damaged:
+    if damaged := metrics.damaged[:-1] if metrics.cut_off else metrics.damaged:
         numbers = ", ".join(map(str, damaged[:_NUMBERS_NAMED])) + (", ..." if len(damaged) > _NUMBERS_NAMED else "")
-        word = "line" if len(damaged) == 1 else "lines"
-        missing.append(f"{_METRICS}: {len(damaged)} damaged {word} left out ({numbers}).")
+        missing.append(f"{_METRICS}: {len(damaged)} damaged line(s) left out ({numbers}).")
     if metrics.cut_off:
         missing.append(f"{_METRICS}: the last line is cut off, as while a run writes it.")
 

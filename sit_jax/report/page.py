@@ -1,11 +1,11 @@
 """Renders the report: inserts the loaded and evaluated runs into the template, with all resources inline."""
 
 import base64
-import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import importlib.resources
+import itertools
 import platform
 from collections.abc import Sequence
 
@@ -14,11 +14,12 @@ import plotly.offline
 from markupsafe import Markup
 
 from sit_jax import __version__
+from sit_jax.analysis.table import cell
 from sit_jax.config import JsonObject
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
 from sit_jax.report.compare import ABSENT, differences, flatten, show
-from sit_jax.report.evaluation import ClassScore, EvalImage, EvalReport
-from sit_jax.report.images import Example, Shown, show_examples, show_image, stage_titles
+from sit_jax.report.evaluation import EvalReport
+from sit_jax.report.images import show_examples, show_image, stage_titles
 from sit_jax.report.load_run import RunInfo, finite
 
 # Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
@@ -26,61 +27,36 @@ _MOST_CLASSES = 400
 _TIME = "%Y-%m-%d %H:%M UTC"
 
 
-@dataclasses.dataclass(frozen=True)
 class RunView:
-    """A run in the form that the template uses.
+    """A run in the form that the template uses, with all charts, images and texts.
 
     `key` is unique within the page: `run-1`. `evaluation` is None if the model was not evaluated. `lost` are images
-    that only the teacher classifies correctly. `data` and `environment` are pairs of name and value, `sections` is the
-    configuration.
+    that only the teacher classifies correctly. `class_rows` have the largest losses first; for many classes, only both
+    ends. `data` and `environment` are pairs of name and value, `sections` is the configuration.
     """
 
-    key: str
-    run: RunInfo
-    evaluation: EvalReport | None
-    charts: list[Chart]
-    teacher_charts: dict[str, list[Chart]]
-    classes: Chart | None
-    examples: list[Example]
-    stages: list[str]
-    lost: list[tuple[EvalImage, Shown]]
-    data: list[tuple[str, str]]
-    environment: list[tuple[str, str]]
-    sections: list[tuple[str, dict[str, str]]]
-
-    @property
-    def class_rows(self) -> list[ClassScore]:
-        """The classes, the largest losses first; for many classes, only both ends."""
-        scores = sorted(self.evaluation.classes, key=lambda x: (x.change, x.student)) if self.evaluation else []
+    def __init__(self, key: str, run: RunInfo, evaluation: EvalReport | None) -> None:
+        self.key, self.run, self.evaluation = key, run, evaluation
+        self.charts = run_charts(run, key)
+        self.teacher_charts = {
+            name: run_charts(teacher, f"{key}-{name.replace('_', '-')}") for name, teacher in run.teachers.items()
+        }
+        self.classes = class_chart(evaluation, f"{key}-classes") if evaluation else None
+        scores = sorted(evaluation.classes, key=lambda x: (x.change, x.student)) if evaluation else []
         half = _MOST_CLASSES // 2
-        return scores if len(scores) <= _MOST_CLASSES else scores[:half] + scores[-half:]
+        self.class_rows = scores if len(scores) <= _MOST_CLASSES else scores[:half] + scores[-half:]
+        self.examples = show_examples(evaluation) if evaluation else []
+        self.stages = stage_titles(evaluation.maps) if evaluation and evaluation.maps else []
+        self.lost = [(image, show_image(image)) for image in evaluation.lost] if evaluation else []
+        self.data = _data_rows(run)
+        self.environment = _environment_rows(run)
+        self.sections = _sections(run.values)
 
     @property
     def all_charts(self) -> list[Chart]:
         """All charts of the run."""
-        others = [chart for charts in self.teacher_charts.values() for chart in charts]
-        return [*self.charts, *others, *([self.classes] if self.classes else [])]
-
-
-def view_run(key: str, run: RunInfo, evaluation: EvalReport | None) -> RunView:
-    """Prepares all charts, images and texts of a run for the template."""
-    maps = evaluation.maps if evaluation else None
-    return RunView(
-        key=key,
-        run=run,
-        evaluation=evaluation,
-        charts=run_charts(run, key),
-        teacher_charts={
-            name: run_charts(teacher, f"{key}-{name.replace('_', '-')}") for name, teacher in run.teachers.items()
-        },
-        classes=class_chart(evaluation, f"{key}-classes") if evaluation else None,
-        examples=show_examples(evaluation) if evaluation else [],
-        stages=stage_titles(maps) if maps else [],
-        lost=[(image, show_image(image)) for image in evaluation.lost] if evaluation else [],
-        data=_data_rows(run),
-        environment=_environment_rows(run),
-        sections=_sections(run.values),
-    )
+        own = [*self.charts, *itertools.chain(*self.teacher_charts.values()), self.classes]
+        return [chart for chart in own if chart is not None]
 
 
 def render(views: Sequence[RunView], made: datetime.datetime) -> str:
@@ -117,18 +93,13 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, count=count, mac=mac, ratio=ratio)
+    environment.filters.update(
+        percent=lambda value: cell(value, "{:.2%}") or ABSENT,
+        count=lambda value: cell(value, "{:,.0f}") or ABSENT,
+        mac=mac,
+        ratio=ratio,
+    )
     return environment
-
-
-def percent(value: float | None) -> str:
-    """Formats a fraction of 1 as a percentage."""
-    return ABSENT if value is None else f"{value:.2%}"
-
-
-def count(value: float | None) -> str:
-    """Formats a number without decimals."""
-    return ABSENT if value is None else f"{value:,.0f}"
 
 
 def ratio(above: float | None, below: float | None) -> str:

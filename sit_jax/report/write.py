@@ -36,7 +36,7 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
     from sit_jax.data.sources import writing
     from sit_jax.report.evaluation import evaluate
     from sit_jax.report.load_run import attempt, read_runs
-    from sit_jax.report.page import render, view_run
+    from sit_jax.report.page import RunView, render
 
     views = []
     for index, run in enumerate(read_runs(list(folders)), start=1):
@@ -46,7 +46,7 @@ def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples:
         elif run.config is not None and run.checkpoints:
             read = functools.partial(evaluate, run, examples)
             evaluation = attempt(read, None, run.missing, "The model, or its evaluation split,")
-        views.append(view_run(f"run-{index}", run, evaluation))
+        views.append(RunView(f"run-{index}", run, evaluation))
     print("report: writing the page", file=sys.stderr)
     page = render(views, datetime.datetime.now(datetime.UTC))
     with writing(output, key="--output"), atomic_replace(output) as part:
