@@ -5,15 +5,12 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
 import random_weights
 import tiny
 
-from sit_jax.analysis import benchmark
 from sit_jax.analysis.benchmark import Timed, Times, time_interleaved
 from sit_jax.analysis.flops import count_cost
 from sit_jax.cli import app as cli
@@ -54,20 +51,6 @@ def test_figures_of_known_times() -> None:
     assert fast.speed_over(slow) == 3.0
 
 
-def test_the_machines_products_are_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    results: list[Any] = []
-
-    def once(contenders: dict[str, Timed], **_: Any) -> dict[str, Times]:
-        timed = contenders["products"]
-        results.append(timed.run(timed.buffers[0]))
-        return {"products": Times([], [2.0])}
-
-    monkeypatch.setattr(benchmark, "time_interleaved", once)
-    assert benchmark.product_rate("bfloat16") == 1024**3
-    # Where the result is bfloat16, XLA for CPUs multiplies in float32, and models would have more than the peak.
-    assert results[0].dtype == np.float32
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("benchmark")
@@ -87,8 +70,6 @@ def test_command(folders: dict[str, str], tmp_path: pathlib.Path, capsys: pytest
     assert [(row["batch"], row["model"]) for row in result["rows"]] == [(b, n) for b in (1, 3) for n in names]
     costs = [count_cost(tiny.TEACHER).gmac, *[count_cost(tiny.STUDENT).gmac] * 2]
     for row, gmac in zip(result["rows"], costs * 2, strict=True):
-        latency = row["latency_ms"]
-        assert 0 < latency["p10"] <= latency["median"] <= latency["p90"]
         assert row["gmac"] == gmac
         assert row["flops_per_s"] == pytest.approx(2e9 * gmac * row["images_per_s"])
         assert row["peak_share"] == pytest.approx(row["flops_per_s"] / result["product_flops"])

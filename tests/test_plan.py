@@ -114,27 +114,23 @@ def test_asynchronous_moves_count_once() -> None:
     assert traffic.memory_bytes == 512 + 512 + 2 * 32 + (32 + 256)
 
 
-def test_what_the_compiler_noted_comes_first() -> None:
-    noted = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
-    assert read_traffic(noted, 8).collectives[1].runs == 3
-    by_data = PROGRAM.replace("%five = s32[] constant(5)", "%five = s32[] get-tuple-element(%c), index=0")
-    assert read_traffic(by_data, 8).collectives[1].runs == 1
+GROUPS = "replica_groups=[4,2]<=[8]"
 
 
 @pytest.mark.parametrize(
-    ("groups", "size"),
+    ("old", "new", "expected"),
     [
-        ("replica_groups={{0,1,2,3},{4,5,6,7}}", 4),
-        ("replica_groups=[2,4]<=[8]", 4),
-        ("replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'y'}", 4),
-        ("replica_groups={}", 8),
-        ("replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", 1),
+        (GROUPS, "replica_groups={{0,1,2,3},{4,5,6,7}}", [(5, 4)]),
+        (GROUPS, "replica_groups=mesh['x'=1,'y'=4,'z'=2], device_ids=([2,4]T(1,0)) {'y'}", [(5, 4)]),
+        (GROUPS, "replica_groups={}", [(5, 8)]),
+        (GROUPS, "replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}", []),
+        ("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}', [(3, 2)]),
+        ("%five = s32[] constant(5)", "%five = s32[] get-tuple-element(%c), index=0", [(1, 2)]),
     ],
 )
-def test_group_notations(groups: str, size: int) -> None:
-    collectives = read_traffic(PROGRAM.replace("replica_groups=[4,2]<=[8]", groups), 8).collectives
-    reduces = [collective.group for collective in collectives if collective.kind == "all-reduce"]
-    assert reduces == ([size] if size > 1 else [])
+def test_notations_of_groups_and_trip_counts(old: str, new: str, expected: list[tuple[int, int]]) -> None:
+    collectives = read_traffic(PROGRAM.replace(old, new), 8).collectives
+    assert [(x.runs, x.group) for x in collectives if x.kind == "all-reduce"] == expected
 
 
 WIDE = Architecture(
@@ -208,31 +204,15 @@ def test_refusals(topology: str, facts: tuple[str, ...], capsys: Any, monkeypatc
     assert all(fact in line for fact in facts), line
 
 
-@pytest.mark.parametrize(
-    ("message", "gib"),
-    [
-        ("RESOURCE_EXHAUSTED: ... Used 20.5G of 15.75G hbm. Exceeded", 20.5),
-        ("the total memory required for HLO temporaries (36G) exceeds", 36.5),
-        ("no room", None),
-    ],
-)
-def test_requested_bytes(message: str, gib: float | None) -> None:
-    assert planning.requested_bytes(message, fixed=2**29) == (None if gib is None else gib * 2**30)
-
-
-SMALL = {
-    "model.dim": 64,
-    "teacher.model.dim": 64,
-    "model.num_heads": 4,
-    "teacher.model.num_heads": 4,
-    "model.depth": 2,
-    "teacher.model.depth": 2,
-    "model.stage_blocks": "(1,1)",
+SMALL: dict[str, Any] = {
+    f"{model}.{key}": value
+    for model in ("model", "teacher.model")
+    for key, value in {"dim": 64, "num_heads": 4, "depth": 2}.items()
 }
 
 
 def sit_plan(*words: str, **values: Any) -> "subprocess.CompletedProcess[str]":
-    overrides = [f"--config.{key}={value}" for key, value in {**SMALL, **values}.items()]
+    overrides = [f"--config.{key}={value}" for key, value in {**SMALL, "model.stage_blocks": "(1,1)", **values}.items()]
     command = [sys.executable, "-m", "sit_jax", "plan", "--config", "configs/digits.py", *words, *overrides]
     environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_PLATFORMS")}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

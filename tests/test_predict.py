@@ -20,7 +20,6 @@ from sit_jax.analysis.predict import Prediction, predict
 from sit_jax.cli import app as cli
 from sit_jax.data.folder import find_images
 from sit_jax.errors import ImageDecodeError, UserError
-from sit_jax.io.inference import softmax
 from sit_jax.io.load import load
 from sit_jax.io.model import Exported, Model
 
@@ -134,15 +133,12 @@ def test_formats(model: pathlib.Path, pictures: pathlib.Path, capsys: pytest.Cap
     flat = [(row["picture"], rank, x) for row in rows for rank, x in enumerate(row["predictions"], start=1)]
     assert len(table) == len(flat) == 6
     for line, (picture, rank, x) in zip(table, flat, strict=True):
-        assert (line["picture"], int(line["rank"]), int(line["class"])) == (picture, rank, x["class"])
-        assert line["name"] == x["name"]
-        assert float(line["probability"]) == pytest.approx(x["probability"], abs=1e-6)
+        told = [picture, str(rank), str(x["class"]), x["name"], f"{x['probability']:.6f}"]
+        assert list(line.values()) == told
     assert cli.main([*words, "table"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for text, row in zip(lines, rows, strict=True):
+    for text, row in zip(capsys.readouterr().out.splitlines(), rows, strict=True):
         first = row["predictions"][0]
         assert text.startswith(f"{row['picture']}   {first['name']}")
-        assert f"{first['probability']:.1%}" in text
 
 
 def test_which_pictures(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +173,6 @@ def test_a_list_on_standard_input_and_a_reader_that_leaves(model: pathlib.Path, 
     assert process.wait(timeout=60) == 0
     assert "Traceback" not in errors
     assert "Broken pipe" not in errors
-
-
-def test_softmax() -> None:
-    logits = np.array([[1000.0, 999.0], [-3.0, -3.0]], np.float32)
-    np.testing.assert_allclose(softmax(logits), [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1))], [0.5, 0.5]])
 
 
 def test_mistakes(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
