@@ -33,7 +33,7 @@ def damage_metrics(folder: pathlib.Path) -> None:
 
 
 def damage_checkpoint(folder: pathlib.Path) -> None:
-    for path in (folder / "checkpoints" / "8").rglob("*"):
+    for path in (folder / "checkpoints" / "22").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
@@ -60,7 +60,9 @@ BREAKAGES = {
     "no configuration": Breakage(lambda folder: (folder / "config.json").unlink(), ("no config.json",)),
     "damaged configuration": Breakage(cut, ("config.json", "JSON")),
     "impossible configuration": Breakage(configure("optim", lr=-1), ("Optim.lr: ", "greater than 0")),
-    "damaged summary": Breakage(lambda folder: (folder / "summary.json").write_text("[]"), ("summary.json", "8 steps")),
+    "damaged summary": Breakage(
+        lambda folder: (folder / "summary.json").write_text("[]"), ("summary.json", "22 steps")
+    ),
 }
 
 

@@ -14,10 +14,11 @@ import tiny
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
 from sit_jax.cli import app as cli
-from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.config import Config, LossConfig, MeshConfig, OptimConfig
 from sit_jax.config.config_dict import to_dict
 from sit_jax.errors import RunError
 from sit_jax.io import runs as workdir
+from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.step import abstract_state, init_state, make_train_spec
@@ -25,10 +26,13 @@ from sit_jax.training.step import abstract_state, init_state, make_train_spec
 STUDENT = dataclasses.replace(tiny.STUDENT, depth=2, stage_blocks=(1, 1))
 
 
+def config_of(arch: Architecture) -> Config:
+    return tiny.small(student=arch, teacher=arch.without_slimming(), optim=OptimConfig(ema_decay=0.9))
+
+
 @pytest.fixture(scope="module")
 def config() -> Config:
-    teacher = TeacherConfig(model=ModelConfig(architecture=STUDENT.without_slimming()))
-    return tiny.config(arch=STUDENT, teacher=teacher, optim=OptimConfig(ema_decay=0.9))
+    return config_of(STUDENT)
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +107,9 @@ def test_verify_names_what_is_not_finite(config: Config, state: Any, tmp_path: p
     assert text.endswith("model/params/norm/bias: 2 of 16 values are not finite")
 
 
-def test_verify_names_what_the_configuration_has_otherwise(
-    run: pathlib.Path, config: Config, tmp_path: pathlib.Path
-) -> None:
+def test_verify_names_what_the_configuration_has_otherwise(run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
-    arch = dataclasses.replace(STUDENT, num_classes=7, qkv_bias=False)
-    model = dataclasses.replace(config.model, architecture=arch)
-    teacher = dataclasses.replace(
-        config.teacher, model=dataclasses.replace(model, architecture=arch.without_slimming())
-    )  # type: ignore[type-var]
-    other = dataclasses.replace(config, model=model, teacher=teacher)
+    other = config_of(dataclasses.replace(STUDENT, num_classes=7, qkv_bias=False))
     workdir.write_json(tmp_path / "config.json", to_dict(other))
     problems = verify(tmp_path).problems
     assert "model/params/head/kernel: is (16, 10), the configuration says (16, 7)" in problems
