@@ -60,9 +60,7 @@ BREAKAGES = {
     "no configuration": Breakage(lambda folder: (folder / "config.json").unlink(), ("no config.json",)),
     "damaged configuration": Breakage(cut, ("config.json", "JSON")),
     "impossible configuration": Breakage(configure("optim", lr=-1), ("Optim.lr: ", "greater than 0")),
-    "damaged summary": Breakage(
-        lambda folder: (folder / "summary.json").write_text("[]"), ("summary.json", "22 steps")
-    ),
+    "damaged summary": Breakage(lambda folder: (folder / "summary.json").write_text("[]"), ("summary.json", "22 st")),
 }
 
 

@@ -62,7 +62,18 @@ def benchmark(models: Sequence[BenchmarkModel], settings: Settings) -> JsonObjec
     peak = product_rate(settings.dtype)
     rows: list[JsonObject] = []
     for batch in settings.batch_sizes:
-        compiled, times = _time(models, batch, settings)
+        compiled: dict[str, Compiled] = {}
+        try:
+            for model in models:
+                _log(f"batch {batch}: compiling {model.name}")
+                compiled[model.name] = model.compile(batch, settings.dtype)
+            _log(f"batch {batch}: {settings.rounds} rounds")
+            timed = {name: each.timed for name, each in compiled.items()}
+            times = time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)
+        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+                raise
+            raise UserError(f"--batch_sizes: {batch} does not fit the memory of {device.device_kind}") from None
         rows += [_row(x, models[0], batch, compiled[x.name], times, peak, published) for x in models]
     return {
         "device": device.device_kind,
@@ -73,24 +84,6 @@ def benchmark(models: Sequence[BenchmarkModel], settings: Settings) -> JsonObjec
         "published_flops": published,
         "rows": rows,
     }
-
-
-def _time(
-    models: Sequence[BenchmarkModel], batch: int, settings: Settings
-) -> tuple[dict[str, Compiled], dict[str, Times]]:
-    compiled: dict[str, Compiled] = {}
-    try:
-        for model in models:
-            _log(f"batch {batch}: compiling {model.name}")
-            compiled[model.name] = model.compile(batch, settings.dtype)
-        _log(f"batch {batch}: {settings.rounds} rounds")
-        timed = {name: each.timed for name, each in compiled.items()}
-        return compiled, time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-            raise
-        kind = jax.devices()[0].device_kind
-        raise UserError(f"--batch_sizes: {batch} does not fit the memory of {kind}") from None
 
 
 def _row(

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import pathlib
@@ -149,7 +150,7 @@ class Verdict(NamedTuple):
 def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
     """Reads every array of a checkpoint and checks that it is readable, finite, and of the configured shape.
 
-    Memory use is about half a GiB, or the size of the largest array.
+    Memory use is at most half a GiB and the size of the largest array.
 
     Args:
         folder: The run directory.
@@ -170,23 +171,13 @@ def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
         described = checkpointer.checkpointables_metadata(contents.step).metadata
         for part in [name for name in _PARTS if name in described]:
             arrays = [array for array in contents.arrays if array.name.startswith(f"{part}/")]
-            for group in _groups([array.bytes for array in arrays]):
+            ends = np.cumsum([array.bytes for array in arrays]) // _READ_AT_ONCE
+            for _, indices in itertools.groupby(range(len(arrays)), key=ends.__getitem__):
+                group = list(indices)
                 found = _read(checkpointer, contents.step, part, described[part], group)
                 problems += [f"{arrays[index].name}: {problem}" for index, problem in found.items()]
                 bar.update(sum(arrays[index].bytes for index in group))
     return Verdict(contents.step, len(contents.arrays), total, tuple(problems))
-
-
-def _groups(sizes: list[int]) -> Iterator[list[int]]:
-    """Yields the indices in order, in groups of at most `_READ_AT_ONCE` bytes or of one array."""
-    group: list[int] = []
-    for index, size in enumerate(sizes):
-        if group and sum(sizes[i] for i in group) + size > _READ_AT_ONCE:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
 
 
 def _read(
@@ -231,9 +222,7 @@ def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
     moments = sorted((tuple(x.shape), str(x.dtype)) for x in jax.tree.leaves(state.opt_state))
     if moments != sorted((a.shape, a.dtype) for a in contents.arrays if a.name.startswith(optimizer)):
         yield f"{optimizer}: its arrays are not those of the configuration's optimizer"
-    for name in sorted(expected.keys() | there.keys()):
-        if name.startswith(optimizer):
-            continue
+    for name in sorted(name for name in expected.keys() | there.keys() if not name.startswith(optimizer)):
         if name not in there:
             yield f"{name}: is missing"
         elif name not in expected:
@@ -244,9 +233,8 @@ def _wrong_shapes(folder: pathlib.Path, contents: Contents) -> Iterator[str]:
 
 def describe_problems(verdict: Verdict) -> str:
     """Returns a verdict's problems in one line: the first few, and the number of others."""
-    shown = "; ".join(verdict.problems[:_FEW])
     more = len(verdict.problems) - _FEW
-    return shown + (f"; and {more} more" if more > 0 else "")
+    return "; ".join([*verdict.problems[:_FEW], *([f"and {more} more"] if more > 0 else [])])
 
 
 def print_list(entries: Sequence[Entry]) -> None:
@@ -279,9 +267,8 @@ def print_contents(contents: Contents) -> None:
     ]
     total = sum(array.bytes for array in contents.arrays) / 1024
     rows.append((f"{len(contents.arrays)} arrays", "", "", f"{total:,.1f}", ""))
-    print_table(
-        ("array", "shape", "type", "KiB", "written from"), rows, left=("array", "shape", "type", "written from")
-    )
+    left = ("array", "shape", "type", "written from")
+    print_table((*left[:3], "KiB", left[3]), rows, left=left)
 
 
 def _leaves(tree: PyTree, part: str) -> Iterator[tuple[str, PyTree]]:

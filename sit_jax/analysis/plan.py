@@ -199,7 +199,7 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _TooLargeError(requested_bytes(str(error), _fixed_bytes(state, teachers))) from None
+        raise _TooLargeError(_requested_bytes(str(error), _fixed_bytes(state, teachers))) from None
 
 
 @contextlib.contextmanager
@@ -280,18 +280,16 @@ def lower_bound(chip: Chip, devices: int, batch_size: int, flops: float, traffic
     return Bound(compute_s, memory_s, network_s, binds, step, batch_size / step, days, chip_hours)
 
 
-def requested_bytes(message: str, fixed: int) -> int | None:
+def _requested_bytes(message: str, fixed: int) -> int | None:
     """Returns the bytes that the compiler requested, from either of its messages, or None.
 
     One of the messages counts only temporary values; `fixed` are the bytes of the others.
     """
-    amount = r"([\d.]+)([KMGT])"
-    total = re.search(rf"Used {amount} of", message)
-    found = total or re.search(rf"required for HLO temporaries \({amount}\)", message)
+    found = re.search(r"(Used |required for HLO temporaries \()([\d.]+)([KMGT])", message)
     if found is None:
         return None
-    size = int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]])
-    return size if total else size + fixed
+    size = int(float(found[2]) * 1024 ** (1 + "KMGT".index(found[3])))
+    return size if found[1] == "Used " else size + fixed
 
 
 def _largest_batch(

@@ -70,14 +70,16 @@ def run_predict(
     PartialFailureError if some images could not be read.
     """
     skipped = 0
-    write = _WRITERS[style](out, model.class_names)
+    file_width, name_width = max(map(len, images), default=0), min(24, max(map(len, model.class_names)))
+    if style == "csv":
+        print("picture,rank,class,name,probability", file=out)
     with Progress("predict", len(images), 0, 1) as progress:
         for done, answer in enumerate(predict(model, images, top, batch_size), start=1):
             if isinstance(answer, ImageDecodeError):
                 skipped += 1
                 progress.note(f"skipped {answer}")
             else:
-                write(answer)
+                _write(out, style, answer, file_width, name_width)
             if done % batch_size == 0 or done == len(images):
                 progress.update(done, {})
                 out.flush()
@@ -133,44 +135,15 @@ def _answer(
         yield Prediction(name, chosen.tolist(), [names[i] for i in chosen], probabilities[chosen].tolist())
 
 
-def _rows(prediction: Prediction) -> Iterator[tuple[int, str, float]]:
-    return zip(prediction.classes, prediction.names, prediction.probabilities, strict=True)
-
-
-def _table(out: TextIO, class_names: Sequence[str]) -> Callable[[Prediction], None]:
-    """Returns a writer of one line per image: the file, then class and probability, most likely first."""
-    name_width, file_width = min(24, max(map(len, class_names))), 0
-
-    def write(prediction: Prediction) -> None:
-        # Lines are written immediately: the column width is that of the longest name so far.
-        nonlocal file_width
-        file_width = max(file_width, len(prediction.image))
-        cells = [f"{name:<{name_width}} {probability:>6.1%}" for _, name, probability in _rows(prediction)]
+def _write(out: TextIO, style: Style, prediction: Prediction, file_width: int, name_width: int) -> None:
+    """Writes a line per image (`table`), a JSON object per image (`jsonl`), or a row per image and class (`csv`)."""
+    rows = list(zip(prediction.classes, prediction.names, prediction.probabilities, strict=True))
+    if style == "csv":
+        ranked = ((prediction.image, rank, *row[:2], f"{row[2]:.6f}") for rank, row in enumerate(rows, start=1))
+        csv.writer(out, lineterminator="\n").writerows(ranked)
+    elif style == "jsonl":
+        predictions = [dict(zip(("class", "name", "probability"), row, strict=True)) for row in rows]
+        print(json.dumps({"picture": prediction.image, "predictions": predictions}), file=out)
+    else:
+        cells = [f"{name:<{name_width}} {probability:>6.1%}" for _, name, probability in rows]
         print("   ".join([f"{prediction.image:<{file_width}}", *cells]).rstrip(), file=out)
-
-    return write
-
-
-def _json_lines(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
-    """Returns a writer of one JSON object per image."""
-
-    def write(prediction: Prediction) -> None:
-        rows = [dict(zip(("class", "name", "probability"), row, strict=True)) for row in _rows(prediction)]
-        print(json.dumps({"picture": prediction.image, "predictions": rows}), file=out)
-
-    return write
-
-
-def _csv(out: TextIO, _: Sequence[str]) -> Callable[[Prediction], None]:
-    """Returns a writer of one row per image and class, with a header."""
-    table = csv.writer(out, lineterminator="\n")
-    table.writerow(("picture", "rank", "class", "name", "probability"))
-
-    def write(prediction: Prediction) -> None:
-        for rank, (index, name, probability) in enumerate(_rows(prediction), start=1):
-            table.writerow((prediction.image, rank, index, name, f"{probability:.6f}"))
-
-    return write
-
-
-_WRITERS = {"table": _table, "jsonl": _json_lines, "csv": _csv}
