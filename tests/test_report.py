@@ -26,10 +26,9 @@ from sit_jax.data.transforms import EvalTransform
 from sit_jax.io.load import load_run
 from sit_jax.io.runs import read_config, write_json
 from sit_jax.report.charts import comparing_charts, run_charts
-from sit_jax.report.compare import ABSENT, differences
 from sit_jax.report.evaluation import evaluate
 from sit_jax.report.load_run import read_run, read_runs
-from sit_jax.report.page import RunView, render
+from sit_jax.report.page import ABSENT, RunView, differences, render
 
 SUMMARY = {
     "teacher": {"top1": 0.25, "params": 12345, "gmac": 0.002, "images_per_s": 1000.0},
@@ -81,7 +80,7 @@ def report(folder: pathlib.Path, *words: str) -> str:
 def test_what_a_finished_run_says(finished: pathlib.Path) -> None:
     run = read_run(finished)
     assert run.missing == []
-    assert (run.name, run.finished, run.step, run.total_steps) == ("digits", True, 22, 22)
+    assert (run.name, bool(run.summary), run.step, run.total_steps) == ("digits", True, 22, 22)
     assert (run.entry("teacher"), run.entry("student")) == (SUMMARY["teacher"], SUMMARY["student"])
     assert [line["step"] for line in run.train] == [5, 10, 15, 20, 22]
     assert run.teachers["teacher"].step == 11

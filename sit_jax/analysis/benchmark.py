@@ -13,15 +13,12 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-# A function of an input buffer; its result may be asynchronous.
-Forward = Callable[[PyTree], PyTree]
-
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """A computation to time; each call uses the next of its input buffers, which are on its device."""
+    """A computation to time, which may be asynchronous; each call uses the next input buffer, on its device."""
 
-    run: Forward
+    run: Callable[[PyTree], PyTree]
     buffers: Sequence[PyTree]
 
 

@@ -10,7 +10,6 @@ from sit_jax.models.variants import VARIANTS
 
 def list_costs() -> list[JsonObject]:
     """Returns JSON values of all named models: parameters, GMAC (`macs` by kind of module), tokens, image size."""
-    costs = {name: (arch, count_cost(arch)) for name, arch in VARIANTS.items()}
     return [
         {
             "name": name,
@@ -21,7 +20,8 @@ def list_costs() -> list[JsonObject]:
             "image_size": arch.image_size,
             "macs": {**cost.macs, "rtsm": cost.rtsm_macs},
         }
-        for name, (arch, cost) in costs.items()
+        for name, arch in VARIANTS.items()
+        for cost in [count_cost(arch)]
     ]
 
 

@@ -108,7 +108,7 @@ class Plan:
 
 
 class _TooLargeError(Exception):
-    """The step does not fit; the argument is the bytes that the compiler requested, None if it did not state them."""
+    """The step does not fit; the arguments are `needed` and `fixed` as in `_largest_batch`."""
 
 
 def plan(
@@ -136,8 +136,8 @@ def plan(
     try:
         compiled = compile_step(config, mesh)
     except _TooLargeError as error:
-        (needed,) = error.args
-        largest = _largest_batch(config, mesh, topology.chip, needed, log)
+        needed, fixed = error.args
+        largest = _largest_batch(config, mesh, topology.chip, needed, fixed, log)
         seconds = time.monotonic() - begun
         return dataclasses.replace(result, largest_batch=largest, needed_bytes=needed, compile_s=seconds)
     seconds = time.monotonic() - begun
@@ -199,7 +199,10 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _TooLargeError(_requested_bytes(str(error), _fixed_bytes(state, teachers))) from None
+        # The bytes on each device that do not depend on the batch size.
+        leaves = jax.tree.leaves((state, teachers))
+        fixed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+        raise _TooLargeError(_requested_bytes(str(error), fixed), fixed) from None
 
 
 @contextlib.contextmanager
@@ -227,12 +230,6 @@ def _cnn_teacher_flops(config: Config) -> float:
     analysis = jax.jit(spec.cnn_teacher.apply).lower(abstract_teachers(spec)["cnn_teacher"], images).cost_analysis()
     assert analysis is not None
     return float(analysis["flops"])
-
-
-def _fixed_bytes(state: TrainState, teachers: dict[str, Variables]) -> int:
-    """Returns the bytes on each device that do not depend on the batch size."""
-    leaves = jax.tree.leaves((state, teachers))
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def abstract_arguments(
@@ -293,13 +290,16 @@ def _requested_bytes(message: str, fixed: int) -> int | None:
 
 
 def _largest_batch(
-    config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, log: Callable[[str], None]
+    config: Config, mesh: Mesh, chip: Chip | None, needed: int | None, fixed: int, log: Callable[[str], None]
 ) -> int | None:
-    """Finds a nearly maximal batch whose step compiles, starting from an estimate by the requested bytes."""
+    """Finds a nearly maximal batch whose step compiles.
+
+    The first estimate is by the `needed` bytes on each device that the compiler requested, None if it did not state
+    them, and by those of them that do not depend on the batch size, `fixed`.
+    """
     unit = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate_steps
     per_unit = config.batch_size // unit
-    state, _, teachers = abstract_arguments(config, mesh)
-    fixed, guess = _fixed_bytes(state, teachers), per_unit // 2
+    guess = per_unit // 2
     if needed and chip and needed > fixed:
         guess = min(per_unit - 1, int(per_unit * (chip.memory_bytes - fixed) / (needed - fixed)))
     fits, fails = 0, per_unit

@@ -4,7 +4,7 @@ import sys
 
 from sit_jax.analysis.chips import Topology
 from sit_jax.analysis.plan import Plan, plan
-from sit_jax.analysis.table import print_table
+from sit_jax.analysis.table import cell, print_table
 from sit_jax.config import Config
 from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, UserError
@@ -61,11 +61,8 @@ def _rows(result: Plan) -> list[tuple[str, str, str]]:
     memory, bound = result.memory, result.bound
     assert memory is not None
     assert result.memory_bytes is not None
-
-    compute = transfers = network = ""
-    if bound is not None:
-        times = (bound.compute_s, bound.memory_s, bound.network_s)
-        compute, transfers, network = (f"at least {1e3 * seconds:.1f} ms" for seconds in times)
+    times = (bound.compute_s, bound.memory_s, bound.network_s) if bound else (None, None, None)
+    compute, transfers, network = (cell(x and 1e3 * x, "at least {:.1f} ms") for x in times)
     available = f"of {memory.available / _GIB:.0f}" if memory.available else ""
     rows = [
         ("memory per device, GiB", f"{memory.peak / _GIB:.2f}", available),

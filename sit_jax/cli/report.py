@@ -23,10 +23,11 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from sit_jax.report.write import make_report, output_of, unfinished
+    from sit_jax.io.runs import SUMMARY
+    from sit_jax.report.write import make_report, output_of
 
     output = output_of(arguments.runs, arguments.output)
-    if arguments.no_model or unfinished(arguments.runs):
+    if arguments.no_model or any(not (folder / SUMMARY).is_file() for folder in arguments.runs):
         force_cpu()
     make_report(arguments.runs, output, arguments.examples, with_model=not arguments.no_model)
     print(f"Written: {output}")

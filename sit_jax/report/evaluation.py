@@ -77,11 +77,6 @@ class EvalReport:
     examples: list[EvalImage]
     maps: TokenMaps | None
 
-    @property
-    def images(self) -> int:
-        """Number of evaluated images."""
-        return sum(score.images for score in self.classes)
-
 
 class _Top1(NamedTuple):
     """A model's top-1 classes of the images of a split with their probabilities, and which are the images' own."""

@@ -36,7 +36,8 @@ class RunInfo:
     `name` is unique within a report. `values` is the configuration as stored, `config` the validated one; None if it is
     invalid. `train` and `scores` are lines of metrics and of evaluations, oldest first, with finite numbers only.
     `metadata` is that of the newest checkpoint. `teachers` are those with a run of their own, by the name of their
-    section. What is missing or damaged is empty, and `missing` has a sentence about it.
+    section. What is missing or damaged is empty, such as the `summary` of an unfinished run, and `missing` has a
+    sentence about it.
     """
 
     name: str
@@ -50,11 +51,6 @@ class RunInfo:
     metadata: JsonObject
     teachers: dict[str, "RunInfo"]
     missing: list[str]
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run has a summary."""
-        return bool(self.summary)
 
     @property
     def step(self) -> int:
@@ -71,11 +67,6 @@ class RunInfo:
             return None
         epochs = self.config.epochs + self.config.optim.cooldown_epochs
         return round(self.checkpoints[-1].step / epoch * epochs)
-
-    @property
-    def last_time(self) -> float | None:
-        """Time of the last line of metrics, in seconds since 1970."""
-        return max((line["time"] for line in (*self.train, *self.scores) if "time" in line), default=None)
 
     def entry(self, name: str) -> dict[str, float | None]:
         """Returns top-1, parameters, GMAC and images/s of the `student` (or only model) or `teacher`; None if unknown.

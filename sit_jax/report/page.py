@@ -6,18 +6,19 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import itertools
+import json
 import platform
 from collections.abc import Sequence
 
 import jinja2
 import plotly.offline
+from flax.traverse_util import empty_node, flatten_dict
 from markupsafe import Markup
 
 from sit_jax import __version__
 from sit_jax.analysis.table import cell
 from sit_jax.config import JsonObject
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
-from sit_jax.report.compare import ABSENT, differences, flatten, show
 from sit_jax.report.evaluation import EvalReport
 from sit_jax.report.images import show_examples, show_image, stage_titles
 from sit_jax.report.load_run import RunInfo, finite
@@ -25,6 +26,7 @@ from sit_jax.report.load_run import RunInfo, finite
 # Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
 _MOST_CLASSES = 400
 _TIME = "%Y-%m-%d %H:%M UTC"
+ABSENT = "\N{EN DASH}"
 
 
 class RunView:
@@ -114,7 +116,7 @@ def mac(gmac: float | None) -> str:
     return f"{gmac:.3g} GMAC" if gmac >= 0.1 else f"{gmac * 1e3:.3g} MMAC"
 
 
-def day(seconds: float) -> str:
+def _day(seconds: float) -> str:
     """Formats a time in seconds since 1970, in UTC."""
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime(_TIME)
@@ -154,24 +156,50 @@ def _data_rows(run: RunInfo) -> list[tuple[str, str]]:
 
 def _environment_rows(run: RunInfo) -> list[tuple[str, str]]:
     metadata = run.metadata
-    rows = [(str(name), show(metadata[name])) for name in ("devices", "processes") if name in metadata]
+    rows = [(str(name), _show(metadata[name])) for name in ("devices", "processes") if name in metadata]
     mesh, versions = metadata.get("mesh"), metadata.get("versions")
     if isinstance(mesh, dict):
-        rows.append(("mesh", ", ".join(f"{axis} {show(size)}" for axis, size in mesh.items())))
+        rows.append(("mesh", ", ".join(f"{axis} {_show(size)}" for axis, size in mesh.items())))
     if isinstance(versions, dict):
-        rows += [(str(name), show(version)) for name, version in versions.items()]
+        rows += [(str(name), _show(version)) for name, version in versions.items()]
     measured = run.summary.get("images_per_s_measured")
     if isinstance(measured, str):
         rows.append(("images/s measured on", measured))
-    if run.last_time is not None:
-        rows.append(("last metrics", day(run.last_time)))
+    times = [line["time"] for line in (*run.train, *run.scores) if "time" in line]
+    if times:
+        rows.append(("last metrics", _day(max(times))))
     return rows
 
 
 def _sections(values: JsonObject) -> list[tuple[str, dict[str, str]]]:
-    flat = {key: show(value) for key, value in values.items() if not isinstance(value, dict)}
-    sections = [(key, flatten(value)) for key, value in values.items() if isinstance(value, dict)]
+    flat = {key: _show(value) for key, value in values.items() if not isinstance(value, dict)}
+    sections = [(key, _flatten(value)) for key, value in values.items() if isinstance(value, dict)]
     return ([("run", flat)] if flat else []) + sections
+
+
+def differences(runs: Sequence[RunInfo]) -> dict[str, tuple[str, ...]]:
+    """Returns the keys in which configurations differ, in the first run's order -> one value per run, as text.
+
+    Runs with unreadable configurations are not compared.
+    """
+    flat = [_flatten(run.values) for run in runs]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = {key: tuple(values.get(key, ABSENT) for values in flat) for key in keys}
+    known = [bool(values) for values in flat]
+    return {key: row for key, row in rows.items() if len(set(itertools.compress(row, known))) > 1}
+
+
+def _flatten(values: JsonObject) -> dict[str, str]:
+    """Flattens a nested configuration to `section.key` -> value as text."""
+    flat = flatten_dict(values, keep_empty_nodes=True, sep=".")
+    return {key: ABSENT if value is empty_node else _show(value) for key, value in flat.items()}
+
+
+def _show(value: object) -> str:
+    """Formats a value of a configuration as text."""
+    if value is None or value == "" or value == {}:
+        return ABSENT
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _source(name: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_replace
-from sit_jax.io.runs import SUMMARY
 
 REPORT, COMPARISON = "report.html", "comparison.html"
 
@@ -20,11 +19,6 @@ def output_of(folders: Sequence[pathlib.Path], output: pathlib.Path | None) -> p
     if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
         raise UserError(f"--output: {output} is not a file name of a page; it must end in .html")
     return output
-
-
-def unfinished(folders: Sequence[pathlib.Path]) -> bool:
-    """Returns whether any of the runs may be still running and using the accelerators."""
-    return any(not (folder / SUMMARY).is_file() for folder in folders)
 
 
 def make_report(folders: Sequence[pathlib.Path], output: pathlib.Path, examples: int, with_model: bool) -> None:
