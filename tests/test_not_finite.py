@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_not_finite_is_never_the_best(sick: pathlib.Path) -
         assert checkpoints.is_best({"top1": 1.0, "loss": 0.1})
         assert not checkpoints.is_best({"top1": 1.0, "loss": float("nan")})
     problems = verify(sick).problems
-    assert any(problem.startswith("model/params/norm/bias: ") for problem in problems)
+    assert "model/params/norm/bias: 1 of 16 values are not finite" in problems
     assert any(problem.startswith("metrics: loss ") for problem in problems)
     record = read_run(sick)
     assert [line["step"] for line in record.scores] == [11, 22]
@@ -152,13 +152,9 @@ def test_every_command_refuses_weights_that_are_not_finite(
         run(longer, sick, resume=True)
 
 
-def test_outputs_that_overflow_say_nothing(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_that_overflow_say_nothing() -> None:
     model = sit_jax.create_model("deit_tiny", num_classes=3, image_size=32, depth=1)
     kernel = model.variables["params"]["head"]["kernel"]
     model.variables["params"]["head"]["kernel"] = jnp.full_like(kernel, 3e38)
-    model.save(tmp_path / "model")
-    picture = "docs/figures/test-00000.maps.png"
-    assert cli.main(["predict", str(tmp_path / "model"), picture]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.strip().splitlines()[-1].startswith(f"sit predict: {tmp_path / 'model'}: ")
-    assert "nan" not in captured.out
+    with pytest.raises(NotFiniteError, match="^the model: "):
+        model.logits(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))

@@ -13,7 +13,6 @@ import malformed
 import numpy as np
 import pytest
 import random_weights
-import tiny
 from PIL import Image
 
 from sit_jax.analysis.predict import Prediction, predict
@@ -21,7 +20,6 @@ from sit_jax.cli import app as cli
 from sit_jax.data.folder import find_images
 from sit_jax.errors import ImageDecodeError, UserError
 from sit_jax.io.load import load
-from sit_jax.io.model import Exported, Model
 
 BROKEN = list(malformed.BROKEN.values())
 
@@ -90,18 +88,9 @@ def test_predictions_are_the_models(model: pathlib.Path, pictures: pathlib.Path)
         assert sum(answer.probabilities) == pytest.approx(1)
 
 
-def counting(size: int) -> Model:
-    """A model that finds the class by the first pixel, and needs nothing compiled."""
-
-    def logits(pixels: np.ndarray) -> np.ndarray:
-        assert pixels.shape == (size, 32, 32, 1)
-        return np.eye(10, dtype=np.float32)[pixels[:, 0, 0, 0] % 10]
-
-    metadata = {"preprocessing": {"resize": "stretch"}}
-    return Model(tiny.STUDENT, {}, metadata, exported=Exported(logits, "pixels", True))
-
-
-def test_files_are_read_only_a_little_ahead(pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_only_a_little_ahead(
+    model: pathlib.Path, pictures: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[str] = []
 
     def transform(self: Any, example: Any) -> dict[str, Any]:
@@ -109,16 +98,16 @@ def test_files_are_read_only_a_little_ahead(pictures: pathlib.Path, monkeypatch:
         return {"image": np.zeros((32, 32, 1), np.uint8)}
 
     monkeypatch.setattr("sit_jax.analysis.predict.EvalTransform.__call__", transform)
-    answers = predict(counting(8), names(pictures), 1, 8)
+    answers = predict(load(model), names(pictures), 1, 8)
     next(answers)
     assert 8 <= len(read) <= 8 + 2 * 8 + 1
     answers.close()  # type: ignore[attr-defined]
     assert len(read) < 50
 
 
-def test_all_broken(tmp_path: pathlib.Path) -> None:
+def test_all_broken(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     files = [str(tmp_path / "gone.png"), str(tmp_path), "nul\0l"] * 3
-    answers = list(predict(counting(2), files, 1, 2))
+    answers = list(predict(load(model), files, 1, 2))
     assert all(isinstance(answer, ImageDecodeError) for answer in answers)
     assert [str(answer).split(": ")[0] for answer in answers] == files
 
