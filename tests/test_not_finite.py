@@ -156,5 +156,5 @@ def test_outputs_that_overflow_say_nothing() -> None:
     model = sit_jax.create_model("deit_tiny", num_classes=3, image_size=32, depth=1)
     kernel = model.variables["params"]["head"]["kernel"]
     model.variables["params"]["head"]["kernel"] = jnp.full_like(kernel, 3e38)
-    with pytest.raises(NotFiniteError, match="^the model: "):
+    with pytest.raises(NotFiniteError, match=r"^the model: "):
         model.logits(np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), np.uint8))

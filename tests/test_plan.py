@@ -16,14 +16,13 @@ from sit_jax.analysis import plan as planning
 from sit_jax.analysis.chips import CHIPS, parse_topology
 from sit_jax.analysis.flops import count_step_macs
 from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
-from sit_jax.analysis.plan import Bound, abstract_arguments, plan
+from sit_jax.analysis.plan import Bound, plan
 from sit_jax.analysis.plan_table import print_plan
 from sit_jax.cli import app as cli
-from sit_jax.config import Config, LossConfig, MeshConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
-from sit_jax.training.step import init_state, make_train_spec, make_train_step
 
 # A loop that runs five times around a kernel that reads one slice of a stack, an all-reduce over pairs, and a gather.
 PROGRAM = """HloModule jit_step
@@ -156,19 +155,6 @@ def test_costs_against_the_compilers_own_count() -> None:
     # The compiler also counts norms, softmax, GELU and the optimizer.
     products = 2 * count_step_macs(whole) * 32
     assert products < counted["flops"] < 1.2 * products
-
-
-def test_abstract_arguments_are_those_of_a_real_run() -> None:
-    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    small = config()
-    state, batch, teachers = abstract_arguments(small, mesh)
-    real = init_state(make_train_spec(small, 1000), mesh)
-    for mine, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(real), strict=True):
-        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
-        assert mine.sharding.is_equivalent_to(theirs.sharding, mine.ndim)
-    assert batch["image"].shape == (16, 64, 64, 3)
-    assert set(teachers) == {"teacher"}
-    assert jax.eval_shape(make_train_step(make_train_spec(small, 1000), mesh), state, batch, teachers)
 
 
 def test_bound_is_the_largest_of_three() -> None:
