@@ -11,7 +11,7 @@ import jax
 
 from sit_jax.analysis.benchmark import Times, product_rate, time_interleaved
 from sit_jax.analysis.benchmark_models import BenchmarkModel, Compiled, open_benchmark_model
-from sit_jax.analysis.chips import published_flops
+from sit_jax.analysis.chips import PUBLISHED_FLOPS
 from sit_jax.analysis.table import cell, print_table
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
@@ -57,7 +57,7 @@ def benchmark(models: Sequence[BenchmarkModel], settings: Settings) -> JsonObjec
     model and batch size, and what was measured on.
     """
     device = jax.devices()[0]
-    published = published_flops(device.device_kind) if settings.dtype == "bfloat16" else None
+    published = PUBLISHED_FLOPS.get(device.device_kind) if settings.dtype == "bfloat16" else None
     _log(f"measuring matrix products in {settings.dtype}")
     peak = product_rate(settings.dtype)
     rows: list[JsonObject] = []

@@ -34,7 +34,7 @@ CHIPS = {
 }
 
 # JAX's device kind -> peak bfloat16 FLOP/s without sparsity, from the makers' data sheets (read November 2026).
-_PUBLISHED = {
+PUBLISHED_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
     "TPU v5e": CHIPS["v5e"].flops,
@@ -49,11 +49,6 @@ _PUBLISHED = {
     "NVIDIA H200": 989e12,
     "NVIDIA L4": 121e12,
 }
-
-
-def published_flops(device_kind: str) -> float | None:
-    """Returns a device's published peak in bfloat16 FLOP/s; None for CPUs and for chips that are not in the table."""
-    return _PUBLISHED.get(device_kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,9 +167,9 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f'--topology: {topology.name} needs the TPU compiler: pip install "{libtpu_requirement()}"'
-        ) from None
+        wanted = next((x for x in importlib.metadata.requires("jax") or [] if x.startswith("libtpu")), "libtpu")
+        command = f'pip install "{wanted.partition(";")[0].strip()}"'
+        raise UserError(f"--topology: {topology.name} needs the TPU compiler: {command}") from None
     from jax.experimental import topologies
 
     try:
@@ -179,12 +179,6 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     except (RuntimeError, NotImplementedError, ValueError) as error:
         reason = one_line(error, 200)
         raise UserError(f"--topology: there is no slice {topology.name}: {reason}") from None
-
-
-def libtpu_requirement() -> str:
-    """Returns the version requirement of the installed JAX for libtpu, in pip's syntax."""
-    wanted = [r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu")]
-    return wanted[0].partition(";")[0].strip() if wanted else "libtpu"
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
@@ -258,12 +252,10 @@ def abstract_arguments(
 def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> Memory:
     stats = compiled.memory_analysis()
     assert stats is not None
-    arguments, temporaries = int(stats.argument_size_in_bytes), int(stats.temp_size_in_bytes)
-    outputs = int(stats.output_size_in_bytes - stats.alias_size_in_bytes)
-    program = int(stats.generated_code_size_in_bytes)
+    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    sizes = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes)
     # If the backend reports a peak, it includes arguments and temporaries only; the code is added.
-    peak = arguments + temporaries + outputs + program
-    return Memory(arguments, temporaries, outputs, program, peak, chip.memory_bytes if chip else None)
+    return Memory(*map(int, sizes), peak=int(sum(sizes)), available=chip.memory_bytes if chip else None)
 
 
 def lower_bound(chip: Chip, devices: int, batch_size: int, flops: float, traffic: Traffic, steps: int | None) -> Bound:

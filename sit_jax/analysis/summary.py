@@ -88,11 +88,9 @@ def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
 
 def print_summary(summary: JsonObject) -> None:
     """Prints a summary as a table on standard output."""
-    names = [name for name in ("teacher", "student") if name in summary]
     rows = []
-    for name in names:
-        entry, compared = summary[name], summary if names[0] != name else {}
-        ratios = [cell(compared.get(key), form) for key, form in _RATIOS.items()]
+    for name in [name for name in ("teacher", "student") if name in summary]:
+        entry, compared = summary[name], summary if name == "student" else {}
         rows.append(
             (
                 name,
@@ -101,7 +99,7 @@ def print_summary(summary: JsonObject) -> None:
                 cell(entry.get("params"), "{:,}"),
                 f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
                 f"{entry['images_per_s']:,.0f}",
-                ", ".join(filter(None, ratios)),
+                ", ".join(filter(None, (cell(compared.get(key), form) for key, form in _RATIOS.items()))),
             )
         )
     headings = ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio")
