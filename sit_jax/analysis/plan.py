@@ -252,10 +252,12 @@ def abstract_arguments(
 def _memory(compiled: jax.stages.Compiled, chip: Chip | None) -> Memory:
     stats = compiled.memory_analysis()
     assert stats is not None
-    outputs = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    sizes = (stats.argument_size_in_bytes, stats.temp_size_in_bytes, outputs, stats.generated_code_size_in_bytes)
+    arguments, temporaries = int(stats.argument_size_in_bytes), int(stats.temp_size_in_bytes)
+    outputs = int(stats.output_size_in_bytes - stats.alias_size_in_bytes)
+    program = int(stats.generated_code_size_in_bytes)
     # If the backend reports a peak, it includes arguments and temporaries only; the code is added.
-    return Memory(*map(int, sizes), peak=int(sum(sizes)), available=chip.memory_bytes if chip else None)
+    peak = arguments + temporaries + outputs + program
+    return Memory(arguments, temporaries, outputs, program, peak, chip.memory_bytes if chip else None)
 
 
 def lower_bound(chip: Chip, devices: int, batch_size: int, flops: float, traffic: Traffic, steps: int | None) -> Bound:
