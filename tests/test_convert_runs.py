@@ -76,18 +76,6 @@ def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path)
         read_weights(tmp_path / "cnn")
 
 
-def test_damaged_runs(student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _ = student
-    for source, message in (
-        (folder / "checkpoints" / "7", "checkpoint 7 in"),
-        (folder / "checkpoints", "model.safetensors"),
-    ):
-        source.mkdir(exist_ok=True)
-        assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_run_takes_no_other_model(student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["convert", str(student[0]), str(tmp_path / "out"), "--model.num_heads=4"]) == 2
     error = capsys.readouterr().err

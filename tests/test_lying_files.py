@@ -3,12 +3,10 @@
 import io
 import os
 import pathlib
-import pickle
 import resource
 import sys
 import zipfile
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import original_models
@@ -41,25 +39,6 @@ def save_pickle(path: pathlib.Path, program: bytes) -> pathlib.Path:
         for name, data in (("data.pkl", program), ("version", b"3\n"), ("data/0", bytes(16))):
             archive.writestr(f"x/{name}", data)
     return path
-
-
-@pytest.mark.parametrize(
-    ("changes", "facts"),
-    [
-        ({"norm.weight": WEIGHTS["norm.weight"].astype(np.float64) * 1e300}, "not finite: norm.weight"),
-        ({"norm.weight": WEIGHTS["norm.weight"].astype(np.int64)}, "not floating-point: norm.weight"),
-        ({"pos_embed": None}, "missing pos_embed"),
-        (
-            {"blocks.1.mlp.fc2.bias": None, "blocks.1.extra": np.zeros(3), "blocks.0.another": np.zeros(2)},
-            "missing: blocks.1.mlp.fc2.bias; left over: blocks.0.another, blocks.1.extra",
-        ),
-    ],
-)
-def test_tensors_that_do_not_fill_the_model(
-    changes: dict[str, np.ndarray | None], facts: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    value = {key: array for key, array in {**WEIGHTS, **changes}.items() if array is not None}
-    refused(original_models.save_torch(tmp_path / "x.pth", value), capsys, facts)
 
 
 @pytest.mark.parametrize(
@@ -164,27 +143,6 @@ def test_arrays_that_claim_more_than_the_file_has(tmp_path: pathlib.Path, capsys
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("cls.npy", array.getvalue() + content)
         refused(path, capsys, fact)
-
-
-def tensor_pickle(shape: tuple[int, ...], strides: tuple[int, ...], elements: int) -> bytes:
-    """The pickle of a dictionary with one tensor, as `torch.save` writes it, but with any numbers."""
-
-    def dump(value: object) -> bytes:
-        return pickle.dumps(value, 2)[2:-1]
-
-    storage = b"(" + dump("storage") + b"ctorch\nFloatStorage\n" + dump("0") + dump("cpu") + dump(elements) + b"tQ"
-    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + dump(0) + dump(shape) + dump(strides) + b"\x89NtR"
-    return b"\x80\x02}" + dump("pos_embed") + tensor + b"s."
-
-
-@pytest.mark.parametrize(
-    ("shape", "strides", "elements", "fact"),
-    [((10**9,), (0,), 4, "bytes"), ((10**6, 10**6), (1, 0), 10**13, "torch.load"), ((8,), (1,), 4, "torch.load")],
-)
-def test_tensors_beyond_their_storage(
-    shape: Any, strides: Any, elements: int, fact: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused(save_pickle(tmp_path / "x.pth", tensor_pickle(shape, strides, elements)), capsys, fact)
 
 
 @pytest.mark.parametrize(
