@@ -139,6 +139,9 @@ def test_google_research(tmp_path: pathlib.Path) -> None:
     weights = read_weights(path)
     assert weights.arch == PLAIN
     assert_same(to_original(weights.variables, PLAIN), original_models.state_dict(PLAIN))
+    # As google-research evaluates: pixels of a whole image, resized to a square, minus 127.5, over 127.5.
+    images = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_fraction": 1, "resize": "stretch"}
+    assert weights.metadata["preprocessing"] == images
 
 
 @pytest.mark.parametrize("name", ["sit_xsmall", "sit_small", "sit_large", "lvvit_medium", "deit_tiny_sit_0.7"])
@@ -168,10 +171,6 @@ def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.C
     assert read_weights(path, {"residual_scale": 3.0}).vit.residual_scale == 3.0
     assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.num_heads", "4"]) == 0
     assert read_weights(tmp_path / "out").vit.num_heads == 4
-    for key, value in (("dim", 33), ("num_heads", "two")):
-        (tmp_path / "config.json").write_text(json.dumps({key: value}))
-        with pytest.raises(UserError, match=rf"model\.{key}: .*{value}.*config\.json"):
-            read_weights(path)
 
 
 def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,12 +209,6 @@ def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
     assert source.params["blocks_0"]["mlp"]["fc1"]["kernel"].shape == (24, 64)
     assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out")]) == 0
     assert load(tmp_path / "out").arch == arch
-    values = json.loads((tmp_path / "folder" / "config.json").read_text())
-    for ratio in (2.8, "wide"):
-        values["architecture"]["mlp_ratio"] = ratio
-        (tmp_path / "folder" / "config.json").write_text(json.dumps(values))
-        with pytest.raises(UserError, match="mlp_ratio"):
-            read_weights(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(

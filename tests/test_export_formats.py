@@ -1,5 +1,6 @@
 """ONNX, StableHLO and state dicts: the same logits and the same accuracy everywhere, and errors in one line."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
+import original_models
 import pytest
 import random_weights
 import safetensors.numpy
@@ -23,9 +25,8 @@ from PIL import Image
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
-from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file
-from sit_jax.io.load import load
+from sit_jax.io.load import load, read_weights
 from sit_jax.models import build_model
 from sit_jax.training.evaluate import evaluate_model
 
@@ -136,9 +137,7 @@ def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path
     file = tmp_path / f"model{suffix}"
     words = ["export", str(folder), str(file), "--format", "original"]
     assert cli.main([*words, "--with_rtsm"]) == 0
-    original = to_original(
-        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "rtsm": WEIGHTS.rtsm}, tiny.STUDENT
-    )
+    original = original_models.state_dict(tiny.STUDENT, rtsm=True)
     stored = read(file)
     assert set(stored) == set(original)
     assert all(np.array_equal(stored[key], original[key]) for key in original)
@@ -160,24 +159,13 @@ def test_timms_layout(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "vit.safetensors"), "--format", "timm"]) == 0
     assert "aux_head is left out" in capsys.readouterr().err
     stored = read(tmp_path / "vit.safetensors")
-    # timm's VisionTransformerDistilled, by name and shape: width 16, 4 patches of 16 x 16 grey pixels, MLP ratio 2.
-    block = {
-        "norm1.weight": (16,), "norm1.bias": (16,), "attn.qkv.weight": (48, 16), "attn.qkv.bias": (48,),
-        "attn.proj.weight": (16, 16), "attn.proj.bias": (16,), "norm2.weight": (16,), "norm2.bias": (16,),
-        "mlp.fc1.weight": (32, 16), "mlp.fc1.bias": (32,), "mlp.fc2.weight": (16, 32), "mlp.fc2.bias": (16,),
-    }  # fmt: skip
-    timm = {
-        "cls_token": (1, 1, 16), "dist_token": (1, 1, 16), "pos_embed": (1, 6, 16),
-        "patch_embed.proj.weight": (16, 1, 16, 16), "patch_embed.proj.bias": (16,),
-        "norm.weight": (16,), "norm.bias": (16,), "head.weight": (10, 16),
-        "head.bias": (10,), "head_dist.weight": (10, 16), "head_dist.bias": (10,),
-        **{f"blocks.{index}.{name}": shape for index in range(4) for name, shape in block.items()},
-    }  # fmt: skip
-    assert {name: array.shape for name, array in stored.items()} == timm
-    params: Any = weights.params
-    np.testing.assert_array_equal(stored["pos_embed"][:, 1], params["distillation_position"][:, 0])
-    np.testing.assert_array_equal(stored["pos_embed"][:, 2:], params["positions"][:, 1:])
-    np.testing.assert_array_equal(stored["blocks.2.attn.qkv.weight"], params["blocks_2"]["attn"]["qkv"]["kernel"].T)
+    assert stored["pos_embed"].shape == (1, 6, 16)  # As in timm's VisionTransformerDistilled.
+    assert {"dist_token", "head_dist.weight"} <= set(stored)
+    assert "dist_pos_embed" not in stored
+    back = read_weights(tmp_path / "vit.safetensors", {"num_heads": arch.num_heads})
+    assert back.arch == dataclasses.replace(arch, aux_head=False)
+    for name, value in back.params.items():
+        jax.tree.map(np.testing.assert_array_equal, value, weights.params[name])
 
 
 def test_the_digits_student_scores_the_same_in_every_format(

@@ -3,8 +3,7 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import positive
-from sit_jax.cli.verb import Verbs, add_option, add_verb
+from sit_jax.cli.verb import Verbs, add_option, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:

@@ -5,9 +5,8 @@ import dataclasses
 import json
 import pathlib
 
-from sit_jax.cli.argument_types import above_0, positive
 from sit_jax.cli.config_file import add_config, load_config
-from sit_jax.cli.verb import Verbs, add_option, add_verb
+from sit_jax.cli.verb import Verbs, above_0, add_option, add_verb, positive
 from sit_jax.errors import UserError
 
 

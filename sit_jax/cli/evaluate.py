@@ -4,9 +4,8 @@ import argparse
 import json
 import pathlib
 
-from sit_jax.cli.argument_types import above_0
 from sit_jax.cli.runtime import join, keep_memory
-from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_option, add_processes, add_verb
+from sit_jax.cli.verb import ANY_MODEL, Verbs, above_0, add_checkpoint, add_option, add_processes, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:

@@ -3,9 +3,8 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import positive
 from sit_jax.cli.runtime import force_cpu
-from sit_jax.cli.verb import Verbs, add_verb
+from sit_jax.cli.verb import Verbs, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:

@@ -99,15 +99,10 @@ def data_config(metadata: JsonObject, where: object) -> DataConfig:
 
 def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> JsonObject:
     """Returns the metadata of a run's model: class names, preprocessing, provenance; see `sit_jax.io.model.Model`."""
-    data, channels = config.data, config.model.architecture.in_channels
+    data, names = config.data, run_class_names(config, folder)
     metadata: JsonObject = {
-        "preprocessing": {
-            "mean": _per_channel(data.mean, channels),
-            "std": _per_channel(data.std, channels),
-            "interpolation": data.interpolation,
-            "crop_fraction": data.crop_fraction,
-            "resize": data.resize,
-        },
+        **({} if names is None else {"class_names": names}),
+        "preprocessing": {name: getattr(data, name) for name in IMAGENET},
         "provenance": {
             "run": folder.resolve().name,
             "step": step,
@@ -117,8 +112,7 @@ def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> 
             "sit_jax": __version__,
         },
     }
-    names = run_class_names(config, folder)
-    return metadata if names is None else {"class_names": names, **metadata}
+    return complete_metadata(metadata, config.model.architecture.in_channels)
 
 
 def run_class_names(config: Config, folder: pathlib.Path) -> list[str] | None:
