@@ -37,16 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.io.convert.convert import convert
     from sit_jax.io.convert.options import Options
 
-    given = vars(arguments).items()
-    fields = {key.partition(".")[2]: value for key, value in given if "." in key and value is not None}
-    options = Options(
-        fields=fields,
-        image_size=arguments.image_size,
-        num_classes=arguments.num_classes,
-        ema=arguments.ema,
-        rtsm=not arguments.without_rtsm,
-        licence=arguments.licence,
-    )
+    given = vars(arguments)
+    fields = {key.partition(".")[2]: value for key, value in given.items() if "." in key and value is not None}
+    changes = {key: given[key] for key in ("image_size", "num_classes", "ema", "licence")}
+    options = Options(fields, rtsm=not arguments.without_rtsm, **changes)
     convert(arguments.source, arguments.dest, options, arguments.force, log=print)
     print(f"Written: {arguments.dest}")
 

@@ -16,12 +16,8 @@ def add_parser(verbs: Verbs) -> None:
     prepare = add_verb(tasks, "prepare", run, "download a data set, or convert one to ArrayRecord")
     add = prepare.add_argument
     add("--name", help="data set: digits, a tfds name, or a new name with --from_folder")
-    add(
-        "--data_dir",
-        metavar="FOLDER",
-        default="",
-        help="folder of prepared data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given",
-    )
+    text = "folder of prepared data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given"
+    add("--data_dir", metavar="FOLDER", default="", help=text)
     add("--manual_dir", metavar="FOLDER", default="", help="folder of archives that tfds cannot download itself")
     add("--from_folder", metavar="FOLDER", type=pathlib.Path, help="convert images in folders [SPLIT/]CLASS/IMAGE")
     text = "fraction of each class to hold out for val, if the folder has no splits"

@@ -9,14 +9,9 @@ from sit_jax.models.architecture import Architecture
 class Options(NamedTuple):
     """How to read and change weights.
 
-    Attributes:
-        fields: Architecture fields that the tensors do not determine, and `name`; see `resolve_config.OPTIONS`.
-        image_size: New resolution, or None.
-        num_classes: New number of classes, or None.
-        ema: Read the moving average instead of the weights if there are both.
-        rtsm: Whether to read reverse modules if there are any.
-        licence: Licence of the weights, such as `MIT`; that of the source if None.
-        like: A model that determines the hyperparameters that tensors do not; `fields` take precedence.
+    `fields` are architecture fields that the tensors do not determine, and `name` (see `resolve_config.OPTIONS`); they
+    take precedence over those of `like`. `image_size`, `num_classes` and `licence` replace the source's unless None.
+    `ema` selects the moving average if there are both, `rtsm` also reads reverse modules if there are any.
     """
 
     fields: Mapping[str, Any] = {}

@@ -77,9 +77,8 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     missing = [key for key in _OPEN if key not in fields]
     if missing:
         words = " ".join(f"--model.{key} VALUE" for key in missing)
-        raise UserError(
-            f"the tensors do not determine {' and '.join(missing)}, and no named model has this shape: give {words}"
-        )
+        names = " and ".join(missing)
+        raise UserError(f"the tensors do not determine {names}, and no named model has this shape: give {words}")
     fields |= _kept(inferred, fields, given, known)
     if known is not None and any(fields[key] != getattr(known, key) for key in _OPEN):
         name = ""  # The shape matches, but it is another model.

@@ -1,6 +1,5 @@
 """Reads and writes `.safetensors` files, tensor by tensor."""
 
-import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -30,16 +29,13 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
     types = {name: str(part.get_dtype()) for name, part in slices.items()}
     unknown = sorted(set(types.values()) - set(_TYPES))
     if unknown:
-        raise FileError(
-            f"{path}: holds tensors of type {', '.join(unknown)}, which are not read from safetensors files"
-        )
+        raise FileError(f"{path}: holds tensors of type {', '.join(unknown)}, which are not read from such files")
 
-    return {
-        name: Tensor(
-            tuple(part.get_shape()), types[name].startswith(("F", "BF")), functools.partial(file.get_tensor, name)
-        )
-        for name, part in slices.items()
-    }
+    def tensor(name: str) -> Tensor:
+        is_float = types[name].startswith(("F", "BF"))
+        return Tensor(tuple(slices[name].get_shape()), is_float, lambda: file.get_tensor(name))
+
+    return {name: tensor(name) for name in slices}
 
 
 def write_safetensors(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
