@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -228,24 +227,6 @@ def test_onnx_without_its_packages(tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
-def test_damaged_exports(
-    kind: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw, file = folder.with_name(f"images.{kind}").read_bytes(), tmp_path / f"m.{kind}"
-    if kind == "onnx":
-        damaged = [b"", raw[:1000], flip(raw, raw.index(b'{"format"')), *map(with_description, ("{", "[]", "{}", None))]
-    else:
-        shutil.copy(folder.with_name("images.stablehlo.json"), tmp_path / "m.stablehlo.json")
-        damaged = [b"", raw[: len(raw) // 2], flip(raw, 3000)]
-    for content in damaged:
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"m\.{kind}: ") as raised:
-            load(file)
-        assert len(str(raised.value).splitlines()) == 1
-    assert capsys.readouterr() == ("", "")
-
-
 def with_description(text: str | None) -> bytes:
     """An ONNX file with another description of the model, or none."""
     model = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
@@ -254,13 +235,23 @@ def with_description(text: str | None) -> bytes:
     return bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("description", ["[]", "[" * 100_000, None])
-def test_damaged_descriptions(description: str | None, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    shutil.copy(folder.with_name("images.stablehlo"), tmp_path / "m.stablehlo")
-    if description is not None:
-        (tmp_path / "m.stablehlo.json").write_text(description)
-    with pytest.raises(UserError, match=r"m\.stablehlo"):
-        load(tmp_path / "m.stablehlo")
+def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph, artifact = (folder.with_name(f"images.{kind}").read_bytes() for kind in ("onnx", "stablehlo"))
+    text = folder.with_name("images.stablehlo.json").read_text()
+    damaged = [b"", graph[:1000], flip(graph, graph.index(b'{"format"'))]
+    damaged += map(with_description, ("{", "[]", "{}", None))
+    cases = [("m.onnx", content, None) for content in damaged]
+    cases += [("m.stablehlo", content, text) for content in (b"", artifact[: len(artifact) // 2], flip(artifact, 3000))]
+    cases += [("m.stablehlo", artifact, description) for description in ("[]", "[" * 100_000, None)]
+    for name, content, description in cases:
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.json").unlink(missing_ok=True)
+        if description is not None:
+            (tmp_path / f"{name}.json").write_text(description)
+        with pytest.raises(UserError, match=rf"{name}(\.json)?: ") as raised:
+            load(tmp_path / name)
+        assert len(str(raised.value).splitlines()) == 1
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -117,12 +117,6 @@ def test_distillation_token() -> None:
     teacher = module(golden.arch.without_slimming(), teacher_state)
     terms = losses(golden, student, teacher, images, labels)
     np.testing.assert_allclose(weighted(golden, terms), data["losses"][1:4], rtol=1e-4)
-    # Training has moved BatchNorm's statistics: evaluation starts anew.
-    evaluated, outputs = module(golden.arch, student_state, reverse=True)(images, return_outputs=True)
-    variables = {key: value for key, value in golden.student.items() if key != "rtsm"}
-    expected, ours = jax.jit(build_model(golden.arch).apply)(variables, golden_files.nhwc(data["images_nchw"]))
-    close(evaluated, np.asarray(expected))
-    close(outputs.distillation_logits, np.asarray(ours.distillation_logits))
 
 
 @pytest.fixture(scope="module")
