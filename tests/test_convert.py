@@ -171,6 +171,9 @@ def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.C
     assert read_weights(path, {"residual_scale": 3.0}).vit.residual_scale == 3.0
     assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.num_heads", "4"]) == 0
     assert read_weights(tmp_path / "out").vit.num_heads == 4
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": "two"}))
+    with pytest.raises(UserError, match=r"model\.num_heads: .*two.*config\.json"):
+        read_weights(path)
 
 
 def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,7 +65,6 @@ def test_heads(config: dict[str, Any], tmp_path: pathlib.Path) -> None:
         ({**VIT, "model_args": {"unheard_of": 1}}, "unheard_of"),
         ({**VIT, "model_args": [1]}, "model_args"),
         ({**VIT, "model_args": {"embed_dim": 32}}, "dim"),
-        ({**VIT, "num_heads": "two"}, "num_heads"),
         ({**VIT, "model_args": {"mlp_ratio": "wide"}}, "mlp_ratio"),
         ({**VIT, "model_args": {"patch_size": [8, 16]}}, "patch_size"),
         ({**VIT, "model_args": {"init_values": 1e-5}}, "layer_scale"),

@@ -13,6 +13,7 @@ from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError
 from sit_jax.io.convert.infer_config import hidden_ratio
 from sit_jax.io.convert.tensors import FileError
+from sit_jax.io.metadata import IMAGENET
 from sit_jax.io.model_folder import FORMAT, read_description
 from sit_jax.io.runs import read_object
 from sit_jax.models.architecture import Architecture
@@ -22,14 +23,10 @@ _FIELDS = {field.name for field in dataclasses.fields(Architecture)} - {"family"
 
 
 class Description(NamedTuple):
-    """The contents of a `config.json`.
+    """The contents of a `config.json`; `metadata` as in `sit_jax.io.model.Model`.
 
-    Attributes:
-        class_position: Whether the class token has a position embedding; None if not specified.
-        heads: Width -> attention heads, if it names a model by its size.
-        metadata: See `sit_jax.io.model.Model`.
-        is_own: Whether it is of sit_jax, and thus complete.
-        unused: Its keys that are not used.
+    `class_position` says whether the class token has a position embedding (None if not specified), `heads` maps widths
+    to attention heads if a model is named by its size. If `is_own`, it is of sit_jax, and thus complete.
     """
 
     fields: Mapping[str, Any] = {}
@@ -59,8 +56,11 @@ def _describe(values: JsonObject, path: pathlib.Path) -> Description:
     if values.get("format") == FORMAT:
         arch, metadata = read_description(values, path)
         return Description({key: getattr(arch, key) for key in _FIELDS}, metadata=metadata, is_own=True)
-    if isinstance(values.get("model"), Mapping):
-        return _run(values)
+    if isinstance(values.get("model"), Mapping):  # Of a run.
+        data = values["data"] if isinstance(values.get("data"), Mapping) else {}
+        preprocessing = {key: data[key] for key in IMAGENET if key in data}
+        metadata = {"preprocessing": preprocessing} if preprocessing else {}
+        return _bare(values["model"], _COMPUTATION)._replace(metadata=metadata)
     if "model_type" in values and not isinstance(values.get("architecture"), str):
         return _hugging_face(values)
     if isinstance(values.get("architecture"), Mapping):
@@ -89,15 +89,6 @@ def _check_supported(key: str, value: object, supported: Collection[object]) -> 
 
 # Keys of a run's model section that concern training and computation.
 _COMPUTATION = ("name", "drop_path", "dtype", "remat", "scan")
-_PREPROCESSING = ("mean", "std", "interpolation", "crop_fraction", "resize")
-
-
-def _run(values: JsonObject) -> Description:
-    data = values["data"] if isinstance(values.get("data"), Mapping) else {}
-    preprocessing = {key: data[key] for key in _PREPROCESSING if key in data}
-    description = _bare(values["model"], _COMPUTATION)
-    return description._replace(metadata={"preprocessing": preprocessing} if preprocessing else {})
-
 
 # timm's arguments that correspond to fields here.
 _TIMM_FIELDS = {

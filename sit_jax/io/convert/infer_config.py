@@ -14,11 +14,8 @@ from sit_jax.models.architecture import CONV_STEM_STRIDE
 class Inferred(NamedTuple):
     """An architecture inferred from a file's tensors.
 
-    Attributes:
-        fields: Architecture fields; `num_heads` only if the layout determines it, `num_classes` only if there is a
-            head.
-        kept: Tokens that each slimming module keeps, in order.
-        class_position: Whether the class token has a position embedding.
+    `fields` has `num_heads` only if the layout determines it, `num_classes` only if there is a head. `kept` are the
+    tokens that each slimming module keeps, in order.
     """
 
     layout: Layout

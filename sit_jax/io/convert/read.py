@@ -1,11 +1,7 @@
 """Reads weights of PyTorch, safetensors and NumPy files, model folders and runs."""
 
-import functools
 import pathlib
-import sys
 from collections.abc import Callable
-
-from tqdm import tqdm
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
@@ -59,9 +55,7 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         rtsm = inferred.has_rtsm and options.rtsm
         if inferred.has_rtsm and not rtsm:
             log("changed: RTSMs left out")
-        hidden = not sys.stderr.isatty()
-        bar = functools.partial(tqdm, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=hidden)
-        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, bar)
+        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, f"reading {file.name}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name in absent:

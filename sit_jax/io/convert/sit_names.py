@@ -20,12 +20,10 @@ Convert = Callable[[np.ndarray], np.ndarray]
 
 
 class Entry(NamedTuple):
-    """One tensor in both layouts.
+    """One tensor in both layouts: its `state_dict` key in the original, and its path in this package.
 
-    Attributes:
-        key: The original's `state_dict` key.
-        path: Its path in this package; the first part is the collection: `params`, `batch_stats` or `rtsm`.
-        to_flax: Returns a view in this package's layout of an array in the original's; `to_torch` is the inverse.
+    The first part of the path is the collection: `params`, `batch_stats` or `rtsm`. `to_flax` returns a view in this
+    package's layout of an array in the original's; `to_torch` is the inverse.
     """
 
     key: str

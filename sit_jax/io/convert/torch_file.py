@@ -101,18 +101,15 @@ def _lazy(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> Tensor:
 
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
         raise FileError(f"{path}: {name[:200]} is sparse, nested, quantized or without data; dense tensors are read")
-    return Tensor(tuple(tensor.shape), tensor.is_floating_point(), functools.partial(_read, path, name, tensor))
 
+    def read() -> np.ndarray:
+        """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
+        try:
+            return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+        except RuntimeError as error:
+            raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
 
-def _read(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
-    """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
-    import torch
-
-    try:
-        copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    except RuntimeError as error:
-        raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
-    return copy.numpy()
+    return Tensor(tuple(tensor.shape), tensor.is_floating_point(), read)
 
 
 def _load(path: pathlib.Path) -> object:
