@@ -21,7 +21,7 @@ from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.adapt import interpolate
 from sit_jax.io.convert.infer_config import infer
-from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Options
 from sit_jax.io.convert.resolve_config import resolve
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.load import load, read_weights

@@ -16,7 +16,7 @@ from sit_jax.config import ModelConfig, TeacherConfig
 from sit_jax.errors import UserError
 from sit_jax.io.convert.convert import convert
 from sit_jax.io.convert.initial import initial_weights
-from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Options
 from sit_jax.io.load import read_weights
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture

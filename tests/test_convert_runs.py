@@ -17,7 +17,7 @@ from sit_jax.config import LossConfig as Loss
 from sit_jax.errors import UserError
 from sit_jax.io import runs as workdir
 from sit_jax.io.convert.initial import initial_weights
-from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Options
 from sit_jax.io.load import read_weights
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.checkpoint import Checkpoints

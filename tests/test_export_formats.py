@@ -240,7 +240,7 @@ def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: p
     text = folder.with_name("images.stablehlo.json").read_text()
     damaged = [b"", graph[:1000], flip(graph, graph.index(b'{"format"'))]
     damaged += map(with_description, ("{", "[]", "{}", None))
-    cases = [("m.onnx", content, None) for content in damaged]
+    cases: list[tuple[str, bytes, str | None]] = [("m.onnx", content, None) for content in damaged]
     cases += [("m.stablehlo", content, text) for content in (b"", artifact[: len(artifact) // 2], flip(artifact, 3000))]
     cases += [("m.stablehlo", artifact, description) for description in ("[]", "[" * 100_000, None)]
     for name, content, description in cases:

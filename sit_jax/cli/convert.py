@@ -35,7 +35,7 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from sit_jax.io.convert.convert import convert
-    from sit_jax.io.convert.options import Options
+    from sit_jax.io.convert.read import Options
 
     given = vars(arguments)
     fields = {key.partition(".")[2]: value for key, value in given.items() if "." in key and value is not None}

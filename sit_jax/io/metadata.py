@@ -56,10 +56,8 @@ def check_metadata(metadata: JsonObject, num_classes: int, where: object) -> Non
 
 
 def _are_numbers(values: Any, above: float) -> bool:
-    if not isinstance(values, list | tuple) or not values:
-        return False
-    kinds = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return kinds and all(abs(value) < 1e6 and value > above for value in values)
+    whole = isinstance(values, list | tuple) and len(values) > 0
+    return whole and all(type(x) in (int, float) and abs(x) < 1e6 and x > above for x in values)
 
 
 def complete_metadata(metadata: JsonObject, channels: int) -> JsonObject:

@@ -6,8 +6,7 @@ import numpy as np
 
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
-from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import Log
+from sit_jax.io.convert.read import Log, Options
 from sit_jax.io.convert.safetensors_file import write_safetensors
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.convert.torch_file import require_torch, write_torch

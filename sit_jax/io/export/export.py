@@ -21,12 +21,8 @@ from sit_jax.io.model_folder import describe
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
 _STATE_DICT = (".safetensors", ".pth")
-_SUFFIXES = {
-    "onnx": (onnx_file.SUFFIX,),
-    "stablehlo": (stablehlo.SUFFIX,),
-    "original": _STATE_DICT,
-    "timm": _STATE_DICT,
-}
+_EXPORTED = {"onnx": (onnx_file.SUFFIX,), "stablehlo": (stablehlo.SUFFIX,)}
+_SUFFIXES = {**_EXPORTED, "original": _STATE_DICT, "timm": _STATE_DICT}
 _TIMM_NORM_EPS = 1e-6
 
 
