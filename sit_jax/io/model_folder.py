@@ -30,14 +30,19 @@ _ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
 
 
 def write_folder(
-    path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params, metadata: JsonObject
+    path: pathlib.Path,
+    arch: Architecture,
+    variables: Variables,
+    rtsm: Params,
+    metadata: JsonObject,
+    replace: bool = False,
 ) -> None:
     """Writes a model folder atomically, with a copy of the PyTorch module next to the weights.
 
     Without `rtsm`, the reverse modules, which only training needs, are left out. Raises a UserError if the folder
-    exists or cannot be written.
+    exists and `replace` is not set, or cannot be written.
     """
-    with atomic_create(path) as part:
+    with atomic_create(path, replace) as part:
         part.mkdir()
         write_safetensors(part / WEIGHTS, state_dict({**variables, "rtsm": rtsm}, arch))
         (part / CONFIG).write_text(json.dumps(describe(arch, metadata), indent=2) + "\n")

@@ -12,7 +12,7 @@ from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.load import read_weights
 from sit_jax.io.metadata import assumptions
-from sit_jax.io.model_folder import is_model_folder
+from sit_jax.io.model_folder import is_model_folder, write_folder
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
@@ -34,9 +34,8 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
         log(f"assumed, as for ImageNet, since the file does not say how images are read: {assumed}")
     if dest.suffix:
         write_state_dict(dest, to_original({**model.variables, "rtsm": model.rtsm}, model.vit), replace=True)
-        return
-    with atomic_create(dest, replace=True) as part:
-        model.save(part, with_rtsm=bool(model.rtsm))
+    else:
+        write_folder(dest, model.vit, model.variables, model.rtsm, model.metadata, replace=True)
 
 
 def write_state_dict(path: pathlib.Path, state_dict: dict[str, np.ndarray], replace: bool = False) -> None:

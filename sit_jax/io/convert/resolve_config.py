@@ -107,7 +107,7 @@ def _differs(key: str, value: Any, fields: JsonObject) -> bool:
     return bool(value != fields[key])
 
 
-def _is_possible(key: str, value: object) -> bool:
+def _is_possible(key: str, value: Any) -> bool:
     """Returns whether the fields that are computed with have the right types, and are positive and finite."""
     if key in ("stage_blocks", "kept_tokens"):
         return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
