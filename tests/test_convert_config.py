@@ -10,7 +10,7 @@ import original_models
 import pytest
 import safetensors.numpy
 from test_convert import HEADS, PLAIN
-from test_other_stems import CONV7, SCALED
+from test_other_stems import SCALED
 
 from sit_jax.config import ModelConfig, TeacherConfig
 from sit_jax.errors import UserError
@@ -273,19 +273,3 @@ def test_init_and_teachers(tmp_path: pathlib.Path) -> None:
         initial_weights(file, arch)
     variables = given_teacher(TeacherConfig(model=ModelConfig(architecture=arch), run=str(file)), "teacher")
     assert not variables["params"]["positions"][:, 0].any()
-
-
-def test_other_layouts(tmp_path: pathlib.Path) -> None:
-    """Their class token always has a position, and the config.json must agree with it."""
-    path = original_models.save_torch(tmp_path / "x.pth", original_models.state_dict(CONV7))
-    fields = original_models.options(CONV7)
-    for config, options, named in (
-        (sized(64, 64), {}, "config.json"),
-        (sized(16, 64), {}, "16x64"),
-        ({}, {"image_size": 64}, "image_size"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(UserError, match=named):
-            read_weights(path, {**fields, **options})
-    (tmp_path / "config.json").write_text(json.dumps(sized(32, 32)))
-    assert read_weights(path, {**fields, "image_size": 32}).arch == CONV7
