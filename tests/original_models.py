@@ -7,10 +7,12 @@ import pathlib
 from typing import Any
 
 import golden_files
+import jax
 import numpy as np
 import random_weights
 import torch
 
+from sit_jax.io.convert.load_params import expected_shapes
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.models.architecture import Architecture
 
@@ -68,7 +70,15 @@ def checkpoint(weights: dict[str, np.ndarray]) -> dict[str, Any]:
 def state_dict(arch: Architecture, rtsm: bool = False) -> dict[str, np.ndarray]:
     """Random weights under the original's names, which are timm's for a plain ViT."""
     weights = random_weights.draw(arch, rtsm)
-    return to_original({**weights.variables, "rtsm": weights.rtsm}, arch)
+    state = to_original({**weights.variables, "rtsm": weights.rtsm}, arch)
+    # safetensors' own writer takes the memory of a transposed array as it is.
+    return {key: np.ascontiguousarray(value) for key, value in state.items()}
+
+
+def shapes(arch: Architecture, rtsm: bool = False) -> dict[str, tuple[int, ...]]:
+    """The shapes of `state_dict`, without the memory."""
+    tree = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), expected_shapes(arch, rtsm))
+    return {key: value.shape for key, value in to_original(tree, arch).items()}
 
 
 def google(arch: Architecture) -> dict[str, np.ndarray]:

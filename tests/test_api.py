@@ -77,8 +77,5 @@ def test_the_papers_student_is_its_teacher_slimmed(name: str) -> None:
 
 def test_pixels_of_another_type() -> None:
     model = random_weights.draw()
-    pixels = random_weights.pixels(model.vit, 2)
-    images = ((pixels / 255 - 0.4) / 0.2).astype(np.float32)
-    np.testing.assert_allclose(model(pixels), model(images), atol=1e-5)
     with pytest.raises(ValueError, match=r"int64.*uint8"):
-        model(pixels.astype(np.int64))
+        model(random_weights.pixels(model.vit, 2).astype(np.int64))

@@ -66,22 +66,18 @@ def test_wrong_arguments(words: str, named: str, capsys: pytest.CaptureFixture[s
     assert named in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "unbuffered"),
-    [("models", ""), ("convert source dest", "1")],
-)
-def test_a_closed_pipe_is_not_an_error(words: str, unbuffered: str, tmp_path: pathlib.Path) -> None:
-    if "source" in words:
-        shape = {"num_classes": 3, "image_size": 32, "dim": 24, "num_heads": 2, "depth": 1}
-        sit_jax.create_model("deit_tiny", **shape).save(tmp_path / "source")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_is_not_an_error(unbuffered: str, tmp_path: pathlib.Path) -> None:
+    shape = {"num_classes": 3, "image_size": 32, "dim": 24, "num_heads": 2, "depth": 1}
+    sit_jax.create_model("deit_tiny", **shape).save(tmp_path / "source")
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-m", "sit_jax", *words.split()]
+    command = [sys.executable, "-m", "sit_jax", "convert", "source", "dest"]
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": os.getcwd()}
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "dest").exists() == ("dest" in words)
+    assert (tmp_path / "dest").exists()
 
 
 def test_a_full_disk_behind_standard_output_is_an_error() -> None:
@@ -138,15 +134,8 @@ def test_values_that_are_not_allowed(words: str, key: str) -> None:
 
 
 def test_a_value_that_may_be_none_can_be_set() -> None:
-    words = (
-        "model.keep_ratio=None",
-        "model.stage_blocks=()",
-        "teacher=None",
-        "init=random",
-        "loss.token=0",
-        "loss.logits=0",
-    )
-    config = load_config("digits", [f"--config.{word}" for word in words])
+    words = "model.keep_ratio=None model.stage_blocks=() teacher=None init=random loss.token=0 loss.logits=0"
+    config = load_config("digits", [f"--config.{word}" for word in words.split()])
     assert isinstance(config.model.architecture, Architecture)
     assert (config.model.architecture.stage_blocks, config.model.architecture.keep_ratio) == ((), None)
     assert config.teacher is None

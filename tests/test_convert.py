@@ -1,6 +1,5 @@
 """Weights of other programs, read, written back and run."""
 
-import collections
 import dataclasses
 import itertools
 import json
@@ -22,11 +21,10 @@ from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.adapt import interpolate
 from sit_jax.io.convert.infer_config import infer
-from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Options
 from sit_jax.io.convert.resolve_config import resolve
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.load import load, read_weights
-from sit_jax.io.model_folder import original_shapes
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
 
@@ -103,30 +101,6 @@ def test_types(kind: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(kernel, state["blocks.1.mlp.fc1.weight"].float().numpy().T)
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_views_parameters_and_containers(legacy: bool, tmp_path: pathlib.Path) -> None:
-    state = torch_model(SCALED).state_dict()
-    everything, bias = torch.randn(3, 48, 16), torch.randn(16)
-    proj = torch.nn.Parameter(torch.randn(16, 16).T)
-    proj.quality = "an attribute"  # type: ignore[attr-defined]
-    state |= {"blocks.0.attn.qkv.weight": everything[1], "blocks.0.attn.proj.weight": proj}
-    state |= {"blocks.0.norm1.weight": torch.full((1,), 0.5).expand(16)}
-    state |= {"blocks.0.norm1.bias": bias, "blocks.1.norm1.bias": bias}
-    value = {"model": collections.defaultdict(torch.Tensor, state)}
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(value, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
-    finally:
-        torch.serialization.set_crc32_options(True)
-    params = read_weights(tmp_path / "x.pth", HEADS).params
-    block = params["blocks_0"]
-    np.testing.assert_array_equal(block["attn"]["qkv"]["kernel"], everything[1].numpy().T)
-    np.testing.assert_array_equal(block["attn"]["proj"]["kernel"], proj.detach().numpy().T)
-    np.testing.assert_array_equal(block["norm1"]["scale"], np.full(16, 0.5, np.float32))
-    for name in ("blocks_0", "blocks_1"):
-        np.testing.assert_array_equal(params[name]["norm1"]["bias"], bias.numpy())
-
-
 def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:
     theirs = original_models.state_dict(CONV7)
     lines: list[str] = []
@@ -165,12 +139,15 @@ def test_google_research(tmp_path: pathlib.Path) -> None:
     weights = read_weights(path)
     assert weights.arch == PLAIN
     assert_same(to_original(weights.variables, PLAIN), original_models.state_dict(PLAIN))
+    # As google-research evaluates: pixels of a whole image, resized to a square, minus 127.5, over 127.5.
+    images = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "crop_fraction": 1, "resize": "stretch"}
+    assert weights.metadata["preprocessing"] == images
 
 
 @pytest.mark.parametrize("name", ["sit_xsmall", "sit_small", "sit_large", "lvvit_medium", "deit_tiny_sit_0.7"])
 def test_named_models_are_recognised(name: str) -> None:
     arch = VARIANTS[name]
-    shapes = original_shapes(arch, arch.is_slimmed)
+    shapes = original_models.shapes(arch, arch.is_slimmed)
     assert resolve(infer(shapes), {}, {}) == (arch, name)
     without = {key: shape for key, shape in shapes.items() if not key.startswith("rtsm.")}
     if name not in ("sit_xsmall", "sit_small"):
@@ -194,10 +171,9 @@ def test_what_is_undecided_is_asked_for(tmp_path: pathlib.Path, capsys: pytest.C
     assert read_weights(path, {"residual_scale": 3.0}).vit.residual_scale == 3.0
     assert cli.main(["convert", str(path), str(tmp_path / "out"), "--model.num_heads", "4"]) == 0
     assert read_weights(tmp_path / "out").vit.num_heads == 4
-    for key, value in (("dim", 33), ("num_heads", "two")):
-        (tmp_path / "config.json").write_text(json.dumps({key: value}))
-        with pytest.raises(UserError, match=rf"model\.{key}: .*{value}.*config\.json"):
-            read_weights(path)
+    (tmp_path / "config.json").write_text(json.dumps({"num_heads": "two"}))
+    with pytest.raises(UserError, match=r"model\.num_heads: .*two.*config\.json"):
+        read_weights(path)
 
 
 def test_changing_resolution_and_classes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,16 +205,6 @@ def test_interpolation_is_pytorchs(old: int, new: int) -> None:
     np.testing.assert_allclose(interpolate(grid, new), expected.permute(1, 2, 0), rtol=0, atol=5e-7)
 
 
-def test_models_without_a_head(tmp_path: pathlib.Path) -> None:
-    state = {key: value for key, value in original_models.state_dict(SCALED).items() if not key.startswith("head.")}
-    path = original_models.save_torch(tmp_path / "x.pth", state)
-    with pytest.raises(UserError, match="--num_classes"):
-        read_weights(path, HEADS)
-    weights = read_weights(path, options=Options(HEADS, num_classes=4))
-    assert weights.arch.num_classes == 4
-    np.testing.assert_array_equal(weights.params["head"]["kernel"], np.zeros((16, 4), np.float32))
-
-
 def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
     arch = dataclasses.replace(PLAIN, dim=24, mlp_ratio=2.7)
     source = random_weights.draw(arch)
@@ -246,12 +212,6 @@ def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
     assert source.params["blocks_0"]["mlp"]["fc1"]["kernel"].shape == (24, 64)
     assert cli.main(["convert", str(tmp_path / "folder"), str(tmp_path / "out")]) == 0
     assert load(tmp_path / "out").arch == arch
-    values = json.loads((tmp_path / "folder" / "config.json").read_text())
-    for ratio in (2.8, "wide"):
-        values["architecture"]["mlp_ratio"] = ratio
-        (tmp_path / "folder" / "config.json").write_text(json.dumps(values))
-        with pytest.raises(UserError, match="mlp_ratio"):
-            read_weights(tmp_path / "folder")
 
 
 @pytest.mark.parametrize(
@@ -260,5 +220,5 @@ def test_ratios_whose_hidden_width_is_not_whole(tmp_path: pathlib.Path) -> None:
 )
 def test_options_that_do_not_fit(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve(infer(original_shapes(VARIANTS["deit_base"], False)), {}, options)
+        resolve(infer(original_models.shapes(VARIANTS["deit_base"])), {}, options)
     assert caught.value.key == key

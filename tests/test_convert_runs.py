@@ -17,7 +17,7 @@ from sit_jax.config import LossConfig as Loss
 from sit_jax.errors import UserError
 from sit_jax.io import runs as workdir
 from sit_jax.io.convert.initial import initial_weights
-from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Options
 from sit_jax.io.load import read_weights
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.checkpoint import Checkpoints
@@ -74,18 +74,6 @@ def test_runs_without_reverse_modules_and_of_other_kinds(tmp_path: pathlib.Path)
     (tmp_path / "cnn" / "checkpoints").mkdir()
     with pytest.raises(UserError, match="regnet"):
         read_weights(tmp_path / "cnn")
-
-
-def test_damaged_runs(student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _ = student
-    for source, message in (
-        (folder / "checkpoints" / "7", "checkpoint 7 in"),
-        (folder / "checkpoints", "model.safetensors"),
-    ):
-        source.mkdir(exist_ok=True)
-        assert cli.main(["convert", str(source), str(tmp_path / "out")]) == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_takes_no_other_model(student: Run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,12 +5,12 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import golden_files
 import jax
 import numpy as np
+import original_models
 import pytest
 import random_weights
 import safetensors.numpy
@@ -55,14 +55,11 @@ def test_a_folder_returns_what_was_put_in(shape: str, tmp_path: pathlib.Path) ->
 @pytest.mark.parametrize("name", ["lvvit_4c", "deit_naive", "dist_token", "lvvit_6c"])
 def test_the_file_holds_the_originals_tensors(name: str, tmp_path: pathlib.Path) -> None:
     golden = golden_files.load(name)
-    # In Fortran's order: safetensors' own writer takes the memory of a transposed array as it is.
-    trees = jax.tree.map(np.asfortranarray, golden.student)
-    rtsm = trees.pop("rtsm")
-    weights = Model(golden.arch, trees, rtsm=rtsm)
+    trees = dict(golden.student)
+    weights = Model(golden.arch, trees, rtsm=trees.pop("rtsm"))
     weights.save(tmp_path / "with", with_rtsm=True)
     stored = safetensors.numpy.load_file(tmp_path / "with" / WEIGHTS)
-    teacher, own = (golden_files.part(golden.data, prefix) for prefix in ("teacher/", "student_own/"))
-    original = {key: value for key, value in {**teacher, **own}.items() if not key.endswith("num_batches_tracked")}
+    original = original_models.golden_weights(name)
     assert set(stored) == set(original)
     for key, value in original.items():
         assert stored[key].shape == value.shape
@@ -80,67 +77,53 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-def tensors(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[pathlib.Path], None]:
-    def spoil(folder: pathlib.Path) -> None:
-        loaded = safetensors.numpy.load_file(folder / WEIGHTS)
-        change(loaded)
-        safetensors.numpy.save_file(loaded, folder / WEIGHTS)
-
-    return spoil
-
-
-def content(change: Callable[[bytes], bytes]) -> Callable[[pathlib.Path], Any]:
-    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
-
-
-def config(**changes: Any) -> Callable[[pathlib.Path], Any]:
-    return lambda folder: text(json.dumps({**json.loads((folder / CONFIG).read_text()), **changes}))(folder)
-
-
-def shape(**changes: Any) -> Callable[[pathlib.Path], Any]:
-    def spoil(folder: pathlib.Path) -> None:
-        architecture = json.loads((folder / CONFIG).read_text())["architecture"]
-        config(architecture={**architecture, **changes})(folder)
-
-    return spoil
-
-
-def text(written: str) -> Callable[[pathlib.Path], Any]:
-    return lambda folder: (folder / CONFIG).write_text(written)
+def spoil(folder: pathlib.Path, tensors: dict[str, Any], config: dict[str, Any], architecture: dict[str, Any]) -> None:
+    """Changes entries of the files of a model folder; None removes a tensor."""
+    stored = {**safetensors.numpy.load_file(folder / WEIGHTS), **tensors}
+    safetensors.numpy.save_file({key: x for key, x in stored.items() if x is not None}, folder / WEIGHTS)
+    values = {**json.loads((folder / CONFIG).read_text()), **config}
+    values["architecture"] |= architecture
+    (folder / CONFIG).write_text(json.dumps(values))
 
 
 # Each with what the message must name. Damaged headers: test_fuzz_readers.py, test_lying_files.py.
-DAMAGE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
-    "empty": (content(lambda raw: b""), WEIGHTS),
-    "cut in the data": (content(lambda raw: raw[:-5]), WEIGHTS),
-    "one missing": (tensors(lambda x: x.pop("norm.weight")), "norm.weight"),
-    "one extra": (tensors(lambda x: x.update(unknown=np.zeros(3, np.float32))), "unknown"),
-    "another shape": (tensors(lambda x: x.update({"head.bias": np.zeros(11, np.float32)})), "head.bias (11,)"),
-    "not a number": (tensors(lambda x: np.put(x["head.bias"], 3, np.nan)), "head.bias"),
-    "wider": (shape(dim=32), "shape"),
-    "unknown field": (shape(colour="red"), "architecture.colour"),
-    "deep without end": (shape(depth=2**20, stage_blocks=[1, 2**20 - 1]), "depth"),
-    "no width": (shape(mlp_ratio=1e-9), "mlp_ratio"),
-    "other tokens": (config(kept_tokens=[4, 3]), "kept_tokens"),
-    "too few names": (config(class_names=["one"]), "class_names"),
-    "preprocessing a list": (config(preprocessing=[1]), "preprocessing"),
-    "deviation of nearly zero": (config(preprocessing={"std": [1e-320]}), "preprocessing.std"),
-    "later version": (config(format_version=2), "version 2"),
-    "another format": (config(format="other"), "'other'"),
-    "config a list": (text("[1]"), "JSON"),
-    "config nested": (text("[" * 100_000), "JSON"),
-    "config gone": (lambda folder: (folder / CONFIG).unlink(), "--model.stage_blocks"),
-}
+NAN, LONG = np.full(10, np.nan, np.float32), np.zeros(11, np.float32)
+DAMAGE: list[tuple[str, Any, str]] = [
+    (WEIGHTS, b"", WEIGHTS),
+    (WEIGHTS, slice(-5), WEIGHTS),
+    ("tensors", {"norm.weight": None}, "missing: norm.weight"),
+    ("tensors", {"unknown": NAN}, "left over: unknown"),
+    ("tensors", {"head.bias": LONG}, "head.bias (11,)"),
+    ("tensors", {"head.bias": NAN}, "not finite: head.bias"),
+    ("tensors", {"head.bias": np.ones(10, np.int64)}, "not floating-point: head.bias"),
+    ("architecture", {"dim": 32}, "shape"),
+    ("architecture", {"colour": "red"}, "architecture.colour"),
+    ("architecture", {"depth": 2**20, "stage_blocks": [1, 2**20 - 1]}, "depth"),
+    ("architecture", {"mlp_ratio": 1e-9}, "mlp_ratio"),
+    ("config", {"kept_tokens": [4, 3]}, "kept_tokens"),
+    ("config", {"class_names": ["one"]}, "class_names"),
+    ("config", {"preprocessing": [1]}, "preprocessing"),
+    ("config", {"preprocessing": {"std": [1e-320]}}, "preprocessing.std"),  # Zero in float32.
+    ("config", {"format_version": 2}, "version 2"),
+    ("config", {"format": "other"}, "'other'"),
+    (CONFIG, b"[1]", "JSON"),
+    (CONFIG, b"[" * 100_000, "JSON"),
+    (CONFIG, None, "--model.stage_blocks"),
+]
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(("part", "change", "named"), DAMAGE)
 def test_damaged_folders(
-    damage: str, good: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    part: str, change: Any, named: str, good: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil, named = DAMAGE[damage]
     folder, image = tmp_path / "bad", tmp_path / "x.png"
     shutil.copytree(good, folder)
-    spoil(folder)
+    if part not in (WEIGHTS, CONFIG):
+        spoil(folder, **{"tensors": {}, "config": {}, "architecture": {}, part: change})
+    elif change is None:
+        (folder / part).unlink()
+    else:
+        (folder / part).write_bytes((folder / part).read_bytes()[change] if isinstance(change, slice) else change)
     with pytest.raises(UserError, match=re.escape(named)) as raised:
         load(folder)
     message = str(raised.value)

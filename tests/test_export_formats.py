@@ -1,10 +1,10 @@
 """ONNX, StableHLO and state dicts: the same logits and the same accuracy everywhere, and errors in one line."""
 
+import dataclasses
 import json
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
+import original_models
 import pytest
 import random_weights
 import safetensors.numpy
@@ -23,9 +24,8 @@ from PIL import Image
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
-from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file
-from sit_jax.io.load import load
+from sit_jax.io.load import load, read_weights
 from sit_jax.models import build_model
 from sit_jax.training.evaluate import evaluate_model
 
@@ -136,9 +136,7 @@ def test_state_dicts_of_the_original(suffix: str, folder: pathlib.Path, tmp_path
     file = tmp_path / f"model{suffix}"
     words = ["export", str(folder), str(file), "--format", "original"]
     assert cli.main([*words, "--with_rtsm"]) == 0
-    original = to_original(
-        {"params": WEIGHTS.params, "batch_stats": WEIGHTS.batch_stats, "rtsm": WEIGHTS.rtsm}, tiny.STUDENT
-    )
+    original = original_models.state_dict(tiny.STUDENT, rtsm=True)
     stored = read(file)
     assert set(stored) == set(original)
     assert all(np.array_equal(stored[key], original[key]) for key in original)
@@ -160,24 +158,13 @@ def test_timms_layout(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "vit.safetensors"), "--format", "timm"]) == 0
     assert "aux_head is left out" in capsys.readouterr().err
     stored = read(tmp_path / "vit.safetensors")
-    # timm's VisionTransformerDistilled, by name and shape: width 16, 4 patches of 16 x 16 grey pixels, MLP ratio 2.
-    block = {
-        "norm1.weight": (16,), "norm1.bias": (16,), "attn.qkv.weight": (48, 16), "attn.qkv.bias": (48,),
-        "attn.proj.weight": (16, 16), "attn.proj.bias": (16,), "norm2.weight": (16,), "norm2.bias": (16,),
-        "mlp.fc1.weight": (32, 16), "mlp.fc1.bias": (32,), "mlp.fc2.weight": (16, 32), "mlp.fc2.bias": (16,),
-    }  # fmt: skip
-    timm = {
-        "cls_token": (1, 1, 16), "dist_token": (1, 1, 16), "pos_embed": (1, 6, 16),
-        "patch_embed.proj.weight": (16, 1, 16, 16), "patch_embed.proj.bias": (16,),
-        "norm.weight": (16,), "norm.bias": (16,), "head.weight": (10, 16),
-        "head.bias": (10,), "head_dist.weight": (10, 16), "head_dist.bias": (10,),
-        **{f"blocks.{index}.{name}": shape for index in range(4) for name, shape in block.items()},
-    }  # fmt: skip
-    assert {name: array.shape for name, array in stored.items()} == timm
-    params: Any = weights.params
-    np.testing.assert_array_equal(stored["pos_embed"][:, 1], params["distillation_position"][:, 0])
-    np.testing.assert_array_equal(stored["pos_embed"][:, 2:], params["positions"][:, 1:])
-    np.testing.assert_array_equal(stored["blocks.2.attn.qkv.weight"], params["blocks_2"]["attn"]["qkv"]["kernel"].T)
+    assert stored["pos_embed"].shape == (1, 6, 16)  # As in timm's VisionTransformerDistilled.
+    assert {"dist_token", "head_dist.weight"} <= set(stored)
+    assert "dist_pos_embed" not in stored
+    back = read_weights(tmp_path / "vit.safetensors", {"num_heads": arch.num_heads})
+    assert back.arch == dataclasses.replace(arch, aux_head=False)
+    for name, value in back.params.items():
+        jax.tree.map(np.testing.assert_array_equal, value, weights.params[name])
 
 
 def test_the_digits_student_scores_the_same_in_every_format(
@@ -240,24 +227,6 @@ def test_onnx_without_its_packages(tmp_path: pathlib.Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("kind", ["onnx", "stablehlo"])
-def test_damaged_exports(
-    kind: str, folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    raw, file = folder.with_name(f"images.{kind}").read_bytes(), tmp_path / f"m.{kind}"
-    if kind == "onnx":
-        damaged = [b"", raw[:1000], flip(raw, raw.index(b'{"format"')), *map(with_description, ("{", "[]", "{}", None))]
-    else:
-        shutil.copy(folder.with_name("images.stablehlo.json"), tmp_path / "m.stablehlo.json")
-        damaged = [b"", raw[: len(raw) // 2], flip(raw, 3000)]
-    for content in damaged:
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"m\.{kind}: ") as raised:
-            load(file)
-        assert len(str(raised.value).splitlines()) == 1
-    assert capsys.readouterr() == ("", "")
-
-
 def with_description(text: str | None) -> bytes:
     """An ONNX file with another description of the model, or none."""
     model = onnx.helper.make_model(onnx.helper.make_graph([], "", [], []))
@@ -266,13 +235,23 @@ def with_description(text: str | None) -> bytes:
     return bytes(model.SerializeToString())
 
 
-@pytest.mark.parametrize("description", ["[]", "[" * 100_000, None])
-def test_damaged_descriptions(description: str | None, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    shutil.copy(folder.with_name("images.stablehlo"), tmp_path / "m.stablehlo")
-    if description is not None:
-        (tmp_path / "m.stablehlo.json").write_text(description)
-    with pytest.raises(UserError, match=r"m\.stablehlo"):
-        load(tmp_path / "m.stablehlo")
+def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph, artifact = (folder.with_name(f"images.{kind}").read_bytes() for kind in ("onnx", "stablehlo"))
+    text = folder.with_name("images.stablehlo.json").read_text()
+    damaged = [b"", graph[:1000], flip(graph, graph.index(b'{"format"'))]
+    damaged += map(with_description, ("{", "[]", "{}", None))
+    cases: list[tuple[str, bytes, str | None]] = [("m.onnx", content, None) for content in damaged]
+    cases += [("m.stablehlo", content, text) for content in (b"", artifact[: len(artifact) // 2], flip(artifact, 3000))]
+    cases += [("m.stablehlo", artifact, description) for description in ("[]", "[" * 100_000, None)]
+    for name, content, description in cases:
+        (tmp_path / name).write_bytes(content)
+        (tmp_path / f"{name}.json").unlink(missing_ok=True)
+        if description is not None:
+            (tmp_path / f"{name}.json").write_text(description)
+        with pytest.raises(UserError, match=rf"{name}(\.json)?: ") as raised:
+            load(tmp_path / name)
+        assert len(str(raised.value).splitlines()) == 1
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,5 @@
 """LV-ViT's 7x7 stem and layer scale against the PyTorch module, which test_torch_model.py compares with formulas."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +10,6 @@ import torch
 from test_models import module_params
 
 from sit_jax.analysis.flops import count_cost
-from sit_jax.errors import ConfigError
 from sit_jax.io.export.torch_model import SiT
 from sit_jax.io.model_folder import describe
 from sit_jax.models import build_model
@@ -67,11 +63,3 @@ def test_costs_of_the_published_lvvit() -> None:
 def test_layer_scale_starts_small() -> None:
     variables = build_model(SCALED).init(jax.random.key(0), jnp.zeros((2, 32, 32, 3)))
     np.testing.assert_array_equal(variables["params"]["blocks_1"]["layer_scale2"], np.full(16, 1e-4, np.float32))
-
-
-@pytest.mark.parametrize(("field", "value"), [("stem_width", 0), ("patch_size", 8)])
-def test_impossible_stems(field: str, value: int) -> None:
-    changes: dict[str, Any] = {field: value}
-    with pytest.raises(ConfigError) as caught:
-        dataclasses.replace(CONV7, **changes)
-    assert caught.value.key == field

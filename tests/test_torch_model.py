@@ -18,7 +18,6 @@ import tiny
 import torch
 from golden_files import TRAINED, Golden
 
-from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export.torch_model import (
     SiT,
     distillation_loss,
@@ -75,7 +74,7 @@ def test_logits_and_tokens(name: str, of: str) -> None:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_gradients_of_the_first_step(name: str) -> None:
+def test_losses_and_gradients_of_the_first_step(name: str) -> None:
     golden, teacher, student = weights(name)
     model = module(golden.arch, student, reverse=True).train()
     images, labels = (torch.tensor(golden.data[f"steps/{key}"][0]) for key in ("images_nchw", "soft_labels"))
@@ -83,6 +82,8 @@ def test_gradients_of_the_first_step(name: str) -> None:
     for block, tokens in enumerate(model.recover(outputs.tokens)):
         close(tokens, golden.data[f"train0/student_tokens/{block}"])
     terms = losses(golden, model, module(golden.arch.without_slimming(), teacher), images, labels)
+    mine = [terms["loss"].item(), *weighted(golden, terms)]
+    np.testing.assert_allclose(mine, golden.data["steps/0/losses"], rtol=1e-4)
     terms["loss"].backward()
     theirs = golden_files.part(golden.data, "train0/grad/")
     largest = max(float(np.abs(value).max()) for value in theirs.values())
@@ -96,41 +97,6 @@ def test_gradients_of_the_first_step(name: str) -> None:
 def losses(golden: Golden, student: SiT, teacher: SiT, images: Any, labels: Any) -> dict[str, torch.Tensor]:
     kept = golden.meta["distillation"]
     return distillation_loss(student, teacher, images, labels, kept["lambda_token"], kept["lambda_logits"], kept["tau"])
-
-
-@pytest.mark.parametrize("name", TRAINED)
-def test_losses_of_every_step(name: str) -> None:
-    golden, teacher_state, student_state = weights(name)
-    optim = golden.meta["optimizer"]
-    teacher = module(golden.arch.without_slimming(), teacher_state)
-    student = module(golden.arch, student_state, reverse=True).train()
-    undecayed = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-    for key, parameter in student.named_parameters():
-        if key.startswith("aux_head"):
-            continue
-        reverse = key.startswith("rtsm.")
-        # The original decays everything in the reverse modules, and the slimming scale.
-        decays = reverse or (parameter.ndim > 1 and key not in undecayed)
-        groups.setdefault((reverse, decays), []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": members, "weight_decay": optim["weight_decay"] * decays, "reverse": reverse}
-            for (reverse, decays), members in groups.items()
-        ],
-        eps=optim["eps"],
-    )
-    batches = zip(golden.data["steps/images_nchw"], golden.data["steps/soft_labels"], strict=True)
-    for index, (images, labels) in enumerate(batches):
-        rates = golden.data[f"steps/{index}/lr_backbone_rtsm"]
-        for group in optimizer.param_groups:
-            group["lr"] = float(rates[int(group["reverse"])])
-        terms = losses(golden, student, teacher, torch.tensor(images), torch.tensor(labels))
-        mine = [terms["loss"].item(), *weighted(golden, terms)]
-        np.testing.assert_allclose(mine, golden.data[f"steps/{index}/losses"], rtol=1e-4)
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
 
 
 def weighted(golden: Golden, terms: dict[str, torch.Tensor]) -> list[float]:
@@ -151,12 +117,6 @@ def test_distillation_token() -> None:
     teacher = module(golden.arch.without_slimming(), teacher_state)
     terms = losses(golden, student, teacher, images, labels)
     np.testing.assert_allclose(weighted(golden, terms), data["losses"][1:4], rtol=1e-4)
-    # Training has moved BatchNorm's statistics: evaluation starts anew.
-    evaluated, outputs = module(golden.arch, student_state, reverse=True)(images, return_outputs=True)
-    variables = {key: value for key, value in golden.student.items() if key != "rtsm"}
-    expected, ours = jax.jit(build_model(golden.arch).apply)(variables, golden_files.nhwc(data["images_nchw"]))
-    close(evaluated, np.asarray(expected))
-    close(outputs.distillation_logits, np.asarray(ours.distillation_logits))
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +184,11 @@ def test_batch_norm_folds_and_drop_path_drops(folder: pathlib.Path) -> None:
     assert kept.unique().tolist() == pytest.approx([0.0, 10.0])
 
 
-def test_the_stem_and_the_layer_scale_of_published_teachers() -> None:
-    weights = random_weights.draw(tiny.plain(stem="conv7", stem_width=6, layer_scale=True))
-    images = random_weights.images(weights.vit)
-    model = module(weights.vit, to_original(weights.variables, weights.vit))
-    close(model(torch.tensor(images).permute(0, 3, 1, 2)), np.asarray(weights(images)))
+def test_an_unknown_stem() -> None:
+    values = describe(tiny.STUDENT, {})
+    values["architecture"]["stem"] = "conv9"
     with pytest.raises(ValueError, match="'conv9' is not known"):
-        SiT({"architecture": {**describe(weights.vit, {})["architecture"], "stem": "conv9"}})
+        SiT(values)
 
 
 def test_fine_tuning_groups() -> None:

@@ -3,9 +3,8 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import above_0, positive
 from sit_jax.cli.runtime import keep_memory
-from sit_jax.cli.verb import ANY_MODEL, Verbs, add_verb
+from sit_jax.cli.verb import ANY_MODEL, Verbs, above_0, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Adds `--config`; `sit_jax.cli.app` accepts `--config.KEY=VALUE` with it."""
-    text = (
-        "config of this package, such as digits, or Python file with get_config(); CONFIG:ARGUMENT passes an argument"
-    )
+    text = "config of this package, such as digits, or file with get_config(); CONFIG:ARGUMENT passes an argument"
     parser.add_argument("--config", required=True, help=text)
     parser.epilog = "Set any value of the config with --config.KEY=VALUE, such as --config.optim.lr=1e-3."
 

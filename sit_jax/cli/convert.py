@@ -3,8 +3,7 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import positive
-from sit_jax.cli.verb import Verbs, add_option, add_verb
+from sit_jax.cli.verb import Verbs, add_option, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -36,18 +35,12 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from sit_jax.io.convert.convert import convert
-    from sit_jax.io.convert.options import Options
+    from sit_jax.io.convert.read import Options
 
-    given = vars(arguments).items()
-    fields = {key.partition(".")[2]: value for key, value in given if "." in key and value is not None}
-    options = Options(
-        fields=fields,
-        image_size=arguments.image_size,
-        num_classes=arguments.num_classes,
-        ema=arguments.ema,
-        rtsm=not arguments.without_rtsm,
-        licence=arguments.licence,
-    )
+    given = vars(arguments)
+    fields = {key.partition(".")[2]: value for key, value in given.items() if "." in key and value is not None}
+    changes = {key: given[key] for key in ("image_size", "num_classes", "ema", "licence")}
+    options = Options(fields, rtsm=not arguments.without_rtsm, **changes)
     convert(arguments.source, arguments.dest, options, arguments.force, log=print)
     print(f"Written: {arguments.dest}")
 

@@ -5,9 +5,8 @@ import dataclasses
 import json
 import pathlib
 
-from sit_jax.cli.argument_types import above_0, positive
 from sit_jax.cli.config_file import add_config, load_config
-from sit_jax.cli.verb import Verbs, add_option, add_verb
+from sit_jax.cli.verb import Verbs, above_0, add_option, add_verb, positive
 from sit_jax.errors import UserError
 
 
@@ -17,12 +16,8 @@ def add_parser(verbs: Verbs) -> None:
     prepare = add_verb(tasks, "prepare", run, "download a data set, or convert one to ArrayRecord")
     add = prepare.add_argument
     add("--name", help="data set: digits, a tfds name, or a new name with --from_folder")
-    add(
-        "--data_dir",
-        metavar="FOLDER",
-        default="",
-        help="folder of prepared data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given",
-    )
+    text = "folder of prepared data sets; TFDS_DATA_DIR or ~/tensorflow_datasets if not given"
+    add("--data_dir", metavar="FOLDER", default="", help=text)
     add("--manual_dir", metavar="FOLDER", default="", help="folder of archives that tfds cannot download itself")
     add("--from_folder", metavar="FOLDER", type=pathlib.Path, help="convert images in folders [SPLIT/]CLASS/IMAGE")
     text = "fraction of each class to hold out for val, if the folder has no splits"

@@ -3,8 +3,7 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import integer, positive
-from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_verb
+from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_verb, integer, positive
 
 
 def add_parser(verbs: Verbs) -> None:

@@ -4,9 +4,8 @@ import argparse
 import json
 import pathlib
 
-from sit_jax.cli.argument_types import above_0
 from sit_jax.cli.runtime import join, keep_memory
-from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_option, add_processes, add_verb
+from sit_jax.cli.verb import ANY_MODEL, Verbs, above_0, add_checkpoint, add_option, add_processes, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -19,9 +18,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--name", help="another data set with the same classes, such as imagenet_v2; data.name of the run if not given")
     add("--split", dest="eval_split", metavar="SPLIT", help="split; data.eval_split of the run if not given")
     add("--data_dir", metavar="FOLDER", help="folder of the data set; data.data_dir of the run if not given")
-    text = (
-        "fraction of each class that is in val, for a folder without splits; data.val_fraction of the run if not given"
-    )
+    text = "fraction of each class in val, for a folder without splits; data.val_fraction of the run if not given"
     add_option(parser, "--val_fraction", "--held_out", type=above_0(1), help=text)
     text = "stop at an image that cannot be decoded, or skip it; as in training if not given"
     add_option(parser, "--on_decode_error", "--on_broken", choices=("error", "skip"), help=text)

@@ -4,10 +4,9 @@ import argparse
 import dataclasses
 import json
 
-from sit_jax.cli.argument_types import positive
 from sit_jax.cli.config_file import add_config, load_config
 from sit_jax.cli.runtime import force_cpu
-from sit_jax.cli.verb import Verbs, add_verb
+from sit_jax.cli.verb import Verbs, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:

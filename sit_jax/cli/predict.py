@@ -4,9 +4,8 @@ import argparse
 import pathlib
 import sys
 
-from sit_jax.cli.argument_types import positive
 from sit_jax.cli.runtime import keep_memory, reader_gone
-from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_images, add_verb
+from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_images, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:

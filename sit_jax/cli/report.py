@@ -3,22 +3,18 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import positive
 from sit_jax.cli.runtime import force_cpu
-from sit_jax.cli.verb import Verbs, add_verb
+from sit_jax.cli.verb import Verbs, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
     parser = add_verb(verbs, "report", run, "write an HTML report of a run, or a comparison of several runs")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="run folder; several are compared")
-    text = (
-        "file to write; if not given, RUN/report.html for one run and comparison.html in the current folder for several"
-    )
-    parser.add_argument("--output", metavar="FILE.html", type=pathlib.Path, help=text)
-    parser.add_argument(
-        "--examples", metavar="N", type=positive, default=6, help="maximum number of images in each section"
-    )
-    parser.add_argument("--no_model", action="store_true", help="do not run the model; needs no data set")
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="run folder; several are compared")
+    text = "file to write; if not given, RUN/report.html for one run, comparison.html in the current folder for several"
+    add("--output", metavar="FILE.html", type=pathlib.Path, help=text)
+    add("--examples", metavar="N", type=positive, default=6, help="maximum number of images in each section")
+    add("--no_model", action="store_true", help="do not run the model; needs no data set")
     parser.epilog = "The model of an unfinished run runs on the CPU, since training may be using the accelerators."
 
 

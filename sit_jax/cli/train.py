@@ -3,10 +3,9 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import folder
 from sit_jax.cli.config_file import add_config, load_config
 from sit_jax.cli.runtime import enable_compilation_cache, join
-from sit_jax.cli.verb import Verbs, add_processes, add_verb
+from sit_jax.cli.verb import Verbs, add_processes, add_verb, folder
 
 
 def add_parser(verbs: Verbs) -> None:

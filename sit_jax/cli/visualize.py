@@ -3,8 +3,7 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.argument_types import integer, positive
-from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_images, add_verb
+from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_images, add_verb, integer, positive
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -15,17 +14,10 @@ def add_parser(verbs: Verbs) -> None:
     add_checkpoint(parser)
     add("--split", help="instead of IMAGE: draw the first images of this split of a data set, such as test")
     add("--name", help="with --split: name of the data set; data.name of the run if not given")
-    add(
-        "--data_dir",
-        metavar="FOLDER",
-        help="with --split: folder of the data set; data.data_dir of the run if not given",
-    )
-    add(
-        "--limit",
-        metavar="N",
-        type=positive,
-        help="maximum number of images; if not given, 16 of a split and all files",
-    )
+    text = "with --split: folder of the data set; data.data_dir of the run if not given"
+    add("--data_dir", metavar="FOLDER", help=text)
+    text = "maximum number of images; if not given, 16 of a split and all files"
+    add("--limit", metavar="N", type=positive, help=text)
     add("--output", metavar="FOLDER", type=pathlib.Path, help="folder of the figures; maps if not given")
     text = "write all arrays to a .npz file, or to one file per image in a folder; figures then need --output"
     add("--arrays", metavar="PATH", type=pathlib.Path, help=text)
@@ -39,8 +31,7 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from sit_jax.visual.visualize import FIGURES, OutputSettings, command
 
-    default = FIGURES if arguments.arrays is None else None
-    figures = arguments.output or default
+    figures = arguments.output or (FIGURES if arguments.arrays is None else None)
     output = OutputSettings(figures, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
     data = {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir}
     command(arguments.source, arguments.images, output, data, arguments.limit, arguments.ema, arguments.step)

@@ -12,8 +12,7 @@ from sit_jax.errors import RunError, UserError
 from sit_jax.io.checkpoint import load_rtsm, load_variables
 from sit_jax.io.convert.adapt import replace_heads, resize
 from sit_jax.io.convert.load_params import expected_shapes
-from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import Log, read_file, silent
+from sit_jax.io.convert.read import Log, Options, read_file, silent
 from sit_jax.io.export import onnx_file, stablehlo
 from sit_jax.io.metadata import complete_metadata, run_metadata
 from sit_jax.io.model import Exported, Model
@@ -52,7 +51,12 @@ def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, w
     elif is_model_folder(path):
         model = Model(*read_folder(path), source=str(path))
     else:
-        model = _load_foreign(path, ema, with_rtsm)
+        try:
+            model = read_file(path, Options(ema=ema, rtsm=with_rtsm))
+        except UserError as error:
+            # An option of sit convert alone.
+            advice = " to sit convert, and open what it writes" if "--model." in str(error) else ""
+            raise UserError(f"{error}{advice}") from None
     if with_rtsm and not model.rtsm:
         raise UserError(f"{path}: has no reverse modules")
     metadata = complete_metadata(model.metadata, model.arch.in_channels)
@@ -135,15 +139,6 @@ def _read_run(path: pathlib.Path, options: Options, log: Log) -> Model:
     if has_rtsm and not options.rtsm:
         log("changed: RTSMs left out")
     return model
-
-
-def _load_foreign(path: pathlib.Path, ema: bool, with_rtsm: bool) -> Model:
-    try:
-        return read_file(path, Options(ema=ema, rtsm=with_rtsm))
-    except UserError as error:
-        if "--model." in str(error):  # An option of sit convert alone.
-            raise UserError(f"{error} to sit convert, and open what it writes") from None
-        raise
 
 
 def _load_exported(path: pathlib.Path) -> Model:

@@ -56,10 +56,8 @@ def check_metadata(metadata: JsonObject, num_classes: int, where: object) -> Non
 
 
 def _are_numbers(values: Any, above: float) -> bool:
-    if not isinstance(values, list | tuple) or not values:
-        return False
-    kinds = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return kinds and all(abs(value) < 1e6 and value > above for value in values)
+    whole = isinstance(values, list | tuple) and len(values) > 0
+    return whole and all(type(x) in (int, float) and abs(x) < 1e6 and x > above for x in values)
 
 
 def complete_metadata(metadata: JsonObject, channels: int) -> JsonObject:
@@ -99,15 +97,10 @@ def data_config(metadata: JsonObject, where: object) -> DataConfig:
 
 def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> JsonObject:
     """Returns the metadata of a run's model: class names, preprocessing, provenance; see `sit_jax.io.model.Model`."""
-    data, channels = config.data, config.model.architecture.in_channels
+    data, names = config.data, run_class_names(config, folder)
     metadata: JsonObject = {
-        "preprocessing": {
-            "mean": _per_channel(data.mean, channels),
-            "std": _per_channel(data.std, channels),
-            "interpolation": data.interpolation,
-            "crop_fraction": data.crop_fraction,
-            "resize": data.resize,
-        },
+        **({} if names is None else {"class_names": names}),
+        "preprocessing": {name: getattr(data, name) for name in IMAGENET},
         "provenance": {
             "run": folder.resolve().name,
             "step": step,
@@ -117,8 +110,7 @@ def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> 
             "sit_jax": __version__,
         },
     }
-    names = run_class_names(config, folder)
-    return metadata if names is None else {"class_names": names, **metadata}
+    return complete_metadata(metadata, config.model.architecture.in_channels)
 
 
 def run_class_names(config: Config, folder: pathlib.Path) -> list[str] | None:

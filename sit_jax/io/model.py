@@ -115,9 +115,7 @@ class Model:
         if self.exported is not None:
             raise UserError(f"{self.source}: gives logits only; give the run or model folder that it was exported from")
         if not isinstance(self.arch, Architecture):
-            raise UserError(
-                f"{self.source}: is a {self.arch.family}, which has no tokens; only vision transformers have tokens"
-            )
+            raise UserError(f"{self.source}: is a {self.arch.family}; only vision transformers have tokens")
         return self.arch
 
     @property

@@ -1,22 +1,19 @@
 """Model folders: `model.safetensors` with the names and layouts of the PyTorch original, and `config.json`."""
 
 import dataclasses
-import functools
 import json
 import pathlib
 import shutil
 
-import numpy as np
-from flax.traverse_util import flatten_dict
 from pydantic import TypeAdapter, ValidationError
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.layouts import ORIGINAL
-from sit_jax.io.convert.load_params import expected_shapes, load_params
+from sit_jax.io.convert.load_params import load_params
 from sit_jax.io.convert.safetensors_file import read_safetensors, write_safetensors
-from sit_jax.io.convert.sit_names import name_table
+from sit_jax.io.convert.sit_names import state_dict
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.runs import read_object
 from sit_jax.models.architecture import Architecture
@@ -33,16 +30,21 @@ _ARCHITECTURE: TypeAdapter[Architecture] = TypeAdapter(Architecture)
 
 
 def write_folder(
-    path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params, metadata: JsonObject
+    path: pathlib.Path,
+    arch: Architecture,
+    variables: Variables,
+    rtsm: Params,
+    metadata: JsonObject,
+    replace: bool = False,
 ) -> None:
     """Writes a model folder atomically, with a copy of the PyTorch module next to the weights.
 
     Without `rtsm`, the reverse modules, which only training needs, are left out. Raises a UserError if the folder
-    exists or cannot be written.
+    exists and `replace` is not set, or cannot be written.
     """
-    with atomic_create(path) as part:
+    with atomic_create(path, replace) as part:
         part.mkdir()
-        write_weights(part / WEIGHTS, arch, variables, rtsm)
+        write_safetensors(part / WEIGHTS, state_dict({**variables, "rtsm": rtsm}, arch))
         (part / CONFIG).write_text(json.dumps(describe(arch, metadata), indent=2) + "\n")
         shutil.copyfile(TORCH_MODULE, part / TORCH_MODULE.name)
 
@@ -72,24 +74,6 @@ def is_model_folder(path: pathlib.Path) -> bool:
         return "format" in read_object(path / CONFIG)
     except UserError:
         return (path / WEIGHTS).exists()
-
-
-def write_weights(path: pathlib.Path, arch: Architecture, variables: Variables, rtsm: Params) -> None:
-    """Writes the weights file in the original's layout; see `write_folder`."""
-    arrays = flatten_dict({**variables, "rtsm": rtsm})
-    table = name_table(arch, bool(rtsm))
-    tensors = (entry.to_torch(np.asarray(arrays[entry.path], np.float32)) for entry in table)
-    write_safetensors(path, original_shapes(arch, bool(rtsm)), tensors)
-
-
-@functools.cache
-def original_shapes(arch: Architecture, rtsm: bool) -> dict[str, tuple[int, ...]]:
-    """Returns key -> shape of every tensor in the original's layout, in the order of `name_table`."""
-    # The layout functions are applied to broadcast arrays of one value, which need no memory.
-    ours = {
-        path: np.broadcast_to(np.float32(0), x.shape) for path, x in flatten_dict(expected_shapes(arch, rtsm)).items()
-    }
-    return {entry.key: entry.to_torch(ours[entry.path]).shape for entry in name_table(arch, rtsm)}
 
 
 def describe(arch: Architecture, metadata: JsonObject) -> JsonObject:

@@ -37,23 +37,19 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
     Raises a RunError if the folder cannot be written, contains the run of another configuration, or contains this run
     and `resume` is False.
     """
-    path = workdir / CONFIG
+    path, advice = workdir / CONFIG, "choose another --workdir"
     if path.exists():
         # Converted to the current format: a run of an older version lacks newer keys, which are all at their defaults.
         difference = _difference(to_dict(read_config(workdir)), to_dict(config))
         if difference:
-            raise RunError(
-                f"{workdir} contains a run of another configuration ({difference}); choose another --workdir"
-            )
+            raise RunError(f"{workdir} contains a run of another configuration ({difference}); {advice}")
         if not resume:
-            raise RunError(
-                f"{workdir} already holds this run; pass --resume to continue it, or choose another --workdir"
-            )
+            raise RunError(f"{workdir} already holds this run; pass --resume to continue it, or {advice}")
         with writing(workdir):  # Fails here instead of at the first checkpoint.
             tempfile.TemporaryFile(dir=workdir).close()
         return
     if (workdir / FOLDER).exists():
-        raise RunError(f"{workdir} holds checkpoints but no {CONFIG}; choose another --workdir")
+        raise RunError(f"{workdir} holds checkpoints but no {CONFIG}; {advice}")
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))

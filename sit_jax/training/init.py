@@ -11,7 +11,7 @@ from sit_jax.data.classes import class_order, reorder_heads
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.convert.initial import check_start, differences, initial_weights
-from sit_jax.io.convert.options import Options
+from sit_jax.io.convert.read import Options
 from sit_jax.io.load import load_run, read_weights
 from sit_jax.io.metadata import run_class_names
 from sit_jax.io.runs import find_checkpoint, is_run, read_config

@@ -13,6 +13,7 @@ from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError
 from sit_jax.io.convert.infer_config import hidden_ratio
 from sit_jax.io.convert.tensors import FileError
+from sit_jax.io.metadata import IMAGENET
 from sit_jax.io.model_folder import FORMAT, read_description
 from sit_jax.io.runs import read_object
 from sit_jax.models.architecture import Architecture
@@ -22,14 +23,10 @@ _FIELDS = {field.name for field in dataclasses.fields(Architecture)} - {"family"
 
 
 class Description(NamedTuple):
-    """The contents of a `config.json`.
+    """The contents of a `config.json`; `metadata` as in `sit_jax.io.model.Model`.
 
-    Attributes:
-        class_position: Whether the class token has a position embedding; None if not specified.
-        heads: Width -> attention heads, if it names a model by its size.
-        metadata: See `sit_jax.io.model.Model`.
-        is_own: Whether it is of sit_jax, and thus complete.
-        unused: Its keys that are not used.
+    `class_position` says whether the class token has a position embedding (None if not specified), `heads` maps widths
+    to attention heads if a model is named by its size. If `is_own`, it is of sit_jax, and thus complete.
     """
 
     fields: Mapping[str, Any] = {}
@@ -59,8 +56,11 @@ def _describe(values: JsonObject, path: pathlib.Path) -> Description:
     if values.get("format") == FORMAT:
         arch, metadata = read_description(values, path)
         return Description({key: getattr(arch, key) for key in _FIELDS}, metadata=metadata, is_own=True)
-    if isinstance(values.get("model"), Mapping):
-        return _run(values)
+    if isinstance(values.get("model"), Mapping):  # Of a run.
+        data = values["data"] if isinstance(values.get("data"), Mapping) else {}
+        preprocessing = {key: data[key] for key in IMAGENET if key in data}
+        metadata = {"preprocessing": preprocessing} if preprocessing else {}
+        return _bare(values["model"], _COMPUTATION)._replace(metadata=metadata)
     if "model_type" in values and not isinstance(values.get("architecture"), str):
         return _hugging_face(values)
     if isinstance(values.get("architecture"), Mapping):
@@ -89,20 +89,11 @@ def _check_supported(key: str, value: object, supported: Collection[object]) -> 
 
 # Keys of a run's model section that concern training and computation.
 _COMPUTATION = ("name", "drop_path", "dtype", "remat", "scan")
-_PREPROCESSING = ("mean", "std", "interpolation", "crop_fraction", "resize")
-
-
-def _run(values: JsonObject) -> Description:
-    data = values["data"] if isinstance(values.get("data"), Mapping) else {}
-    preprocessing = {key: data[key] for key in _PREPROCESSING if key in data}
-    description = _bare(values["model"], _COMPUTATION)
-    return description._replace(metadata={"preprocessing": preprocessing} if preprocessing else {})
-
 
 # timm's arguments that correspond to fields here.
 _TIMM_FIELDS = {
     **{name: name for name in ("patch_size", "num_classes", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
-    **{"in_chans": "in_channels", "num_features": "dim", "embed_dim": "dim"},
+    **{"in_chans": "in_channels", "num_features": "dim", "embed_dim": "dim", "img_size": "image_size"},
 }
 # timm's arguments that change what a model computes, with the supported values. None is always the default.
 _TIMM_SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -118,7 +109,7 @@ _TIMM_SUPPORTED: dict[str, tuple[object, ...]] = {
 _TIMM_HARMLESS = {
     *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate"),
     *("weight_init", "fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size"),
-    *("img_size", "init_values", "no_embed_class"),
+    *("init_values", "no_embed_class"),
 }
 # timm's keys that are read, or that describe the origin of the weights and other experiments.
 _TIMM_KEYS = {
@@ -147,17 +138,14 @@ def _timm(values: JsonObject) -> Description:
     for key, value in args.items():
         if key not in _TIMM_FIELDS and key not in _TIMM_HARMLESS:
             _check_supported(key, value, _TIMM_SUPPORTED.get(key, ()))
-    fields = {key: value for key, value in values.items() if key in _FIELDS and value is not None}
-    fields |= {_TIMM_FIELDS[key]: value for key, value in args.items() if key in _TIMM_FIELDS}
-    if "patch_size" in fields:
-        fields["patch_size"] = _side("patch_size", fields["patch_size"])
+    fields = {**_input_size(images, "img_size" in args), **_translate(values, {key: key for key in _FIELDS})}
+    fields |= _translate(args, _TIMM_FIELDS)
     if "init_values" in args:
         fields["layer_scale"] = bool(args["init_values"])
     class_position, heads = _named(values.get("architecture"))
     if "no_embed_class" in args:
         class_position = not args["no_embed_class"]
     unused = _sorted({*values, *images} - _TIMM_KEYS - _FIELDS)
-    fields = {**_input_size(args, images), **fields}
     return Description(fields, class_position, heads, _timm_metadata(values, images), unused=unused)
 
 
@@ -168,15 +156,20 @@ def _section(values: JsonObject, key: str) -> JsonObject:
     return section
 
 
-def _input_size(args: JsonObject, images: JsonObject) -> JsonObject:
-    """Returns the image size and the channels; the model's own argument takes precedence over `pretrained_cfg`."""
-    own: JsonObject = {"image_size": _side("img_size", args["img_size"])} if "img_size" in args else {}
+def _input_size(images: JsonObject, channels_only: bool) -> JsonObject:
+    """Returns the channels, and the image size unless the model's own argument gives it, of `pretrained_cfg`."""
     size = images.get("input_size")
     if size is None:
-        return own
+        return {}
     if not isinstance(size, list) or len(size) != 3:
         raise ConfigError("input_size", f"must be channels, height and width, got {str(size)[:50]!r}")
-    return {"in_channels": size[0], **(own or {"image_size": _side("input_size", size[1:])})}
+    return {"in_channels": size[0], **({} if channels_only else {"image_size": _side("input_size", size[1:])})}
+
+
+def _translate(values: JsonObject, names: Mapping[str, str]) -> JsonObject:
+    """Returns the fields of an architecture that another program's names are for; null is not given."""
+    fields = {ours: values[key] for key, ours in names.items() if values.get(key) is not None}
+    return {key: _side(key, x) if key in ("image_size", "patch_size") else x for key, x in fields.items()}
 
 
 def _side(key: str, value: object) -> int:
@@ -245,16 +238,13 @@ _HUGGING_FACE_HARMLESS = {
 def _hugging_face(values: JsonObject) -> Description:
     _check_supported("model_type", values["model_type"], ("vit", "deit"))
     _check_supported("hidden_act", values.get("hidden_act", "gelu"), ("gelu",))
-    given = {key: value for key, value in values.items() if value is not None}
-    fields = {ours: given[key] for key, ours in _HUGGING_FACE_FIELDS.items() if key in given}
-    for key in {"image_size", "patch_size"} & set(fields):
-        fields[key] = _side(key, fields[key])
-    hidden, dim = given.get("intermediate_size"), given.get("hidden_size")
+    fields = _translate(values, _HUGGING_FACE_FIELDS)
+    hidden, dim = values.get("intermediate_size"), values.get("hidden_size")
     if type(hidden) is int and type(dim) is int and dim > 0:
         fields["mlp_ratio"] = hidden_ratio(hidden, dim)
     metadata: JsonObject = {}
-    if "id2label" in given:
-        metadata["class_names"] = _listed("id2label", given["id2label"])
+    if values.get("id2label") is not None:
+        metadata["class_names"] = _listed("id2label", values["id2label"])
         fields["num_classes"] = len(metadata["class_names"])
     unused = set(values) - set(_HUGGING_FACE_FIELDS) - _HUGGING_FACE_HARMLESS
     return Description(fields, metadata=metadata, unused=_sorted(unused))

@@ -2,15 +2,17 @@
 
 import pathlib
 
+import numpy as np
+
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
-from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import Log
+from sit_jax.io.convert.read import Log, Options
+from sit_jax.io.convert.safetensors_file import write_safetensors
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.load import read_weights
 from sit_jax.io.metadata import assumptions
-from sit_jax.io.model_folder import is_model_folder, write_weights
+from sit_jax.io.model_folder import is_model_folder, write_folder
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
@@ -30,13 +32,18 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
     assumed = assumptions(model.metadata)
     if assumed:
         log(f"assumed, as for ImageNet, since the file does not say how images are read: {assumed}")
-    with atomic_create(dest, replace=True) as part:
-        if not dest.suffix:
-            model.save(part, with_rtsm=bool(model.rtsm))
-        elif dest.suffix == ".safetensors":
-            write_weights(part, model.vit, model.variables, model.rtsm)
-        else:
-            write_torch(part, to_original({**model.variables, "rtsm": model.rtsm}, model.vit))
+    if dest.suffix:
+        write_state_dict(dest, to_original({**model.variables, "rtsm": model.rtsm}, model.vit), replace=True)
+    else:
+        write_folder(dest, model.vit, model.variables, model.rtsm, model.metadata, replace=True)
+
+
+def write_state_dict(path: pathlib.Path, state_dict: dict[str, np.ndarray], replace: bool = False) -> None:
+    """Writes a file atomically: `.safetensors`, or else PyTorch's; raises a UserError if that fails."""
+    if path.suffix != ".safetensors":
+        require_torch(path)
+    with atomic_create(path, replace) as part:
+        (write_safetensors if path.suffix == ".safetensors" else write_torch)(part, state_dict)
 
 
 def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:

@@ -14,11 +14,8 @@ from sit_jax.models.architecture import CONV_STEM_STRIDE
 class Inferred(NamedTuple):
     """An architecture inferred from a file's tensors.
 
-    Attributes:
-        fields: Architecture fields; `num_heads` only if the layout determines it, `num_classes` only if there is a
-            head.
-        kept: Tokens that each slimming module keeps, in order.
-        class_position: Whether the class token has a position embedding.
+    `fields` has `num_heads` only if the layout determines it, `num_classes` only if there is a head. `kept` are the
+    tokens that each slimming module keeps, in order.
     """
 
     layout: Layout
@@ -123,21 +120,21 @@ def _is_square(count: int) -> bool:
     return count > 0 and math.isqrt(count) ** 2 == count
 
 
-class _Look:
+class _Look(NamedTuple):
     """Shapes of a file's tensors, accessed by the original's names."""
 
-    def __init__(self, layout: Layout, shapes: Shapes) -> None:
-        self._layout, self._shapes = layout, shapes
+    layout: Layout
+    shapes: Shapes
 
     def has(self, key: str) -> bool:
-        return all(name in self._shapes for name in self._layout.source(key).names)
+        return all(name in self.shapes for name in self.layout.source(key).names)
 
     def shape(self, key: str, rank: int) -> tuple[int, ...]:
         """Returns the shape in PyTorch's order."""
-        name = self._layout.source(key).names[0]
-        if name not in self._shapes:
+        name = self.layout.source(key).names[0]
+        if name not in self.shapes:
             raise UserError(f"missing {name}, without which the model's size is not known")
-        shape = self._shapes[name]
+        shape = self.shapes[name]
         if len(shape) != rank:
             raise UserError(f"{name} has shape {shape}, not {rank} axes")
         if name == key or rank == 3:

@@ -6,8 +6,7 @@ from collections.abc import Collection
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.io.convert.options import Options
-from sit_jax.io.convert.read import Log, silent
+from sit_jax.io.convert.read import Log, Options, silent
 from sit_jax.io.load import read_weights
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture

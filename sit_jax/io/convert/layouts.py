@@ -21,22 +21,17 @@ class Source(NamedTuple):
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
 # Evaluation as in vit_jax/input_pipeline.py of google-research: the whole image is stretched, pixels are in [-1, 1].
 _GOOGLE_PREPROCESSING: JsonObject = {
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "interpolation": "bilinear",
-    "crop_fraction": 1.0,
-    "resize": "stretch",
+    **{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
+    **{"interpolation": "bilinear", "crop_fraction": 1.0, "resize": "stretch"},
 }
 
 
 class Layout(NamedTuple):
     """Names and layouts of a model's weights.
 
-    Attributes:
-        source: Key of the original's layout -> its source in this layout.
-        plain: Whether all models of the layout are plain ViTs, with residual scale 1 and LayerNorm epsilon 1e-6.
-        prefixes: Possible first parts of tensor names; empty if any name is possible.
-        preprocessing: Preprocessing of all its models; None if it differs between models.
+    `source` maps keys of the original's layout to their sources. If `plain`, all models are plain ViTs, with residual
+    scale 1 and LayerNorm epsilon 1e-6. `prefixes` are the possible first parts of tensor names; empty if any name is
+    possible. `preprocessing` is that of all its models; None if it differs between models.
     """
 
     name: str

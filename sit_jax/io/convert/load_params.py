@@ -4,12 +4,14 @@ Every tensor must be used once and every parameter must be set; otherwise an err
 """
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+import sys
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
 
 from sit_jax.errors import UserError, listed
 from sit_jax.io.convert.layouts import Layout, Source
@@ -19,21 +21,14 @@ from sit_jax.models import abstract_variables, build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Variables
 
-Show = Callable[[Iterable[Entry]], Iterable[Entry]]
-
 
 def load_params(
-    arch: Architecture,
-    tensors: Tensors,
-    layout: Layout,
-    rtsm: bool,
-    absent: Collection[str] = (),
-    show: Show = iter,
+    arch: Architecture, tensors: Tensors, layout: Layout, rtsm: bool, absent: Collection[str] = (), label: str = ""
 ) -> Variables:
     """Returns `{'params': ..., 'batch_stats': ..., 'rtsm': ...}`, NumPy float32; the latter two only if not empty.
 
     The heads in `absent` are neither loaded nor in the result. Reverse modules are loaded only if `rtsm`, and ignored
-    otherwise, as are BatchNorm's batch counters. `show` wraps the iterable of tensors, to show progress. Raises a
+    otherwise, as are BatchNorm's batch counters. A terminal shows progress under the name `label`. Raises a
     UserError that lists the tensors that are missing, unexpected, of another shape or type, or not finite.
     """
     table = [entry for entry in name_table(arch, rtsm) if entry.path[1] not in absent]
@@ -51,7 +46,8 @@ def load_params(
     values: dict[tuple[str, ...], np.ndarray] = {}
     if not any(problems.values()):
         expected = flatten_dict(expected_shapes(arch, rtsm))
-        for entry in show(table):
+        hidden = not label or not sys.stderr.isatty()
+        for entry in tqdm(table, label, unit="tensor", delay=1, leave=False, disable=hidden):
             names = sources[entry.key].names
             value = _convert(entry, sources[entry.key], tensors, expected[entry.path].shape)
             if value is None:

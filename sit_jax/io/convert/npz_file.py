@@ -34,8 +34,7 @@ def read_npz(path: pathlib.Path) -> Tensors:
 
 def _tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     name = entry.filename.removesuffix(".npy")
-    with archive.open(entry) as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of headers written by Python 2.
+    with archive.open(entry) as file, warnings.catch_warnings(action="ignore"):  # Of headers written by Python 2.
         version = np.lib.format.read_magic(file)
         reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = reader(file)
@@ -51,8 +50,11 @@ def _tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo
 
     def read() -> np.ndarray:
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(entry) as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with (
+                zipfile.ZipFile(path) as archive,
+                archive.open(entry) as file,
+                warnings.catch_warnings(action="ignore"),
+            ):
                 array = np.lib.format.read_array(file, allow_pickle=False)
         except _ERRORS as error:
             raise FileError(f"{path}: {name} is damaged: {one_line(error, 200)}") from None

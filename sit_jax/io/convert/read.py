@@ -1,11 +1,8 @@
 """Reads weights of PyTorch, safetensors and NumPy files, model folders and runs."""
 
-import functools
 import pathlib
-import sys
-from collections.abc import Callable
-
-from tqdm import tqdm
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError
@@ -14,7 +11,6 @@ from sit_jax.io.convert.config_json import Description, read_config_json
 from sit_jax.io.convert.infer_config import Inferred, Positions, infer
 from sit_jax.io.convert.load_params import load_params
 from sit_jax.io.convert.npz_file import read_npz
-from sit_jax.io.convert.options import Options
 from sit_jax.io.convert.resolve_config import describe, likely_fields, resolve
 from sit_jax.io.convert.safetensors_file import read_safetensors
 from sit_jax.io.convert.tensors import FileError, Tensors, check_axes, strip_prefixes
@@ -22,11 +18,29 @@ from sit_jax.io.convert.torch_file import read_torch
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
+from sit_jax.models.architecture import Architecture
 
 Log = Callable[[str], None]
 
 TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 _READERS = {".safetensors": read_safetensors, ".npz": read_npz}
+
+
+class Options(NamedTuple):
+    """How to read and change weights.
+
+    `fields` are architecture fields that the tensors do not determine, and `name` (see `resolve_config.OPTIONS`); they
+    take precedence over those of `like`. `image_size`, `num_classes` and `licence` replace the source's unless None.
+    `ema` selects the moving average if there are both, `rtsm` also reads reverse modules if there are any.
+    """
+
+    fields: Mapping[str, Any] = {}
+    image_size: int | None = None
+    num_classes: int | None = None
+    ema: bool = False
+    rtsm: bool = True
+    licence: str | None = None
+    like: Architecture | None = None
 
 
 def silent(line: str) -> None:
@@ -59,9 +73,7 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         rtsm = inferred.has_rtsm and options.rtsm
         if inferred.has_rtsm and not rtsm:
             log("changed: RTSMs left out")
-        hidden = not sys.stderr.isatty()
-        bar = functools.partial(tqdm, desc=f"reading {file.name}", unit="tensor", delay=1, leave=False, disable=hidden)
-        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, bar)
+        tree = load_params(arch, tensors, inferred.layout, rtsm, absent, f"reading {file.name}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for name in absent:

@@ -1,7 +1,7 @@
 """Resolves hyperparameters that tensor shapes do not determine: heads, residual scale, epsilons, slimming positions."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from sit_jax.config import JsonObject
@@ -16,6 +16,7 @@ OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "k
 # Fields that tensors do not determine, and their values in plain ViTs.
 _OPEN = ("num_heads", "residual_scale", "norm_eps")
 _PLAIN: JsonObject = {"residual_scale": 1.0, "norm_eps": 1e-6}
+_NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
 
 _LVVIT: JsonObject = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
 
@@ -77,9 +78,8 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     missing = [key for key in _OPEN if key not in fields]
     if missing:
         words = " ".join(f"--model.{key} VALUE" for key in missing)
-        raise UserError(
-            f"the tensors do not determine {' and '.join(missing)}, and no named model has this shape: give {words}"
-        )
+        names = " and ".join(missing)
+        raise UserError(f"the tensors do not determine {names}, and no named model has this shape: give {words}")
     fields |= _kept(inferred, fields, given, known)
     if known is not None and any(fields[key] != getattr(known, key) for key in _OPEN):
         name = ""  # The shape matches, but it is another model.
@@ -90,7 +90,7 @@ def _agree(given: JsonObject, inferred: Inferred, options: Mapping[str, Any]) ->
     """Raises a ConfigError if a given field has an impossible value or contradicts the tensors."""
     for key, value in given.items():
         where = "" if key in options else " in config.json"
-        if not _CHECKS.get(key, lambda value: True)(value):
+        if not _is_possible(key, value):
             raise ConfigError(f"model.{key}", f"{value!r}{where} is not a possible value")
         value = tuple(value) if isinstance(value, list) else value
         if key in inferred.fields and _differs(key, value, inferred.fields):
@@ -107,21 +107,12 @@ def _differs(key: str, value: Any, fields: JsonObject) -> bool:
     return bool(value != fields[key])
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _is_counts(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
-
-
-_NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
-_CHECKS: dict[str, Callable[[object], bool]] = {
-    **dict.fromkeys(_NUMBERS, _is_number),
-    "num_heads": lambda value: _is_counts([value]),
-    "stage_blocks": _is_counts,
-    "kept_tokens": _is_counts,
-}
+def _is_possible(key: str, value: Any) -> bool:
+    """Returns whether the fields that are computed with have the right types, and are positive and finite."""
+    if key in ("stage_blocks", "kept_tokens"):
+        return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
+    types = {"num_heads": (int,), **dict.fromkeys(_NUMBERS, (int, float))}.get(key)
+    return types is None or (type(value) in types and 0 < value < math.inf)
 
 
 def _named(inferred: Inferred, fields: JsonObject, name: str | None) -> dict[str, Architecture]:

@@ -1,10 +1,8 @@
 """Reads and writes `.safetensors` files, tensor by tensor."""
 
-import functools
 import json
-import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import ml_dtypes  # noqa: F401 (gives NumPy the type bfloat16, which safetensors asks it for)
 import numpy as np
@@ -31,30 +29,26 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
     types = {name: str(part.get_dtype()) for name, part in slices.items()}
     unknown = sorted(set(types.values()) - set(_TYPES))
     if unknown:
-        raise FileError(
-            f"{path}: holds tensors of type {', '.join(unknown)}, which are not read from safetensors files"
-        )
+        raise FileError(f"{path}: holds tensors of type {', '.join(unknown)}, which are not read from such files")
 
-    return {
-        name: Tensor(
-            tuple(part.get_shape()), types[name].startswith(("F", "BF")), functools.partial(file.get_tensor, name)
-        )
-        for name, part in slices.items()
-    }
+    def tensor(name: str) -> Tensor:
+        is_float = types[name].startswith(("F", "BF"))
+        return Tensor(tuple(slices[name].get_shape()), is_float, lambda: file.get_tensor(name))
+
+    return {name: tensor(name) for name in slices}
 
 
-def write_safetensors(path: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], tensors: Iterable[np.ndarray]) -> None:
-    """Writes float32 tensors one at a time; `shapes` maps their keys to shapes, in the order of `tensors`."""
-    # Not by the library: it takes all tensors at once, and in PyTorch's layout they are copies of the model's.
+def write_safetensors(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as float32 tensors, one at a time."""
+    # Not by the library: it takes contiguous arrays, and transposed views would all be copied before it begins.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    for name, array in state_dict.items():
+        start, end = end, end + 4 * array.size
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array, (name, shape) in zip(tensors, shapes.items(), strict=True):
-            assert array.shape == shape, name
+        for array in state_dict.values():
             file.write(np.ascontiguousarray(array, "<f4").data)

@@ -19,31 +19,21 @@ Path = tuple[str, ...]
 Convert = Callable[[np.ndarray], np.ndarray]
 
 
-def _same(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _transpose(*axes: int) -> Convert:
-    return lambda x: np.ascontiguousarray(x.transpose(axes))
-
-
 class Entry(NamedTuple):
-    """One tensor in both layouts.
+    """One tensor in both layouts: its `state_dict` key in the original, and its path in this package.
 
-    Attributes:
-        key: The original's `state_dict` key.
-        path: Its path in this package; the first part is the collection: `params`, `batch_stats` or `rtsm`.
-        to_flax: Converts the original's layout to this package's; `to_torch` is the inverse.
+    The first part of the path is the collection: `params`, `batch_stats` or `rtsm`. `to_flax` returns a view in this
+    package's layout of an array in the original's; `to_torch` is the inverse.
     """
 
     key: str
     path: Path
-    to_flax: Convert = _same
-    to_torch: Convert = _same
+    to_flax: Convert = lambda x: x
+    to_torch: Convert = lambda x: x
 
 
-_LINEAR = (_transpose(1, 0), _transpose(1, 0))
-_CONV = (_transpose(2, 3, 1, 0), _transpose(3, 2, 0, 1))
+_LINEAR: tuple[Convert, Convert] = (np.transpose, np.transpose)
+_CONV: tuple[Convert, Convert] = (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1))
 _SCALE: tuple[Convert, Convert] = (lambda x: x.reshape(()), lambda x: x.reshape(1, 1, 1))
 
 
@@ -130,12 +120,17 @@ def name_table(arch: Architecture, rtsm: bool = True) -> list[Entry]:
 
 
 def to_original(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
-    """Returns `params`, `batch_stats` and, if they are there, `rtsm` under the original's names.
-
-    BatchNorm's batch counters are left out. Raises a UserError if the model's reducer is not the original's.
-    """
+    """Returns `state_dict(tree, arch)`; raises a UserError if the model's reducer is not the original's."""
     if arch.reducer != "slim":
         raise UserError(f"PyTorch does not support the reducer {arch.reducer}; StableHLO and model folders take any")
+    return state_dict(tree, arch)
+
+
+def state_dict(tree: Variables, arch: Architecture) -> dict[str, np.ndarray]:
+    """Returns views of `params`, `batch_stats` and, if they are there, `rtsm` under the original's names.
+
+    BatchNorm's batch counters are left out.
+    """
     arrays = flatten_dict(tree)
     table = name_table(arch, rtsm=bool(tree.get("rtsm")))
     return {entry.key: entry.to_torch(np.asarray(arrays[entry.path])) for entry in table}

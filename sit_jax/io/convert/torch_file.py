@@ -60,9 +60,8 @@ def require_torch(path: pathlib.Path) -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise UserError(
-            f'{path}: needs PyTorch, which is not installed: pip install "sit_jax[convert]", or use .safetensors'
-        ) from None
+        problem = 'needs PyTorch, which is not installed: pip install "sit_jax[convert]", or use .safetensors'
+        raise UserError(f"{path}: {problem}") from None
 
 
 def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> Tensors:
@@ -101,21 +100,16 @@ def _lazy(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> Tensor:
     import torch
 
     if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type != "cpu":
-        raise FileError(
-            f"{path}: {name[:200]} is sparse, nested, quantized or without data; only dense tensors are read"
-        )
-    return Tensor(tuple(tensor.shape), tensor.is_floating_point(), functools.partial(_read, path, name, tensor))
+        raise FileError(f"{path}: {name[:200]} is sparse, nested, quantized or without data; dense tensors are read")
 
+    def read() -> np.ndarray:
+        """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
+        try:
+            return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+        except RuntimeError as error:
+            raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
 
-def _read(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
-    """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
-    import torch
-
-    try:
-        copy = tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    except RuntimeError as error:
-        raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
-    return copy.numpy()
+    return Tensor(tuple(tensor.shape), tensor.is_floating_point(), read)
 
 
 def _load(path: pathlib.Path) -> object:
@@ -132,8 +126,7 @@ def _load(path: pathlib.Path) -> object:
             is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:
             _check_zip(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*_stand_ins()]):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([*_stand_ins()]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Literal
 
@@ -10,12 +11,9 @@ from jaxtyping import Array
 
 from sit_jax.data.preprocess import normalize
 from sit_jax.errors import UserError
-from sit_jax.io.atomic_write import atomic_create
-from sit_jax.io.convert.safetensors_file import write_safetensors
+from sit_jax.io.convert.convert import write_state_dict
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.export import onnx_file, stablehlo
-from sit_jax.io.export.timm import to_timm
 from sit_jax.io.inference import inference_model
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
@@ -23,12 +21,9 @@ from sit_jax.io.model_folder import describe
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
 _STATE_DICT = (".safetensors", ".pth")
-_SUFFIXES = {
-    "onnx": (onnx_file.SUFFIX,),
-    "stablehlo": (stablehlo.SUFFIX,),
-    "original": _STATE_DICT,
-    "timm": _STATE_DICT,
-}
+_EXPORTED = {"onnx": (onnx_file.SUFFIX,), "stablehlo": (stablehlo.SUFFIX,)}
+_SUFFIXES = {**_EXPORTED, "original": _STATE_DICT, "timm": _STATE_DICT}
+_TIMM_NORM_EPS = 1e-6
 
 
 def export_model(
@@ -72,9 +67,9 @@ def export_model(
         stablehlo.save(dest, _forward(model, raw_input), shape, description)
     elif kind == "original":
         tree = {**model.variables, "rtsm": model.rtsm if with_rtsm else {}}
-        _save_state_dict(dest, to_original(tree, arch))
+        write_state_dict(dest, to_original(tree, arch))
     else:
-        _save_state_dict(dest, to_timm(model))
+        write_state_dict(dest, _to_timm(model))
 
 
 def _forward(model: Model, raw_input: bool) -> Callable[[Array], Array]:
@@ -84,13 +79,28 @@ def _forward(model: Model, raw_input: bool) -> Callable[[Array], Array]:
     return lambda images: prepared.apply(prepared.weights, normalize(images, model.data) if raw_input else images)
 
 
-def _save_state_dict(dest: pathlib.Path, state_dict: dict[str, np.ndarray]) -> None:
-    """Writes a state dict as safetensors, or as a PyTorch file if the suffix is PyTorch's."""
-    as_torch = dest.suffix != ".safetensors"
-    if as_torch:
-        require_torch(dest)
-    with atomic_create(dest) as part:
-        if as_torch:
-            write_torch(part, state_dict)
-        else:
-            write_safetensors(part, {name: array.shape for name, array in state_dict.items()}, state_dict.values())
+def _to_timm(model: Model) -> dict[str, np.ndarray]:
+    """Returns a plain ViT's weights as timm's state dict.
+
+    With a distillation token the layout is that of timm's `VisionTransformerDistilled`. The names are the original's,
+    except for the distillation token's position, which is stored with the other positions. Raises a UserError if timm
+    has no such model; an epsilon of LayerNorms that timm's models do not have would be lost, since no tensor stores it.
+    """
+    arch = model.vit
+    differences = {
+        "is slimmed": arch.is_slimmed,
+        f"has a {arch.stem} stem": arch.stem != "patch",
+        f"divides its residual branches by {arch.residual_scale:g}": arch.residual_scale != 1,
+        f"has norm_eps {arch.norm_eps:g} (timm's is {_TIMM_NORM_EPS:g})": arch.norm_eps != _TIMM_NORM_EPS,
+    }
+    problems = [problem for problem, there in differences.items() if there]
+    if problems:
+        raise UserError(f"timm has plain vision transformers only, but this model {', '.join(problems)}")
+    state_dict = to_original(model.variables, arch)
+    if arch.aux_head:
+        print("aux_head is left out: timm has none, and only token labelling uses it", file=sys.stderr)
+        state_dict = {name: array for name, array in state_dict.items() if not name.startswith("aux_head.")}
+    if arch.distillation_token:
+        positions, own = state_dict["pos_embed"], state_dict.pop("dist_pos_embed")
+        state_dict["pos_embed"] = np.concatenate([positions[:, :1], own, positions[:, 1:]], axis=1)
+    return state_dict

@@ -42,7 +42,9 @@ def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> Non
     size = sum(parameter.nbytes for parameter in served.parameters())
     if size > _LARGEST_FILE:
         raise UserError(f"{path}: the weights' {size / 1e9:.1f} GB do not fit into one ONNX file; try --dtype float16")
-    images = _examples(torch, model, raw_input)
+    shape = (2, model.vit.image_size, model.vit.image_size, model.vit.in_channels)
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    images = pixels if raw_input else served.model.normalize(pixels).float().contiguous()
     description = {**describe(model.vit, model.metadata), "input": "pixels" if raw_input else "images"}
     with atomic_create(path) as part:
         with _quiet():
@@ -72,9 +74,8 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     options.log_severity_level = 3  # It warns of every constant that the CPU provider cannot fold in float16.
     with _told_in_one_line(path, "cannot be read"):
         # Without the fallback, which prints banners about damaged files.
-        session = ort.InferenceSession(
-            str(path), options, providers=ort.get_available_providers(), enable_fallback=False
-        )
+        providers = ort.get_available_providers()
+        session = ort.InferenceSession(str(path), options, providers=providers, enable_fallback=False)
         text = session.get_modelmeta().custom_metadata_map.get(PROPERTY, "null")
         description, name = json.loads(text), session.get_inputs()[0].name
     if not isinstance(description, dict):
@@ -109,23 +110,13 @@ def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool) -> Any:
     return Served().eval()
 
 
-def _examples(torch: Any, model: Model, raw_input: bool) -> Any:
-    arch, rng = model.arch, np.random.default_rng(0)
-    size, channels = arch.image_size, arch.in_channels
-    if raw_input:
-        return torch.from_numpy(rng.integers(0, 256, (2, size, size, channels), np.uint8))
-    return torch.from_numpy(rng.standard_normal((2, channels, size, size)).astype(np.float32))
-
-
 def _strip(model: Any) -> None:
     """Removes the source locations that the exporter adds to every node."""
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
-        value.metadata_props.clear()
+    nodes = list(model.graph.all_nodes())
+    outputs = (value for node in nodes for value in node.outputs)
+    for part in (*nodes, *outputs, *model.graph.inputs, *model.graph.initializers.values()):
+        part.metadata_props.clear()
+        part.doc_string = None
 
 
 def _check(path: pathlib.Path, part: pathlib.Path, served: Any, images: Any, dtype: Dtype) -> None:
@@ -154,8 +145,7 @@ def _quiet() -> Iterator[None]:
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(disabled)
