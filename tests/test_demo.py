@@ -26,8 +26,7 @@ import tiny
 from PIL import Image
 
 from sit_jax.cli import app as cli
-from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
-from sit_jax.demo.models import open_demo_models
+from sit_jax.demo.models import keeps, open_demo_models, with_fewer_tokens
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import Reduced

@@ -11,8 +11,7 @@ import tiny
 
 from sit_jax.data.config import AugmentConfig, DataConfig, InputSpec, MixConfig
 from sit_jax.data.mixing import Mix, draw_mix, mix_images, mix_labels
-from sit_jax.data.preprocess import normalize, prepare_batch, random_erasing
-from sit_jax.data.token_labels import patch_labels
+from sit_jax.data.preprocess import normalize, patch_labels, prepare_batch, random_erasing
 
 SIDE = 32
 

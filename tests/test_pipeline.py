@@ -20,9 +20,9 @@ import tiny
 
 from sit_jax.config import Config
 from sit_jax.data.config import AugmentConfig, DataConfig
+from sit_jax.data.map_fns import TrainOrder
 from sit_jax.data.pipeline import HostBatch, Hosts, TrainData, eval_batches
 from sit_jax.data.registry import open_source
-from sit_jax.data.sampler import TrainOrder
 from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError
 
 VARIED = AugmentConfig(flip=0.5, rand_augment="rand-m9-mstd0.5-inc1")

@@ -17,8 +17,8 @@ from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example
 from sit_jax.io.load import load
 from sit_jax.visual import token_maps as core
-from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.model_input import preprocess
+from sit_jax.visual.visualize import arrays_of
 
 COLOUR = tiny.plain(
     image_size=64, in_channels=3, stem="patch", patch_size=8, stage_blocks=(1, 1, 2), kept_tokens=(64, 12, 5)

@@ -5,10 +5,9 @@ it uploaded itself.
 """
 
 import asyncio
-import itertools
 import json
 import pathlib
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 Message = MutableMapping[str, Any]
@@ -73,8 +72,14 @@ class Guard:
         return None
 
     def _names_uploads_only(self, body: bytes) -> bool:
+        entries: list[tuple[str, Any]] = []  # All keys and values of JSON objects, on all levels.
+
+        def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            entries.extend(pairs)
+            return dict(pairs)
+
         try:
-            entries = list(_entries(json.loads(body)))
+            json.loads(body, object_pairs_hook=collect)
         except (ValueError, RecursionError):
             return False
         paths = [value for key, value in entries if key == "path" and value is not None]
@@ -105,16 +110,6 @@ def _size(folder: pathlib.Path) -> int:
         except OSError:
             continue
     return total
-
-
-def _entries(value: object) -> Iterator[tuple[str, object]]:
-    """Yields all keys and values of JSON objects, on all levels."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _entries(inner)
-    elif isinstance(value, list):
-        yield from itertools.chain.from_iterable(map(_entries, value))
 
 
 async def _read(receive: Receive) -> bytes | None:

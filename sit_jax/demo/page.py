@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 
 from sit_jax.data.sources import read_image
-from sit_jax.demo.fewer_tokens import tokens_in_words
-from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
+from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds, tokens_in_words
 from sit_jax.errors import UserError
 from sit_jax.visual.images import as_rgb, heat, regions
 from sit_jax.visual.model_input import ModelInput
@@ -44,16 +43,9 @@ class Session(NamedTuple):
     maps: TokenMaps
 
 
-class _LocalFont(gr.themes.Font):
-    """A font of the user's machine, which needs no download."""
-
-    def stylesheet(self) -> dict[str, None]:
-        return {"url": None, "css": None}
-
-
 def theme() -> gr.themes.Base:
-    """Returns Gradio's default theme with the user's own fonts."""
-    fonts, monospace = [_LocalFont(name) for name in _SANS_SERIF], [_LocalFont(name) for name in _MONOSPACE]
+    """Returns Gradio's default theme with the user's own fonts, which need no download."""
+    fonts, monospace = [gr.themes.Font(name) for name in _SANS_SERIF], [gr.themes.Font(name) for name in _MONOSPACE]
     return gr.themes.Default(font=fonts, font_mono=monospace)
 
 

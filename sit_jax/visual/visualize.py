@@ -19,7 +19,6 @@ from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
-from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.figure import draw_maps
 from sit_jax.visual.model_input import ModelInput, preprocess
 from sit_jax.visual.token_maps import TokenMaps, model_token_maps
@@ -187,3 +186,33 @@ def _write_arrays(model: Model, path: pathlib.Path, images: Sequence[tuple[str, 
     stacked |= {"pictures": np.array(names), "class_names": np.array(model.class_names)}
     with writing(path), atomic_replace(path) as part, part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **stacked)
+
+
+def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray]:
+    """Returns all arrays of one image of a batch, without the batch axis.
+
+    `pixels` (size, size, channels) is the model's input; `logits` and `probabilities` (classes,); `class_attention`
+    (blocks, patches), distributed to the patches; `token_counts` (blocks,), the patch tokens of each block. For each
+    slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
+    `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
+    """
+    found: dict[str, ndarray] = {
+        "pixels": pixels,
+        "logits": maps.logits[index],
+        "probabilities": maps.probabilities[index],
+        "class_attention": np.stack(
+            [maps.attention_on_patches(block)[index] for block in range(1, len(maps.attention) + 1)]
+        ),
+        "token_counts": np.array([weights.shape[1] for weights in maps.attention]),
+    }
+    for number, stage in enumerate(maps.stages, start=1):
+        own = {
+            "assignment": stage.assignment,
+            "cumulative": stage.cumulative,
+            "hard": stage.hard,
+            "overlooked": stage.overlooked,
+            "effective_patches": stage.effective_patches,
+            "token_attention": maps.token_attention(number - 1),
+        }
+        found |= {f"{name}_{number}": values[index] for name, values in own.items()}
+    return found
