@@ -1,5 +1,6 @@
-"""Folders and tfds data sets as sources, and `sit data prepare`."""
+"""The digits, folders and tfds data sets as sources, and `sit data prepare`."""
 
+import dataclasses
 import io
 import pathlib
 import pickle
@@ -15,12 +16,15 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from sit_jax.cli import app as cli
+from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
 from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, UserError
 
 
@@ -34,6 +38,50 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 def names(source: Any) -> set[str]:
     return {source[index].name for index in range(len(source))}
+
+
+def pixels(source: Source) -> list[tuple[bytes, int]]:
+    examples = (source[index] for index in range(len(source)))
+    return [(np.asarray(Image.open(io.BytesIO(x.image))).tobytes(), x.label) for x in examples]
+
+
+def test_digits_are_scikit_learns(digits_dir: str) -> None:
+    train, test = (pixels(open_source(DataConfig(data_dir=digits_dir), split)) for split in ("train", "test"))
+    digits = load_digits()
+    expected = [
+        (np.round(image * 255 / 16).astype(np.uint8).tobytes(), int(label))
+        for image, label in zip(digits.images, digits.target, strict=True)
+    ]
+    assert (len(train), len(test)) == (1438, 359)
+    assert sorted(train + test) == sorted(expected)
+    assert sorted(test) == sorted(expected[4::5])
+
+
+def test_no_tensorflow_at_run_time(digits_dir: str) -> None:
+    code = (
+        "import sys; import sit_jax.data.map_fns; assert 'flax' not in sys.modules;"  # A loader process starts fast.
+        "from sit_jax.data.registry import open_source; from sit_jax.data.config import DataConfig;"
+        f"open_source(DataConfig(data_dir={digits_dir!r}), 'train')[0]; import sit_jax.training.loop;"
+        "assert 'tensorflow' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_splits_and_sizes_that_do_not_exist(digits_dir: str) -> None:
+    data = DataConfig(data_dir=digits_dir)
+    assert len(open_source(data, "train[:10%]")) == 144
+    with pytest.raises(UserError, match=r"'valid'.*train, test"):
+        open_source(data, "valid")
+    plain = ModelConfig(architecture=dataclasses.replace(tiny.TEACHER, num_classes=7))
+    for key, changes in (
+        ("batch_size", {"batch_size": 2000}),
+        ("model.num_classes", {"model": plain, "loss": LossConfig(), "teacher": None}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            TrainData(tiny.config(data=data, **changes).inputs)
+        assert caught.value.key == key
+    with pytest.raises(ConfigError, match=r"sit data prepare --name cifar100 --data_dir"):
+        open_source(DataConfig(name="cifar100", data_dir=digits_dir), "train")
 
 
 def test_flat_folder_holds_out_a_fraction_of_every_class(flat: pathlib.Path) -> None:
@@ -177,12 +225,6 @@ def test_several_correct_classes(tmp_path: pathlib.Path) -> None:
     assert batch["mask"].sum() == 3
     labels = batch["label"][batch["mask"] > 0]
     assert sorted(row[row >= 0].tolist() for row in labels) == [[0, 2, 7], [1, 5], [3]]
-
-
-def test_not_prepared(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConfigError, match=r"sit data prepare --name cifar100 --data_dir") as caught:
-        open_source(DataConfig(name="cifar100", data_dir=str(tmp_path)), "train")
-    assert caught.value.key == "data.name"
 
 
 def test_synthetic_images() -> None:

@@ -1,16 +1,21 @@
-"""Crops, resizes and the augmentation of an image, against Pillow and the definitions."""
+"""Crops, resizes and the augmentation of an image, against Pillow and the definitions; also of very long images."""
 
 import dataclasses
 import io
+import subprocess
+import sys
 
+import images
 import numpy as np
 import pytest
 import skimage.data
+import tiny
 from PIL import Image
 
 from sit_jax.data import transforms
 from sit_jax.data.config import AugmentConfig, DataConfig
 from sit_jax.data.sources import Example
+from sit_jax.visual.model_input import preprocess
 
 PHOTO = skimage.data.chelsea()
 BICUBIC = Image.Resampling.BICUBIC
@@ -94,7 +99,105 @@ def test_augmentations_change_what_they_should() -> None:
         AugmentConfig(max_rotation=20.0),
     ):
         varied = transforms.TrainTransform(DataConfig(resampler="pillow"), augment, 64, 3)
-        images = [varied(example(), np.random.default_rng(seed))["image"] for seed in range(4)]
-        assert all(not np.array_equal(image, base) for image in images)
+        views = [varied(example(), np.random.default_rng(seed))["image"] for seed in range(4)]
+        assert all(not np.array_equal(image, base) for image in views)
         again = varied(example(), np.random.default_rng(2))["image"]
-        assert np.array_equal(again, images[2])
+        assert np.array_equal(again, views[2])
+
+
+def test_affine_moves_rotates_and_scales() -> None:
+    image = Image.fromarray(np.pad(np.full((5, 5), 255, np.uint8), 10))
+
+    def varied(image: Image.Image, *most: float) -> list[np.ndarray]:
+        return [
+            np.asarray(transforms.random_affine(image, np.random.default_rng(seed), *most), float)
+            for seed in range(100)
+        ]
+
+    np.testing.assert_array_equal(varied(image, 0.0, 0.0, 0.0)[0], np.asarray(image))
+    rows, columns = np.mgrid[:25, :25]
+    moved = varied(image, 0.0, 0.2, 0.0)
+    offsets = [((x * columns).sum() / x.sum() - 12, (x * rows).sum() / x.sum() - 12) for x in moved]
+    assert np.abs(offsets).max() == pytest.approx(5.0, abs=0.3)
+    assert np.abs(np.mean(offsets, axis=0)).max() < 0.6
+    bar = Image.fromarray(np.pad(np.full((15, 1), 255, np.uint8), ((5, 5), (12, 12))))
+    assert max(np.flatnonzero(x.max(axis=0) > 60).size for x in varied(bar, 45.0, 0.0, 0.0)) > 8
+    sums = [x.sum() for x in varied(image, 0.0, 0.0, 0.5)]
+    assert min(sums) < 0.4 * 25 * 255
+    assert max(sums) > 1.8 * 25 * 255
+
+
+def png(width: int, height: int, seed: int = 0) -> bytes:
+    """Smooth noise, so that a shift by part of a pixel shows."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (max(1, height // 7), max(1, width // 7), 3), np.uint8)
+    encoded = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def evaluated(encoded: bytes, data: DataConfig, size: int) -> np.ndarray:
+    return transforms.EvalTransform(data, size, 3)(Example(encoded, 0))["image"].astype(np.int64)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(("short", "long", "size"), [(1, 60_000, 8), (3, 5_000, 32), (37, 4_444, 16)])
+def test_evaluation_crop_of_a_long_image(short: int, long: int, size: int, wide: bool) -> None:
+    encoded = png(long, short) if wide else png(short, long)
+    for interpolation in ("bilinear", "bicubic", "lanczos"):
+        image = evaluated(encoded, DataConfig(resize="crop", interpolation=interpolation), size)
+        assert image.shape == (size, size, 3)
+        expected = images.center_crop(encoded, size, 0.875, transforms.RESAMPLING[interpolation])
+        assert np.abs(image - expected).max() <= 1
+
+
+@pytest.mark.parametrize("fraction", [0.875, 1.0, 0.5])
+def test_evaluation_crop_of_ordinary_images_is_torchvisions_to_the_bit(fraction: float) -> None:
+    data = DataConfig(resize="crop", crop_fraction=fraction)
+    for width, height in ((451, 300), (300, 300), (451, 30), (40, 300), (97, 97), (31, 17), (451, 38)):
+        encoded = png(width, height)
+        expected = images.center_crop(encoded, 64, fraction)
+        np.testing.assert_array_equal(evaluated(encoded, data, 64), expected, str((width, height)))
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+@pytest.mark.parametrize("resize", ["crop", "stretch"])
+def test_what_is_shown_is_what_the_model_sees(size: tuple[int, int], resize: str) -> None:
+    data = DataConfig(resize=resize)  # type: ignore[arg-type]
+    seen = preprocess(tiny.plain(in_channels=3), data, Example(png(*size), 0))
+    smaller = Image.fromarray(seen.shown).resize((32, 32), Image.Resampling.BOX)
+    assert np.abs(np.asarray(smaller, np.int64) - seen.pixels).mean() < 3
+
+
+_MEMORY = """
+import io, resource
+import numpy as np
+from PIL import Image
+from sit_jax.data import transforms
+from sit_jax.data.config import AugmentConfig, DataConfig
+from sit_jax.data.sources import Example
+
+def png(width, height):
+    encoded = io.BytesIO()
+    Image.new("L", (width, height), 50).save(encoded, "PNG", compress_level=1)
+    return Example(encoded.getvalue(), 0)
+
+examples = [png(*size) for size in ((1, 60_000), (60_000, 1), (1, 8_000_000), (8_000_000, 1))]
+examples.append(png(300, 200))
+taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
+limit = taken * 1024 + 400_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for resize, resampler, fraction in (("crop", "opencv", 0.875), ("crop", "pillow", 0.001), ("stretch", "pillow", 0.875)):
+    data = DataConfig(resize=resize, resampler=resampler, crop_fraction=fraction)
+    for example in examples:
+        made = [transforms.EvalTransform(data, 224, 3)(example)]
+        made.append(transforms.TrainTransform(data, AugmentConfig(), 224, 3)(example, np.random.default_rng(0)))
+        for one in made:
+            assert one["image"].shape == (224, 224, 3)
+            assert (one["image"] == 50).all()
+"""
+
+
+def test_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
