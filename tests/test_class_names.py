@@ -77,17 +77,10 @@ def test_evaluation_matches_classes_by_name(tmp_path: pathlib.Path, capsys: pyte
         assert evaluate(capsys, save_model(tmp_path / folder, names), *data, "--held_out", "0.5") == pytest.approx(same)
 
 
-class Several:
-    """An image with several correct classes."""
+class Several(list[Example]):
+    """Images with several correct classes."""
 
-    class_names: Sequence[str] = NAMES
-    multi_label = True
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(b"", label=2, labels=(2, 0))
+    class_names, multi_label = NAMES, True
 
 
 @pytest.mark.parametrize(("names", "missing"), [(("cat", "dog", "eel"), "ant"), (("cat", "cat", "ant"), "dog")])
@@ -97,7 +90,7 @@ def test_other_classes_are_refused_with_the_differences(names: Sequence[str], mi
 
 
 def test_several_correct_classes_are_renumbered() -> None:
-    several = match_classes(Several(), ["dog", "ant", "cat"], "the model")
+    several = match_classes(Several([Example(b"", label=2, labels=(2, 0))]), ["dog", "ant", "cat"], "the model")
     assert (several[0].label, several[0].labels, several.multi_label) == (0, (0, 1), True)
 
 
@@ -134,9 +127,6 @@ def test_an_exported_run_is_evaluated_on_the_images_it_was_not_trained_on(
     assert cli.main(["export", str(trained), str(tmp_path / "model"), "--format", "folder"]) == 0
     capsys.readouterr()
     assert evaluate(capsys, tmp_path / "model", *data) == pytest.approx(of_run)
-    other = evaluate(capsys, tmp_path / "model", *data, "--held_out", "0.2")
-    assert isinstance(other, dict)
-    assert other["examples"] == 5
     stricter = evaluate(capsys, tmp_path / "model", *data, "--on_broken", "error")
     assert isinstance(stricter, str)
     assert "9.jpg" in stricter

@@ -131,11 +131,8 @@ def damaged(folder: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_broken_image_is_named_in_one_line_by_workers(damaged: pathlib.Path) -> None:
-    with pytest.raises(ImageDecodeError) as caught:
+    with pytest.raises(ImageDecodeError, match=rf"^{damaged}/train/coffee/0002.jpg: [^\n]*$"):
         take(config(damaged, workers=1, threads=1), 7)
-    message = str(caught.value)
-    assert message.startswith(f"{damaged}/train/coffee/0002.jpg: ")
-    assert len(message.splitlines()) == 1
 
 
 def test_skipping_a_broken_image_changes_no_other(damaged: pathlib.Path, folder: pathlib.Path) -> None:
