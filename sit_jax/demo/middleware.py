@@ -5,6 +5,7 @@ it uploaded itself.
 """
 
 import asyncio
+import contextlib
 import json
 import pathlib
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -105,10 +106,8 @@ def _size(folder: pathlib.Path) -> int:
     """Returns the total size in bytes of the files in a folder, some of which may be deleted meanwhile."""
     total = 0
     for path in folder.rglob("*"):
-        try:
+        with contextlib.suppress(OSError):
             total += path.lstat().st_size
-        except OSError:
-            continue
     return total
 
 

@@ -6,6 +6,7 @@ import functools
 import pathlib
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -133,13 +134,8 @@ def milliseconds(runs: Sequence[Callable[[], object]]) -> list[float]:
     """Returns the median time of each function, timed in turns, after a first call that compiles."""
     for run in runs:
         run()
-    times: list[list[float]] = [[] for _ in runs]
+    rounds: list[list[float]] = []
     begun = time.perf_counter()
-    for turn in range(_ROUNDS):
-        if turn and time.perf_counter() - begun > _SECONDS:
-            break
-        for run, own in zip(runs, times, strict=True):
-            start = time.perf_counter()
-            run()
-            own.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
+    while not rounds or (len(rounds) < _ROUNDS and time.perf_counter() - begun < _SECONDS):
+        rounds.append([1e3 * timeit.timeit(run, number=1) for run in runs])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]

@@ -92,12 +92,8 @@ def _from_files(names: Sequence[str]) -> list[ImageFile]:
         path = pathlib.PurePath(name)
         numbered = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
         stem = next(stem for stem in numbered if stem not in taken)
-        taken[stem] = ImageFile(name, path.name, stem, functools.partial(_read_file, name))
+        taken[stem] = ImageFile(name, path.name, stem, lambda name=name: (read_image(name), ""))
     return list(taken.values())
-
-
-def _read_file(name: str) -> tuple[Example, str]:
-    return read_image(name), ""
 
 
 def _from_split(model: Model, data: dict[str, str | None], limit: int) -> list[ImageFile]:
@@ -124,7 +120,8 @@ def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings
     collected: list[tuple[str, dict[str, ndarray]]] = []
     done = 0
     with Progress("visualize", len(images), 0, 1) as progress:
-        for batch in _read(model, images, output.batch_size, progress):
+        readable = _read(model, images, progress)
+        while batch := list(itertools.islice(readable, output.batch_size)):
             # The batch is padded, so that the last one needs no compilation.
             pixels = np.zeros((output.batch_size, *batch[0][1].pixels.shape), np.uint8)
             pixels[: len(batch)] = [inputs.pixels for _, inputs, _ in batch]
@@ -149,22 +146,16 @@ def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings
     return done
 
 
-def _read(
-    model: Model, images: Sequence[ImageFile], batch_size: int, progress: Progress
-) -> Iterator[list[tuple[ImageFile, ModelInput, str]]]:
-    """Yields the readable images with their model inputs and labels, batch by batch."""
-    batch: list[tuple[ImageFile, ModelInput, str]] = []
+def _read(model: Model, images: Sequence[ImageFile], progress: Progress) -> Iterator[tuple[ImageFile, ModelInput, str]]:
+    """Yields the readable images with their model inputs and labels."""
     for image in images:
         try:
             example, label = image.load()
-            batch.append((image, preprocess(model.vit, model.data, example), label))
+            inputs = preprocess(model.vit, model.data, example)
         except ImageDecodeError as error:
             progress.note(f"skipped {error}")
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        else:
+            yield image, inputs, label
 
 
 def _describe(model: Model, maps: TokenMaps, index: int, label: str) -> str:
@@ -196,23 +187,16 @@ def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray
     slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
     `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
     """
+    blocks = len(maps.attention)
     found: dict[str, ndarray] = {
         "pixels": pixels,
         "logits": maps.logits[index],
         "probabilities": maps.probabilities[index],
-        "class_attention": np.stack(
-            [maps.attention_on_patches(block)[index] for block in range(1, len(maps.attention) + 1)]
-        ),
+        "class_attention": np.stack([maps.attention_on_patches(block + 1)[index] for block in range(blocks)]),
         "token_counts": np.array([weights.shape[1] for weights in maps.attention]),
     }
     for number, stage in enumerate(maps.stages, start=1):
-        own = {
-            "assignment": stage.assignment,
-            "cumulative": stage.cumulative,
-            "hard": stage.hard,
-            "overlooked": stage.overlooked,
-            "effective_patches": stage.effective_patches,
-            "token_attention": maps.token_attention(number - 1),
-        }
-        found |= {f"{name}_{number}": values[index] for name, values in own.items()}
+        names = ("assignment", "cumulative", "hard", "overlooked", "effective_patches")
+        found |= {f"{name}_{number}": getattr(stage, name)[index] for name in names}
+        found[f"token_attention_{number}"] = maps.token_attention(number - 1)[index]
     return found
