@@ -30,7 +30,7 @@ def example(pixels: np.ndarray = PHOTO) -> Example:
 
 def test_crop_boxes_have_the_defined_area_and_ratio() -> None:
     rng = np.random.default_rng(0)
-    boxes = np.array([transforms.random_crop_box(500, 400, rng) for _ in range(20_000)], np.float64)
+    boxes = np.array([transforms.random_crop_box(500, 400, rng, AugmentConfig()) for _ in range(20_000)], np.float64)
     left, top, width, height = boxes.T
     assert min(left.min(), top.min()) >= 0
     assert (left + width).max() <= 500
@@ -52,9 +52,10 @@ def test_crop_boxes_have_the_defined_area_and_ratio() -> None:
 
 def test_crop_of_extreme_images_is_the_largest_allowed_one() -> None:
     rng = np.random.default_rng(0)
-    assert transforms.random_crop_box(1000, 10, rng, scale=(0.9, 1.0)) == (493, 0, 13, 10)
-    assert transforms.random_crop_box(10, 1000, rng, scale=(0.9, 1.0)) == (0, 493, 10, 13)
-    assert transforms.random_crop_box(1, 1, rng) == (0, 0, 1, 1)
+    large = AugmentConfig(crop_scale=(0.9, 1.0))
+    assert transforms.random_crop_box(1000, 10, rng, large) == (493, 0, 13, 10)
+    assert transforms.random_crop_box(10, 1000, rng, large) == (0, 493, 10, 13)
+    assert transforms.random_crop_box(1, 1, rng, AugmentConfig()) == (0, 0, 1, 1)
 
 
 def test_opencv_resampler_does_not_alias() -> None:
@@ -108,21 +109,19 @@ def test_augmentations_change_what_they_should() -> None:
 def test_affine_moves_rotates_and_scales() -> None:
     image = Image.fromarray(np.pad(np.full((5, 5), 255, np.uint8), 10))
 
-    def varied(image: Image.Image, *most: float) -> list[np.ndarray]:
-        return [
-            np.asarray(transforms.random_affine(image, np.random.default_rng(seed), *most), float)
-            for seed in range(100)
-        ]
+    def varied(image: Image.Image, **most: float) -> list[np.ndarray]:
+        augment, rng = AugmentConfig(**most), np.random.default_rng(0)  # type: ignore[arg-type]
+        return [np.asarray(transforms.random_affine(image, rng, augment), float) for _ in range(100)]
 
-    np.testing.assert_array_equal(varied(image, 0.0, 0.0, 0.0)[0], np.asarray(image))
+    np.testing.assert_array_equal(varied(image)[0], np.asarray(image))
     rows, columns = np.mgrid[:25, :25]
-    moved = varied(image, 0.0, 0.2, 0.0)
+    moved = varied(image, max_shift=0.2)
     offsets = [((x * columns).sum() / x.sum() - 12, (x * rows).sum() / x.sum() - 12) for x in moved]
     assert np.abs(offsets).max() == pytest.approx(5.0, abs=0.3)
     assert np.abs(np.mean(offsets, axis=0)).max() < 0.6
     bar = Image.fromarray(np.pad(np.full((15, 1), 255, np.uint8), ((5, 5), (12, 12))))
-    assert max(np.flatnonzero(x.max(axis=0) > 60).size for x in varied(bar, 45.0, 0.0, 0.0)) > 8
-    sums = [x.sum() for x in varied(image, 0.0, 0.0, 0.5)]
+    assert max(np.flatnonzero(x.max(axis=0) > 60).size for x in varied(bar, max_rotation=45.0)) > 8
+    sums = [x.sum() for x in varied(image, max_zoom=0.5)]
     assert min(sums) < 0.4 * 25 * 255
     assert max(sums) > 1.8 * 25 * 255
 

@@ -1,8 +1,4 @@
-"""Middleware that restricts Gradio's server to what the page needs.
-
-Clients of Gradio's endpoints can name files and URLs, which Gradio checks or fetches. This page names only files that
-it uploaded itself.
-"""
+"""Restricts Gradio's server, which reads files and URLs that its clients name, to what the page needs."""
 
 import asyncio
 import contextlib

@@ -29,30 +29,26 @@ _ROUNDS, _SECONDS = 9, 2.0
 _FACTORS = (0.8, 0.6, 0.4)
 
 
-class Keep(NamedTuple):
-    """Number of tokens that each slimming module keeps, in order, with a label for the page."""
-
-    label: str
-    counts: tuple[int, ...]
+Counts = tuple[int, ...]
 
 
-def keeps(arch: Architecture) -> tuple[Keep, ...]:
-    """Returns a slimmed model's trained token counts, then those of smaller keep ratios, at least one per module."""
+def keeps(arch: Architecture) -> dict[str, Counts]:
+    """Returns label -> tokens that each slimming module keeps: as trained, then for smaller keep ratios, at least 1."""
     trained = arch.token_counts[1:]
     found = {trained: "as trained"}
     for factor in _FACTORS:
         counts = tuple(max(1, int(count * factor ** (stage + 1))) for stage, count in enumerate(trained))
         ratio = f"keep ratio {arch.keep_ratio * factor:.2g}" if arch.keep_ratio else f"{factor:.0%} per module"
         found.setdefault(counts, ratio)
-    return tuple(Keep(f"{label}: {tokens_in_words(counts)}", counts) for counts, label in found.items())
+    return {f"{label}: {tokens_in_words(counts)}": counts for counts, label in found.items()}
 
 
-def tokens_in_words(counts: tuple[int, ...]) -> str:
+def tokens_in_words(counts: Counts) -> str:
     """Formats token counts: `(8, 4)` -> `8/4 tokens`, `(1,)` -> `1 token`."""
     return f"{'/'.join(map(str, counts))} {'token' if counts == (1,) else 'tokens'}"
 
 
-def with_fewer_tokens(arch: Architecture, params: Params, counts: tuple[int, ...]) -> tuple[Architecture, Params]:
+def with_fewer_tokens(arch: Architecture, params: Params, counts: Counts) -> tuple[Architecture, Params]:
     """Returns a model whose slimming modules output only the first of their tokens, at most as many as trained.
 
     Each kept token has its own column in the assignment, a softmax over the input tokens that is independent of the
@@ -76,7 +72,7 @@ class DemoModel:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.keeps = keeps(model.vit) if model.vit.is_slimmed and model.vit.reducer == "slim" else ()
+        self.keeps = keeps(model.vit) if model.vit.is_slimmed and model.vit.reducer == "slim" else {}
         times = collections.Counter(model.class_names)
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(model.class_names)]
 
@@ -86,13 +82,13 @@ class DemoModel:
         limited = dataclasses.replace(data, max_pixels=min(data.max_pixels, MAX_PIXELS))
         return preprocess(self.model.vit, limited, example)
 
-    def maps(self, seen: ModelInput, keep: Keep | None) -> TokenMaps:
+    def maps(self, seen: ModelInput, counts: Counts | None) -> TokenMaps:
         """Returns the token maps of one image."""
-        return model_token_maps(self._with(keep), seen.pixels[None])
+        return model_token_maps(self._with(counts), seen.pixels[None])
 
-    def forward(self, seen: ModelInput, keep: Keep | None) -> Callable[[], object]:
+    def forward(self, seen: ModelInput, counts: Counts | None) -> Callable[[], object]:
         """Returns a function that runs the forward pass on one image, from pixels to logits, as in deployment."""
-        model, pixels = self._with(keep), seen.pixels[None]
+        model, pixels = self._with(counts), seen.pixels[None]
         return lambda: jax.block_until_ready(model(pixels))
 
     def most_likely(self, maps: TokenMaps, top: int = 5) -> dict[str, float]:
@@ -101,10 +97,10 @@ class DemoModel:
         return {self.labels[index]: float(values[index]) for index in np.argsort(-values, kind="stable")[:top]}
 
     @functools.cache  # noqa: B019 - models live as long as the page
-    def _with(self, keep: Keep | None) -> Model:
-        if keep is None or keep == self.keeps[0]:
+    def _with(self, counts: Counts | None) -> Model:
+        if counts is None or counts == self.model.vit.token_counts[1:]:
             return self.model
-        arch, params = with_fewer_tokens(self.model.vit, self.model.params, keep.counts)
+        arch, params = with_fewer_tokens(self.model.vit, self.model.params, counts)
         return dataclasses.replace(self.model, arch=arch, variables={**self.model.variables, "params": params})
 
 

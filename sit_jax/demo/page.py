@@ -107,7 +107,7 @@ def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | No
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is not an image; give one of {', '.join(_SUFFIXES)}")
     example = read_image(path, name=file.name)  # Messages on the page must not contain folders of the server.
-    keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
+    keep = student.keeps.get(chosen or "")
     theirs, own = teacher.preprocess(example), student.preprocess(example)
     teacher_maps, maps = teacher.maps(theirs, None), student.maps(own, keep)
     times = milliseconds([teacher.forward(theirs, None), student.forward(own, keep)])
@@ -144,6 +144,6 @@ def _show_stage(session: Session | None, index: float) -> Updates:
 
 
 def _keep_choice(student: DemoModel) -> tuple[gr.Radio, gr.Markdown]:
-    labels = [keep.label for keep in student.keeps]
+    labels = list(student.keeps)
     radio = gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
     return radio, gr.Markdown(_WHY_FEWER if len(labels) > 1 else _WHY_NOT)

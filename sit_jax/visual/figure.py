@@ -191,10 +191,7 @@ def _number(value: float) -> str:
 
 
 def draw_slimming(
-    path: pathlib.Path,
-    images: UInt8[ndarray, "batch height width channels"],
-    maps: TokenMaps,
-    titles: Sequence[str],
+    path: pathlib.Path, images: UInt8[ndarray, "batch height width channels"], maps: TokenMaps, titles: Sequence[str]
 ) -> None:
     """Draws images and, next to each, the token maps of all tokens after the last slimming module."""
     weights = maps.stages[-1].cumulative

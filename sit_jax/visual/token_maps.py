@@ -142,10 +142,7 @@ def apply_watched(
     attention: list[Array] = []
 
     def intercept(
-        call: Callable[..., PyTree],
-        args: tuple[PyTree, ...],
-        kwargs: dict[str, PyTree],
-        context: nn.module.InterceptorContext,
+        call: Callable[..., PyTree], args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext
     ) -> PyTree:
         if isinstance(context.module, Attention) and context.method_name == "__call__":
             attention.append(_class_attention(context.module, args[0]))
