@@ -80,7 +80,8 @@ def test_evaluation_matches_classes_by_name(tmp_path: pathlib.Path, capsys: pyte
 class Several(list[Example]):
     """Images with several correct classes."""
 
-    class_names, multi_label = NAMES, True
+    class_names: Sequence[str] = NAMES
+    multi_label = True
 
 
 @pytest.mark.parametrize(("names", "missing"), [(("cat", "dog", "eel"), "ant"), (("cat", "cat", "ant"), "dog")])

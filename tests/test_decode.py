@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 from malformed import BROKEN, ODD, PHOTO, saved
-from PIL import Image, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 
 from sit_jax.data.decode import decode, findings
 from sit_jax.errors import ImageDecodeError
@@ -118,26 +118,8 @@ def test_bits_per_sample_are_the_files() -> None:
         found = findings(encoded, "", MAX)
         assert any(line.startswith("16-bit") for line in found)
         assert any(line.startswith("grey") for line in found) == (expected.ndim == 2)
-    twelve = _twelve_bit_tiff(GREY.astype(np.uint16) * 16 + 5)
-    np.testing.assert_array_equal(decode(twelve, 1, max_pixels=MAX)[:, :, 0], GREY)
-    assert any(line.startswith("12-bit") for line in findings(twelve, "", MAX))
     # By the file's own range these are black; so it is said.
     assert any("black" in line for line in findings(_tiff(GREY.astype(np.uint16)), "", MAX))
-
-
-def _twelve_bit_tiff(samples: np.ndarray) -> bytes:
-    """Two samples in three bytes, as Pillow reads and nothing here writes them."""
-    first, second = samples[:, ::2], samples[:, 1::2]
-    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
-    directory = TiffImagePlugin.ImageFileDirectory_v2()
-    height, width = samples.shape
-    values = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 0, 277: 1, 278: height, 279: packed.nbytes}
-    for tag, value in values.items():
-        directory[tag] = value
-    encoded = io.BytesIO()
-    directory.save(encoded)
-    encoded.write(packed.tobytes())
-    return encoded.getvalue()
 
 
 def test_transparent_colours_are_laid_on_white() -> None:

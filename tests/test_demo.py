@@ -100,8 +100,8 @@ def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], t
 @pytest.mark.parametrize(
     ("words", "fact"),
     [
-        ("--teacher TEACHER --host no.such.host.invalid", "--host: no.such.host.invalid cannot be listened at"),
-        ("--teacher TEACHER --host 192.0.2.1", "--host: 192.0.2.1 cannot be listened at"),
+        ("--teacher TEACHER --host no.such.host.invalid", "--host: cannot listen on no.such.host.invalid"),
+        ("--teacher TEACHER --host 192.0.2.1", "--host: cannot listen on 192.0.2.1"),
         ("--student TEACHER --teacher TEACHER", "--student: "),
         ("", "--teacher: "),
         ("--teacher TEACHER", 'pip install ".[demo]"'),

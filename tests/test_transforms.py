@@ -1,20 +1,25 @@
-"""Crops, resizes and the augmentation of an image, against Pillow and the definitions; also of very long images."""
+"""Crops, resizes and augmentation of images, also very long ones, against Pillow, timm and the definitions."""
 
+import collections
 import dataclasses
 import io
-import subprocess
-import sys
+import math
+import multiprocessing
+import resource
 
 import images
 import numpy as np
+import psutil
 import pytest
 import skimage.data
 import tiny
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
+from sit_jax.data import rand_augment as ra
 from sit_jax.data import transforms
 from sit_jax.data.config import AugmentConfig, DataConfig
 from sit_jax.data.sources import Example
+from sit_jax.errors import ConfigError
 from sit_jax.visual.model_input import preprocess
 
 PHOTO = skimage.data.chelsea()
@@ -168,35 +173,143 @@ def test_what_is_shown_is_what_the_model_sees(size: tuple[int, int], resize: str
     assert np.abs(np.asarray(smaller, np.int64) - seen.pixels).mean() < 3
 
 
-_MEMORY = """
-import io, resource
-import numpy as np
-from PIL import Image
-from sit_jax.data import transforms
-from sit_jax.data.config import AugmentConfig, DataConfig
-from sit_jax.data.sources import Example
-
-def png(width, height):
-    encoded = io.BytesIO()
-    Image.new("L", (width, height), 50).save(encoded, "PNG", compress_level=1)
-    return Example(encoded.getvalue(), 0)
-
-examples = [png(*size) for size in ((1, 60_000), (60_000, 1), (1, 8_000_000), (8_000_000, 1))]
-examples.append(png(300, 200))
-taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize"))
-limit = taken * 1024 + 400_000_000
-resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-for resize, resampler, fraction in (("crop", "opencv", 0.875), ("crop", "pillow", 0.001), ("stretch", "pillow", 0.875)):
-    data = DataConfig(resize=resize, resampler=resampler, crop_fraction=fraction)
-    for example in examples:
-        made = [transforms.EvalTransform(data, 224, 3)(example)]
-        made.append(transforms.TrainTransform(data, AugmentConfig(), 224, 3)(example, np.random.default_rng(0)))
-        for one in made:
-            assert one["image"].shape == (224, 224, 3)
-            assert (one["image"] == 50).all()
-"""
+def transform_long_images() -> None:
+    """Transforms long images in a process that may take 400 MB more than it has."""
+    examples = []
+    for size in ((1, 60_000), (60_000, 1), (1, 8_000_000), (8_000_000, 1), (300, 200)):
+        encoded = io.BytesIO()
+        Image.new("L", size, 50).save(encoded, "PNG", compress_level=1)
+        examples.append(Example(encoded.getvalue(), 0))
+    limit = psutil.Process().memory_info().vms + 400_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for data in (
+        DataConfig(resize="crop"),
+        DataConfig(resize="crop", resampler="pillow", crop_fraction=0.001),
+        DataConfig(resampler="pillow"),
+    ):
+        evaluate = transforms.EvalTransform(data, 224, 3)
+        train = transforms.TrainTransform(data, AugmentConfig(), 224, 3)
+        for one in examples:
+            for made in (evaluate(one), train(one, np.random.default_rng(0))):
+                assert made["image"].shape == (224, 224, 3)
+                assert (made["image"] == 50).all()
 
 
 def test_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1000:]
+    process = multiprocessing.get_context("spawn").Process(target=transform_long_images)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+FILL = (124, 116, 104)
+CAT = Image.fromarray(PHOTO[40:200, 60:240])
+
+
+def table(function: object) -> list[int]:
+    return [function(level) for level in range(256)] * 3  # type: ignore[operator]
+
+
+def affine(*matrix: float) -> Image.Image:
+    return CAT.transform(CAT.size, Image.Transform.AFFINE, matrix, resample=BICUBIC, fillcolor=FILL)
+
+
+# Operation, argument, what Pillow makes of it.
+OPERATIONS: list[tuple[str, float, Image.Image]] = [
+    ("AutoContrast", 0, ImageOps.autocontrast(CAT)),
+    ("Equalize", 0, ImageOps.equalize(CAT)),
+    ("Invert", 0, ImageOps.invert(CAT)),
+    ("Rotate", 17.3, CAT.rotate(17.3, resample=BICUBIC, fillcolor=FILL)),
+    ("PosterizeIncreasing", 1, CAT.point(table(lambda v: v & 0b10000000))),
+    ("PosterizeIncreasing", 0, Image.new("RGB", CAT.size)),
+    ("Solarize", 100, CAT.point(table(lambda v: v if v < 100 else 255 - v))),
+    ("SolarizeAdd", 60, CAT.point(table(lambda v: min(255, v + 60) if v < 128 else v))),
+    ("Color", 0.3, ImageEnhance.Color(CAT).enhance(0.3)),
+    ("ShearX", -0.21, affine(1, -0.21, 0, 0, 1, 0)),
+    ("ShearY", 0.13, affine(1, 0, 0, 0.13, 1, 0)),
+    ("TranslateXRel", 0.3, affine(1, 0, 0.3 * 180, 0, 1, 0)),
+    ("TranslateYRel", -0.2, affine(1, 0, 0, 0, 1, -0.2 * 160)),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "expected"), OPERATIONS, ids=lambda x: x if isinstance(x, str) else "")
+def test_operation_is_pillows(name: str, argument: float, expected: Image.Image) -> None:
+    assert ra.apply_operation(CAT, name, argument, BICUBIC, FILL).tobytes() == expected.tobytes()
+
+
+def test_grey_images() -> None:
+    grey = CAT.convert("L")
+    for name in ra.RandAugmentSpec(increasing=True).operations:
+        result = ra.apply_operation(grey, name, 0.2 if name[-1] in "XYl" else 2, BICUBIC, (110,))
+        assert (result.mode, result.size) == ("L", grey.size)
+    # What lies to the left of the image comes in at the right.
+    assert ra.apply_operation(grey, "TranslateXRel", 0.3, BICUBIC, (110,)).getpixel((179, 80)) == 110
+
+
+def test_arguments_follow_the_definition() -> None:
+    # timm's level functions at magnitude 9: value, and whether the sign is random.
+    signed = {"Rotate": 27.0, "ShearX": 0.27, "ShearY": 0.27, "TranslateXRel": 0.405, "TranslateYRel": 0.405}
+    expected = {name: {value, -value} for name, value in signed.items()}
+    for name in ("Color", "Contrast", "Brightness", "Sharpness"):
+        expected |= {name: {1.72}, f"{name}Increasing": {1.81, 0.19}}
+    levels = {"Posterize": 3, "PosterizeIncreasing": 1, "Solarize": 230, "SolarizeIncreasing": 26, "SolarizeAdd": 99}
+    expected |= {name: {level} for name, level in levels.items()}
+    for name, values in expected.items():
+        drawn = [ra.draw_argument(name, 9.0, np.random.default_rng(seed)) for seed in range(400)]
+        assert {round(x, 6) for x in drawn} == values, name
+        if len(values) == 2:
+            assert np.mean(np.array(drawn) == max(drawn)) == pytest.approx(0.5, abs=0.08)
+    assert ra.draw_argument("ColorIncreasing", 10.0, np.random.default_rng(1)) in (1.9, 0.1)
+    assert {ra.draw_argument("PosterizeIncreasing", m, np.random.default_rng(0)) for m in (0, 10)} == {4, 0}
+
+
+def test_magnitudes_are_distributed_as_the_string_says() -> None:
+    rng = np.random.default_rng(0)
+    spec = ra.parse_rand_augment("rand-m9-mstd0.5-inc1")
+    drawn = np.array([ra.draw_magnitude(spec, rng) for _ in range(20_000)])
+    # A normal distribution of mean 9 and deviation 0.5, cut at 10: beyond two deviations lies 2.3%, set to 10.
+    assert drawn.mean() == pytest.approx(9.0, abs=0.02)
+    assert drawn.std() == pytest.approx(0.5, abs=0.02)
+    assert drawn.max() == 10.0
+    assert (drawn == 10.0).mean() == pytest.approx(0.0228, abs=0.004)
+    uniform = ra.parse_rand_augment("rand-m8-mstd101")
+    drawn = np.array([ra.draw_magnitude(uniform, rng) for _ in range(20_000)])
+    assert (drawn.min(), drawn.max()) == (pytest.approx(0, abs=0.01), pytest.approx(8, abs=0.01))
+    assert drawn.std() == pytest.approx(8 / math.sqrt(12), rel=0.02)
+    assert {ra.draw_magnitude(ra.parse_rand_augment("rand-m5"), rng) for _ in range(50)} == {5.0}
+
+
+def test_grammar() -> None:
+    assert ra.parse_rand_augment("rand-m9-n3-mstd0.5-inc1") == ra.RandAugmentSpec(9, 3, 0.5, increasing=True)
+    assert ra.parse_rand_augment("rand") == ra.RandAugmentSpec(10, 2, 0.0, 10.0, False, 0.5, False)
+    assert ra.parse_rand_augment("rand-m7-p0.8-mmax8-mstdinf").magnitude_std == math.inf
+    for wrong in ("m9", "rand-x3", "rand-m11", "rand-n0", "rand-n2.5", "rand-inc2", "rand-m", "rand-w1", "rand-w0-n14"):
+        with pytest.raises(ConfigError, match=wrong.split("-")[-1]) as caught:
+            ra.parse_rand_augment(wrong)
+        assert caught.value.key == "rand_augment"
+
+
+def test_operations_are_drawn_as_often_as_the_definition_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    applied: list[str] = []
+
+    def note(image: Image.Image, name: str, *_: object) -> Image.Image:
+        applied.append(name)
+        return image
+
+    def draws(policy: str, count: int) -> collections.Counter[str]:
+        applied.clear()
+        rng = np.random.default_rng(0)
+        for _ in range(count):
+            ra.rand_augment(CAT, rng, ra.parse_rand_augment(policy), BICUBIC, FILL)
+        return collections.Counter(applied)
+
+    monkeypatch.setattr(ra, "apply_operation", note)
+    # Three draws, each carried out with probability 0.5: 1.5 on average, any operation a fifteenth of them.
+    counts = draws("rand-m9-n3-inc1", 6000)
+    assert counts.total() / 6000 == pytest.approx(1.5, abs=0.04)
+    assert set(counts) == set(ra.RandAugmentSpec(increasing=True).operations)
+    assert np.allclose(np.array(list(counts.values())) / counts.total(), 1 / 15, atol=0.01)
+    # Weighted draws are without replacement: with it, Rotate would be drawn 0.6 times on average.
+    counts = draws("rand-m9-w0-p1", 3000)
+    assert 0.45 < counts["Rotate"] / 3000 < 0.58
+    assert "Invert" not in counts

@@ -87,12 +87,15 @@ def command(
 
 
 def _from_files(names: Sequence[str]) -> list[ImageFile]:
+    def read(name: str) -> tuple[Example, str]:
+        return read_image(name), ""
+
     taken: dict[str, ImageFile] = {}
     for name in names:
         path = pathlib.PurePath(name)
         numbered = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
         stem = next(stem for stem in numbered if stem not in taken)
-        taken[stem] = ImageFile(name, path.name, stem, lambda name=name: (read_image(name), ""))
+        taken[stem] = ImageFile(name, path.name, stem, functools.partial(read, name))
     return list(taken.values())
 
 
