@@ -29,10 +29,8 @@ class LabelMaps:
             self._classes = np.load(folder / _CLASSES, mmap_mode="r")
             self._values = np.load(folder / _VALUES, mmap_mode="r")
         except (OSError, ValueError) as error:
-            reason = one_line(error)
-            raise ConfigError(
-                "data.label_maps", f"{folder} contains no label maps ({reason}); run: sit data label"
-            ) from None
+            problem = f"{folder} contains no label maps ({one_line(error)}); run: sit data label"
+            raise ConfigError("data.label_maps", problem) from None
         if self._classes.shape != self._values.shape or self._classes.ndim != 4:
             raise ConfigError("data.label_maps", f"{folder} is incomplete; make it again: sit data label")
 

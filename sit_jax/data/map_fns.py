@@ -36,16 +36,12 @@ class TrainOrder:
     repeats: int
     seed: int
 
-    @property
-    def images_per_batch(self) -> int:
-        """Number of different images in a batch."""
-        return -(-self.batch_size // self.repeats)
-
     def __call__(self, position: int) -> int:
         """Returns the index in the source of the example at a position."""
         batch, place = divmod(position, self.batch_size)
         # Views of an image are far apart, so that they are on different devices.
-        number = batch * self.images_per_batch + place % self.images_per_batch
+        images = -(-self.batch_size // self.repeats)
+        number = batch * images + place % images
         lap, index = divmod(number, self.length)
         seed = (self.seed * 0x9E3779B1 + lap * 0x85EBCA77) & 0xFFFFFFFF
         return int(index_shuffle(index, max_index=self.length - 1, seed=seed, rounds=_ROUNDS))

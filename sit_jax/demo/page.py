@@ -3,7 +3,7 @@
 import html
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
@@ -28,19 +28,11 @@ _WHY_NOT = "No other number of tokens: each of this model's slimming modules mak
 _SANS_SERIF = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
-
 # New values of the page's components.
 Updates = Sequence[object]
-
-
-class Session(NamedTuple):
-    """State of a session: the last image, preprocessed, and the student's token maps.
-
-    Stages are drawn when the slider requests them: all of them together need tens of megabytes.
-    """
-
-    inputs: ModelInput
-    maps: TokenMaps
+# The last image and the student's token maps. Stages are drawn when the slider requests them: all of them together need
+# tens of megabytes.
+Session = tuple[ModelInput, TokenMaps]
 
 
 def theme() -> gr.themes.Base:
@@ -112,7 +104,7 @@ def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | No
     teacher_maps, maps = teacher.maps(theirs, None), student.maps(own, keep)
     times = milliseconds([teacher.forward(theirs, None), student.forward(own, keep)])
     answers = teacher.most_likely(teacher_maps), student.most_likely(maps)
-    session, last = Session(own, maps), len(maps.stages)
+    session, last = (own, maps), len(maps.stages)
     costs = f"One image, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
     slider = gr.Slider(maximum=last, value=last, interactive=True)
     faster = f"{costs} ({times[0] / times[1]:.2f} times as fast)."
@@ -127,7 +119,7 @@ def _show_stage(session: Session | None, index: float) -> Updates:
     """
     if session is None:
         return "", None, []
-    shown, maps = session.inputs.shown, session.maps
+    shown, maps = session[0].shown, session[1]
     place = min(int(index), len(maps.stages))
     if place < 1:
         return f"**Stage 0**: the image, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", as_rgb(shown), []

@@ -34,12 +34,11 @@ _CLASSES_SHOWN = 3
 class ImageFile(NamedTuple):
     """An image to visualize: a file, or an example of a data set.
 
-    `name` is for messages and arrays, `title` for its figure, and `stem` is the name of its files, without a suffix.
+    `name` is for messages and arrays, and `stem` is the name of its files, without a suffix.
     `load` reads the image and the name of its class, which is empty if unknown.
     """
 
     name: str
-    title: str
     stem: str
     load: Callable[[], tuple[Example, str]]
 
@@ -95,7 +94,7 @@ def _from_files(names: Sequence[str]) -> list[ImageFile]:
         path = pathlib.PurePath(name)
         numbered = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
         stem = next(stem for stem in numbered if stem not in taken)
-        taken[stem] = ImageFile(name, path.name, stem, functools.partial(read, name))
+        taken[stem] = ImageFile(name, stem, functools.partial(read, name))
     return list(taken.values())
 
 
@@ -111,7 +110,7 @@ def _from_split(model: Model, data: dict[str, str | None], limit: int) -> list[I
         return example, str(source.class_names[example.label]) if example.label >= 0 else ""
 
     names = [f"{stem}-{index:05d}" for index in range(min(limit, len(source)))]
-    return [ImageFile(name, name, name, functools.partial(read, index)) for index, name in enumerate(names)]
+    return [ImageFile(name, name, functools.partial(read, index)) for index, name in enumerate(names)]
 
 
 def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings) -> int:
@@ -134,8 +133,8 @@ def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings
                     # Never the name of an image file, so that no input is replaced.
                     path = output.figures / f"{image.stem}.maps.png"
                     with writing(path), atomic_replace(path) as part:
-                        prediction = _describe(model, maps, index, label)
-                        draw_maps(part, inputs.shown, maps, index, image.title, prediction, output.tokens, output.dpi)
+                        title, prediction = pathlib.Path(image.name).name, _describe(model, maps, index, label)
+                        draw_maps(part, inputs.shown, maps, index, title, prediction, output.tokens, output.dpi)
                 if output.arrays is not None:
                     arrays = image.name, arrays_of(inputs.pixels, maps, index)
                     if output.arrays.suffix == _NPZ:
