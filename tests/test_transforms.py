@@ -115,8 +115,9 @@ def test_affine_moves_rotates_and_scales() -> None:
     image = Image.fromarray(np.pad(np.full((5, 5), 255, np.uint8), 10))
 
     def varied(image: Image.Image, **most: float) -> list[np.ndarray]:
-        augment, rng = AugmentConfig(**most), np.random.default_rng(0)  # type: ignore[arg-type]
-        return [np.asarray(transforms.random_affine(image, rng, augment), float) for _ in range(100)]
+        augment = AugmentConfig(**most)  # type: ignore[arg-type]
+        rngs = map(np.random.default_rng, range(100))
+        return [np.asarray(transforms.random_affine(image, rng, augment), float) for rng in rngs]
 
     np.testing.assert_array_equal(varied(image)[0], np.asarray(image))
     rows, columns = np.mgrid[:25, :25]
