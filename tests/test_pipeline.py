@@ -149,7 +149,7 @@ def test_nothing_but_broken_images(tmp_path: pathlib.Path) -> None:
         (tmp_path / name).mkdir()
         for index in range(20):
             (tmp_path / name / f"{index}.jpg").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="100 images"):
+    with pytest.raises(UserError, match="100 consecutive images"):
         take(config(tmp_path, on_decode_error="skip"), 1)
 
 
