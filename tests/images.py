@@ -40,3 +40,15 @@ def make_folder(
             left, top = int(rng.integers(image.width - width)), int(rng.integers(image.height - height))
             crop = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
             (folder / f"{index:04d}.jpg").write_bytes(jpeg(np.asarray(crop)))
+
+
+def center_crop(
+    encoded: bytes, size: int, fraction: float = 0.875, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Torchvision's evaluation crop in Pillow's words: resizes all of the image, then crops; int64 pixels."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        shorter, (width, height) = int(size / fraction), image.size
+        scale = [max(shorter, int(shorter * length / min(width, height))) for length in (width, height)]
+        resized = image.resize((scale[0], scale[1]), resample)
+    left, top = (round((length - size) / 2) for length in scale)
+    return np.asarray(resized.crop((left, top, left + size, top + size)), np.int64)

@@ -33,11 +33,9 @@ def png(size: tuple[int, int], bits: int, colour: int, rows: bytes, key: bytes =
     return b"\x89PNG\r\n\x1a\n" + header + transparent + data
 
 
-def _huge_jpeg(width: int, height: int) -> bytes:
-    jpeg = bytearray(JPEG)
-    start = jpeg.index(b"\xff\xc0")
-    jpeg[start + 5 : start + 9] = struct.pack(">HH", height, width)
-    return bytes(jpeg)
+def _huge_jpeg() -> bytes:
+    start = JPEG.index(b"\xff\xc0")
+    return JPEG[: start + 5] + struct.pack(">HH", 60000, 60000) + JPEG[start + 9 :]
 
 
 JPEG = images.jpeg(np.asarray(PHOTO))
@@ -50,19 +48,13 @@ WEBP = saved(PHOTO, "WEBP", lossless=True)
 # File name -> bytes that are not an image, or only a part of one.
 BROKEN: dict[str, bytes] = {
     "empty.jpg": b"",
-    "zeros.jpg": bytes(1000),
     "text.jpg": b"not a picture at all, but a note to myself",
     "jpeg_half.jpg": JPEG[: len(JPEG) // 2],
     "jpeg_without_end.jpg": JPEG[:-200],
-    "jpeg_header_only.jpg": JPEG[:20],
-    "jpeg_start_and_end.jpg": b"\xff\xd8\xff\xd9",
     "jpeg_tables_gone.jpg": JPEG[:2] + JPEG[JPEG.index(b"\xff\xda") :],
-    "jpeg_huge_header.jpg": _huge_jpeg(60000, 60000),
-    "jpeg_zero_size.jpg": _huge_jpeg(0, 0),
+    "jpeg_huge_header.jpg": _huge_jpeg(),
     "png_half.png": PNG[: len(PNG) // 2],
-    "png_no_data.png": PNG[:33] + PNG[-12:],  # Its header and its end.
     "png_huge_header.png": png((50000, 50000), 8, 2, b"x"),
-    "png_zero_size.png": png((0, 10), 8, 2, b"x"),
     "png_bad_checksum.png": PNG[:20] + bytes([PNG[20] ^ 255]) + PNG[21:],
     "png_bad_data.png": PNG[:60] + bytes(len(PNG) - 120) + PNG[-60:],
     "gif_half.gif": GIF[: len(GIF) // 2],
@@ -87,29 +79,20 @@ ODD: dict[str, tuple[bytes, str]] = {
     "plain.jpg": (JPEG, ""),
     "plain.png": (PNG, ""),
     "grey.jpg": (saved(PHOTO.convert("L"), "JPEG"), "grey"),
-    "one_bit.png": (saved(PHOTO.convert("1"), "PNG"), "grey"),
     "cmyk.jpg": (saved(PHOTO.convert("CMYK"), "JPEG"), "CMYK"),
     "deep.png": (saved(Image.fromarray(_DEEP), "PNG"), "16-bit"),
     "palette.png": (saved(PHOTO.convert("P"), "PNG"), "palette"),
     "palette_transparent.png": (saved(PHOTO.convert("P"), "PNG", transparency=bytes(range(256))), "transparent"),
     "alpha.png": (saved(PHOTO.convert("RGBA"), "PNG"), "transparent"),
-    "grey_alpha.png": (saved(PHOTO.convert("LA"), "PNG"), "transparent"),
     "animated.gif": (saved(PHOTO, "GIF", save_all=True, append_images=[PHOTO.rotate(90)]), "animated"),
-    "still.gif": (GIF, "palette"),
-    "animated.png": (saved(PHOTO, "PNG", save_all=True, append_images=[PHOTO.rotate(90)]), "animated"),
     "jpeg_called.png": (JPEG, "suffix"),
-    "png_called.jpeg": (PNG, "suffix"),
     "turned.jpg": (saved(PHOTO, "JPEG", exif=_exif(6)), "EXIF"),
     "bad_orientation.jpg": (saved(PHOTO, "JPEG", exif=_exif(77)), ""),
     "bad_exif.jpg": (saved(PHOTO, "JPEG", exif=b"Exif\x00\x00" + b"\xff" * 40), ""),
     "bad_icc.jpg": (saved(PHOTO, "JPEG", icc_profile=b"\x00garbage" * 30), ""),
-    "bad_icc.png": (saved(PHOTO, "PNG", icc_profile=b"\x00garbage" * 30), ""),
     "one_pixel.png": (saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), ""),
     "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), "longer"),
-    "progressive.jpg": (saved(PHOTO, "JPEG", progressive=True), ""),
     "trailing_zeros.jpg": (JPEG + bytes(64), ""),
     "trailing_text.jpg": (JPEG + b"notes", ""),
-    "bitmap.bmp": (BMP, ""),
-    "scan.tif": (TIFF, ""),
     "web.webp": (WEBP, ""),
 }

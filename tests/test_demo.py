@@ -1,5 +1,6 @@
 """The demo: fewer tokens are the same tokens, the server gives away nothing, and the page works in a real browser."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -26,8 +27,8 @@ import tiny
 from PIL import Image
 
 from sit_jax.cli import app as cli
-from sit_jax.demo.fewer_tokens import keeps, with_fewer_tokens
-from sit_jax.demo.models import open_demo_models
+from sit_jax.demo.middleware import Guard
+from sit_jax.demo.models import keeps, open_demo_models, with_fewer_tokens
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import Reduced
@@ -40,17 +41,15 @@ NAMES = ["nothing", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 def test_the_numbers_of_tokens_follow_the_ratio() -> None:
     digits = Architecture(image_size=64, stem="conv4", dim=48, num_heads=3, stage_blocks=(1, 1, 1, 9), keep_ratio=0.5)
-    labels = [keep.label for keep in keeps(digits)]
-    assert labels == [
+    assert list(keeps(digits)) == [
         "as trained: 8/4/2 tokens",
         "keep ratio 0.4: 6/2/1 tokens",
         "keep ratio 0.3: 4/1/1 tokens",
         "keep ratio 0.2: 3/1/1 tokens",
     ]
-    assert [keep.label for keep in keeps(SINGLE)] == ["as trained: 1 token"]
-    assert keeps(tiny.plain(image_size=64, stage_blocks=(2, 2), kept_tokens=(16, 10)))[1].label == (
-        "80% per module: 8 tokens"
-    )
+    assert keeps(SINGLE) == {"as trained: 1 token": (1,)}
+    by_counts = tiny.plain(image_size=64, stage_blocks=(2, 2), kept_tokens=(16, 10))
+    assert keeps(by_counts)["80% per module: 8 tokens"] == (8,)
 
 
 @pytest.mark.parametrize("counts", [(6, 2), (1, 1)])
@@ -101,11 +100,12 @@ def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], t
 @pytest.mark.parametrize(
     ("words", "fact"),
     [
-        ("--teacher TEACHER --host no.such.host.invalid", "--host: no.such.host.invalid cannot be listened at"),
-        ("--teacher TEACHER --host 192.0.2.1", "--host: 192.0.2.1 cannot be listened at"),
+        ("--teacher TEACHER --host no.such.host.invalid", "--host: cannot listen on no.such.host.invalid"),
+        ("--teacher TEACHER --host 192.0.2.1", "--host: cannot listen on 192.0.2.1"),
         ("--student TEACHER --teacher TEACHER", "--student: "),
         ("", "--teacher: "),
         ("--teacher TEACHER", 'pip install ".[demo]"'),
+        ("--teacher TEACHER --port TAKEN", "--port: 127.0.0.1:TAKEN cannot be opened"),
     ],
 )
 def test_mistakes(
@@ -119,16 +119,11 @@ def test_mistakes(
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.delitem(sys.modules, "sit_jax.demo.page", raising=False)
     words = f"--student {folders['student']} --port {free_port()} {words}".replace("TEACHER", str(folders["teacher"]))
-    assert cli.main(["demo", *words.split()]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert fact in line
-
-
-def test_a_port_that_is_taken(folders: dict[str, pathlib.Path], capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert cli.main(["demo", "--student", str(folders["student"]), "--port", port]) == 2
-    assert f"--port: 127.0.0.1:{port} cannot be opened" in capsys.readouterr().err
+        assert cli.main(["demo", *words.replace("TAKEN", port).split()]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert fact.replace("TAKEN", port) in line
 
 
 def test_a_runs_own_teacher_is_found(tmp_path: pathlib.Path) -> None:
@@ -181,6 +176,87 @@ def serving(folders: dict[str, pathlib.Path], host: str, end: signal.Signals) ->
         assert process.returncode == (143 if end == signal.SIGTERM else 0)
 
 
+UPLOADS = pathlib.Path("/tmp/uploads")
+
+
+def guarded(path: str, body: Any = None, method: str = "POST", folder: pathlib.Path = UPLOADS, **headers: str) -> int:
+    """The status of a request: 200 where the middleware hands it on."""
+    statuses: list[int] = []
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    parts = [raw[: len(raw) // 2], raw[len(raw) // 2 :]]
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if body is not None:
+            assert (await receive())["body"] == raw
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": parts.pop(0), "more_body": bool(parts)}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    fields = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": fields}
+    asyncio.run(Guard(app, folder, max_bytes=1000)(scope, receive, send))
+    return statuses[0]
+
+
+def event(path: Any, url: Any = None) -> dict[str, Any]:
+    return {"data": [{"path": path, "url": url, "meta": {"_type": "gradio.FileData"}}, "teacher"], "fn_index": 0}
+
+
+def test_the_middleware_lets_uploads_pass_only() -> None:
+    join, here = "/gradio_api/queue/join", "http://127.0.0.1:7860/gradio_api/file=/tmp/uploads/x.png"
+    assert guarded(join, event("/tmp/uploads/abc/x.png", here)) == 200
+    assert guarded(join, {"data": [None, 3]}) == 200
+    refused: list[Any] = ["/etc/passwd", "/tmp/uploads/../../etc/passwd", "x.png", "http://example.com/x.png", 3]
+    for path in [*refused, "/tmp/uploads_of_others/x.png", "/tmp/up\0loads"]:
+        assert guarded(join, event(path)) == 403, path
+        assert guarded(join, {"data": {"deep": [[event(path)]]}}) == 403, path
+    assert guarded(join, event("/tmp/uploads/x.png", "data:image/png;base64,AAAA")) == 403
+    assert guarded(join, event("/tmp/uploads/x.png", "file:///etc/passwd")) == 403
+    assert guarded(join, b"no json") == 403
+    assert guarded(join, b'"' + b"a" * 2_000_000 + b'"') == 403
+    assert guarded(join, b"[" * 100_000) == 403
+
+
+@pytest.mark.parametrize(
+    ("method", "paths", "status"),
+    [
+        ("GET", "/ /theme.css /assets/x.js /gradio_api/queue/data /gradio_api/heartbeat/x", 200),
+        ("GET", "/gradio_api/file=/tmp/uploads/abc/x.png", 200),
+        ("GET", "/docs /monitoring /gradio_api/info /gradio_api/proxy=http://example.com /gradio_api/queue/join", 403),
+        ("POST", "/gradio_api/cancel", 200),
+        ("POST", "/gradio_api/run/predict /gradio_api/queue/join/x /gradio_api/file=/tmp/uploads/x /login", 403),
+        ("OPTIONS", "/", 403),
+        # Gradio fetches addresses after `file=`, and streams what they say.
+        ("GET", "/gradio_api/file=http://example.com/x /gradio_api/file/http://example.com/x /file=/etc/passwd", 403),
+        ("HEAD", "/gradio_api/file=/tmp/uploads/../../etc/passwd /gradio_api/file= /gradio_api/file=x.png", 403),
+    ],
+)
+def test_no_other_endpoints(method: str, paths: str, status: int) -> None:
+    for path in paths.split():
+        assert guarded(path, {} if method == "POST" else None, method) == status, path
+
+
+def test_the_middleware_bounds_uploads(tmp_path: pathlib.Path) -> None:
+    upload = "/gradio_api/upload"
+    for path, status, headers in (
+        (upload, 411, {}),
+        (upload, 411, {"content_length": "x"}),
+        (upload, 411, {"content_length": "9", "transfer_encoding": "chunked"}),
+        (f"{upload}/", 413, {"content_length": "101001"}),
+        (upload, 200, {"content_length": "101000"}),
+    ):
+        assert guarded(path, folder=tmp_path, **headers) == status, headers
+    (tmp_path / "one").mkdir()
+    for name, size, status in (("one/x.png", 40_000, 200), ("y.png", 20_000, 507)):
+        (tmp_path / name).write_bytes(b"0" * size)
+        assert guarded(upload, folder=tmp_path, content_length="101000") == status
+
+
 @pytest.fixture(scope="module")
 def served(folders: dict[str, pathlib.Path]) -> Iterator[str]:
     """The address of a page that lasts for several tests."""
@@ -189,20 +265,13 @@ def served(folders: dict[str, pathlib.Path]) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_told_to_end_leaves_no_uploads(folders: dict[str, pathlib.Path]) -> None:
-    with serving(folders, "0.0.0.0", signal.SIGTERM) as address:
-        answer = httpx.post(f"{address}/gradio_api/upload", files={"files": ("x.png", b"0" * 1_000)}, trust_env=False)
-        place = pathlib.Path(answer.json()[0])
-        assert place.exists()
-    assert not place.exists()
-    assert not place.parents[1].exists()
-
-
-@pytest.mark.slow
-def test_the_server_gives_away_nothing(served: str) -> None:
-    """The middleware (test_demo_guard.py) is before Gradio's own endpoints and those of Starlette."""
+def test_the_server_gives_away_nothing_and_leaves_no_uploads(folders: dict[str, pathlib.Path]) -> None:
+    """The middleware is before Gradio's own endpoints and those of Starlette."""
     secret = pathlib.Path("pyproject.toml").resolve()
-    with httpx.Client(base_url=served, follow_redirects=False) as client:
+    with (
+        serving(folders, "0.0.0.0", signal.SIGTERM) as address,
+        httpx.Client(base_url=address, follow_redirects=False, trust_env=False) as client,
+    ):
         assert client.get("/").status_code == 200
         for path in (f"gradio_api/file={secret}", f"file={secret}", "docs", "gradio_api/openapi.json", "monitoring"):
             assert client.get(f"/{path}").status_code == 403, path
@@ -215,6 +284,7 @@ def test_the_server_gives_away_nothing(served: str) -> None:
         (place,) = client.post("/gradio_api/upload", files={"files": ("../../x.png", b"0" * 1_000)}).json()
         assert re.fullmatch(r".*/sit_demo_[^/]+/[^/]+/[^/]*x\.png", place)
         assert client.get(f"/gradio_api/file={place}").status_code == 200
+    assert not pathlib.Path(place).parents[1].exists()
 
 
 # A stream of events that the page itself ends is a failed request to the browser.
@@ -241,13 +311,9 @@ def test_the_page(served: str, chromium: Any, tmp_path: pathlib.Path) -> None:
             says = page.inner_text(who)
             assert sum(name in says for name in NAMES) == 5, says
             assert page.locator(f"{who} b").count() == 0  # Class names are text.
-        # Behind the last module stand four tokens; behind the first, eight; before it, the image.
         maps: dict[int, str] = {}
-        for stage, text, tokens in (
-            (2, "4 tokens after block 2", 4),
-            (1, "8 tokens after block 1", 8),
-            (0, "16 patches", 0),
-        ):
+        stages = ((2, "4 tokens after block 2", 4), (1, "8 tokens after block 1", 8), (0, "16 patches", 0))
+        for stage, text, tokens in stages:
             page.locator("#stage input[type=range]").fill(str(stage))
             page.wait_for_selector(f"#text :text('{text}')")
             page.wait_for_function(f"document.querySelectorAll('#tokens .grid-container img').length == {tokens}")

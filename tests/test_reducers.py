@@ -22,7 +22,7 @@ from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
 from sit_jax.training.loop import run
 from sit_jax.training.step import init_state, make_train_spec, make_train_step
-from sit_jax.visual.attention import apply_watched
+from sit_jax.visual.token_maps import apply_watched
 
 IMAGES = jax.random.normal(jax.random.key(1), (3, 32, 32, 1))
 

@@ -21,7 +21,6 @@ from sit_jax.parallel import distributed
 from sit_jax.training.evaluate import evaluate_model
 from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
-from sit_jax.visual.slimming_png import draw_slimming
 from sit_jax.visual.token_maps import model_token_maps
 
 CURVES = "curves.png"
@@ -136,6 +135,8 @@ def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class
     """Draws the token maps of the student's kept tokens, for the first images of the evaluation split."""
     if not isinstance(model.arch, Architecture) or not model.arch.is_slimmed:
         return
+    from sit_jax.visual.figure import draw_slimming  # Matplotlib is slow to import.
+
     maps = model_token_maps(model, pixels[:_IMAGES_SHOWN])
     titles = [f"predicted: {class_names[index]}" for index in maps.logits.argmax(axis=1)]
     draw_slimming(folder / SLIMMING, pixels[:_IMAGES_SHOWN], maps, titles)

@@ -119,16 +119,14 @@ def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
     if mode in ("I", "F") and not deep_grey:
         kind = "floating-point numbers" if mode == "F" else "signed or 32-bit integers"
         raise ValueError(f"has {kind} pixels of unknown range; save it with 8 bits, or unsigned with 16 bits")
-    if deep_grey or mode in ("1", "L", "LA"):
-        done.append(_GREY)
-    if mode in ("CMYK", "LAB", "HSV", "YCbCr"):
-        done.append(f"{mode}: turned to RGB")
-    if mode in ("P", "PA"):
-        done.append("palette: turned to RGB")
-    if bits > 8:
-        done.append(f"{bits}-bit: scaled to 8 bits")
-    if image.has_transparency_data:
-        done.append("transparent: laid on white")
+    conversions = {
+        _GREY: deep_grey or mode in ("1", "L", "LA"),
+        f"{mode}: turned to RGB": mode in ("CMYK", "LAB", "HSV", "YCbCr"),
+        "palette: turned to RGB": mode in ("P", "PA"),
+        f"{bits}-bit: scaled to 8 bits": bits > 8,
+        "transparent: laid on white": image.has_transparency_data,
+    }
+    done += [conversion for conversion, applies in conversions.items() if applies]
     if deep_grey:
         return _from_deep_grey(image, bits, done)
     if image.has_transparency_data:

@@ -58,9 +58,8 @@ class FolderSource:
         if has_splits:
             unknown = sorted(set(_classes(self.base)) - set(self.class_names))
             if unknown:
-                raise ConfigError(
-                    "data.data_dir", f"{self.base} has classes that train does not have: {listed(unknown)}"
-                )
+                problem = f"{self.base} has classes that train does not have: {listed(unknown)}"
+                raise ConfigError("data.data_dir", problem)
         else:
             if name != _TRAIN and any(by_class):
                 why = f"data.val_fraction {val_fraction} of each class is less than one"

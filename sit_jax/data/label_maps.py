@@ -1,7 +1,9 @@
 """Dense labels for token labelling: the top classes at each position of a grid, for every training image."""
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -27,10 +29,8 @@ class LabelMaps:
             self._classes = np.load(folder / _CLASSES, mmap_mode="r")
             self._values = np.load(folder / _VALUES, mmap_mode="r")
         except (OSError, ValueError) as error:
-            reason = one_line(error)
-            raise ConfigError(
-                "data.label_maps", f"{folder} contains no label maps ({reason}); run: sit data label"
-            ) from None
+            problem = f"{folder} contains no label maps ({one_line(error)}); run: sit data label"
+            raise ConfigError("data.label_maps", problem) from None
         if self._classes.shape != self._values.shape or self._classes.ndim != 4:
             raise ConfigError("data.label_maps", f"{folder} is incomplete; make it again: sit data label")
 
@@ -53,27 +53,22 @@ class LabelMaps:
             raise ConfigError("data.label_maps", f"is for {theirs} classes, but the data set has {num_classes}")
 
 
-class LabelMapWriter:
-    """Writes a folder of label maps; the folder is valid only after `close`."""
+@contextlib.contextmanager
+def new_label_maps(
+    folder: pathlib.Path, examples: int, grid: int, top: int, num_classes: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the classes and values of a new folder, to be filled; `LabelMaps` rejects it if the context is left early.
 
-    def __init__(self, folder: pathlib.Path, examples: int, grid: int, top: int, num_classes: int) -> None:
-        """Creates the folder and allocates all maps; raises a UserError if it already exists or cannot be written."""
-        if (folder / _ABOUT).exists():
-            raise UserError(f"{folder} holds label maps already; choose another --output")
-        shape = (examples, grid, grid, top)
-        self._folder, self._about = folder, {"num_classes": num_classes, "grid": grid, "top": top}
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._classes = np.lib.format.open_memmap(folder / _CLASSES, mode="w+", dtype=np.uint16, shape=shape)
-            self._values = np.lib.format.open_memmap(folder / _VALUES, mode="w+", dtype=np.float16, shape=shape)
-
-    def write(self, start: int, classes: np.ndarray, values: np.ndarray) -> None:
-        """Writes the maps of consecutive images; `start` is the index of the first one."""
-        self._classes[start : start + len(classes)] = classes
-        self._values[start : start + len(values)] = values
-
-    def close(self) -> None:
-        """Marks the folder as complete; `LabelMaps` rejects it otherwise."""
-        self._classes.flush()
-        self._values.flush()
-        (self._folder / _ABOUT).write_text(json.dumps(self._about) + "\n")
+    Raises a UserError if the folder already has label maps or cannot be written.
+    """
+    if (folder / _ABOUT).exists():
+        raise UserError(f"{folder} holds label maps already; choose another --output")
+    shape = (examples, grid, grid, top)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        classes = np.lib.format.open_memmap(folder / _CLASSES, mode="w+", dtype=np.uint16, shape=shape)
+        values = np.lib.format.open_memmap(folder / _VALUES, mode="w+", dtype=np.float16, shape=shape)
+    yield classes, values
+    classes.flush()
+    values.flush()
+    (folder / _ABOUT).write_text(json.dumps({"num_classes": num_classes, "grid": grid, "top": top}) + "\n")

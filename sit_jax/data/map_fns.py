@@ -7,9 +7,9 @@ import signal
 from dataclasses import dataclass
 
 import numpy as np
+from grain.experimental import index_shuffle
 
 from sit_jax.data.label_maps import LabelMaps
-from sit_jax.data.sampler import TrainOrder
 from sit_jax.data.sources import ExampleArrays, Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ImageDecodeError, UserError
@@ -17,6 +17,34 @@ from sit_jax.errors import ImageDecodeError, UserError
 # After this many consecutive unreadable images, loading stops.
 _MOST_BROKEN_IN_A_ROW = 100
 _MOST_LABELS = 32
+# Rounds of the cipher of the permutation; Grain's shuffles use the same number.
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """A map from positions in the global stream to example indices in the source.
+
+    Positions `batch * batch_size` to `(batch + 1) * batch_size - 1` make up a global batch. The map is a pure function,
+    so it does not depend on the number of hosts and loader processes or on restarts. Each pass over the source uses a
+    different permutation. With `repeats`, a batch has several views of each image, and a pass takes that many times
+    longer; no image is left out. If they do not divide the batch size, some images have one view fewer.
+    """
+
+    length: int
+    batch_size: int
+    repeats: int
+    seed: int
+
+    def __call__(self, position: int) -> int:
+        """Returns the index in the source of the example at a position."""
+        batch, place = divmod(position, self.batch_size)
+        # Views of an image are far apart, so that they are on different devices.
+        images = -(-self.batch_size // self.repeats)
+        number = batch * images + place % images
+        lap, index = divmod(number, self.length)
+        seed = (self.seed * 0x9E3779B1 + lap * 0x85EBCA77) & 0xFFFFFFFF
+        return int(index_shuffle(index, max_index=self.length - 1, seed=seed, rounds=_ROUNDS))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from absl import flags
 
 from sit_jax.data.config import DataConfig, InputSpec
 from sit_jax.data.label_maps import LabelMaps
-from sit_jax.data.map_fns import EvalExamples, TrainExamples, start_worker
+from sit_jax.data.map_fns import EvalExamples, TrainExamples, TrainOrder, start_worker
 from sit_jax.data.registry import open_source
-from sit_jax.data.sampler import TrainOrder
 from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
 from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError

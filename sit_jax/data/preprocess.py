@@ -7,17 +7,24 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sit_jax.data.config import AugmentConfig, DataConfig, InputSpec, MixConfig
 from sit_jax.data.mixing import draw_mix, mix_images, mix_labels, soft_labels
-from sit_jax.data.random_keys import stream_key
-from sit_jax.data.token_labels import patch_labels
 
 # timm's random erasing: area fraction and aspect ratio (height over width) of an erased box.
 _AREA = (0.02, 1 / 3)
 _RATIO = (0.3, 1 / 0.3)
 _ATTEMPTS = 10
+# Sampling points per patch and axis; their mean is the patch's label (RoI align).
+_SAMPLES = 2
+# One stream per use of randomness. Keys are a function of (seed, stream, step), so checkpoints store none.
+STREAMS = {"init": 0, "drop_path": 1, "erase": 2, "mix": 3}
+
+
+def stream_key(seed: int, stream: str, step: int | jax.Array = 0) -> jax.Array:
+    """Returns the random key of a stream at a step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[stream]), step)
 
 
 def prepare_batch(spec: InputSpec, batch: Mapping[str, jax.Array], step: jax.Array) -> dict[str, jax.Array]:
@@ -117,3 +124,41 @@ def _box_mask(
     in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
     return in_rows[:, :, None] & in_columns[:, None, :] & fits.any(axis=1)[:, None, None]
+
+
+def patch_labels(
+    classes: Int[Array, "batch side side top"],
+    values: Float[Array, "batch side side top"],
+    crop: Float[Array, "batch 4"],
+    flipped: Bool[Array, " batch"],
+    grid: int,
+    num_classes: int,
+    smoothing: float = 0.0,
+) -> Float[Array, "batch patches classes"]:
+    """Returns a class distribution for every patch, in row-major order, of the `grid` x `grid` patches of a crop.
+
+    This is the token labelling of LV-ViT ('All Tokens Matter', NeurIPS 2021), aligned with two small matrix products.
+    `classes` are the top classes at each position of the whole image, `values` their probabilities; the remaining
+    probability is spread over all classes. `crop` is left, top, right, bottom as fractions of the image.
+    """
+    side = classes.shape[1]
+    rest = (1.0 - values.sum(axis=-1, keepdims=True)) / num_classes
+    dense = (jax.nn.one_hot(classes, num_classes) * values[..., None]).sum(axis=-2) + rest
+    across = _alignment(crop[:, 0], crop[:, 2], side, grid)
+    across = jnp.where(flipped[:, None, None], across[:, ::-1], across)
+    down = _alignment(crop[:, 1], crop[:, 3], side, grid)
+    labels = jnp.einsum("biy,bjx,byxc->bijc", down, across, dense)
+    labels = labels.reshape(labels.shape[0], grid * grid, num_classes)
+    return labels * (1.0 - smoothing) + smoothing / num_classes
+
+
+def _alignment(
+    start: Float[Array, " batch"], stop: Float[Array, " batch"], side: int, grid: int
+) -> Float[Array, "batch grid side"]:
+    """Returns the weights of the map's positions along one axis for each patch: averaged bilinear samples."""
+    points = (jnp.arange(grid * _SAMPLES) + 0.5) / (grid * _SAMPLES)
+    # Position k of the map covers [k, k + 1); its value is at the centre.
+    where = (start[:, None] + points[None, :] * (stop - start)[:, None]) * side - 0.5
+    where = jnp.clip(where, 0.0, side - 1.0)
+    weights = jnp.maximum(0.0, 1.0 - jnp.abs(where[..., None] - jnp.arange(side)[None, None, :]))
+    return weights.reshape(-1, grid, _SAMPLES, side).mean(axis=2)

@@ -145,12 +145,8 @@ def apply_operation(
 ) -> Image.Image:
     """Applies one operation; see `rand_augment` for `resample` and `fill`."""
     match name.removesuffix("Increasing"):
-        case "AutoContrast":
-            return ImageOps.autocontrast(image)
-        case "Equalize":
-            return ImageOps.equalize(image)
-        case "Invert":
-            return ImageOps.invert(image)
+        case "AutoContrast" | "Equalize" | "Invert" as operation:
+            return getattr(ImageOps, operation.lower())(image)
         case "Color" | "Contrast" | "Brightness" | "Sharpness" as enhancer:
             return getattr(ImageEnhance, enhancer)(image).enhance(argument)
         case "Posterize" if argument == 0:
@@ -166,14 +162,10 @@ def apply_operation(
             return image.point(table.tolist() * len(image.getbands()))
         case "Rotate":
             return image.rotate(argument, resample=resample, fillcolor=fill)
-        case "ShearX":
-            matrix = (1.0, argument, 0.0, 0.0, 1.0, 0.0)
-        case "ShearY":
-            matrix = (1.0, 0.0, 0.0, argument, 1.0, 0.0)
-        case "TranslateXRel":
-            matrix = (1.0, 0.0, argument * image.width, 0.0, 1.0, 0.0)
-        case "TranslateYRel":
-            matrix = (1.0, 0.0, 0.0, 0.0, 1.0, argument * image.height)
-        case _:
-            raise ValueError(f"{name!r} is not an operation of RandAugment")
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
+    matrices = {
+        "ShearX": (1.0, argument, 0.0, 0.0, 1.0, 0.0),
+        "ShearY": (1.0, 0.0, 0.0, argument, 1.0, 0.0),
+        "TranslateXRel": (1.0, 0.0, argument * image.width, 0.0, 1.0, 0.0),
+        "TranslateYRel": (1.0, 0.0, 0.0, 0.0, 1.0, argument * image.height),
+    }
+    return image.transform(image.size, Image.Transform.AFFINE, matrices[name], resample, fillcolor=fill)

@@ -13,9 +13,8 @@ from sit_jax.errors import ConfigError
 def open_source(data: DataConfig, split: str) -> Source:
     """Opens a split of a configuration's data set; prepares the digits if necessary. Raises UserErrors."""
     if "://" in data.data_dir:
-        raise ConfigError(
-            "data.data_dir", f"{data.data_dir} is not a folder; mount the bucket, as launch/README.md says"
-        )
+        problem = f"{data.data_dir} is not a folder; mount the bucket, as launch/README.md says"
+        raise ConfigError("data.data_dir", problem)
     if data.name == "folder":
         if not data.data_dir:
             raise ConfigError("data.data_dir", "must be the folder of images if data.name=folder")

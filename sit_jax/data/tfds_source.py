@@ -87,9 +87,8 @@ def prepared(name: str, data_dir: str) -> Builder:
         if builder.is_prepared():
             return builder
     where = f"{name} --data_dir {data_dir}" if data_dir else name
-    raise ConfigError(
-        "data.name", f"{name} is not prepared in {builder.data_path}; run: sit data prepare --name {where}"
-    )
+    problem = f"{name} is not prepared in {builder.data_path}; run: sit data prepare --name {where}"
+    raise ConfigError("data.name", problem)
 
 
 def find_builder(name: str, data_dir: str) -> Builder:

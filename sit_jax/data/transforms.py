@@ -48,14 +48,11 @@ class TrainTransform:
         pixels = decode(example.image, self.channels, example.name, self.data.max_pixels)
         augment = self.augment
         height, width = pixels.shape[:2]
-        if self.data.resize == "crop":
-            box = random_crop_box(width, height, rng, augment.crop_scale, augment.crop_ratio)
-        else:
-            box = (0, 0, width, height)
+        box = random_crop_box(width, height, rng, augment) if self.data.resize == "crop" else (0, 0, width, height)
         flipped = bool(augment.flip > 0 and rng.random() < augment.flip)
         image = resize_box(pixels, box, self.size, self.data)
         if augment.max_rotation or augment.max_shift or augment.max_zoom:
-            image = random_affine(image, rng, augment.max_rotation, augment.max_shift, augment.max_zoom)
+            image = random_affine(image, rng, augment)
         if flipped:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if augment.rand_augment:
@@ -90,17 +87,12 @@ class EvalTransform:
         return _image_and_label(image, example)
 
 
-def random_crop_box(
-    width: int,
-    height: int,
-    rng: np.random.Generator,
-    scale: Sequence[float] = (0.08, 1.0),
-    ratio: Sequence[float] = (3 / 4, 4 / 3),
-) -> Box:
+def random_crop_box(width: int, height: int, rng: np.random.Generator, augment: AugmentConfig) -> Box:
     """Returns the box of Inception's random resized crop, by torchvision's rules.
 
-    The fraction of the area is uniform in `scale`; the aspect ratio (width over height) in `ratio`, on a log scale.
+    The fraction of the area and the logarithm of the aspect ratio (width over height) are uniform.
     """
+    scale, ratio = augment.crop_scale, augment.crop_ratio
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_ATTEMPTS):
         area = width * height * rng.uniform(scale[0], scale[1])
@@ -191,12 +183,11 @@ def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple
     return scaled, round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
 
 
-def random_affine(
-    image: Image.Image, rng: np.random.Generator, max_rotation: float, max_shift: float, max_zoom: float
-) -> Image.Image:
-    """Rotates (in degrees), shifts (by fractions of the side) and scales an image; pixels outside are black."""
-    angle, zoom = np.radians(rng.uniform(-max_rotation, max_rotation)), 1.0 + rng.uniform(-max_zoom, max_zoom)
-    shift_x, shift_y = rng.uniform(-max_shift, max_shift, 2) * image.size
+def random_affine(image: Image.Image, rng: np.random.Generator, augment: AugmentConfig) -> Image.Image:
+    """Rotates, shifts and scales an image; pixels outside are black."""
+    angle = np.radians(rng.uniform(-augment.max_rotation, augment.max_rotation))
+    zoom = 1.0 + rng.uniform(-augment.max_zoom, augment.max_zoom)
+    shift_x, shift_y = rng.uniform(-augment.max_shift, augment.max_shift, 2) * image.size
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     centre_x, centre_y = (image.width - 1) / 2, (image.height - 1) / 2
     # Pillow takes the inverse map: the source position of each output pixel.

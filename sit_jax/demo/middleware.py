@@ -1,14 +1,10 @@
-"""Middleware that restricts Gradio's server to what the page needs.
-
-Clients of Gradio's endpoints can name files and URLs, which Gradio checks or fetches. This page names only files that
-it uploaded itself.
-"""
+"""Restricts Gradio's server, which reads files and URLs that its clients name, to what the page needs."""
 
 import asyncio
-import itertools
+import contextlib
 import json
 import pathlib
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 Message = MutableMapping[str, Any]
@@ -73,8 +69,14 @@ class Guard:
         return None
 
     def _names_uploads_only(self, body: bytes) -> bool:
+        entries: list[tuple[str, Any]] = []  # All keys and values of JSON objects, on all levels.
+
+        def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            entries.extend(pairs)
+            return dict(pairs)
+
         try:
-            entries = list(_entries(json.loads(body)))
+            json.loads(body, object_pairs_hook=collect)
         except (ValueError, RecursionError):
             return False
         paths = [value for key, value in entries if key == "path" and value is not None]
@@ -100,21 +102,9 @@ def _size(folder: pathlib.Path) -> int:
     """Returns the total size in bytes of the files in a folder, some of which may be deleted meanwhile."""
     total = 0
     for path in folder.rglob("*"):
-        try:
+        with contextlib.suppress(OSError):
             total += path.lstat().st_size
-        except OSError:
-            continue
     return total
-
-
-def _entries(value: object) -> Iterator[tuple[str, object]]:
-    """Yields all keys and values of JSON objects, on all levels."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield key, inner
-            yield from _entries(inner)
-    elif isinstance(value, list):
-        yield from itertools.chain.from_iterable(map(_entries, value))
 
 
 async def _read(receive: Receive) -> bytes | None:

@@ -3,13 +3,12 @@
 import html
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import gradio as gr
 
 from sit_jax.data.sources import read_image
-from sit_jax.demo.fewer_tokens import tokens_in_words
-from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds
+from sit_jax.demo.models import MAX_PIXELS, DemoModel, DemoModels, milliseconds, tokens_in_words
 from sit_jax.errors import UserError
 from sit_jax.visual.images import as_rgb, heat, regions
 from sit_jax.visual.model_input import ModelInput
@@ -29,31 +28,16 @@ _WHY_NOT = "No other number of tokens: each of this model's slimming modules mak
 _SANS_SERIF = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
-
 # New values of the page's components.
 Updates = Sequence[object]
-
-
-class Session(NamedTuple):
-    """State of a session: the last image, preprocessed, and the student's token maps.
-
-    Stages are drawn when the slider requests them: all of them together need tens of megabytes.
-    """
-
-    inputs: ModelInput
-    maps: TokenMaps
-
-
-class _LocalFont(gr.themes.Font):
-    """A font of the user's machine, which needs no download."""
-
-    def stylesheet(self) -> dict[str, None]:
-        return {"url": None, "css": None}
+# The last image and the student's token maps. Stages are drawn when the slider requests them: all of them together need
+# tens of megabytes.
+Session = tuple[ModelInput, TokenMaps]
 
 
 def theme() -> gr.themes.Base:
-    """Returns Gradio's default theme with the user's own fonts."""
-    fonts, monospace = [_LocalFont(name) for name in _SANS_SERIF], [_LocalFont(name) for name in _MONOSPACE]
+    """Returns Gradio's default theme with the user's own fonts, which need no download."""
+    fonts, monospace = [gr.themes.Font(name) for name in _SANS_SERIF], [gr.themes.Font(name) for name in _MONOSPACE]
     return gr.themes.Default(font=fonts, font_mono=monospace)
 
 
@@ -115,12 +99,12 @@ def classify(path: str, teacher: DemoModel, student: DemoModel, chosen: str | No
     if file.suffix.lower() not in _SUFFIXES:
         raise UserError(f"{file.name}: is not an image; give one of {', '.join(_SUFFIXES)}")
     example = read_image(path, name=file.name)  # Messages on the page must not contain folders of the server.
-    keep = next((keep for keep in student.keeps if keep.label == chosen), student.keeps[0])
+    keep = student.keeps.get(chosen or "")
     theirs, own = teacher.preprocess(example), student.preprocess(example)
     teacher_maps, maps = teacher.maps(theirs, None), student.maps(own, keep)
     times = milliseconds([teacher.forward(theirs, None), student.forward(own, keep)])
     answers = teacher.most_likely(teacher_maps), student.most_likely(maps)
-    session, last = Session(own, maps), len(maps.stages)
+    session, last = (own, maps), len(maps.stages)
     costs = f"One image, forward pass on this machine: **teacher {times[0]:.2f} ms, student {times[1]:.2f} ms**"
     slider = gr.Slider(maximum=last, value=last, interactive=True)
     faster = f"{costs} ({times[0] / times[1]:.2f} times as fast)."
@@ -135,7 +119,7 @@ def _show_stage(session: Session | None, index: float) -> Updates:
     """
     if session is None:
         return "", None, []
-    shown, maps = session.inputs.shown, session.maps
+    shown, maps = session[0].shown, session[1]
     place = min(int(index), len(maps.stages))
     if place < 1:
         return f"**Stage 0**: the image, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", as_rgb(shown), []
@@ -152,6 +136,6 @@ def _show_stage(session: Session | None, index: float) -> Updates:
 
 
 def _keep_choice(student: DemoModel) -> tuple[gr.Radio, gr.Markdown]:
-    labels = [keep.label for keep in student.keeps]
+    labels = list(student.keeps)
     radio = gr.Radio(labels, value=labels[0], visible=len(labels) > 1, label="Kept tokens", elem_id="keep")
     return radio, gr.Markdown(_WHY_FEWER if len(labels) > 1 else _WHY_NOT)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from sit_jax.config import DataConfig
-from sit_jax.data.label_maps import LabelMapWriter
+from sit_jax.data.label_maps import new_label_maps
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
@@ -39,20 +39,19 @@ def write_label_maps(run: pathlib.Path, output: pathlib.Path, top: int, data: Da
     batches = eval_batches(dataclasses.replace(config.inputs, data=whole), source, Hosts())
     size = config.eval_batch_size
     top = min(top, arch.num_classes)
-    writer = LabelMapWriter(output, len(source), grid, top, arch.num_classes)
     labelled = 0
-    with tqdm(total=len(source), unit="images") as progress:
+    maps = new_label_maps(output, len(source), grid, top, arch.num_classes)
+    with maps as (all_classes, all_values), tqdm(total=len(source), unit="images") as progress:
         for number, batch in enumerate(batches):
             values, classes = jax.lax.top_k(forward(jnp.asarray(batch["image"])), top)
-            start, count = number * size, min(size, len(source) - number * size)
-            shape = (count, grid, grid, top)
-            stored = np.array(values, np.float16)[:count].reshape(shape)
+            count = min(size, len(source) - number * size)
+            part, shape = slice(number * size, number * size + count), (count, grid, grid, top)
             readable = batch["mask"][:count] > 0
-            stored[~readable] = 0  # Probabilities of a black image are meaningless; zeros are read as uniform.
+            all_classes[part] = np.asarray(classes)[:count].reshape(shape)
+            all_values[part] = np.asarray(values)[:count].reshape(shape)
+            all_values[part][~readable] = 0  # Probabilities of a black image are meaningless; zeros mean uniform.
             labelled += int(readable.sum())
-            writer.write(start, np.asarray(classes)[:count].reshape(shape), stored)
             progress.update(count)
-    writer.close()
     if labelled < len(source):
         skipped = len(source) - labelled
         raise PartialFailureError(

@@ -15,8 +15,7 @@ from jaxtyping import PyTree
 
 from sit_jax import losses
 from sit_jax.config import Config, ModelConfig
-from sit_jax.data.preprocess import prepare_batch
-from sit_jax.data.random_keys import stream_key
+from sit_jax.data.preprocess import prepare_batch, stream_key
 from sit_jax.errors import ConfigError
 from sit_jax.models import Outputs, abstract_variables, build_model, build_rtsm
 from sit_jax.models.architecture import Architecture

@@ -1,4 +1,4 @@
-"""Print-quality figures of one image's token maps."""
+"""Figures of token maps: print-quality ones of one image, and `slimming.png` of a run."""
 
 import pathlib
 import warnings
@@ -26,6 +26,8 @@ _CAPTIONED = 0.95
 _PLOT = (1.9, 0.5)
 _TITLE_SIZE, _HEADING_SIZE, _CAPTION_SIZE = 12, 9, 6.5
 _LONGEST = 110
+# Columns of `slimming.png`; more would be too small to see.
+_MOST_COLUMNS = 8
 _INK, _FAINT = "#1a1a1a", "#5c5c5c"
 
 
@@ -186,3 +188,22 @@ def _short(text: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def draw_slimming(
+    path: pathlib.Path, images: UInt8[ndarray, "batch height width channels"], maps: TokenMaps, titles: Sequence[str]
+) -> None:
+    """Draws images and, next to each, the token maps of all tokens after the last slimming module."""
+    weights = maps.stages[-1].cumulative
+    tokens, rows = min(weights.shape[1], _MOST_COLUMNS), len(images)
+    figure = Figure(figsize=(1.5 * (tokens + 1), 1.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, tokens + 1, squeeze=False)
+    for row, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes[row, 0].imshow(as_rgb(image))
+        axes[row, 0].set_title(title, fontsize=8)
+        for token in range(tokens):
+            axes[row, token + 1].imshow(heat(image, weights[row, token], maps.grid))
+            axes[row, token + 1].set_title(f"token {token + 1}", fontsize=8)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)

@@ -19,7 +19,6 @@ from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
-from sit_jax.visual.arrays import arrays_of
 from sit_jax.visual.figure import draw_maps
 from sit_jax.visual.model_input import ModelInput, preprocess
 from sit_jax.visual.token_maps import TokenMaps, model_token_maps
@@ -35,12 +34,11 @@ _CLASSES_SHOWN = 3
 class ImageFile(NamedTuple):
     """An image to visualize: a file, or an example of a data set.
 
-    `name` is for messages and arrays, `title` for its figure, and `stem` is the name of its files, without a suffix.
+    `name` is for messages and arrays, and `stem` is the name of its files, without a suffix.
     `load` reads the image and the name of its class, which is empty if unknown.
     """
 
     name: str
-    title: str
     stem: str
     load: Callable[[], tuple[Example, str]]
 
@@ -88,17 +86,16 @@ def command(
 
 
 def _from_files(names: Sequence[str]) -> list[ImageFile]:
+    def read(name: str) -> tuple[Example, str]:
+        return read_image(name), ""
+
     taken: dict[str, ImageFile] = {}
     for name in names:
         path = pathlib.PurePath(name)
         numbered = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
         stem = next(stem for stem in numbered if stem not in taken)
-        taken[stem] = ImageFile(name, path.name, stem, functools.partial(_read_file, name))
+        taken[stem] = ImageFile(name, stem, functools.partial(read, name))
     return list(taken.values())
-
-
-def _read_file(name: str) -> tuple[Example, str]:
-    return read_image(name), ""
 
 
 def _from_split(model: Model, data: dict[str, str | None], limit: int) -> list[ImageFile]:
@@ -113,7 +110,7 @@ def _from_split(model: Model, data: dict[str, str | None], limit: int) -> list[I
         return example, str(source.class_names[example.label]) if example.label >= 0 else ""
 
     names = [f"{stem}-{index:05d}" for index in range(min(limit, len(source)))]
-    return [ImageFile(name, name, name, functools.partial(read, index)) for index, name in enumerate(names)]
+    return [ImageFile(name, name, functools.partial(read, index)) for index, name in enumerate(names)]
 
 
 def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings) -> int:
@@ -125,7 +122,8 @@ def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings
     collected: list[tuple[str, dict[str, ndarray]]] = []
     done = 0
     with Progress("visualize", len(images), 0, 1) as progress:
-        for batch in _read(model, images, output.batch_size, progress):
+        readable = _read(model, images, progress)
+        while batch := list(itertools.islice(readable, output.batch_size)):
             # The batch is padded, so that the last one needs no compilation.
             pixels = np.zeros((output.batch_size, *batch[0][1].pixels.shape), np.uint8)
             pixels[: len(batch)] = [inputs.pixels for _, inputs, _ in batch]
@@ -135,8 +133,8 @@ def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings
                     # Never the name of an image file, so that no input is replaced.
                     path = output.figures / f"{image.stem}.maps.png"
                     with writing(path), atomic_replace(path) as part:
-                        prediction = _describe(model, maps, index, label)
-                        draw_maps(part, inputs.shown, maps, index, image.title, prediction, output.tokens, output.dpi)
+                        title, prediction = pathlib.Path(image.name).name, _describe(model, maps, index, label)
+                        draw_maps(part, inputs.shown, maps, index, title, prediction, output.tokens, output.dpi)
                 if output.arrays is not None:
                     arrays = image.name, arrays_of(inputs.pixels, maps, index)
                     if output.arrays.suffix == _NPZ:
@@ -150,22 +148,16 @@ def _visualize(model: Model, images: Sequence[ImageFile], output: OutputSettings
     return done
 
 
-def _read(
-    model: Model, images: Sequence[ImageFile], batch_size: int, progress: Progress
-) -> Iterator[list[tuple[ImageFile, ModelInput, str]]]:
-    """Yields the readable images with their model inputs and labels, batch by batch."""
-    batch: list[tuple[ImageFile, ModelInput, str]] = []
+def _read(model: Model, images: Sequence[ImageFile], progress: Progress) -> Iterator[tuple[ImageFile, ModelInput, str]]:
+    """Yields the readable images with their model inputs and labels."""
     for image in images:
         try:
             example, label = image.load()
-            batch.append((image, preprocess(model.vit, model.data, example), label))
+            inputs = preprocess(model.vit, model.data, example)
         except ImageDecodeError as error:
             progress.note(f"skipped {error}")
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+        else:
+            yield image, inputs, label
 
 
 def _describe(model: Model, maps: TokenMaps, index: int, label: str) -> str:
@@ -187,3 +179,26 @@ def _write_arrays(model: Model, path: pathlib.Path, images: Sequence[tuple[str, 
     stacked |= {"pictures": np.array(names), "class_names": np.array(model.class_names)}
     with writing(path), atomic_replace(path) as part, part.open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **stacked)
+
+
+def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray]:
+    """Returns all arrays of one image of a batch, without the batch axis.
+
+    `pixels` (size, size, channels) is the model's input; `logits` and `probabilities` (classes,); `class_attention`
+    (blocks, patches), distributed to the patches; `token_counts` (blocks,), the patch tokens of each block. For each
+    slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
+    `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
+    """
+    blocks = len(maps.attention)
+    found: dict[str, ndarray] = {
+        "pixels": pixels,
+        "logits": maps.logits[index],
+        "probabilities": maps.probabilities[index],
+        "class_attention": np.stack([maps.attention_on_patches(block + 1)[index] for block in range(blocks)]),
+        "token_counts": np.array([weights.shape[1] for weights in maps.attention]),
+    }
+    for number, stage in enumerate(maps.stages, start=1):
+        names = ("assignment", "cumulative", "hard", "overlooked", "effective_patches")
+        found |= {f"{name}_{number}": getattr(stage, name)[index] for name in names}
+        found[f"token_attention_{number}"] = maps.token_attention(number - 1)[index]
+    return found
