@@ -47,15 +47,6 @@ def finished(digits_run: pathlib.Path) -> pathlib.Path:
     return digits_run
 
 
-def test_keys_that_came_later_do_not_make_it_another_run(config: Config, tmp_path: pathlib.Path) -> None:
-    workdir.create_or_verify(tmp_path, config, resume=False)
-    values = json.loads((tmp_path / "config.json").read_text())
-    for model in (values["model"], values["teacher"]["model"]):
-        del model["layer_scale"], model["stem_width"]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    workdir.create_or_verify(tmp_path, config, resume=True)
-
-
 def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
     lines = read_metrics(finished)
     train = [line for line in lines if line["kind"] == "train"]
@@ -72,7 +63,7 @@ def test_run_writes_everything(finished: pathlib.Path, config: Config) -> None:
     assert workdir.read_config(finished / "teacher") == config.teacher_run(config.teacher)  # type: ignore[arg-type]
 
 
-def test_summary(finished: pathlib.Path) -> None:
+def test_summary(finished: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = summarize(finished)
     assert summary == json.loads((finished / "summary.json").read_text())
     for name in ("teacher", "student"):
@@ -84,6 +75,8 @@ def test_summary(finished: pathlib.Path) -> None:
     assert summary["speedup"] > 0
     for picture in ("curves.png", "slimming.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["evaluate", "--workdir", str(finished), "--ema"]) == 0
+    assert "over 359 examples" in capsys.readouterr().out
 
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +124,10 @@ def whole_state(config: Config, folder: pathlib.Path) -> Any:
 def test_resumed_run_equals_an_undisturbed_one(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "cut"
     shutil.copytree(finished, folder)
+    # Keys that came later do not make it another run.
+    values = json.loads((folder / "config.json").read_text())
+    del values["model"]["layer_scale"], values["teacher"]["model"]["stem_width"]
+    (folder / "config.json").write_text(json.dumps(values))
     with Checkpoints(folder) as checkpoints:
         steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
         assert steps == [EPOCH, 2 * EPOCH]
@@ -194,7 +191,6 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
     fresh = tmp_path / "fresh"
     cases: list[tuple[list[Any], str]] = [
         ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "Did you mean"),
-        ([*train, "--workdir", fresh, "--config.optim.lr=-1"], "optim.lr: "),
         (
             [*train, "--workdir", fresh, "--config.teacher.model.depth=12"],
             "teacher.model.depth: is 12, but the student's is 14",
@@ -233,12 +229,3 @@ def test_checkpoint_of_another_model(finished: pathlib.Path, tmp_path: pathlib.P
     assert code == 2
     assert "does not hold this model" in error
     assert len(error.splitlines()) == 1
-
-
-def test_evaluate_prints(finished: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["evaluate", "--workdir", str(finished), "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["examples"] == 359
-    assert result == evaluate_model(load_run(finished))
-    assert cli.main(["evaluate", "--workdir", str(finished), "--ema"]) == 0
-    assert "over 359 examples" in capsys.readouterr().out
