@@ -190,7 +190,7 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
     train = ["train", "--config", "configs/digits.py", f"--config.data.data_dir={digits_dir}"]
     fresh = tmp_path / "fresh"
     cases: list[tuple[list[Any], str]] = [
-        ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "Did you mean"),
+        ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "did you mean"),
         (
             [*train, "--workdir", fresh, "--config.teacher.model.depth=12"],
             "teacher.model.depth: is 12, but the student's is 14",

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from sit_jax.config import Config, MeshConfig
-from sit_jax.errors import ConfigError
+from sit_jax.errors import require
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import path_names
 
@@ -44,14 +44,11 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
     """Returns the sizes of the axes, with -1 resolved; raises a ConfigError if they do not fit `count` devices."""
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
+    data, fsdp, tensor = (count // fixed if size == -1 else size for size in sizes)
     text = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
-    if -1 in sizes:
-        if count % fixed:
-            raise ConfigError("mesh", f"{text} does not fit {count} devices: {fixed} does not divide {count}")
-        sizes[sizes.index(-1)] = count // fixed
-    elif fixed != count:
-        raise ConfigError("mesh", f"{text} is {fixed} devices, but there are {count}; set one size to -1 for the rest")
-    return sizes[0], sizes[1], sizes[2]
+    problem = f"{text} is {fixed} devices, but there are {count}; set one size to -1 for the rest"
+    require(data * fsdp * tensor == count, "mesh", f"{problem}, and the others to divisors of {count}")
+    return data, fsdp, tensor
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -112,23 +109,22 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
     tensor = mesh.shape["tensor"]
     # Each process feeds its own devices, so devices that share examples must belong to one process.
     owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, tensor)
-    if (owners != owners[:, :1]).any():
-        raise ConfigError(
-            "mesh.tensor", f"groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
-        )
+    problem = f"groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
+    require((owners == owners[:, :1]).all(), "mesh.tensor", problem)
     models = [("model", config.model), *((f"{n}.model", t.model) for n, t in config.teachers.items())]
     for name, model in models:
         arch = model.architecture
-        if tensor > 1 and isinstance(arch, Architecture) and arch.num_heads % tensor:
-            raise ConfigError(f"{name}.num_heads", f"{arch.num_heads} heads do not divide over mesh.tensor {tensor}")
+        if isinstance(arch, Architecture):
+            problem = f"{arch.num_heads} heads do not divide over mesh.tensor {tensor}"
+            require(arch.num_heads % tensor == 0, f"{name}.num_heads", problem)
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
     """Raises a ConfigError with key `name` if a batch, or each of its micro-batches, does not divide over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (shards * parts):
-        micro = f" in {parts} micro-batches" if parts > 1 else ""
-        raise ConfigError(name, f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)")
+    micro = f" in {parts} micro-batches" if parts > 1 else ""
+    problem = f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)"
+    require(batch_size % (shards * parts) == 0, name, problem)
 
 
 def place(mesh: Mesh, tree: PyTree) -> PyTree:
