@@ -1,6 +1,5 @@
 """Real processes that find one another, miss one another, and train together."""
 
-import json
 import os
 import pathlib
 import signal
@@ -15,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 import quick_compile
-import random_weights
 
 from sit_jax.analysis.checkpoints import list_checkpoints, read_contents, verify
 from sit_jax.cli import app as cli
@@ -198,20 +196,6 @@ def test_processes_train_what_one_trains(
     assert "Written: " in printed[0]
     assert all("Written: " not in text for text in printed[1:])  # Only process 0 writes and tells.
     assert_same_run(run, alone)
-
-
-@pytest.mark.slow
-def test_exported_model_is_evaluated_by_several_processes(tmp_path: pathlib.Path, digits_dir: str) -> None:
-    random_weights.draw().save(tmp_path / "model")
-    words = ["evaluate", str(tmp_path / "model"), "--name=digits", f"--data_dir={digits_dir}", "--json"]
-    one = start(1, *words)
-    two = start_together(2, *words)
-    alone, first, second = (process.communicate(timeout=300)[0] for process in (one, *two))
-    assert [process.returncode for process in (one, *two)] == [0] * 3, (alone, first, second)
-    lone, together = (json.loads(text.strip().splitlines()[-1]) for text in (alone, first))
-    assert lone == together
-    assert lone["examples"] == 359
-    assert "top1" not in second  # Only process 0 tells.
 
 
 @pytest.mark.slow

@@ -106,12 +106,3 @@ def test_eager_gradients_are_those_of_the_function() -> None:
     tangents = jax.tree.map(jnp.cos, ARGUMENTS)
     forward = [jax.jvp(function, ARGUMENTS, tangents)[1] for function in (eager, squared)]
     np.testing.assert_allclose(forward[0], forward[1], rtol=1e-5)
-
-
-def test_eager_gradients_keep_nothing_but_gradients() -> None:
-    # 512 hidden values on the way from 4 numbers to one.
-    def wide(x: jax.Array) -> jax.Array:
-        return jnp.tanh(x[:, None] * jnp.arange(128.0)[None]).mean()
-
-    _, back = jax.vjp(with_eager_grad(wide), normal(0, 4))
-    assert max(leaf.size for leaf in jax.tree.leaves(back)) == 4

@@ -180,34 +180,27 @@ def test_notice_before_the_first_step_counts(finished: pathlib.Path, config: Con
         assert not stop.requested
 
 
-def sit(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:
-    """Runs the command; its exit code and what it printed on standard error."""
-    code = cli.main([str(word) for word in words])
-    return code, capsys.readouterr().err.strip()
-
-
 def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path, capsys: Any, digits_dir: str) -> None:
     train = ["train", "--config", "configs/digits.py", f"--config.data.data_dir={digits_dir}"]
-    fresh = tmp_path / "fresh"
+    fresh, swapped = tmp_path / "fresh", tmp_path / "swapped"
+    shutil.copytree(finished / "teacher", swapped)
+    shutil.copy(finished / "config.json", swapped / "config.json")
     cases: list[tuple[list[Any], str]] = [
         ([*train, "--workdir", fresh, "--config.optim.lrr=1"], "did you mean"),
-        (
-            [*train, "--workdir", fresh, "--config.teacher.model.depth=12"],
-            "teacher.model.depth: is 12, but the student's is 14",
-        ),
+        ([*train, "--workdir", fresh, "--config.teacher.model.depth=12"], "teacher.model.depth: must be 14"),
         (["train", "--config", "configs/none.py", "--workdir", fresh], "there is no file configs/none.py"),
         (["train", "--config", "pyproject.toml", "--workdir", fresh], "pyproject.toml"),
         ([*train, "--workdir", "/proc/none"], "/proc/none cannot be written"),
         ([*train, "--workdir", finished], "contains a run of another configuration"),
         (["evaluate", "--workdir", fresh], "fresh"),
+        (["evaluate", "--workdir", swapped], "does not hold this model"),
         (["evaluate", "--workdir", finished, "--step", "3"], "checkpoint 3"),
         (["evaluate", "--workdir", finished / "teacher", "--ema"], "optim.ema_decay"),
     ]
     for words, expected in cases:
-        code, error = sit(capsys, *words)
-        assert code == 2, words
+        assert cli.main([str(word) for word in words]) == 2, words
+        (error,) = capsys.readouterr().err.strip().splitlines()
         assert expected in error
-        assert len(error.splitlines()) == 1, error
         assert not fresh.exists()
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match="--resume"):
@@ -219,13 +212,3 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
         run(dataclasses.replace(config, teacher=teacher), tmp_path / "other")
     assert caught.value.key == "teacher.run"
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-
-
-def test_checkpoint_of_another_model(finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
-    folder = tmp_path / "swapped"
-    shutil.copytree(finished / "teacher", folder)
-    shutil.copy(finished / "config.json", folder / "config.json")
-    code, error = sit(capsys, "evaluate", "--workdir", folder)
-    assert code == 2
-    assert "does not hold this model" in error
-    assert len(error.splitlines()) == 1
