@@ -205,7 +205,6 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match="--resume"):
         run(config, finished)
-    assert config.teacher is not None
     other = dataclasses.replace(tiny.TEACHER, num_heads=4)
     teacher = TeacherConfig(model=ModelConfig(architecture=other), run=str(finished / "teacher"))
     with pytest.raises(ConfigError) as caught:

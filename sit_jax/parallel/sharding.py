@@ -24,9 +24,8 @@ BATCH_AXES = ("data", "fsdp")
 
 # Smaller arrays are replicated: gathering them costs more than the memory that sharding saves.
 _SMALLEST_SPLIT = 4096
-# Layers that `tensor` splits along their outputs (the heads of qkv, hidden units), or along the matching inputs.
-_SPLIT_OUTPUT = frozenset({"qkv", "fc1"})
-_SPLIT_INPUT = frozenset({"proj", "fc2"})
+# Axis along which `tensor` splits a layer: its outputs (the heads of qkv, hidden units), or the matching inputs.
+_TENSOR_AXIS = {"qkv": -1, "fc1": -1, "proj": 0, "fc2": 0}
 # Both layers of the slimming modules are small and have few scores: `tensor` does not split them.
 _NOT_SPLIT = "slimming_"
 
@@ -81,7 +80,10 @@ def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> Pa
     """
     axes: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    place = _tensor_dimension(names, len(shape))
+    layer, leaf = ("", *names)[-2:]
+    place = _TENSOR_AXIS.get(layer)
+    if any(name.startswith(_NOT_SPLIT) for name in names) or (place == 0 and leaf != "kernel"):
+        place = None
     if tensor > 1 and place is not None and shape[place] % tensor == 0:
         axes[place] = "tensor"
     if fsdp > 1 and math.prod(shape) >= _SMALLEST_SPLIT:
@@ -89,17 +91,6 @@ def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> Pa
         if free:
             axes[max(free, key=lambda d: shape[d])] = "fsdp"
     return PartitionSpec(*axes)
-
-
-def _tensor_dimension(names: Sequence[str], rank: int) -> int | None:
-    if len(names) < 2 or any(name.startswith(_NOT_SPLIT) for name in names):
-        return None
-    layer, leaf = names[-2:]
-    if layer in _SPLIT_OUTPUT:
-        return rank - 1
-    if layer in _SPLIT_INPUT and leaf == "kernel":
-        return 0
-    return None
 
 
 def check_mesh(mesh: Mesh, config: Config) -> None:

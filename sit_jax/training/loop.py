@@ -212,6 +212,11 @@ def train_loop(
             for callback in (writer.write, *callbacks):
                 callback(step, kind, values)
 
+        def not_finite(problem: str, before: int) -> NotFiniteError:
+            good = checkpoints.last_before(before)
+            there = "There is no good checkpoint" if good is None else f"The last good checkpoint is of step {good}"
+            return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
+
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
             nonlocal pending
@@ -222,9 +227,7 @@ def train_loop(
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 # They are computed from the weights of the previous step, which a checkpoint may contain.
-                raise _not_finite(
-                    f"step {step}: {', '.join(bad)} is not finite", checkpoints.last_before(step - 1), folder
-                )
+                raise not_finite(f"step {step}: {', '.join(bad)} is not finite", before=step - 1)
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
@@ -244,24 +247,19 @@ def train_loop(
                 try:
                     scores = evaluation = evaluator(state)
                 except NotFiniteError as error:
-                    raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
+                    raise not_finite(f"step {step}: {error}", before=step) from None
                 report(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
                 resolve()
                 if not has_finite_weights(state):
-                    raise _not_finite(f"step {step}: its weights are not finite", checkpoints.last_before(step), folder)
+                    raise not_finite(f"step {step}: its weights are not finite", before=step)
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
                 raise PreemptedError(f"stopped by a signal: saved after step {step} of {total}; continue with --resume")
     return evaluation or evaluator(state)
-
-
-def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
-    there = "There is no good checkpoint" if last_good is None else f"The last good checkpoint is of step {last_good}"
-    return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
 
 
 def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonObject:
