@@ -1,6 +1,7 @@
 """User errors, which the command line prints in one line and without a traceback."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -58,6 +59,18 @@ class MissingProcessError(RunError):
     """Other processes of the run are missing; a retry may help."""
 
     exit_code = 1
+
+
+def require(condition: bool, key: str, problem: str) -> None:
+    """Raises a ConfigError unless the condition is true."""
+    if not condition:
+        raise ConfigError(key, problem)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Returns the end of a message about an unknown name: the closest known one, or `otherwise` if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else otherwise
 
 
 def one_line(error: BaseException, most: int = 300) -> str:

@@ -1,7 +1,7 @@
 """Stands in for gcloud, SLURM and the like in the tests of launch/: notes how it was called, and does as they do.
 
 Called as `python fake_commands.py NAME ARGUMENT ...`; the folder in FAKE holds what it remembers. Workers of a TPU
-slice are folders in it, and processes find one another by the variables that Open MPI or SLURM would set.
+slice are folders in it.
 """
 
 import contextlib
@@ -94,10 +94,7 @@ def ssh(words: list[str]) -> int:
             **os.environ,
             "HOME": str(home(index)),
             "PATH": f"{FOLDER}/worker:{os.environ['FAKE_PATH']}",
-            "OMPI_MCA_orte_hnp_uri": f"{int(os.environ['FAKE_JOB']) * 4096}.0;tcp://127.0.0.1:34911",
-            "OMPI_COMM_WORLD_SIZE": str(WORKERS),
-            "OMPI_COMM_WORLD_RANK": str(index),
-            "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+            "FAKE_INDEX": str(index),
         }
         processes.append(subprocess.Popen(["bash", "-c", options["command"]], cwd=home(index), env=variables))
     return max(process.wait() for process in processes)
@@ -122,8 +119,7 @@ def srun(words: list[str]) -> int:
     command = words[next(i for i, word in enumerate(words) if not word.startswith("-")) :]
     tasks = []
     for index in range(int(os.environ["SLURM_NTASKS"])):
-        numbers = {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1"}
-        tasks.append(subprocess.Popen(command, env={**os.environ, **numbers, "SLURM_STEP_NODELIST": "localhost"}))
+        tasks.append(subprocess.Popen(command, env={**os.environ, "FAKE_INDEX": str(index)}))
     (FOLDER / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
     failed = False
     while any(task.poll() is None for task in tasks):
@@ -155,16 +151,14 @@ def kubectl(words: list[str]) -> int:
 
 
 def sit(words: list[str]) -> int:
-    """Ends with the next of this process's codes, or is the real one.
+    """Ends with the next of this process's codes.
 
     `hang` ends by signals only, `save` with 75 where it is told to end, `deaf` when it is killed.
     """
-    index = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("SLURM_PROCID") or "0"
+    index = os.environ.get("FAKE_INDEX", "0")
     if "--process_id" in words:
         index = words[words.index("--process_id") + 1]
     note("sit", words, process=int(index), gpus=os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if "FAKE_CODES" not in os.environ:
-        os.execv(os.environ["FAKE_PYTHON"], [os.environ["FAKE_PYTHON"], "-m", "sit_jax", *words])
     plans = [plan.split() for plan in os.environ["FAKE_CODES"].split(";")]
     counter = FOLDER / f"starts {index}"
     start = int(counter.read_text()) if counter.exists() else 0

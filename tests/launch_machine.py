@@ -3,24 +3,17 @@
 import json
 import os
 import pathlib
-import random
 import shlex
 import subprocess
 import sys
 import time
 from typing import Any
 
-import quick_compile
-
 FAKES = pathlib.Path("tests/fake_commands.py").absolute()
-# The fake behind each command, by folder.
+# Commands by folder, each with its fake unless that has the same name.
 COMMANDS = {
-    "bin": {
-        name: name
-        for name in ["gcloud", "srun", "scancel", "squeue", "scontrol", "kubectl", "docker", "sit", "tar", "mkdir"]
-    },
-    "worker": {name: name for name in ("sudo", "gcsfuse", "mountpoint")}
-    | {"python3.13": "python", "fake-python": "python", "fake-sit": "sit"},
+    "bin": "gcloud srun scancel squeue scontrol kubectl docker sit tar mkdir",
+    "worker": "sudo gcsfuse mountpoint python3.13=python fake-python=python fake-sit=sit",
 }
 
 
@@ -31,9 +24,10 @@ class Machine:
         self.folder = folder
         for place, names in COMMANDS.items():
             (folder / place).mkdir(parents=True)
-            for name, fake in names.items():
-                path = folder / place / name
-                path.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {shlex.quote(str(FAKES))} {fake} "$@"\n')
+            for entry in names.split():
+                name, _, fake = entry.partition("=")
+                path, command = folder / place / name, f"{sys.executable} -S -E {shlex.quote(str(FAKES))}"
+                path.write_text(f'#!/bin/sh\nexec {command} {fake or name} "$@"\n')
                 path.chmod(0o755)
         self.sit = str(folder / "bin" / "sit")
         self.environment = {
@@ -42,10 +36,6 @@ class Machine:
             "PATH": f"{folder}/bin:{os.environ['PATH']}",
             "FAKE": str(folder),
             "FAKE_PATH": os.environ["PATH"],
-            "FAKE_PYTHON": sys.executable,
-            # JAX derives the coordinator's port from a job's number.
-            "FAKE_JOB": str(random.randrange(1, 4096)),
-            "XLA_FLAGS": quick_compile.FLAGS,
             "CUDA_VISIBLE_DEVICES": "",
         }
 

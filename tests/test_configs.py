@@ -1,7 +1,4 @@
-"""Every page in configs/: it builds, a step of it traces, and the paper's recipe has the paper's learning rates."""
-
-import pathlib
-from typing import Any
+"""The pages in configs/: a step of each kind traces, and the paper's recipe has the paper's learning rates."""
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +12,9 @@ from sit_jax.errors import ConfigError
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.step import make_train_spec, train_step
 
-PAGES = sorted(pathlib.Path("configs").glob("*.py"))
+# One of each architecture and loss; test_cli.py loads every page.
+PAGES = ["digits", "folder", "imagenet_sit_tiny", "imagenet_sit_large", "imagenet_deit_small_sit"]
 IMAGENET_TRAIN = 1_281_167
-
-
-def trace_step(config: Config) -> dict[str, Any]:
-    """Metrics of one traced train step; nothing is computed."""
-    arguments = abstract_arguments(config, make_mesh(devices=jax.devices()[:1]))
-    spec = make_train_spec(config, steps_per_epoch=100)
-    return dict(jax.eval_shape(lambda *x: train_step(spec, *x), *arguments)[1])
 
 
 def shallow(config: Config) -> Config:
@@ -36,10 +27,12 @@ def shallow(config: Config) -> Config:
     return from_config_dict(values)
 
 
-@pytest.mark.parametrize("page", [str(page) for page in PAGES] + ["configs/imagenet_lvvit_tiny.py:token_labelling"])
-def test_page_builds_and_its_step_traces(page: str) -> None:
+@pytest.mark.parametrize("page", [*PAGES, "imagenet_lvvit_tiny:token_labelling"])
+def test_step_traces(page: str) -> None:
     config = shallow(load_config(page).with_classes(12))
-    metrics = trace_step(config)
+    arguments = abstract_arguments(config, make_mesh(devices=jax.devices()[:1]))
+    spec = make_train_spec(config, steps_per_epoch=100)
+    _, metrics = jax.eval_shape(lambda *x: train_step(spec, *x), *arguments)
     expected = {"loss", "classification", "accuracy", "grad_norm", "lr/model"}
     if config.loss.token > 0:
         expected |= {"token", "logits", "lr/rtsm"}
@@ -49,9 +42,8 @@ def test_page_builds_and_its_step_traces(page: str) -> None:
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
 
 
-@pytest.mark.parametrize("size", ["tiny", "xsmall", "small", "medium", "large"])
-def test_learning_rates_of_the_papers_recipe(size: str) -> None:
-    config = load_config(f"configs/imagenet_sit_{size}.py")
+def test_learning_rates_of_the_papers_recipe() -> None:
+    config = load_config("configs/imagenet_sit_tiny.py")
     epoch = IMAGENET_TRAIN // config.batch_size
     rates = make_train_spec(config, epoch).rates
     expected = {0: (4.0e-4, 2.0e-3), 62: (2.08e-4, 1.02e-3), 100: (4.7e-5, 2.0e-4), 125: (1e-5, 1e-5)}
@@ -59,12 +51,12 @@ def test_learning_rates_of_the_papers_recipe(size: str) -> None:
         for step in (number * epoch, number * epoch + epoch - 1):  # Set per epoch.
             assert float(rates["model"](jnp.asarray(step))) == pytest.approx(model, rel=0.01)
             assert float(rates["rtsm"](jnp.asarray(step))) == pytest.approx(reverse, rel=0.025)
-    assert (config.epochs, config.optim.cooldown_epochs) == (125, 10)
     assert float(rates["model"](jnp.asarray(134 * epoch))) == pytest.approx(1e-5)
 
 
 def test_recipe_is_the_papers() -> None:
     config = load_config("configs/imagenet_sit_tiny.py")
+    assert (config.epochs, config.optim.cooldown_epochs, config.batch_size) == (125, 10, 1024)
     expected: JsonObject = {
         "optim": {"weight_decay": 0.05, "eps": 1e-8},
         "loss": {"token": 2.0, "logits": 2.0, "temperature": 1.0, "label_smoothing": 0.1},
@@ -74,10 +66,10 @@ def test_recipe_is_the_papers() -> None:
     }
     values = to_dict(config)
     assert {name: {key: values[name][key] for key in section} for name, section in expected.items()} == expected
-    assert config.batch_size == 1024
-    drop_paths = [load_config(f"configs/imagenet_sit_{s}.py").model.drop_path for s in ("tiny", "small", "large")]
-    assert drop_paths == [0.0, 0.1, 0.3]
-    large = load_config("configs/imagenet_sit_large.py")
+    drop_paths = {"tiny": 0.0, "xsmall": 0.1, "small": 0.1, "medium": 0.1, "large": 0.3}
+    for size, drop_path in drop_paths.items():
+        large = load_config(f"configs/imagenet_sit_{size}.py")
+        assert (large.optim, large.model.drop_path) == (config.optim, drop_path)
     assert (large.augment.rand_augment, large.model.architecture.image_size) == ("rand-m9-n3-mstd0.5-inc1", 288)
 
 

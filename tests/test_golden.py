@@ -81,13 +81,7 @@ def initial_state(name: str, task: Any) -> TrainState:
     """The golden run's state before its first step."""
     student = jax.tree.map(jnp.array, golden_files.load(name).student)
     params, stats = {"model": student["params"], "rtsm": student["rtsm"]}, student.get("batch_stats", {})
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        batch_stats=stats,
-        opt_state=task.optimizer.init(params),
-        ema=None,
-    )
+    return TrainState(jnp.zeros((), jnp.int32), params, stats, task.optimizer.init(params), ema=None)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -65,12 +65,6 @@ def check(text: str, name: str, workers: int, processes: bool) -> tuple[Any, Any
     return job, pod, container
 
 
-def test_as_it_is_written() -> None:
-    _, _, container = check(MANIFEST.read_text(), "sit", 2, processes=True)
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    assert pathlib.Path(container["args"][2]).exists()
-
-
 def test_filled_in(machine: Machine) -> None:
     words = ["--name", "my-run", "--workers", "4", "--gpus", "2", "--claim", "disk", "--namespace", "team"]
     text = manifest(machine, *words, "--config.data.data_dir=/data/it's")
@@ -101,8 +95,10 @@ def test_on_gke(machine: Machine) -> None:
     assert job["spec"]["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
 
 
-def test_pods_meet_before_they_start() -> None:
-    _, pod, _ = check(MANIFEST.read_text(), "sit", 2, processes=True)
+def test_as_it_is_written_its_pods_meet_before_they_start() -> None:
+    _, pod, container = check(MANIFEST.read_text(), "sit", 2, processes=True)
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert pathlib.Path(container["args"][2]).exists()
     program = pod["initContainers"][0]["command"]
     place = f"localhost:{free_port()}"
     pods = []

@@ -76,16 +76,10 @@ def test_weights_of_other_programs_as_teachers(tmp_path: pathlib.Path) -> None:
     deeper = dataclasses.replace(section, model=ModelConfig(architecture=tiny.plain(num_heads=4, depth=6)))
     with pytest.raises(UserError, match=r"^teacher\.run: .*: depth is 4 there and 6 here, num_heads is 2 there"):
         given_teacher(deeper, "teacher")
-
-
-def test_what_is_not_there(tmp_path: pathlib.Path) -> None:
-    absent = str(tmp_path / "absent")
-    with pytest.raises(ConfigError, match="absent") as caught:
-        check_origins(tiny.config(init=absent), tmp_path / "run")
-    assert caught.value.key == "init"
-    section = TeacherConfig(model=ModelConfig(architecture=tiny.TEACHER), run=absent)
     with pytest.raises(UserError, match="absent"):
-        check_origins(tiny.config(teacher=section), tmp_path / "run")
+        given_teacher(dataclasses.replace(section, run=str(tmp_path / "absent")), "teacher")
+    with pytest.raises(ConfigError, match=r"^init: .*absent"):
+        check_origins(tiny.config(init=str(tmp_path / "absent")), tmp_path / "run")
 
 
 def starting(arch: Any, init: str) -> Config:
@@ -125,30 +119,24 @@ def refused(source: str, field: str, theirs: object) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=str)
-def test_weights_of_another_model(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
-    theirs, fact = tiny.plain(**changes), next(iter(changes.items()))
+def test_a_run_of_another_model(changes: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """It is refused before any of its weights is read: there are none."""
+    workdir.create_or_verify(tmp_path / "other", starting(tiny.plain(**changes), "random"), resume=False)
+    (tmp_path / "other" / "checkpoints").mkdir()
+    with refused("other", *next(iter(changes.items()))):
+        check_origins(starting(tiny.STUDENT, str(tmp_path / "other")), tmp_path / "run")
+
+
+def test_weights_of_another_model(tmp_path: pathlib.Path) -> None:
+    theirs = tiny.plain(num_heads=4)
     folder = folder_of(tmp_path / "given", theirs, seed=1)
     for init in (folder, folder / "model.safetensors"):
-        with refused("given", *fact):
+        with refused("given", "num_heads", 4):
             check_origins(starting(tiny.STUDENT, str(init)), tmp_path / "run")
-    # The same of a run, before any of its weights is read.
-    workdir.create_or_verify(tmp_path / "other", starting(theirs, "random"), resume=False)
-    (tmp_path / "other" / "checkpoints").mkdir()
-    config = starting(tiny.STUDENT, str(tmp_path / "other"))
-    with refused("other", *fact):
-        check_origins(config, tmp_path / "run")
-    with refused("other", *fact):
-        state_of(config, tmp_path / "empty")
-
-
-def test_the_teacher_as_another_model(tmp_path: pathlib.Path) -> None:
-    """A student that starts from its teacher computes the same in every block."""
-    theirs = tiny.plain(num_heads=4)
+    # A student that starts from its teacher computes the same in every block.
     config = tiny.config(LossConfig(logits=1.0), teacher=TeacherConfig(model=ModelConfig(architecture=theirs)))
     with refused("teacher", "num_heads", 4):
         check_origins(config, tmp_path / "run")
-    with refused("teacher", "num_heads", 4):
-        state_of(config, tmp_path / "empty", {"teacher": random_weights.variables(random_weights.draw(theirs))})
     check_origins(dataclasses.replace(config, init="random"), tmp_path / "run")
 
 
@@ -191,10 +179,6 @@ def drawn(config: Config, folder: pathlib.Path, capsys: pytest.CaptureFixture[st
 
 
 def test_what_is_drawn_at_random_is_listed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = folder_of(tmp_path / "given", tiny.TWO_BLOCKS, seed=1)
-    same = starting(tiny.TWO_BLOCKS, str(given))
-    assert drawn(same, tmp_path / "empty", capsys) == set()
-    assert drawn(tiny.small(init=str(given)), tmp_path / "empty", capsys) == {"slimming_0", "reverse modules"}
     teachers = {"teacher": random_weights.variables(random_weights.draw(tiny.TWO_BLOCKS))}
     assert drawn(tiny.small(), tmp_path / "empty", capsys, teachers) == {"slimming_0", "reverse modules"}
     run = run_of(tmp_path / "run", tiny.TWO_BLOCKS)
@@ -204,3 +188,4 @@ def test_what_is_drawn_at_random_is_listed(tmp_path: pathlib.Path, capsys: pytes
     assert drawn(config, tmp_path / "empty", capsys) == {"head", "distillation_head", "aux_head", *tokens}
     student = folder_of(tmp_path / "student", tiny.SLIMMED, seed=1)
     assert drawn(tiny.small(init=str(student)), tmp_path / "empty", capsys) == {"reverse modules"}
+    assert drawn(starting(tiny.SLIMMED, str(student)), tmp_path / "empty", capsys) == set()

@@ -1,7 +1,7 @@
 """Configurations as `ml_collections.ConfigDict`s, as config files in `configs/` write them, and their validation."""
 
 import dataclasses
-import difflib
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 from pydantic import TypeAdapter, ValidationError
 
 from sit_jax.config import Config, JsonObject, ModelConfig, TeacherConfig
-from sit_jax.errors import ConfigError
+from sit_jax.errors import ConfigError, did_you_mean, require
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import get_architecture
@@ -31,9 +31,8 @@ def named_model(name: str, **overrides: object) -> ConfigDict:
     Raises:
         ConfigError: The name or a field is unknown, or the combination is invalid.
     """
-    compute = {
-        key: overrides.pop(key) for key in ("drop_path", "dtype", "remat", "attention", "scan") if key in overrides
-    }
+    own = ("drop_path", "dtype", "remat", "attention", "scan")
+    compute = {key: overrides.pop(key) for key in own if key in overrides}
     return model_section(get_architecture(name, **overrides), name=name, **compute)
 
 
@@ -57,9 +56,8 @@ def defaults(section: type, **values: object) -> ConfigDict:
 def with_defaults(config: ConfigDict) -> ConfigDict:
     """Returns a configuration with all default values filled in, so that each can be overridden on the command line."""
     filled = _fill(defaults(Config).to_dict(), _rename_keys(config.to_dict()))
-    for name in _TEACHERS:
-        if filled[name] is not None:
-            filled[name] = _fill(defaults(TeacherConfig).to_dict(), filled[name])
+    for name in (name for name in _TEACHERS if filled[name] is not None):
+        filled[name] = _fill(defaults(TeacherConfig).to_dict(), filled[name])
     for holder in (filled, filled["teacher"], filled["cnn_teacher"]):
         model = holder.get("model") if holder is not None else None
         if model is not None and model.get("keep_ratio", 0.0) is None:
@@ -143,12 +141,11 @@ def _section_of(known: ConfigDict, key: str) -> ConfigDict:
     names = key.split(".")
     for depth, name in enumerate(names):
         section = value
-        if section is None:
-            missing = ".".join(names[:depth])
-            raise ConfigError(key, f"{missing} is None in this config; add a {missing} section to the file")
+        missing = ".".join(names[:depth])
+        require(section is not None, key, f"{missing} is None in this config; add a {missing} section to the file")
         if not isinstance(section, ConfigDict) or name not in section:
-            close = difflib.get_close_matches(name, list(section), n=1) if isinstance(section, ConfigDict) else []
-            raise ConfigError(key, "there is no such key" + (f". Did you mean {close[0]}?" if close else ""))
+            known = section if isinstance(section, ConfigDict) else []
+            raise ConfigError(key, f"there is no such key{did_you_mean(name, known)}")
         value = section[name]
     return section
 
@@ -197,21 +194,17 @@ def _describe(error: ValidationError) -> str:
         key = ".".join(parts)
         match problem["type"]:
             case "unexpected_keyword_argument":
-                lines.append(f"{key}: there is no such key{_hint(parts)}")
+                lines.append(f"{key}: there is no such key{did_you_mean(parts[-1], _all_keys())}")
             case "value_error":
                 message = str(problem["ctx"]["error"])
                 lines.append(f"{key}.{message}" if key else message)
             case _:
-                message = (
-                    problem["msg"].replace("Input should be ", "must be ").replace("Input should have", "must have")
-                )
+                message = problem["msg"].replace("Input should ", "must ")
                 lines.append(f"{key}: {message[0].lower()}{message[1:]}, got {problem['input']!r}")
     return "; ".join(dict.fromkeys(lines))
 
 
-def _hint(parts: list[str]) -> str:
+def _all_keys() -> list[str]:
+    sections = [x for x in defaults(Config).values() if isinstance(x, ConfigDict)]
     classes = (Config, ModelConfig, Architecture, TeacherConfig)
-    names = {field.name for section in classes for field in dataclasses.fields(section)}
-    names.update(*(section for section in defaults(Config).values() if isinstance(section, ConfigDict)))
-    close = difflib.get_close_matches(parts[-1], sorted(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return sorted({*itertools.chain(*sections), *(x.name for section in classes for x in dataclasses.fields(section))})

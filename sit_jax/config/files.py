@@ -1,14 +1,19 @@
 """Finds and loads config files."""
 
-import difflib
+import contextlib
+import importlib.abc
 import importlib.util
 import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from sit_jax.config.config_dict import with_defaults
-from sit_jax.config.moved import old_names
-from sit_jax.errors import ConfigError, UserError, one_line
+from sit_jax.errors import ConfigError, UserError, did_you_mean, one_line
+
+_MOVED = {"sit_jax.config_dict": "sit_jax.config.config_dict", "sit_jax.recipe": "sit_jax.config.recipe"}
 
 
 def get_config(path: str) -> ConfigDict:
@@ -27,7 +32,7 @@ def get_config(path: str) -> ConfigDict:
         raise ConfigError("--config", f"{file} is not a Python file; its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
-        with old_names():
+        with _old_names():
             spec.loader.exec_module(module)
         config = module.get_config(*([argument] if argument else []))
     except Exception as error:  # A user's Python file may raise any error.
@@ -51,6 +56,29 @@ def _find(config: str) -> pathlib.Path:
         return files[config]
     if config.endswith(".py") or pathlib.Path(config).name != config:
         raise ConfigError("--config", f"there is no file {config}")
-    close = difflib.get_close_matches(config, files, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(files))}"
-    raise ConfigError("--config", f"there is no config {config}; {hint}")
+    hint = did_you_mean(config, files, f"; there are {', '.join(sorted(files))}")
+    raise ConfigError("--config", f"there is no config {config}{hint}")
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        del path, target
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = _MOVED[module.__name__]
+        print(f"config: {module.__name__} is now {new}", file=sys.stderr)
+        vars(module).update({name: x for name, x in vars(importlib.import_module(new)).items() if name[:2] != "__"})
+
+
+@contextlib.contextmanager
+def _old_names() -> Iterator[None]:
+    """Resolves former module names while a config file of a user is loaded, and prints the new ones on stderr."""
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)

@@ -23,17 +23,12 @@ from sit_jax.data.config import (
     NonNegative,
     Positive,
 )  # fmt: skip
-from sit_jax.errors import ConfigError
+from sit_jax.errors import require
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
 
 # An object of a JSON file.
 JsonObject = dict[str, Any]
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise ConfigError(field, problem)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -176,10 +171,10 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(size == -1 or size >= 1, name, f"must be at least 1, or -1 for the rest, got {size}")
-        _require(list(sizes.values()).count(-1) <= 1, "data", "only one of data, fsdp and tensor can be -1, the rest")
+            require(size == -1 or size >= 1, name, f"must be at least 1, or -1 for the rest, got {size}")
+        require(list(sizes.values()).count(-1) <= 1, "data", "only one of data, fsdp and tensor can be -1, the rest")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -258,28 +253,28 @@ class Config:
         arch = self.model.architecture
         _check_training(self.epochs, self.batch_size, self.optim, self.model)
         if self.loss.needs_teacher:
-            _require(self.teacher is not None, "teacher", "must be set if loss.token or loss.logits is above 0")
+            require(self.teacher is not None, "teacher", "must be set if loss.token or loss.logits is above 0")
         if self.loss.hard > 0:
             has_token = isinstance(arch, Architecture) and arch.distillation_token
-            _require(self.cnn_teacher is not None, "cnn_teacher", "must be set if loss.hard is above 0")
-            _require(has_token, "model.distillation_token", "must be True where loss.hard is above 0")
+            require(self.cnn_teacher is not None, "cnn_teacher", "must be set if loss.hard is above 0")
+            require(has_token, "model.distillation_token", "must be True where loss.hard is above 0")
         if self.loss.token_label > 0:
             labels = isinstance(arch, Architecture) and arch.aux_head and not arch.is_slimmed
-            _require(labels, "loss.token_label", "needs model.aux_head=True and a model without slimming")
-            _require(bool(self.data.label_maps), "data.label_maps", "is empty, but loss.token_label is above 0")
+            require(labels, "loss.token_label", "needs model.aux_head=True and a model without slimming")
+            require(bool(self.data.label_maps), "data.label_maps", "is empty, but loss.token_label is above 0")
         if self.mix.mix_token > 0:
             mixes = isinstance(arch, Architecture) and self.loss.hard == 0
-            _require(mixes, "mix.mix_token", "needs a vision transformer, and no convolutional teacher")
+            require(mixes, "mix.mix_token", "needs a vision transformer, and no convolutional teacher")
         if self.teacher is not None:
             self._check_teacher(arch, self.teacher.model.architecture)
 
     def _check_teacher(self, arch: Architecture | RegNetArchitecture, teacher: object) -> None:
         is_vit = isinstance(arch, Architecture) and isinstance(teacher, Architecture) and not teacher.is_slimmed
-        _require(is_vit, "teacher.model", "must be an un-slimmed vision transformer, and model a vision transformer")
+        require(is_vit, "teacher.model", "must be an un-slimmed vision transformer, and model a vision transformer")
         if self.loss.token > 0 or self.init == "teacher":
             for name in ("image_size", "patch_size", "dim", "depth", "num_classes", "in_channels"):
                 mine, theirs = getattr(arch, name), getattr(teacher, name)
-                _require(mine == theirs, f"teacher.model.{name}", f"must be {mine}, as in model, got {theirs}")
+                require(mine == theirs, f"teacher.model.{name}", f"must be {mine}, as in model, got {theirs}")
 
     def teacher_run(self, teacher: TeacherConfig) -> "Config":
         """Returns the configuration of the run that trains one of the teachers."""
@@ -342,8 +337,8 @@ class Config:
 
 def _check_training(epochs: int, batch_size: int, optim: OptimConfig, model: ModelConfig) -> None:
     problem = f"{batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
-    _require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
+    require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
     fits = optim.grad_dtype in ("float32", model.dtype)
-    _require(fits, "optim.grad_dtype", f"{optim.grad_dtype} needs model.dtype {optim.grad_dtype}, got {model.dtype}")
+    require(fits, "optim.grad_dtype", f"{optim.grad_dtype} needs model.dtype {optim.grad_dtype}, got {model.dtype}")
     problem = f"{optim.warmup_epochs} must be below epochs, {epochs}"
-    _require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)
+    require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from sit_jax.errors import ConfigError
+from sit_jax.errors import ConfigError, require
 
 Stem = Literal["patch", "conv4", "conv6", "conv7"]
 
@@ -87,42 +87,42 @@ class Architecture:
             value, least = getattr(self, name), 0 if name == "num_classes" else 1
             most = _DEEPEST if name == "depth" else _LARGEST
             problem = f"must be a whole number from {least} to {most}, got {value!r}"
-            _require(isinstance(value, int) and least <= value <= most, name, problem)
+            require(isinstance(value, int) and least <= value <= most, name, problem)
         for name in ("mlp_ratio", "residual_scale", "norm_eps"):
             value = getattr(self, name)
-            _require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, got {value!r}")
-        _require(int(self.dim * self.mlp_ratio) >= 1, "mlp_ratio", f"{self.mlp_ratio!r} leaves an MLP without width")
-        _require(self.stem in get_args(Stem), "stem", f"must be one of {', '.join(get_args(Stem))}, got {self.stem!r}")
+            require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, got {value!r}")
+        require(int(self.dim * self.mlp_ratio) >= 1, "mlp_ratio", f"{self.mlp_ratio!r} leaves an MLP without width")
+        require(self.stem in get_args(Stem), "stem", f"must be one of {', '.join(get_args(Stem))}, got {self.stem!r}")
         if self.stem != "patch":
             problem = f"must be {CONV_STEM_STRIDE} with the {self.stem} stem, got {self.patch_size}"
-            _require(self.patch_size == CONV_STEM_STRIDE, "patch_size", problem)
+            require(self.patch_size == CONV_STEM_STRIDE, "patch_size", problem)
             divides = self.dim % 8 == 0 or self.stem == "conv7"
-            _require(divides, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
+            require(divides, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
         problem = f"{self.image_size} does not divide by patch_size {self.patch_size}"
-        _require(self.image_size % self.patch_size == 0, "image_size", problem)
-        _require(self.dim % self.num_heads == 0, "dim", f"{self.dim} does not divide by num_heads {self.num_heads}")
+        require(self.image_size % self.patch_size == 0, "image_size", problem)
+        require(self.dim % self.num_heads == 0, "dim", f"{self.dim} does not divide by num_heads {self.num_heads}")
 
     def _check_stages(self) -> None:
         blocks, counts, ratio = self.stage_blocks, self.kept_tokens, self.keep_ratio
         if not blocks:
-            _require(ratio is None, "keep_ratio", "is given, but stage_blocks is empty")
-            _require(not counts, "kept_tokens", "is given, but stage_blocks is empty")
+            require(ratio is None, "keep_ratio", "is given, but stage_blocks is empty")
+            require(not counts, "kept_tokens", "is given, but stage_blocks is empty")
             return
         total, patches = sum(blocks), self.num_patches
-        _require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
-        _require(total == self.depth, "stage_blocks", f"{blocks} adds up to {total}, but depth is {self.depth}")
+        require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
+        require(total == self.depth, "stage_blocks", f"{blocks} adds up to {total}, but depth is {self.depth}")
         if not counts:
             problem = f"must be above 0 and at most 1 where stage_blocks is given, got {ratio}"
-            _require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
+            require(ratio is not None and 0 < ratio <= 1, "keep_ratio", problem)
             counts = self.token_counts
             problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {patches}"
-            _require(min(counts) >= 1, "keep_ratio", problem)
+            require(min(counts) >= 1, "keep_ratio", problem)
             return
-        _require(len(counts) == len(blocks), "kept_tokens", f"has {len(counts)} entries for {len(blocks)} stages")
+        require(len(counts) == len(blocks), "kept_tokens", f"has {len(counts)} entries for {len(blocks)} stages")
         problem = f"must begin with the {patches} tokens of the grid, got {counts[0]}"
-        _require(counts[0] == patches, "kept_tokens", problem)
+        require(counts[0] == patches, "kept_tokens", problem)
         falling = list(counts) == sorted(counts, reverse=True)
-        _require(falling and counts[-1] >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
+        require(falling and counts[-1] >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
 
     @property
     def grid_size(self) -> int:
@@ -209,13 +209,8 @@ def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Archit
     """
     known = sorted(field.name for field in dataclasses.fields(Architecture))
     for name in values:
-        _require(name in known, f"{where}{name}", f"is not a field of Architecture; there are {', '.join(known)}")
+        require(name in known, f"{where}{name}", f"is not a field of Architecture; there are {', '.join(known)}")
     try:
         return Architecture(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}{error.key}", error.problem) from None
-
-
-def _require(condition: bool, field: str, problem: str) -> None:
-    if not condition:
-        raise ConfigError(field, problem)

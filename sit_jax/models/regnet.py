@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sit_jax.errors import ConfigError
+from sit_jax.errors import require
 from sit_jax.models.layers import Dense
 from sit_jax.models.stems import CONV_INIT, BatchNorm
 from sit_jax.models.vit import Outputs
@@ -47,13 +47,13 @@ class RegNetArchitecture:
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         object.__setattr__(self, "depths", tuple(self.depths))
-        if len(self.widths) != len(self.depths) or not self.depths:
-            raise ConfigError("depths", f"{self.depths} and widths {self.widths} must name the same stages")
-        if any(width % self.group_width for width in self.widths):
-            raise ConfigError("widths", f"{self.widths} do not divide by group_width {self.group_width}")
+        same = len(self.widths) == len(self.depths) > 0
+        require(same, "depths", f"{self.depths} and widths {self.widths} must name the same stages")
+        divides = all(width % self.group_width == 0 for width in self.widths)
+        require(divides, "widths", f"{self.widths} do not divide by group_width {self.group_width}")
         stride = 2 ** (len(self.widths) + 1)
-        if self.image_size % stride:
-            raise ConfigError("image_size", f"{self.image_size} does not divide by the stages' stride {stride}")
+        problem = f"{self.image_size} does not divide by the stages' stride {stride}"
+        require(self.image_size % stride == 0, "image_size", problem)
 
 
 class _ConvNorm(nn.Module):

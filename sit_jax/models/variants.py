@@ -1,10 +1,9 @@
 """Named models: the paper's five students and their teachers, DeiT and its slimmed students."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from sit_jax.errors import ConfigError
+from sit_jax.errors import did_you_mean, require
 from sit_jax.models.architecture import Architecture, architecture_from_dict
 
 _CONV4 = Architecture(stem="conv4", residual_scale=2.0, mlp_ratio=3.0, qkv_bias=False, norm_eps=1e-5, aux_head=True)
@@ -49,8 +48,6 @@ def get_architecture(name: str, **overrides: object) -> Architecture:
     Raises:
         ConfigError: The name or a field is unknown, or the combination is invalid.
     """
-    if name not in VARIANTS:
-        close = difflib.get_close_matches(name, VARIANTS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; `sit models` lists them"
-        raise ConfigError("name", f"there is no model {name!r}{hint}")
+    hint = did_you_mean(name, VARIANTS, "; `sit models` lists them")
+    require(name in VARIANTS, "name", f"there is no model {name!r}{hint}")
     return architecture_from_dict({**asdict(VARIANTS[name]), **overrides})

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,10 +44,8 @@ class Processes:
         given = (bool(self.coordinator), self.count > 0, self.index >= 0)
         if any(given) and not all(given):
             raise ConfigError("--coordinator, --num_processes and --process_id", "give all three, or none")
-        if self.coordinator and not re.fullmatch(r".+:\d{1,5}", self.coordinator):
+        if self.coordinator and not (re.fullmatch(r".+:\d+", self.coordinator) and self.address[1] < 2**16):
             raise ConfigError("--coordinator", f"{self.coordinator!r} is not of the form host:port")
-        if self.coordinator and self.address[1] >= 2**16:
-            raise ConfigError("--coordinator", f"there is no port {self.address[1]}")
         if self.count and self.index >= self.count:
             raise ConfigError("--process_id", f"{self.index} must be below --num_processes, {self.count}")
 
@@ -81,23 +79,19 @@ def find_processes() -> Processes | None:
             return None
         port = os.environ.get("JAX_COORDINATOR_PORT")
         address = cluster.get_coordinator_address(int(ARRIVAL_TIMEOUT_S), port)
-        devices = _devices_of_a_lone_task(os.environ) if name == "SLURM" else None
+        devices = _devices_of_a_lone_task() if name == "SLURM" else None
         return Processes(address, count, cluster.get_process_id(), name, devices)
     except (RuntimeError, ValueError, KeyError, OSError) as error:  # OSError: the metadata server did not answer.
         reason = one_line(error)
         raise RunError(f"{name} was detected, but does not define the other processes: {reason}") from None
 
 
-def _devices_of_a_lone_task(variables: Mapping[str, str]) -> list[int] | None:
-    """Returns all GPUs of a SLURM node with one task, since JAX would take only the first.
-
-    The result is None if tasks share a node, or if JAX's devices are already set.
-    """
-    if "JAX_LOCAL_DEVICE_IDS" in variables:
-        return None
-    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", variables.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    visible = [name for name in variables.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    return list(range(len(visible))) if visible and set(per_node) == {"1"} else None
+def _devices_of_a_lone_task() -> list[int] | None:
+    """Returns all GPUs of a SLURM node with one task, of which JAX would take the first, or None to leave it to JAX."""
+    per_node = re.findall(r"(\d+)(?:\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    alone = visible and set(per_node) == {"1"} and "JAX_LOCAL_DEVICE_IDS" not in os.environ
+    return list(range(len(visible))) if alone else None
 
 
 def initialize(processes: Processes) -> None:
@@ -143,15 +137,14 @@ def wait_for_processes(processes: Processes) -> None:
 def _collect_reports(processes: Processes) -> str:
     """Returns the answer to the processes that have reported to process 0: to go on, or which ones are missing."""
     deadline = time.monotonic() + ARRIVAL_TIMEOUT_S
-    host, port = processes.address
+    port = processes.address[1]
     arrived: dict[int, socket.socket] = {}
-    missing = set(range(1, processes.count))
     with contextlib.ExitStack() as stack:
         try:
             server = stack.enter_context(socket.create_server(("", port)))
         except OSError as error:
             raise RunError(f"--coordinator: port {port} cannot be opened here: {error.strerror or error}") from None
-        while missing and (left := deadline - time.monotonic()) > 0:
+        while len(arrived) < processes.count - 1 and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(OSError, ValueError):  # It timed out, or is a connection of another program.
                 connection = stack.enter_context(server.accept()[0])
@@ -159,10 +152,9 @@ def _collect_reports(processes: Processes) -> str:
                 word, index, count = connection.makefile().readline().split()
                 if word == _HELLO and int(count) == processes.count and 0 < int(index) < processes.count:
                     arrived[int(index)] = connection
-                    missing.discard(int(index))
-        names, place = ", ".join(str(index) for index in sorted(missing)), f"{host}:{port}"
-        late = f"process {names} of {processes.count} did not arrive within {ARRIVAL_TIMEOUT_S:.0f} s at {place}"
-        answer = late if missing else _GO
+        missing = ", ".join(str(index) for index in range(1, processes.count) if index not in arrived)
+        late = f"of {processes.count} did not arrive within {ARRIVAL_TIMEOUT_S:.0f} s at {processes.coordinator}"
+        answer = f"process {missing} {late}" if missing else _GO
         for connection in arrived.values():
             with contextlib.suppress(OSError):
                 connection.sendall(f"{answer}\n".encode())
@@ -197,18 +189,17 @@ class PreemptionMonitor:
     or at the teacher's last step, stops the student. Contexts may be nested; the outermost one resets the monitor.
     """
 
+    # Whether a stop was requested, and agreed on before.
+    requested = False
     _depth = 0
-    _requested = False
+    _former: Any = None
     # The sync point of jax.distributed needs a step that only increases, over all loops of a command.
     _asked = 0
-
-    def __init__(self) -> None:
-        self._former: Any = None
 
     def __enter__(self) -> "PreemptionMonitor":
         PreemptionMonitor._depth += 1
         if PreemptionMonitor._depth == 1:
-            PreemptionMonitor._requested = False
+            PreemptionMonitor.requested = False
             # Under jax.distributed, its own handler is installed, which agrees on a step with the other processes.
             if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
                 self._former = signal.signal(signal.SIGTERM, self._request)
@@ -221,20 +212,15 @@ class PreemptionMonitor:
 
     @staticmethod
     def _request(*_: object) -> None:
-        PreemptionMonitor._requested = True
-
-    @property
-    def requested(self) -> bool:
-        """Whether a stop was requested and agreed on before."""
-        return PreemptionMonitor._requested
+        PreemptionMonitor.requested = True
 
     def should_stop(self) -> bool:
         """Returns whether to save and stop after this step, equal in all processes. Must be called at every step."""
         if jax.process_count() > 1:
             PreemptionMonitor._asked += 1
             stop = multihost_utils.reached_preemption_sync_point(PreemptionMonitor._asked)
-            PreemptionMonitor._requested |= bool(stop)
-        return PreemptionMonitor._requested
+            PreemptionMonitor.requested |= bool(stop)
+        return PreemptionMonitor.requested
 
 
 # How long a failing process waits for the others to fail as well.

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from sit_jax.config import Config, MeshConfig
-from sit_jax.errors import ConfigError
+from sit_jax.errors import require
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import path_names
 
@@ -24,9 +24,8 @@ BATCH_AXES = ("data", "fsdp")
 
 # Smaller arrays are replicated: gathering them costs more than the memory that sharding saves.
 _SMALLEST_SPLIT = 4096
-# Layers that `tensor` splits along their outputs (the heads of qkv, hidden units), or along the matching inputs.
-_SPLIT_OUTPUT = frozenset({"qkv", "fc1"})
-_SPLIT_INPUT = frozenset({"proj", "fc2"})
+# Axis along which `tensor` splits a layer: its outputs (the heads of qkv, hidden units), or the matching inputs.
+_TENSOR_AXIS = {"qkv": -1, "fc1": -1, "proj": 0, "fc2": 0}
 # Both layers of the slimming modules are small and have few scores: `tensor` does not split them.
 _NOT_SPLIT = "slimming_"
 
@@ -44,14 +43,11 @@ def mesh_shape(config: MeshConfig, count: int) -> tuple[int, int, int]:
     """Returns the sizes of the axes, with -1 resolved; raises a ConfigError if they do not fit `count` devices."""
     sizes = [config.data, config.fsdp, config.tensor]
     fixed = math.prod(size for size in sizes if size != -1)
+    data, fsdp, tensor = (count // fixed if size == -1 else size for size in sizes)
     text = " x ".join(f"{name} {size}" for name, size in zip(AXES, sizes, strict=True))
-    if -1 in sizes:
-        if count % fixed:
-            raise ConfigError("mesh", f"{text} does not fit {count} devices: {fixed} does not divide {count}")
-        sizes[sizes.index(-1)] = count // fixed
-    elif fixed != count:
-        raise ConfigError("mesh", f"{text} is {fixed} devices, but there are {count}; set one size to -1 for the rest")
-    return sizes[0], sizes[1], sizes[2]
+    problem = f"{text} is {fixed} devices, but there are {count}; set one size to -1 for the rest"
+    require(data * fsdp * tensor == count, "mesh", f"{problem}, and the others to divisors of {count}")
+    return data, fsdp, tensor
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -84,7 +80,10 @@ def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> Pa
     """
     axes: list[str | None] = [None] * len(shape)
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    place = _tensor_dimension(names, len(shape))
+    layer, leaf = ("", *names)[-2:]
+    place = _TENSOR_AXIS.get(layer)
+    if any(name.startswith(_NOT_SPLIT) for name in names) or (place == 0 and leaf != "kernel"):
+        place = None
     if tensor > 1 and place is not None and shape[place] % tensor == 0:
         axes[place] = "tensor"
     if fsdp > 1 and math.prod(shape) >= _SMALLEST_SPLIT:
@@ -94,17 +93,6 @@ def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> Pa
     return PartitionSpec(*axes)
 
 
-def _tensor_dimension(names: Sequence[str], rank: int) -> int | None:
-    if len(names) < 2 or any(name.startswith(_NOT_SPLIT) for name in names):
-        return None
-    layer, leaf = names[-2:]
-    if layer in _SPLIT_OUTPUT:
-        return rank - 1
-    if layer in _SPLIT_INPUT and leaf == "kernel":
-        return 0
-    return None
-
-
 def check_mesh(mesh: Mesh, config: Config) -> None:
     """Raises a ConfigError if batches or heads are not divisible by the mesh axes, before compilation."""
     check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
@@ -112,23 +100,22 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
     tensor = mesh.shape["tensor"]
     # Each process feeds its own devices, so devices that share examples must belong to one process.
     owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, tensor)
-    if (owners != owners[:, :1]).any():
-        raise ConfigError(
-            "mesh.tensor", f"groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
-        )
+    problem = f"groups of {tensor} devices would lie across hosts on this mesh; choose a smaller one"
+    require((owners == owners[:, :1]).all(), "mesh.tensor", problem)
     models = [("model", config.model), *((f"{n}.model", t.model) for n, t in config.teachers.items())]
     for name, model in models:
         arch = model.architecture
-        if tensor > 1 and isinstance(arch, Architecture) and arch.num_heads % tensor:
-            raise ConfigError(f"{name}.num_heads", f"{arch.num_heads} heads do not divide over mesh.tensor {tensor}")
+        if isinstance(arch, Architecture):
+            problem = f"{arch.num_heads} heads do not divide over mesh.tensor {tensor}"
+            require(arch.num_heads % tensor == 0, f"{name}.num_heads", problem)
 
 
 def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
     """Raises a ConfigError with key `name` if a batch, or each of its micro-batches, does not divide over the mesh."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (shards * parts):
-        micro = f" in {parts} micro-batches" if parts > 1 else ""
-        raise ConfigError(name, f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)")
+    micro = f" in {parts} micro-batches" if parts > 1 else ""
+    problem = f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)"
+    require(batch_size % (shards * parts) == 0, name, problem)
 
 
 def place(mesh: Mesh, tree: PyTree) -> PyTree:

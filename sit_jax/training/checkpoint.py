@@ -22,7 +22,7 @@ _keep = ocp.training.preservation_policies
 _when = ocp.training.save_decision_policies
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     """Checkpoints of one run: the newest ones and the best one by evaluation accuracy.
 
     Each has separate items `model` (parameters and BatchNorm statistics), `ema` if enabled, and `training` (everything
@@ -40,9 +40,6 @@ class Checkpoints:
             preservation_policy=_keep.AnyPreservationPolicy([_keep.LatestN(keep), best]),
             cleanup_tmp_directories=True,
         )
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._writing("the last checkpoint"):  # Waits for it.
@@ -95,31 +92,23 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             with silent_threads():
                 raise RunError(self._why_not(step, parts["model"], error)) from None
-        training = rename_keys(loaded["training"], STORED_RTSM, "rtsm")
-        params = {"model": loaded["model"]["params"], **training["params"]}
-        state = TrainState(
-            step=training["step"],
-            params=params,
-            batch_stats=loaded["model"]["batch_stats"],
-            opt_state=training["opt_state"],
-            ema=loaded.get("ema"),
-        )
+        model, training = loaded["model"], rename_keys(loaded["training"], STORED_RTSM, "rtsm")
+        training["params"]["model"] = model["params"]
+        state = TrainState(**training, batch_stats=model["batch_stats"], ema=loaded.get("ema"))
         if not has_finite_weights(state):
-            where = f"checkpoint {step} in {self._checkpointer.directory}"
-            raise NotFiniteError(f"{where} holds weights that are not finite; {self._way_out(step)}")
+            raise NotFiniteError(f"{self._name(step)} holds weights that are not finite; {self._way_out(step)}")
         return state
+
+    def _name(self, step: int) -> str:
+        return f"checkpoint {step} in {self._checkpointer.directory}"
 
     def _why_not(self, step: int, model: PyTree, error: Exception) -> str:
         """Returns why a checkpoint cannot be restored: it is of another model, or it is damaged."""
-        where = f"checkpoint {step} in {self._checkpointer.directory}"
-
-        def shapes(tree: PyTree) -> list[tuple[int, ...]]:
-            return sorted(tuple(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-        there = shapes(self._items(step).get("model"))
-        if there and there != shapes(model):
-            return f"{where} is of another model: {one_line(error)}"
-        return f"{where} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
+        trees = (self._items(step).get("model"), model)
+        stored, expected = (sorted(tuple(x.shape) for x in jax.tree.leaves(tree)) for tree in trees)
+        if stored and stored != expected:
+            return f"{self._name(step)} is of another model: {one_line(error)}"
+        return f"{self._name(step)} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
 
     def _way_out(self, step: int) -> str:
         """Returns advice on a checkpoint from which a run cannot resume."""
@@ -165,10 +154,8 @@ class SaveSchedule:
 
     def now(self, step: int) -> bool:
         """Returns whether to save after this step; the same result in all processes."""
-        config, (epoch, rest) = self._config, divmod(step, self._epoch)
-        by_epoch = config.every_epochs > 0 and rest == 0 and epoch % config.every_epochs == 0
-        by_step = config.every_steps > 0 and step % config.every_steps == 0
-        if by_epoch or by_step:
+        config = self._config
+        if any(every and step % every == 0 for every in (config.every_epochs * self._epoch, config.every_steps)):
             return True
         if not config.every_minutes or step % self._check_every:
             return False

@@ -56,22 +56,11 @@ def initial_state(
     """
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
-    config = spec.config
-    variables: Variables | None = None
-    if config.init == "teacher":
-        _check_start_from_teacher(config)
-        variables = teachers.get("teacher")
-    elif config.init != "random":
-        variables = _initial(pathlib.Path(config.init), config, class_names, _log)
+    variables = _initial(spec.config, teachers, class_names, _log)
     state = init_state(spec, mesh, variables)
     if variables is not None:
         _log_drawn(state.params, variables["params"])
     return state
-
-
-def _check_start_from_teacher(config: Config) -> None:
-    if config.init == "teacher" and config.teacher is not None:
-        check_start(config.teacher.model.architecture, config.model.architecture, "the teacher")
 
 
 def _log_drawn(params: Params, given: Params) -> None:
@@ -85,9 +74,18 @@ def _log_drawn(params: Params, given: Params) -> None:
 
 
 def _initial(
-    path: pathlib.Path, config: Config, class_names: Sequence[str] | None, log: Callable[[str], None]
-) -> Variables:
-    arch = config.model.architecture
+    config: Config, teachers: Teachers, class_names: Sequence[str] | None, log: Callable[[str], None]
+) -> Variables | None:
+    """Returns the weights that `init` names; None for random ones, and for those of a teacher that is not there yet."""
+    path, arch = pathlib.Path(config.init), config.model.architecture
+    if config.init == "random":
+        return None
+    if config.init == "teacher":
+        if config.teacher is not None:
+            check_start(config.teacher.model.architecture, arch, "the teacher")
+        return teachers.get("teacher")
+    if not path.exists():
+        raise ConfigError("init", f"there is no {path}; name a run, a model folder or a file of weights")
     if (path / FOLDER).is_dir():
         check_start(read_config(path).model.architecture, arch, str(path))
         model = load_run(path)
@@ -130,8 +128,8 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
     elif isinstance(arch, Architecture):
         model = read_weights(path, options=Options(like=arch, rtsm=False))
     else:
-        problem = "is not a run; teachers other than vision transformers must be runs"
-        raise ConfigError(f"{name}.run", f"{teacher.run} {problem}")
+        problem = f"{teacher.run} is not a run; teachers other than vision transformers must be runs"
+        raise ConfigError(f"{name}.run", problem)
     order = _teacher_order(model.arch, model.metadata.get("class_names"), teacher, name, class_names)
     return reorder_heads(model.variables, order, HEADS)
 
@@ -146,8 +144,7 @@ def _teacher_order(
     """Returns the order of the heads' classes; raises a ConfigError if the model is not that of the section `name`."""
     problem = differences(theirs, teacher.model.architecture)
     if problem:
-        problem = f"the model in {teacher.run} does not match {name}.model: {problem}"
-        raise ConfigError(f"{name}.run", problem)
+        raise ConfigError(f"{name}.run", f"the model in {teacher.run} does not match {name}.model: {problem}")
     if teacher.match_classes == "index":
         return None
     try:
@@ -165,11 +162,8 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
         folder: The run directory; if it contains a checkpoint, `init` is not used.
         class_names: Class names of the data, by index; None skips the check of the classes.
     """
-    starts = not (folder / FOLDER).is_dir()
-    if config.init not in ("teacher", "random") and starts:
-        if not pathlib.Path(config.init).exists():
-            raise ConfigError("init", f"there is no {config.init}; name a run, a model folder or a file of weights")
-        _initial(pathlib.Path(config.init), config, class_names, lambda _: None)
+    if not (folder / FOLDER).is_dir():
+        _initial(config, {}, class_names, lambda _: None)
     for name, teacher in config.teachers.items():
         if not teacher.run:
             check_origins(config.teacher_run(teacher), folder / name, class_names)
@@ -179,5 +173,3 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
             _teacher_order(theirs.model.architecture, run_class_names(theirs, run), teacher, name, class_names)
         else:
             given_teacher(teacher, name, class_names)
-    if starts:
-        _check_start_from_teacher(config)

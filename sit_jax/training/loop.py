@@ -149,16 +149,16 @@ def print_sharding(config: Config, quiet: bool = False) -> None:
         ConfigError: The mesh does not match the devices, or a batch or the heads are not divisible by the mesh axes.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     config = resolve_num_classes(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_mesh(mesh, config)
     if quiet:
         return
-    table = Table(title="Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()), box=None)
-    for heading in ("array", "shape", "split along", "MiB per device"):
-        table.add_column(heading, justify="right" if heading.startswith("MiB") else "left", overflow="fold")
+    title = "Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    headings = (Column(name, overflow="fold") for name in ("array", "shape", "split along"))
+    table = Table(*headings, Column("MiB per device", justify="right"), title=title, box=None)
     total = 0.0
     spec = make_train_spec(config, steps_per_epoch=1)
     everything = {"state": abstract_state(spec), "teachers": abstract_teachers(spec)}
@@ -208,6 +208,15 @@ def train_loop(
             raise PreemptedError(f"stopped by a signal before step {start + 1} of {total}; continue with --resume")
         pending: tuple[int, Metrics] | None = None
 
+        def report(step: int, kind: str, values: dict[str, float]) -> None:
+            for callback in (writer.write, *callbacks):
+                callback(step, kind, values)
+
+        def not_finite(problem: str, before: int) -> NotFiniteError:
+            good = checkpoints.last_before(before)
+            there = "There is no good checkpoint" if good is None else f"The last good checkpoint is of step {good}"
+            return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
+
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
             nonlocal pending
@@ -218,14 +227,12 @@ def train_loop(
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 # They are computed from the weights of the previous step, which a checkpoint may contain.
-                raise _not_finite(
-                    f"step {step}: {', '.join(bad)} is not finite", checkpoints.last_before(step - 1), folder
-                )
+                raise not_finite(f"step {step}: {', '.join(bad)} is not finite", before=step - 1)
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
                 means = {name: sum(x[name] for x in window) / len(window) for name in values}
-                _report((writer.write, *callbacks), step, "train", means)
+                report(step, "train", means)
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -240,29 +247,19 @@ def train_loop(
                 try:
                     scores = evaluation = evaluator(state)
                 except NotFiniteError as error:
-                    raise _not_finite(f"step {step}: {error}", checkpoints.last_before(step), folder) from None
-                _report((writer.write, *callbacks), step, "eval", evaluation)
+                    raise not_finite(f"step {step}: {error}", before=step) from None
+                report(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
                 resolve()
                 if not has_finite_weights(state):
-                    raise _not_finite(f"step {step}: its weights are not finite", checkpoints.last_before(step), folder)
+                    raise not_finite(f"step {step}: its weights are not finite", before=step)
                 checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
                 due.saved()
             if stopped:
                 raise PreemptedError(f"stopped by a signal: saved after step {step} of {total}; continue with --resume")
     return evaluation or evaluator(state)
-
-
-def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:
-    for callback in callbacks:
-        callback(step, kind, values)
-
-
-def _not_finite(problem: str, last_good: int | None, folder: pathlib.Path) -> NotFiniteError:
-    there = "There is no good checkpoint" if last_good is None else f"The last good checkpoint is of step {last_good}"
-    return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
 
 
 def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonObject:

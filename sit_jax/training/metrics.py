@@ -6,7 +6,7 @@ import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import flax.struct
 import jax
@@ -58,7 +58,7 @@ def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalM
     return EvalMetrics.single_from_model_output(loss=loss, top1=right[:, 0], top5=right.any(axis=1), mask=mask)
 
 
-class MetricWriter:
+class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
     """Writes metrics as JSON lines (`metrics.jsonl`) and, optionally, as TensorBoard events."""
 
     def __init__(self, workdir: pathlib.Path, tensorboard: bool, resume_step: int = 0, quiet: bool = False) -> None:
@@ -67,7 +67,7 @@ class MetricWriter:
         A `quiet` writer writes nothing, because another process does.
         """
         self._file: TextIO | None = None
-        self._board: _Events | None = None
+        self._board: Any = None
         if quiet:
             return
         self._workdir, path = workdir, workdir / "metrics.jsonl"
@@ -77,10 +77,14 @@ class MetricWriter:
                 part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
             if tensorboard:
-                self._board = _Events(workdir / "tensorboard", resume_step + 1 if resume_step else None)
+                from tensorboardX.event_file_writer import EventsWriter  # The imports are slow, and not all need them.
+                from tensorboardX.proto.event_pb2 import SessionLog
 
-    def __enter__(self) -> "MetricWriter":
-        return self
+                (workdir / "tensorboard").mkdir(exist_ok=True)
+                # Written synchronously: tensorboardX's thread would die on a full disk and its queue fill up.
+                self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+                if resume_step:
+                    self._write_event(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def __exit__(self, *_: object) -> None:
         for file in (self._file, self._board):
@@ -97,32 +101,16 @@ class MetricWriter:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
             if self._board is not None:
-                self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
+                from tensorboardX.summary import scalar
 
+                for name, value in values.items():
+                    self._write_event(step, summary=scalar(f"{kind}/{name}", value))
+                self._board.flush()
 
-class _Events:
-    """Writes TensorBoard events synchronously; tensorboardX's thread would die on a full disk and its queue fill up."""
+    def _write_event(self, step: int, **content: object) -> None:
+        from tensorboardX.proto.event_pb2 import Event
 
-    def __init__(self, folder: pathlib.Path, purge_step: int | None) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # The import is slow, and not all runs need it.
-        from tensorboardX.proto import event_pb2
-        from tensorboardX.summary import scalar
-
-        self._event, self._scalar = event_pb2.Event, scalar
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
-        if purge_step is not None:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._writer.write_event(self._event(wall_time=time.time(), step=purge_step, session_log=start))
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
-            self._writer.write_event(event)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
+        self._board.write_event(Event(wall_time=time.time(), step=step, **content))
 
 
 class MetricLines(NamedTuple):

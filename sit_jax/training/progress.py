@@ -1,5 +1,6 @@
 """Progress of a training: a progress bar on a terminal, otherwise an occasional line."""
 
+import contextlib
 import sys
 
 from tqdm import tqdm
@@ -15,7 +16,7 @@ class _Lines(tqdm):
             print(self, file=self.fp, flush=True)
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """Shows steps, loss, images per second and remaining time on standard error."""
 
     def __init__(self, label: str, total: int, start: int, batch_size: int, quiet: bool = False) -> None:
@@ -28,9 +29,6 @@ class Progress:
         else:
             line = "{desc}: step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
             self._bar = _Lines(**steps, leave=False, mininterval=_SECONDS_BETWEEN_LINES, bar_format=line)
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

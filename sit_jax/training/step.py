@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from sit_jax import losses
 from sit_jax.config import Config, ModelConfig
 from sit_jax.data.preprocess import prepare_batch, stream_key
-from sit_jax.errors import ConfigError
+from sit_jax.errors import require
 from sit_jax.models import Outputs, abstract_variables, build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reverse import ReverseSlimming
@@ -98,11 +98,10 @@ def make_train_spec(
     """
     losses = losses or {}
     for name in config.loss.extra:
-        if name in _BUILT_IN:
-            raise ConfigError(f"loss.extra.{name}", f"must not be one of the built-in {', '.join(sorted(_BUILT_IN))}")
-        if name not in losses:
-            known = f"there are {', '.join(losses)}" if losses else "give it to sit_jax.train(losses=...)"
-            raise ConfigError(f"loss.extra.{name}", f"there is no such loss term; {known}")
+        key, built_in = f"loss.extra.{name}", ", ".join(sorted(_BUILT_IN))
+        require(name not in _BUILT_IN, key, f"must not be one of the built-in {built_in}")
+        known = f"there are {', '.join(losses)}" if losses else "give it to sit_jax.train(losses=...)"
+        require(name in losses, key, f"there is no such loss term; {known}")
 
     def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
