@@ -1,6 +1,7 @@
 """The training loop: runs training from the initial weights to the last checkpoint; contains all its side effects."""
 
 import contextlib
+import functools
 import importlib.metadata
 import math
 import pathlib
@@ -208,14 +209,8 @@ def train_loop(
             raise PreemptedError(f"stopped by a signal before step {start + 1} of {total}; continue with --resume")
         pending: tuple[int, Metrics] | None = None
 
-        def report(step: int, kind: str, values: dict[str, float]) -> None:
-            for callback in (writer.write, *callbacks):
-                callback(step, kind, values)
-
-        def not_finite(problem: str, before: int) -> NotFiniteError:
-            good = checkpoints.last_before(before)
-            there = "There is no good checkpoint" if good is None else f"The last good checkpoint is of step {good}"
-            return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
+        not_finite = functools.partial(_not_finite, folder, checkpoints)
+        report = functools.partial(_report, (writer.write, *callbacks))
 
         def resolve() -> None:
             """Reads the pending step's metrics; raises an error if they are not finite."""
@@ -260,6 +255,17 @@ def train_loop(
             if stopped:
                 raise PreemptedError(f"stopped by a signal: saved after step {step} of {total}; continue with --resume")
     return evaluation or evaluator(state)
+
+
+def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:
+    for callback in callbacks:
+        callback(step, kind, values)
+
+
+def _not_finite(folder: pathlib.Path, checkpoints: Checkpoints, problem: str, before: int) -> NotFiniteError:
+    good = checkpoints.last_before(before)
+    there = "There is no good checkpoint" if good is None else f"The last good checkpoint is of step {good}"
+    return NotFiniteError(f"{problem}; lower optim.lr or set optim.clip_norm. {there} in {folder}")
 
 
 def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonObject:
