@@ -64,14 +64,10 @@ class ArrayEntry(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """The contents of a checkpoint.
+    """The contents of a checkpoint, and the metrics of the evaluation of its weights.
 
-    Attributes:
-        step: Number of optimizer steps done.
-        metadata: Its metadata: `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the metrics of the
-            steps since the last line that was written (`window`); empty in older checkpoints.
-        metrics: Metrics of the evaluation of its weights.
-        arrays: All arrays.
+    `metadata` has `config`, `data`, `mesh`, `processes`, `devices`, `versions`, and the metrics of the steps since the
+    last line that was written (`window`); it is empty in older checkpoints.
     """
 
     step: int
@@ -81,11 +77,7 @@ class Contents(NamedTuple):
 
 
 def list_checkpoints(folder: pathlib.Path) -> list[Entry]:
-    """Returns the complete checkpoints of a run, oldest first.
-
-    Raises:
-        RunError: There is no checkpoint.
-    """
+    """Returns the complete checkpoints of a run, oldest first; raises a RunError if there is none."""
     with open_checkpoints(folder) as checkpointer:
         found = list(checkpointer.checkpoints)
         place = pathlib.Path(checkpointer.directory)
@@ -112,14 +104,9 @@ def _disk_size(folder: pathlib.Path) -> int:
 
 
 def read_contents(folder: pathlib.Path, step: int | None = None) -> Contents:
-    """Returns the contents of a checkpoint, without reading its arrays.
+    """Returns the contents of a run's checkpoint, the newest if `step` is None, without reading its arrays.
 
-    Args:
-        folder: The run directory.
-        step: Step of the checkpoint; the newest if None.
-
-    Raises:
-        RunError: There is no such checkpoint, or its metadata is damaged.
+    Raises a RunError if there is no such checkpoint, or its metadata is damaged.
     """
     with silent_threads(), open_checkpoints(folder, step) as checkpointer:
         found = next(c for c in reversed(checkpointer.checkpoints) if step in (None, c.step))
@@ -150,14 +137,7 @@ class Verdict(NamedTuple):
 def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
     """Reads every array of a checkpoint and checks that it is readable, finite, and of the configured shape.
 
-    Memory use is at most half a GiB and the size of the largest array.
-
-    Args:
-        folder: The run directory.
-        step: Step of the checkpoint; the newest if None.
-
-    Raises:
-        RunError: There is no such checkpoint, or its metadata is damaged.
+    Memory use is at most half a GiB and the size of the largest array. Raises as `read_contents` does.
     """
     contents = read_contents(folder, step)
     problems = list(_wrong_shapes(folder, contents))

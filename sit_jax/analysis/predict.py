@@ -21,14 +21,7 @@ _THREADS = 4
 
 
 class Prediction(NamedTuple):
-    """Prediction for one image.
-
-    Attributes:
-        image: The image file.
-        classes: Indices of the top classes, most likely first.
-        names: Their names.
-        probabilities: Their probabilities.
-    """
+    """Prediction for one image file: indices, names and probabilities of the top classes, most likely first."""
 
     image: str
     classes: list[int]

@@ -62,18 +62,9 @@ def load_variables(
 ) -> tuple[Variables, int]:
     """Restores a model's variables, without the optimizer state, onto the default device.
 
-    Args:
-        workdir: The run directory.
-        abstract: Shapes and types of `{'params': ..., 'batch_stats': ...}`.
-        ema: Restore the moving average instead of the weights.
-        step: Step of the checkpoint; the newest if None.
-
-    Returns:
-        The variables, and the step of the checkpoint.
-
-    Raises:
-        RunError: There is no checkpoint, it is of another model, or it contains no moving average.
-        NotFiniteError: The weights are not finite.
+    `abstract` has the shapes and types of `{'params': ..., 'batch_stats': ...}`; `step` is the newest if None. Returns
+    the variables, and the step. Raises a RunError if there is no checkpoint, it is of another model, or contains no
+    moving average, and a NotFiniteError if the weights are not finite.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)

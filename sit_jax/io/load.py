@@ -95,17 +95,12 @@ def read_weights(
 
     Args:
         path: A `.pth`, `.pt`, `.pth.tar`, `.safetensors` or `.npz` file, a folder with `model.safetensors`, or a run.
-        overrides: Architecture fields that the tensors do not determine, such as `num_heads`; by default, those of
-            `options`.
+        overrides: Architecture fields that the tensors do not determine, such as `num_heads`; else those of `options`.
         options: The other options.
         log: Called with each line about what was found and changed.
 
-    Returns:
-        The model: NumPy float32 with Linen's names and layouts; its metadata has only what the source says.
-
-    Raises:
-        UserError: The weights cannot be read; the one-line message names the file and the problem or the missing
-            option.
+    Returns the model: NumPy float32 with Linen's names and layouts; its metadata has only what the source says. Raises
+    a UserError that names the file and the problem or the missing option.
     """
     path, options = pathlib.Path(path), options or Options()
     if overrides is not None:

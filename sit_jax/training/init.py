@@ -42,17 +42,9 @@ def initial_state(
     5. random weights.
 
     Parameters that the weights of 2, 3 and 4 lack by design (see `check_start`) are random, and are listed on stderr.
-
-    Args:
-        spec: The functions of the run.
-        checkpoints: The checkpoints of the run.
-        mesh: The mesh of the state, which may differ from the mesh of the checkpoint.
-        teachers: Variables of the teachers.
-        class_names: Class names of the data, by index: heads of the weights that `init` names are reordered to match,
-            and heads for other classes are new. None matches classes by index.
-
-    Raises:
-        UserError: The weights that `init` names cannot be read, or are of another model.
+    Heads of the weights that `init` names are reordered to match `class_names`, those of the data by index, and are new
+    for other classes; None matches classes by index. The mesh may differ from that of the checkpoint. Raises a
+    UserError if the weights that `init` names cannot be read, or are of another model.
     """
     if checkpoints.latest_step is not None:
         return checkpoints.restore(sharding.place_abstract(mesh, abstract_state(spec)))
@@ -112,15 +104,9 @@ def _log(line: str) -> None:
 def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> Variables:
     """Returns the variables of a trained teacher: those of a run, or any weights that `sit convert` reads.
 
-    Args:
-        teacher: The section `name` of the configuration.
-        name: `teacher` or `cnn_teacher`.
-        class_names: Class names of the data, by index: the teacher's heads are reordered to match. None matches by
-            index.
-
-    Raises:
-        UserError: The weights cannot be read, or are of another model than the section describes.
-        ConfigError: The teacher has different classes.
+    `teacher` is the section `name` of the configuration. The heads are reordered to match `class_names`, those of the
+    data by index; None matches by index. Raises a UserError if the weights cannot be read, or are of another model or
+    of other classes.
     """
     path, arch = pathlib.Path(teacher.run), teacher.model.architecture
     if is_run(path):
@@ -157,10 +143,7 @@ def _teacher_order(
 def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[str] | None = None) -> None:
     """Raises a UserError if weights that a configuration names are missing or are of another model.
 
-    Args:
-        config: The run's configuration.
-        folder: The run directory; if it contains a checkpoint, `init` is not used.
-        class_names: Class names of the data, by index; None skips the check of the classes.
+    If the run directory contains a checkpoint, `init` is not used. Without class names, classes are not checked.
     """
     if not (folder / FOLDER).is_dir():
         _initial(config, {}, class_names, lambda _: None)

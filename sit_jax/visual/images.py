@@ -23,13 +23,9 @@ def heat(
     grid: int,
     top: float | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
-    """Draws a heat map over an image: the image in grey, with each patch tinted by its weight.
+    """Draws a heat map over a grey or RGB image: the image in grey, with each patch tinted by its weight in `row`.
 
-    Args:
-        image: Grey or RGB pixels, of any size.
-        row: Weight of each patch, 0 or more.
-        grid: Patches along one side.
-        top: Weight of the brightest colour; the largest weight of the row if None.
+    `grid` is the number of patches along one side, `top` the weight of the brightest colour, the largest if None.
     """
     top = float(row.max()) if top is None else top
     level = np.clip(row / top, 0, 1) if top > 0 else np.zeros_like(row)
@@ -55,13 +51,9 @@ def regions(
     grid: int,
     overlooked: Bool[ndarray, " patches"] | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
-    """Draws the patches of each token as an outlined region in the mean colour of its pixels.
+    """Draws the patches of each token in `hard_map` as an outlined region in the mean colour of its pixels.
 
-    Args:
-        image: Grey or RGB pixels, of any size.
-        hard_map: Token of each patch.
-        grid: Patches along one side.
-        overlooked: Patches that belong to no token: they are excluded from the means, and shown as a dim, grey image.
+    Patches that are `overlooked` belong to no token: they are excluded from the means, and shown as a dim, grey image.
     """
     index = patch_index(image.shape, grid)
     owner = np.where(overlooked, -1, hard_map) if overlooked is not None else hard_map

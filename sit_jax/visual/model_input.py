@@ -30,15 +30,9 @@ class ModelInput(NamedTuple):
 
 
 def preprocess(arch: Architecture, data: DataConfig, example: Example) -> ModelInput:
-    """Decodes an image, and crops or stretches it to the model's input.
+    """Decodes an image, and crops or stretches it to the model's input, as `data` says.
 
-    Args:
-        arch: The model's architecture.
-        data: How images are read.
-        example: The image.
-
-    Raises:
-        ImageDecodeError: The image cannot be read, or has too many pixels.
+    Raises an ImageDecodeError if the image cannot be read, or has too many pixels.
     """
     side = arch.grid_size * max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // arch.grid_size))
     pixels = EvalTransform(data, arch.image_size, arch.in_channels)(example)["image"]
