@@ -151,6 +151,12 @@ def plan(
     )  # fmt: skip
 
 
+def libtpu_requirement() -> str:
+    """Returns the requirement of the installed JAX for libtpu, in pip's syntax; the Makefile installs it."""
+    wanted = next((x for x in importlib.metadata.requires("jax") or [] if x.startswith("libtpu")), "libtpu")
+    return wanted.partition(";")[0].strip()
+
+
 def topology_devices(topology: Topology) -> list[jax.Device]:
     """Returns the devices of a topology.
 
@@ -167,8 +173,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
-        wanted = next((x for x in importlib.metadata.requires("jax") or [] if x.startswith("libtpu")), "libtpu")
-        command = f'pip install "{wanted.partition(";")[0].strip()}"'
+        command = f'pip install "{libtpu_requirement()}"'
         raise UserError(f"--topology: {topology.name} needs the TPU compiler: {command}") from None
     from jax.experimental import topologies
 

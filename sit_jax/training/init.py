@@ -145,8 +145,6 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
 
     If the run directory contains a checkpoint, `init` is not used. Without class names, classes are not checked.
     """
-    if not (folder / FOLDER).is_dir():
-        _initial(config, {}, class_names, lambda _: None)
     for name, teacher in config.teachers.items():
         if not teacher.run:
             check_origins(config.teacher_run(teacher), folder / name, class_names)
@@ -156,3 +154,5 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
             _teacher_order(theirs.model.architecture, run_class_names(theirs, run), teacher, name, class_names)
         else:
             given_teacher(teacher, name, class_names)
+    if not (folder / FOLDER).is_dir():
+        _initial(config, {}, class_names, lambda _: None)
