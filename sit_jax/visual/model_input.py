@@ -17,13 +17,7 @@ _PIXELS_PER_PATCH, _SHOWN_SIDE = 16, 384
 
 
 class ModelInput(NamedTuple):
-    """An image in two sizes.
-
-    Attributes:
-        pixels: The model's input, uint8 (size, size, channels).
-        shown: The same part of the image in display size, uint8 (side, side, channels); `side` is a multiple of the
-            grid size.
-    """
+    """The model's input, and the same part of the image in display size; its side is a multiple of the grid size."""
 
     pixels: UInt8[ndarray, "size size channels"]
     shown: UInt8[ndarray, "side side channels"]
