@@ -201,9 +201,9 @@ def test_the_walkthrough(
     pathlib.Path("runs").mkdir()
     pathlib.Path("runs/digits").symlink_to(digits_run)
     pathlib.Path("data").symlink_to(digits_dir)
-    pathlib.Path("pictures").mkdir()
+    pathlib.Path("images").mkdir()
     for index, pixels in enumerate(PIXELS):
-        Image.fromarray(pixels[:, :, 0]).save(f"pictures/{index}.png")
+        Image.fromarray(pixels[:, :, 0]).save(f"images/{index}.png")
     names: dict[str, Any] = {}
     for language, text in blocks:
         if language == "python":
