@@ -123,6 +123,7 @@ def test_every_config_is_valid_and_survives_json(path: pathlib.Path) -> None:
         ("model.stem=conv5", "model.stem"),
         ("teacher.model.dtype=int8", "teacher.model.dtype"),
         ("optim.grad_dtype=bfloat16", "optim.grad_dtype"),  # Products are float32.
+        ("data.mean[0]=0.5", "data.mean[0]"),
         ("optim.lr=None", "config.optim.lr"),
         ("teacher=None init=random loss.token=0 loss.logits=0 teacher.run=runs/teacher", "teacher.run"),
     ],

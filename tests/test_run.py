@@ -91,6 +91,7 @@ def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]
     (last,) = [line for line in text.splitlines() if "3/3" in line]
     assert all(fact in last for fact in ("train", "loss=0.500", "skipped images=3", "images/s="))
     assert "train: epoch 1\n" in text
+    assert "?" not in text  # What is left is not known before the second step.
     assert "quiet" not in text
     assert "\r" not in text
 

@@ -1,6 +1,7 @@
 """Config files with `--config.KEY=VALUE` overrides."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
     except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
         # ml_collections nests the text of a KeyError, quoted and escaped, in that of another one.
         text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "").replace("'", "")
-        key, colon, problem = " ".join(text.split())[:400].partition(": ")
+        text = re.sub(r"^(.*) \(in: (.*)\)$", r"\2: \1", " ".join(text.split())[:400])  # Of an index into a tuple.
+        key, colon, problem = text.partition(": ")
         raise (ConfigError(key, problem) if colon else ConfigError("--config", key)) from None
     return from_config_dict(values.config)

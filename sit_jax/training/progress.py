@@ -13,7 +13,8 @@ class _Lines(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:  # An empty message clears the bar.
-            print(self, file=self.fp, flush=True)
+            # The rate is not known before the second step.
+            print(str(self).removesuffix(", ? left"), file=self.fp, flush=True)
 
 
 class Progress(contextlib.AbstractContextManager["Progress"]):
@@ -28,7 +29,8 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             self._bar = tqdm(**steps, dynamic_ncols=True)
         else:
             line = "{desc}: step {n_fmt}/{total_fmt}{postfix}, {remaining} left"
-            self._bar = _Lines(**steps, leave=False, mininterval=_SECONDS_BETWEEN_LINES, bar_format=line)
+            # With any delay, there is no line before the first step.
+            self._bar = _Lines(**steps, leave=False, mininterval=_SECONDS_BETWEEN_LINES, bar_format=line, delay=1e-9)
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
