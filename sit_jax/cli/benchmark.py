@@ -8,6 +8,7 @@ from sit_jax.cli.verb import ANY_MODEL, Verbs, above_0, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit benchmark`."""
     parser = add_verb(verbs, "benchmark", run, "compare the throughput of models")
     add = parser.add_argument
     add("models", metavar="MODEL", nargs="+", help=f"name from `sit models`, {ANY_MODEL}")
@@ -22,6 +23,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Times the models and prints the comparison."""
     keep_memory()
     from sit_jax.analysis.benchmark_table import Settings, command
 

@@ -10,6 +10,7 @@ from sit_jax.errors import UserError
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit checkpoint`."""
     parser = add_verb(verbs, "checkpoint", run, "list, show and verify the checkpoints of a run")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, summary in (
@@ -25,6 +26,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Runs one of the tasks list, show and verify."""
     force_cpu()  # Training may be using the accelerators.
     from sit_jax.analysis import checkpoints
 

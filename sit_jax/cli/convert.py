@@ -7,6 +7,7 @@ from sit_jax.cli.verb import Verbs, add_option, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit convert`."""
     parser = add_verb(verbs, "convert", run, "convert weights from PyTorch, Flax and other formats, or from a run")
     add = parser.add_argument
     text = ".pth, .pt or .pth.tar file (needs PyTorch), .safetensors or .npz file, model folder or run folder"
@@ -34,6 +35,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Reads the weights of SOURCE and writes them to DEST."""
     from sit_jax.io.convert.convert import convert
     from sit_jax.io.convert.read import Options
 

@@ -11,6 +11,7 @@ from sit_jax.errors import UserError
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit data`."""
     parser = add_verb(verbs, "data", run, "prepare, preview, check and label data sets")
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     prepare = add_verb(tasks, "prepare", run, "download a data set, or convert one to ArrayRecord")
@@ -41,6 +42,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Runs one of the tasks prepare, show, check and label."""
     {"prepare": _prepare, "show": _show, "check": _check, "label": _label}[arguments.task](arguments)
 
 

@@ -7,6 +7,7 @@ from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_verb, integer, positive
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit demo`."""
     parser = add_verb(verbs, "demo", run, "serve a web page that compares slimmed models with teachers on your images")
     add = parser.add_argument
     text = f"slimmed model: {TRAINED_MODEL}; repeat the option to offer several"
@@ -19,6 +20,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Serves the page until it is interrupted."""
     from sit_jax.demo.serve import serve
 
     serve(arguments.student, arguments.teacher, arguments.host, arguments.port, arguments.max_mb)

@@ -9,6 +9,7 @@ from sit_jax.cli.verb import ANY_MODEL, Verbs, above_0, add_checkpoint, add_opti
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit evaluate`."""
     parser = add_verb(verbs, "evaluate", run, "measure the accuracy of a run or of an exported model")
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
@@ -29,6 +30,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Evaluates the model and prints its metrics."""
     first = join(arguments)
     keep_memory()
     from sit_jax.io.load import load

@@ -7,6 +7,7 @@ from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_option, a
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit export`."""
     parser = add_verb(verbs, "export", run, "export a model to PyTorch, ONNX, StableHLO or timm")
     add = parser.add_argument
     add("source", metavar="MODEL", type=pathlib.Path, help=TRAINED_MODEL)
@@ -22,6 +23,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Writes the model in another format."""
     from sit_jax.io.export.export import export_model
 
     options = {name: getattr(arguments, name) for name in ("ema", "step", "dtype", "raw_input", "licence")}

@@ -10,6 +10,7 @@ from sit_jax.cli.verb import Verbs, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit plan`."""
     text = "compile a train step for a TPU slice, without the TPU; print its memory, FLOPs and collectives"
     parser = add_verb(verbs, "plan", run, text)
     add_config(parser)
@@ -20,6 +21,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Compiles the step and prints its cost."""
     from sit_jax.analysis.chips import parse_topology
 
     topology = parse_topology(arguments.topology)

@@ -9,6 +9,7 @@ from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_images, add_v
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit predict`."""
     parser = add_verb(verbs, "predict", run, "classify images")
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
     add_images(parser, "+")
@@ -19,6 +20,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Prints the top classes of each image."""
     keep_memory()
     from sit_jax.analysis.predict import run_predict
     from sit_jax.data.folder import find_images

@@ -8,6 +8,7 @@ from sit_jax.cli.verb import Verbs, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit report`."""
     parser = add_verb(verbs, "report", run, "write an HTML report of a run, or a comparison of several runs")
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=pathlib.Path, help="run folder; several are compared")
@@ -19,6 +20,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Writes the page."""
     from sit_jax.io.runs import SUMMARY
     from sit_jax.report.write import make_report, output_of
 

@@ -7,6 +7,7 @@ from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_images, a
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit visualize`."""
     parser = add_verb(verbs, "visualize", run, "draw token maps and the attention of the class token")
     add = parser.add_argument
     add("source", metavar="MODEL", type=pathlib.Path, help=TRAINED_MODEL)
@@ -29,6 +30,7 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Writes figures and arrays of token maps."""
     from sit_jax.visual.visualize import FIGURES, OutputSettings, command
 
     figures = arguments.output or (FIGURES if arguments.arrays is None else None)
