@@ -103,10 +103,10 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The images need no gradient.
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
-    if config.loss.token > 0:
+    if config.recovered:
         total += 3 * cost.rtsm_macs
-    if config.teacher is not None and (config.loss.needs_teacher or config.loss.extra):
-        teacher = config.teacher.model.architecture
+    if config.used_teacher:
+        teacher = config.used_teacher.model.architecture
         assert isinstance(teacher, Architecture)
         total += sum(count_cost(teacher, tiles).macs.values())
     return total

@@ -1,6 +1,9 @@
-"""`sit plan`: plans a configuration and prints the plan as tables."""
+"""`sit plan` and `sit train --print_sharding`: plans a configuration and prints tables."""
 
+import math
 import sys
+
+import jax
 
 from sit_jax.analysis.chips import Topology
 from sit_jax.analysis.plan import Plan, plan
@@ -9,6 +12,10 @@ from sit_jax.config import Config
 from sit_jax.data.registry import open_source
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.trees import path_names
+from sit_jax.parallel import sharding
+from sit_jax.training.loop import resolve_num_classes
+from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec
 
 # Allows planning a run on ImageNet without the data set.
 _EXAMPLES = {"imagenet2012": 1_281_167}
@@ -92,3 +99,25 @@ def _rows(result: Plan) -> list[tuple[str, str, str]]:
             ("chip-hours, lower bound", f"{bound.chip_hours:,.0f}", ""),
         ]
     return rows
+
+
+def print_sharding(config: Config, quiet: bool = False) -> None:
+    """Prints the sharding of every array of a run's training state and of its teachers; only validates if `quiet`.
+
+    Raises a ConfigError if the mesh does not match the devices, or a batch or the heads do not divide by its axes.
+    """
+    config = resolve_num_classes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config)
+    if quiet:
+        return
+    spec, total, rows = make_train_spec(config, steps_per_epoch=1), 0.0, []
+    everything = {"state": abstract_state(spec), "teachers": abstract_teachers(spec)}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(sharding.place_abstract(mesh, everything)):
+        mib = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize / 2**20
+        total += mib
+        split = " x ".join(str(axis or "-") for axis in leaf.sharding.spec) or "-"
+        rows.append(("/".join(path_names(path)), " x ".join(map(str, leaf.shape)), split, f"{mib:.3f}"))
+    title = "Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    left = ("array", "shape", "split along")
+    print_table((*left, "MiB per device"), [*rows, ("all", "", "", f"{total:.3f}")], left=left, title=title)

@@ -9,6 +9,7 @@ from sit_jax.cli.verb import Verbs, add_processes, add_verb, folder
 
 
 def add_parser(verbs: Verbs) -> None:
+    """Adds the parser of `sit train`."""
     parser = add_verb(verbs, "train", run, "train a model, or a teacher and its slimmed student")
     add_config(parser)
     text = "run folder, created if missing; runs/CONFIG if not given"
@@ -21,8 +22,11 @@ def add_parser(verbs: Verbs) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Trains, and prints a summary of the run."""
     config = load_config(arguments.config, arguments.overrides)
-    name = pathlib.PurePath(arguments.config).name.partition(":")[0].removesuffix(".py")
+    from sit_jax.config.files import split_argument
+
+    name = pathlib.PurePath(split_argument(arguments.config)[0]).name.removesuffix(".py")
     workdir = arguments.workdir or pathlib.Path("runs", name)
     enable_compilation_cache(arguments.compilation_cache)
     first = join(arguments)
@@ -30,7 +34,9 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.training import loop
 
     if arguments.print_sharding:
-        loop.print_sharding(config, quiet=not first)
+        from sit_jax.analysis.plan_table import print_sharding
+
+        print_sharding(config, quiet=not first)
         return
     loop.run(config, workdir, arguments.resume, label="student" if config.teacher else "model")
     summary = summarize(workdir)

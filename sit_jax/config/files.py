@@ -16,6 +16,12 @@ from sit_jax.errors import ConfigError, UserError, did_you_mean, one_line
 _MOVED = {"sit_jax.config_dict": "sit_jax.config.config_dict", "sit_jax.recipe": "sit_jax.config.recipe"}
 
 
+def split_argument(path: str) -> tuple[str, str]:
+    """Returns the file or name of a config, and the argument that follows it after a colon; empty without one."""
+    file, colon, argument = path.rpartition(":")
+    return (file, argument) if colon and not path.endswith(".py") else (path, "")
+
+
 def get_config(path: str) -> ConfigDict:
     """Returns the ConfigDict of a config file's `get_config`, with all defaults filled in, for `sit_jax.train`.
 
@@ -26,7 +32,7 @@ def get_config(path: str) -> ConfigDict:
     Raises:
         ConfigError: There is no such config, or its file raises an error.
     """
-    file, _, argument = path.rpartition(":") if ":" in path and not path.endswith(".py") else (path, "", "")
+    file, argument = split_argument(path)
     spec = importlib.util.spec_from_file_location("config", _find(file))
     if spec is None or spec.loader is None:
         raise ConfigError("--config", f"{file} is not a Python file; its name must end in .py")

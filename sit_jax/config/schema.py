@@ -297,6 +297,17 @@ class Config:
         return {name: teacher for name, teacher in both.items() if teacher is not None}
 
     @property
+    def recovered(self) -> Architecture | None:
+        """The student's architecture if reverse modules recover its tokens in the training, else None."""
+        arch = self.model.architecture
+        return arch if self.loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed else None
+
+    @property
+    def used_teacher(self) -> TeacherConfig | None:
+        """The teacher if the train step runs it: a loss term needs it, or custom terms may read its outputs."""
+        return self.teacher if self.loss.needs_teacher or self.loss.extra else None
+
+    @property
     def inputs(self) -> InputSpec:
         """Parameters of the input pipeline."""
         arch = self.model.architecture

@@ -66,8 +66,7 @@ def load_variables(
     the variables, and the step. Raises a RunError if there is no checkpoint, it is of another model, or contains no
     moving average, and a NotFiniteError if the weights are not finite.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    wanted = _on_default_device(abstract)
     with open_checkpoints(workdir, step) as checkpointer:
         chosen = checkpointer.latest.step if step is None else step
         part = "ema" if ema else "model"
@@ -77,6 +76,11 @@ def load_variables(
             raise RunError(f"checkpoint {chosen} in {workdir} does not hold this {part}: {one_line(error)}") from None
     _check_finite(loaded[part], f"checkpoint {chosen} in {workdir}")
     return dict(loaded[part]), chosen
+
+
+def _on_default_device(abstract: PyTree) -> PyTree:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
 
 
 def _check_finite(tree: Any, where: str) -> None:
@@ -98,8 +102,7 @@ def load_rtsm(workdir: pathlib.Path, abstract: Params, step: int) -> Params:
     Raises:
         RunError: The checkpoint contains no such reverse modules.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract)
+    wanted = _on_default_device(abstract)
     partial = ocp.Context()
     partial.pytree.loading.partial_load = True
     with partial, ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:

@@ -19,7 +19,6 @@ from sit_jax.io.model import Exported, Model
 from sit_jax.io.model_folder import is_model_folder, read_description, read_folder
 from sit_jax.io.runs import find_checkpoint, is_run, read_config
 from sit_jax.models import abstract_variables
-from sit_jax.models.architecture import Architecture
 
 
 def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, with_rtsm: bool = False) -> Model:
@@ -78,9 +77,9 @@ def load_run(path: pathlib.Path, ema: bool = False, step: int | None = None, wit
     variables, step = load_variables(folder, {"batch_stats": {}, **abstract_variables(arch)}, ema, step)
     rtsm = {}
     if with_rtsm:
-        if not isinstance(arch, Architecture) or not arch.is_slimmed or config.loss.token == 0:
+        if config.recovered is None:
             raise UserError(f"{folder}: was trained without reverse modules")
-        rtsm = load_rtsm(folder, expected_shapes(arch, rtsm=True)["rtsm"], step)
+        rtsm = load_rtsm(folder, expected_shapes(config.recovered, rtsm=True)["rtsm"], step)
     metadata = run_metadata(config, folder, step, ema)
     return Model(arch, variables, metadata, rtsm, config.model.dtype, config, source=str(path))
 
@@ -126,12 +125,11 @@ def read_weights(
 def _read_run(path: pathlib.Path, options: Options, log: Log) -> Model:
     config = read_config(find_checkpoint(path)[0])
     arch = Model(config.model.architecture, {}, source=str(path)).vit
-    has_rtsm = arch.is_slimmed and config.loss.token > 0
-    model = load_run(path, options.ema, with_rtsm=has_rtsm and options.rtsm)
-    kind = f"{'student' if model.vit.is_slimmed else 'model'} {config.model.name}".strip()
+    model = load_run(path, options.ema, with_rtsm=options.rtsm and config.recovered is not None)
+    kind = f"{'student' if arch.is_slimmed else 'model'} {config.model.name}".strip()
     having = " with RTSMs" if model.rtsm else ""
-    log(f"found: a run of sit_jax, {kind}{having}, {model.arch.num_classes} classes, {model.arch.image_size} px")
-    if has_rtsm and not options.rtsm:
+    log(f"found: a run of sit_jax, {kind}{having}, {arch.num_classes} classes, {arch.image_size} px")
+    if config.recovered and not options.rtsm:
         log("changed: RTSMs left out")
     return model
 

@@ -73,6 +73,15 @@ def assumptions(metadata: JsonObject) -> str:
     return ", ".join(f"{name} {value}" for name, value in IMAGENET.items() if name not in given)
 
 
+def evaluated_on(metadata: JsonObject) -> JsonObject:
+    """Returns the fields of the data section that name a model's evaluation split; empty if it does not store them."""
+    provenance = metadata.get("provenance")
+    if not isinstance(provenance, dict) or "data" not in provenance:
+        return {}
+    stored = {_FORMER.get(name, name): value for name, value in provenance.items()}
+    return {"name": stored["data"], **{name: stored[name] for name in _EVALUATED if name in stored}}
+
+
 def data_config(metadata: JsonObject, where: object) -> DataConfig:
     """Returns the data section with the image preprocessing of a model's `metadata`.
 
@@ -83,11 +92,7 @@ def data_config(metadata: JsonObject, where: object) -> DataConfig:
         numbers = values[name]
         if isinstance(numbers, Sequence) and len(numbers) == 1:
             values[name] = list(numbers) * 3  # Grey images: DataConfig averages the values again.
-    provenance = metadata.get("provenance")
-    if isinstance(provenance, dict) and "data" in provenance:
-        provenance = {_FORMER.get(name, name): value for name, value in provenance.items()}
-        known = {name: provenance[name] for name in _EVALUATED if name in provenance}
-        values |= {"name": provenance["data"], **known}
+    values |= evaluated_on(metadata)
     try:
         return _DATA.validate_python(values)
     except ValidationError as error:

@@ -15,7 +15,7 @@ from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.data.preprocess import normalize
 from sit_jax.errors import NotFiniteError, UserError
 from sit_jax.io.inference import inference_model
-from sit_jax.io.metadata import data_config
+from sit_jax.io.metadata import data_config, evaluated_on
 from sit_jax.io.model_folder import write_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
@@ -134,9 +134,7 @@ class Model:
         Raises:
             UserError: The model does not store what it was trained on, and the changes name no data set.
         """
-        provenance = self.metadata.get("provenance")
-        known = self.config is not None or (isinstance(provenance, dict) and "data" in provenance)
-        if not known and "name" not in changes:
+        if self.config is None and not evaluated_on(self.metadata) and "name" not in changes:
             raise UserError("--name: which data set? The model does not say what it was trained on")
         return dataclasses.replace(self.data, **changes)
 

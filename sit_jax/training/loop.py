@@ -24,7 +24,7 @@ from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
 from sit_jax.io.load import load_run
-from sit_jax.models.trees import Variables, path_names
+from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
 from sit_jax.training.evaluate import evaluate, make_eval_step
@@ -37,8 +37,6 @@ from sit_jax.training.step import (
     Metrics,
     Teachers,
     TrainSpec,
-    abstract_state,
-    abstract_teachers,
     freeze_teachers,
     make_train_spec,
     make_train_step,
@@ -140,36 +138,6 @@ def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Confi
     if all(model.architecture.num_classes for model in models):
         return config
     return config.with_classes(len(extensions.open(config.data, config.data.train_split).class_names))
-
-
-def print_sharding(config: Config, quiet: bool = False) -> None:
-    """Prints the sharding of every array of a run's training state and of its teachers; only validates if `quiet`.
-
-    Raises:
-        UserError: The data cannot be opened.
-        ConfigError: The mesh does not match the devices, or a batch or the heads are not divisible by the mesh axes.
-    """
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    config = resolve_num_classes(config)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_mesh(mesh, config)
-    if quiet:
-        return
-    title = "Mesh: " + ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    headings = (Column(name, overflow="fold") for name in ("array", "shape", "split along"))
-    table = Table(*headings, Column("MiB per device", justify="right"), title=title, box=None)
-    total = 0.0
-    spec = make_train_spec(config, steps_per_epoch=1)
-    everything = {"state": abstract_state(spec), "teachers": abstract_teachers(spec)}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(sharding.place_abstract(mesh, everything)):
-        mib = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize / 2**20
-        total += mib
-        split = " x ".join(str(axis or "-") for axis in leaf.sharding.spec) or "-"
-        table.add_row("/".join(path_names(path)), " x ".join(map(str, leaf.shape)), split, f"{mib:.3f}")
-    table.add_row("all", "", "", f"{total:.3f}")
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def train_loop(

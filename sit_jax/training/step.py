@@ -18,7 +18,6 @@ from sit_jax.config import Config, ModelConfig
 from sit_jax.data.preprocess import prepare_batch, stream_key
 from sit_jax.errors import require
 from sit_jax.models import Outputs, abstract_variables, build_model, build_rtsm
-from sit_jax.models.architecture import Architecture
 from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.trees import Params, Variables
 from sit_jax.ops.linear import cast_kernels
@@ -106,15 +105,11 @@ def make_train_spec(
     def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
 
-    loss, arch = config.loss, config.model.architecture
-    rtsm = None
-    if loss.token > 0 and isinstance(arch, Architecture) and arch.is_slimmed:
-        rtsm = build_rtsm(arch, config.model.dtype)
     return TrainSpec(
         model=model or build(config.model),
-        rtsm=rtsm,
-        teacher=build(config.teacher.model) if config.teacher and (loss.needs_teacher or loss.extra) else None,
-        cnn_teacher=build(config.cnn_teacher.model) if loss.hard > 0 and config.cnn_teacher else None,
+        rtsm=build_rtsm(config.recovered, config.model.dtype) if config.recovered else None,
+        teacher=build(config.used_teacher.model) if config.used_teacher else None,
+        cnn_teacher=build(config.cnn_teacher.model) if config.loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
         rates=schedules(config.scaled_optim, config.epochs, steps_per_epoch),
         config=config,

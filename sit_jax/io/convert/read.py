@@ -86,7 +86,8 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         metadata["preprocessing"] = inferred.layout.preprocessing
     metadata |= config.metadata
     check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))
-    return Model(arch, tree, metadata, tree.pop("rtsm", {}), source=str(path))
+    rtsm = tree.pop("rtsm", {})
+    return Model(arch, tree, metadata, rtsm, source=str(path))
 
 
 def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
