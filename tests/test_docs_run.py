@@ -105,7 +105,7 @@ def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
 def test_training(place: pathlib.Path, digits_dir: str) -> None:
     crops(2)
     verbs = ("models", "train", "evaluate", "checkpoint", "data", "plan")
-    assert len(follow("training.md", small_digits(digits_dir), verbs)) == 11
+    assert len(follow("training.md", small_digits(digits_dir), verbs)) == 13
     assert pathlib.Path("data/mine").is_dir()
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
-from sit_jax.errors import RunError, one_line
+from sit_jax.config.resume import Change, changes
+from sit_jax.errors import ConfigError, RunError, listed, one_line
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.checkpoint import FOLDER
 
@@ -27,22 +28,27 @@ CONFIG = "config.json"
 CLASS_NAMES = "class_names.json"
 SUMMARY = "summary.json"
 
-# Sections that may differ between a run and its continuation.
-_FREE = ("log", "checkpoint", "mesh", "data.data_dir", "data.workers", "data.threads")
-
 
 def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> None:
-    """Claims a run directory for a configuration, or verifies that it has this configuration.
+    """Claims a run directory for a configuration, or verifies that its run can resume with this configuration.
 
-    Raises a RunError if the folder cannot be written, contains the run of another configuration, or contains this run
-    and `resume` is False.
+    Until the run has a checkpoint, it can resume with any configuration.
+
+    Raises:
+        ConfigError: The run there has another value of a key that cannot change; see `sit_jax.config.resume`.
+        RunError: The folder cannot be written, or contains this run and `resume` is False.
     """
     path, advice = workdir / CONFIG, "choose another --workdir"
     if path.exists():
+        started = has_checkpoint(workdir)
         # Converted to the current format: a run of an older version lacks newer keys, which are all at their defaults.
-        difference = _difference(to_dict(read_config(workdir)), to_dict(config))
-        if difference:
-            raise RunError(f"{workdir} contains a run of another configuration ({difference}); {advice}")
+        found = changes(read_config(workdir), config) if started or not resume else []
+        others = [change for change in found if change.effect == "other" and not _moved(change)]
+        if others:
+            text = listed([f"{x.key} is {x.before!r} there and {x.now!r} here" for x in others])
+            way = f"; --config.init={workdir} starts from its weights" if started else ""
+            problem = f"{workdir} contains a run of another configuration ({text}); {advice}{way}"
+            raise ConfigError(others[0].key, problem)
         if not resume:
             raise RunError(f"{workdir} already holds this run; pass --resume to continue it, or {advice}")
         with writing(workdir):  # Fails here instead of at the first checkpoint.
@@ -53,6 +59,25 @@ def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> Non
     with writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(path, to_dict(config))
+
+
+def _moved(change: Change) -> bool:
+    """Returns whether a change is the new path of a teacher whose old path does not exist any more."""
+    return change.key.endswith("teacher.run") and bool(change.before) and not pathlib.Path(change.before).exists()
+
+
+def update_config(workdir: pathlib.Path, config: Config) -> None:
+    """Replaces the configuration of a run that resumes; a summary of the run so far is removed."""
+    if read_config(workdir) != config:
+        with writing(workdir):
+            write_json(workdir / CONFIG, to_dict(config))
+            (workdir / SUMMARY).unlink(missing_ok=True)
+
+
+def has_checkpoint(workdir: pathlib.Path) -> bool:
+    """Returns whether a run directory contains a complete checkpoint."""
+    folder = workdir / FOLDER
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 def find_checkpoint(path: pathlib.Path) -> tuple[pathlib.Path, int | None]:
@@ -85,7 +110,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) -> None:
     """Writes the class names of a run's data, or raises a RunError if it started with others or in another order."""
     known = read_class_names(workdir)
-    if known is None:
+    if known is None or not has_checkpoint(workdir):
         with writing(workdir):
             write_json(workdir / CLASS_NAMES, list(names))
     elif known != list(names):
@@ -136,16 +161,3 @@ def _read(path: pathlib.Path) -> Any:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: is not valid JSON: {one_line(error, 200)}") from None
-
-
-def _difference(theirs: Any, mine: Any, where: str = "") -> str:
-    """Returns the first key in which two configurations differ, as text; empty if they describe the same run."""
-    if where in _FREE:
-        return ""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in sorted(theirs.keys() | mine.keys()):
-            inner = _difference(theirs.get(key), mine.get(key), f"{where}.{key}".lstrip("."))
-            if inner:
-                return inner
-        return ""
-    return "" if theirs == mine else f"{where} is {theirs!r} there and {mine!r} here"

@@ -148,6 +148,11 @@ def _data_rows(run: RunInfo) -> list[tuple[str, str]]:
         rows.append(("steps in an epoch", f"{run.total_steps / epochs:,.0f}"))
     if position is not None:
         rows.append(("newest checkpoint", f"after {position:g} epochs of the data"))
+    changed = run.metadata.get("changes")
+    for x in changed if isinstance(changed, list) else []:
+        if isinstance(x, dict) and x.keys() >= {"after_step", "key", "before", "now"}:
+            text = f"{_show(x['key'])} {_show(x['now'])}, before {_show(x['before'])}"
+            rows.append((f"changed after step {_show(x['after_step'])}", text))
     skipped = sum(line.get("skipped", 0.0) for line in run.train)
     if skipped:
         rows.append(("unreadable images", "were skipped"))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
@@ -81,11 +82,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
     def restore(self, abstract: TrainState) -> TrainState:
         """Restores the newest checkpoint with the shapes, types and shardings of an abstract state.
 
-        Raises a RunError if it is of another model or damaged, and a NotFiniteError if its weights are not finite.
+        A moving average that it does not contain starts as a copy of the weights. Raises a RunError if it is of another
+        model or damaged, and a NotFiniteError if its weights are not finite.
         """
         step = self.latest_step
         assert step is not None, "there is no checkpoint"
         parts = checkpoint_parts(abstract)
+        starts_average = abstract.ema is not None and "ema" not in self._items(step)
+        if starts_average:
+            del parts["ema"]
         try:
             with silent_threads():
                 loaded = self._checkpointer.load_checkpointables(step, parts)
@@ -94,7 +99,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 raise RunError(self._why_not(step, parts["model"], error)) from None
         model, training = loaded["model"], rename_keys(loaded["training"], STORED_RTSM, "rtsm")
         training["params"]["model"] = model["params"]
-        state = TrainState(**training, batch_stats=model["batch_stats"], ema=loaded.get("ema"))
+        ema = jax.tree.map(jnp.copy, model) if starts_average else loaded.get("ema")
+        state = TrainState(**training, batch_stats=model["batch_stats"], ema=ema)
         if not has_finite_weights(state):
             raise NotFiniteError(f"{self._name(step)} holds weights that are not finite; {self._way_out(step)}")
         return state

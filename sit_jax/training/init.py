@@ -14,7 +14,7 @@ from sit_jax.io.convert.initial import check_start, differences, initial_weights
 from sit_jax.io.convert.read import Options
 from sit_jax.io.load import load_run, read_weights
 from sit_jax.io.metadata import run_class_names
-from sit_jax.io.runs import find_checkpoint, is_run, read_config
+from sit_jax.io.runs import find_checkpoint, has_checkpoint, is_run, read_config
 from sit_jax.models import HEADS
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.regnet import RegNetArchitecture
@@ -154,5 +154,5 @@ def check_origins(config: Config, folder: pathlib.Path, class_names: Sequence[st
             _teacher_order(theirs.model.architecture, run_class_names(theirs, run), teacher, name, class_names)
         else:
             given_teacher(teacher, name, class_names)
-    if not (folder / FOLDER).is_dir():
+    if not has_checkpoint(folder):
         _initial(config, {}, class_names, lambda _: None)

@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from sit_jax import __version__
 from sit_jax.config import Config, DataConfig, JsonObject
-from sit_jax.config.config_dict import to_dict
+from sit_jax.config.config_dict import from_config_dict, to_dict
+from sit_jax.config.resume import changes
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
@@ -164,8 +165,10 @@ def train_loop(
     start, total = int(state.step), (config.epochs + config.optim.cooldown_epochs) * epoch
     step_fn = make_train_step(spec, mesh)
     due = SaveSchedule(config.checkpoint, epoch, config.log.every_steps)
+    stored = checkpoints.metadata()
+    changed = _adopt_changes(config, stored, start, total, epoch, folder, label)
     # Steps since the last line of metrics, with those before a restart: a restart does not change the lines.
-    window: list[dict[str, float]] = checkpoints.metadata().get("window", [])
+    window: list[dict[str, float]] = stored.get("window", [])
     evaluation: dict[str, float] = {}
     with (
         contextlib.closing(data.batches(start)) as batches,
@@ -218,11 +221,51 @@ def train_loop(
                 resolve()
                 if not has_finite_weights(state):
                     raise not_finite(f"step {step}: its weights are not finite", before=step)
-                checkpoints.save(state, scores, {**_about(config, mesh, step, epoch), "window": list(window)})
+                about = {**_about(config, mesh, step, epoch), "changes": changed, "window": list(window)}
+                checkpoints.save(state, scores, about)
                 due.saved()
             if stopped:
                 raise PreemptedError(f"stopped by a signal: saved after step {step} of {total}; continue with --resume")
     return evaluation or evaluator(state)
+
+
+def _adopt_changes(
+    config: Config, stored: JsonObject, start: int, total: int, epoch: int, folder: pathlib.Path, label: str
+) -> list[JsonObject]:
+    """Updates the folder of a run that resumes with another configuration, and prints what changes.
+
+    Args:
+        config: The configuration.
+        stored: Metadata of the checkpoint; empty if there is none.
+        start: Step of the checkpoint.
+        total: Number of steps of the run.
+        epoch: Steps per epoch.
+        folder: The run directory.
+        label: Label of the line on standard error.
+
+    Returns:
+        All changes in the history of the run, for the metadata of the next checkpoint.
+
+    Raises:
+        ConfigError: The run has more steps already.
+    """
+    if start > total:
+        raise ConfigError("epochs", f"{folder} is at step {start} already; these epochs end at step {total}")
+    before = from_config_dict(stored["config"], quiet=True) if "config" in stored else config
+    new = [x for x in changes(before, config) if x.effect != "free"]
+    position = stored.get("data", {}).get("epoch", start / epoch)
+    lines = [f"{x.key} is {x.now!r}, was {x.before!r}" for x in new]
+    if start and not math.isclose(position, start / epoch):
+        lines.append(f"an epoch has {epoch} steps, had {start / position:.0f}")
+    if lines and distributed.is_process_0():
+        when = f"from step {start + 1} on" if start < total else f"no effect, all {total} steps are done"
+        print(f"{label}: {when}: {'; '.join(lines)}", file=sys.stderr)
+    if start < total:
+        distributed.run_on_process_0(lambda: runs.update_config(folder, config))
+    return [
+        *stored.get("changes", []),
+        *({"after_step": start, "key": x.key, "before": x.before, "now": x.now} for x in new),
+    ]
 
 
 def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:
