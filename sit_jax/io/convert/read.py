@@ -18,12 +18,12 @@ from sit_jax.io.convert.torch_file import read_torch
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
+from sit_jax.io.suffixes import NPZ, SAFETENSORS, TORCH, suffix_of
 from sit_jax.models.architecture import Architecture
 
 Log = Callable[[str], None]
 
-TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
-_READERS = {".safetensors": read_safetensors, ".npz": read_npz}
+_READERS = {SAFETENSORS: read_safetensors, NPZ: read_npz}
 
 
 class Options(NamedTuple):
@@ -94,16 +94,11 @@ def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
     """Returns the tensors of a file, by its suffix."""
     if not file.is_file():
         raise UserError(f"{file}: is not a file")
-    if ema and file.suffix not in TORCH_SUFFIXES:
+    suffix = suffix_of(file, (*TORCH, *_READERS))
+    if ema and suffix not in TORCH:
         raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
     try:
-        if file.suffix in TORCH_SUFFIXES:
-            tensors = read_torch(file, ema, log)
-        elif file.suffix in _READERS:
-            tensors = _READERS[file.suffix](file)
-        else:
-            known = ", ".join((*TORCH_SUFFIXES, *_READERS))
-            raise UserError(f"{file}: {file.suffix or 'no suffix'} is not a known format of weights; there are {known}")
+        tensors = read_torch(file, ema, log) if suffix in TORCH else _READERS[suffix](file)
         check_axes(file, tensors)
         return tensors
     except OSError as error:
