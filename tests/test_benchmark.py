@@ -15,7 +15,7 @@ import tiny
 from sit_jax.analysis.benchmark import Timed, Times, time_interleaved
 from sit_jax.analysis.flops import count_cost
 from sit_jax.cli import app as cli
-from sit_jax.io.export.stablehlo import SUFFIX
+from sit_jax.io.suffixes import STABLEHLO
 
 
 def test_contenders_alternate_and_their_buffers_rotate() -> None:
@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_command(folders: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact, plot = tmp_path / f"student{SUFFIX}", tmp_path / "plot.png"
+    artifact, plot = tmp_path / f"student{STABLEHLO}", tmp_path / "plot.png"
     assert cli.main(["export", folders["student"], str(artifact), "--format", "stablehlo", "--raw_input"]) == 0
     capsys.readouterr()
     words = ["benchmark", folders["student"], str(artifact), "--teacher", folders["teacher"], "--batch_sizes", "1", "3"]

@@ -1,9 +1,12 @@
 """Weights of other programs, read, written back and run."""
 
+import argparse
 import dataclasses
 import itertools
 import json
 import pathlib
+import re
+from collections.abc import Callable
 from typing import Any
 
 import golden_files
@@ -80,6 +83,75 @@ def test_wrappers_prefixes_and_averages(legacy: bool, tmp_path: pathlib.Path) ->
     without = read_weights(source, options=options._replace(rtsm=False), log=lines.append)
     assert without.rtsm == {}
     assert lines[-1] == "changed: RTSMs left out"
+
+
+def doubled(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"{prefix}.{key}": value for prefix in ("student", "teacher") for key, value in state.items()}
+
+
+def averaged(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As PyTorch's `AveragedModel` stores it."""
+    return {"n_averaged": np.asarray(3), **{f"module.{key}": value for key, value in state.items()}}
+
+
+def wrapped(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of a compiled model with compiled blocks."""
+    compiled = {re.sub(r"^(blocks\.\d+)", r"\1._orig_mod", key): value for key, value in state.items()}
+    return {f"net._orig_mod.{key}": value for key, value in compiled.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        (wrapped, ""),
+        (averaged, ""),
+        (lambda state: {"student": state, "epoch": 3}, ""),
+        (lambda state: {f"backbone.{key}".replace("backbone.head", "head"): value for key, value in state.items()}, ""),
+        (doubled, "student., teacher."),
+        (lambda state: {"student": state, "teacher": state}, "under student, teacher"),
+        (lambda state: {"model": {"state_dict": state}}, "torch.save(model.state_dict(), PATH)"),
+        (lambda state: {**state, "criterion.weight": np.zeros(3, np.float32)}, "left over: criterion.weight"),
+        (lambda state: {f"m.{key}": x for key, x in state.items()} | {"norm.bias": state["norm.bias"]}, "several"),
+    ],
+)
+def test_names_as_programs_write_them(change: Callable[[Any], Any], fact: str, tmp_path: pathlib.Path) -> None:
+    theirs = original_models.state_dict(PLAIN)
+    path = original_models.save_torch(tmp_path / "x.pth", change(theirs))
+    if not fact:
+        assert_same(to_original(read_weights(path, HEADS).variables, PLAIN), theirs)
+        return
+    with pytest.raises(UserError, match=re.escape(fact)) as raised:
+        read_weights(path, HEADS)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert "\n" not in str(raised.value)
+
+
+TOKEN_REDUCTION = dataclasses.replace(PLAIN, image_size=64, depth=4, stage_blocks=(1, 2, 1), keep_ratio=0.7)
+
+
+@pytest.mark.parametrize("args", [{"reduction_loc": [1, 3], "keep_rate": [0.7]}, {}], ids=["args", "no args"])
+def test_token_reduction(args: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """SiT as the TokenReduction repository trains it: the blocks of its modules are in its arguments alone."""
+    theirs = original_models.state_dict(TOKEN_REDUCTION)
+    renamed = {re.sub(r"^tsm\.", "cluster_layers.", key): value for key, value in theirs.items()}
+    checkpoint: dict[str, Any] = {"model": renamed, "model_ema": {key: value + 1 for key, value in renamed.items()}}
+    checkpoint |= {"args": argparse.Namespace(model="sit", **args), "scaler": None, "ema_best": False}
+    path, lines = original_models.save_torch(tmp_path / "x.pth", checkpoint), list[str]()
+    fields = {**HEADS, **({} if args else {"stage_blocks": TOKEN_REDUCTION.stage_blocks})}
+    weights = read_weights(path, fields, log=lines.append)
+    assert "no RTSMs" in lines[-1]
+    open_fields = {"residual_scale": 1.0, "norm_eps": 1e-6, "stage_blocks": TOKEN_REDUCTION.stage_blocks}
+    ours = read_weights(original_models.save_torch(tmp_path / "tsm.pth", theirs), {**HEADS, **open_fields})
+    assert weights.arch == ours.arch
+    assert weights.vit.token_counts == TOKEN_REDUCTION.token_counts
+    assert_same(to_original(weights.variables, weights.vit), theirs)
+    if not args:
+        with pytest.raises(UserError, match=r"--model\.stage_blocks"):
+            read_weights(path, HEADS)
+    # Other methods of that repository have modules of that name, too, which are not SiT's.
+    others = {key: value for key, value in renamed.items() if ".weight.3." not in key}
+    with pytest.raises(UserError, match=r"left over: cluster_layers\.0"):
+        read_weights(original_models.save_torch(tmp_path / "sinkhorn.pth", others), HEADS)
 
 
 @pytest.mark.parametrize(

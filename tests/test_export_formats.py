@@ -258,6 +258,12 @@ def test_damaged_exports(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: p
     ("words", "named"),
     [
         ("export MODEL m.txt --format onnx", ".onnx"),
+        ("export MODEL m.onxx --format onnx", "did you mean .onnx?"),
+        ("export MODEL m.onnx --format folder", "folder"),
+        ("export MODEL m.pt2 --format folder", "did you mean .pt?"),
+        ("convert MODEL m.safetensor", "did you mean .safetensors?"),
+        ("convert MODEL m.h5", ".pth"),
+        ("convert MODEL m.onnx", ".pth"),
         ("export MODEL m.pth --format timm", "conv4"),
         ("export PLAIN m.pth --format timm", "norm_eps 1e-05 (timm's is 1e-06)"),
         ("export MODEL m.onnx --format onnx --with_reverse", "--with_rtsm"),
@@ -296,3 +302,19 @@ def test_licences(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pyt
     ):
         assert cli.main(words.split()) == 0
         assert load(words.split()[2]).metadata["licence"] == licence, words
+
+
+def test_names_with_a_dot(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows the dot of a model's name is not a suffix; suffixes are read in any case."""
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        f"convert {folder} deit_small_sit_0.7",
+        "export deit_small_sit_0.7 deit_0.25_ema --format folder",
+        "convert deit_0.25_ema/model.safetensors v1.0",
+    ):
+        assert cli.main(words.split()) == 0, words
+        assert load(words.split()[2]).arch == WEIGHTS.arch
+    assert cli.main(["convert", "v1.0", "x.Safetensors"]) == 0
+    assert pathlib.Path("x.Safetensors").read_bytes() == pathlib.Path("v1.0/model.safetensors").read_bytes()
+    with pytest.raises(UserError):
+        WEIGHTS.save("model.safetensors")

@@ -7,9 +7,11 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import golden_files
 import jax
 import jax.numpy as jnp
 import numpy as np
+import original_models
 import pytest
 import random_weights
 import safetensors.numpy
@@ -19,6 +21,8 @@ from test_other_stems import torch_model
 from sit_jax.config import Config, LossConfig, ModelConfig, TeacherConfig
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io import runs as workdir
+from sit_jax.io.convert.read import Options
+from sit_jax.io.load import read_weights
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import sharding
 from sit_jax.training.checkpoint import Checkpoints
@@ -87,9 +91,9 @@ def starting(arch: Any, init: str) -> Config:
     return tiny.config(LossConfig(), model=ModelConfig(architecture=arch), teacher=None, init=init)
 
 
-def run_of(folder: pathlib.Path, arch: Any) -> pathlib.Path:
+def run_of(folder: pathlib.Path, arch: Any, config: Config | None = None) -> pathlib.Path:
     """The folder of a run with one checkpoint."""
-    config = starting(arch, "random")
+    config = config or starting(arch, "random")
     workdir.create_or_verify(folder, config, resume=False)
     with Checkpoints(folder) as checkpoints:
         checkpoints.save(init_state(make_train_spec(config, 10), sharding.make_mesh(devices=jax.devices()[:1])), {})
@@ -189,3 +193,39 @@ def test_what_is_drawn_at_random_is_listed(tmp_path: pathlib.Path, capsys: pytes
     student = folder_of(tmp_path / "student", tiny.SLIMMED, seed=1)
     assert drawn(tiny.small(init=str(student)), tmp_path / "empty", capsys) == {"reverse modules"}
     assert drawn(starting(tiny.SLIMMED, str(student)), tmp_path / "empty", capsys) == set()
+
+
+def test_reverse_modules_of_an_original_checkpoint(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden = golden_files.load("lvvit_4c")
+    path = original_models.save_torch(tmp_path / "x.pth", original_models.golden_weights("lvvit_4c"))
+    config = dataclasses.replace(golden_files.config(golden), init=str(path))
+    state = state_of(config, tmp_path / "empty")
+    assert set(golden.student["rtsm"]) == {"blocks_1", "blocks_2", "blocks_3", "blocks_4"}
+    jax.tree.map(np.testing.assert_array_equal, state.params["rtsm"], golden.student["rtsm"])
+    jax.tree.map(np.testing.assert_array_equal, state.params["model"], golden.student["params"])
+    assert "init: taken: the model, reverse modules\n" in capsys.readouterr().err
+    # Without the token loss, the run has none; at another size, those of the file do not fit.
+    alone = dataclasses.replace(config, loss=LossConfig(), teacher=None)
+    assert "rtsm" not in state_of(alone, tmp_path / "empty").params
+    assert capsys.readouterr().err.count("RTSMs left out") == 1
+    tokens = (36, *golden.arch.token_counts[1:])
+    larger = dataclasses.replace(golden.arch, image_size=96, keep_ratio=None, kept_tokens=tokens)
+    sections = (ModelConfig(architecture=arch) for arch in (larger, larger.without_slimming()))
+    other = dataclasses.replace(config, model=next(sections), teacher=TeacherConfig(model=next(sections)))
+    assert drawn(other, tmp_path / "empty", capsys) == {"reverse modules"}
+
+
+@pytest.mark.parametrize("source", ["run", "run/checkpoints/0", "folder", "folder/model.safetensors"])
+def test_reverse_modules_of_our_own(source: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if source.startswith("run"):
+        run_of(tmp_path / "run", tiny.SLIMMED, tiny.small(seed=3))
+    else:
+        random_weights.draw(tiny.SLIMMED, rtsm=True).save(tmp_path / "folder", with_rtsm=True)
+    expected = read_weights(tmp_path / source, options=Options(like=tiny.SLIMMED))
+    assert expected.rtsm
+    config = dataclasses.replace(tiny.small(), init=str(tmp_path / source))
+    jax.tree.map(np.testing.assert_array_equal, state_of(config, tmp_path / "empty").params["rtsm"], expected.rtsm)
+    alone = dataclasses.replace(config, loss=LossConfig(), teacher=None)
+    capsys.readouterr()
+    assert "rtsm" not in state_of(alone, tmp_path / "empty").params
+    assert capsys.readouterr().err.count("RTSMs left out") == 1

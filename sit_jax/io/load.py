@@ -18,6 +18,7 @@ from sit_jax.io.metadata import complete_metadata, run_metadata
 from sit_jax.io.model import Exported, Model
 from sit_jax.io.model_folder import is_model_folder, read_description, read_folder
 from sit_jax.io.runs import find_checkpoint, is_run, read_config
+from sit_jax.io.suffixes import ONNX, STABLEHLO
 from sit_jax.models import abstract_variables
 
 
@@ -42,7 +43,7 @@ def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, w
         raise UserError(f"{path}: there is no such file or folder")
     if is_run(path):
         return load_run(path, ema, step, with_rtsm)
-    exported = path.suffix in (onnx_file.SUFFIX, stablehlo.SUFFIX)
+    exported = path.is_file() and path.suffix.lower() in (ONNX, STABLEHLO)
     if step is not None or (ema and (exported or is_model_folder(path))):
         raise UserError(f"{path}: is not a run; --ema and --step select one of a run's checkpoints")
     if exported:
@@ -136,10 +137,11 @@ def _read_run(path: pathlib.Path, options: Options, log: Log) -> Model:
 
 def _load_exported(path: pathlib.Path) -> Model:
     run: Callable[[np.ndarray], Any]
-    run, description = onnx_file.load(path) if path.suffix == onnx_file.SUFFIX else stablehlo.load(path)
+    is_onnx = path.suffix.lower() == ONNX
+    run, description = (onnx_file if is_onnx else stablehlo).load(path)
     arch, metadata = read_description(description, path)
     takes = metadata.pop("input", None)
     if takes not in ("pixels", "images"):
         raise UserError(f"{path}: does not say whether it takes pixels or normalized images")
-    exported = Exported(run, takes, channels_last=path.suffix == stablehlo.SUFFIX)
+    exported = Exported(run, takes, channels_last=not is_onnx)
     return Model(arch, {}, metadata, exported=exported, source=str(path))

@@ -16,6 +16,7 @@ from sit_jax.io.convert.safetensors_file import read_safetensors, write_safetens
 from sit_jax.io.convert.sit_names import state_dict
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.runs import read_object
+from sit_jax.io.suffixes import suffix_of
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Params, Variables
 
@@ -40,8 +41,9 @@ def write_folder(
     """Writes a model folder atomically, with a copy of the PyTorch module next to the weights.
 
     Without `rtsm`, the reverse modules, which only training needs, are left out. Raises a UserError if the folder
-    exists and `replace` is not set, or cannot be written.
+    exists and `replace` is not set, cannot be written, or has the suffix of a file.
     """
+    suffix_of(path, ("",))
     with atomic_create(path, replace) as part:
         part.mkdir()
         write_safetensors(part / WEIGHTS, state_dict({**variables, "rtsm": rtsm}, arch))

@@ -42,6 +42,7 @@ def initial_state(
     5. random weights.
 
     Parameters that the weights of 2, 3 and 4 lack by design (see `check_start`) are random, and are listed on stderr.
+    Reverse modules are taken as well if the weights of 2 or 3 have them and the run trains any.
     Heads of the weights that `init` names are reordered to match `class_names`, those of the data by index, and are new
     for other classes; None matches classes by index. The mesh may differ from that of the checkpoint. Raises a
     UserError if the weights that `init` names cannot be read, or are of another model.
@@ -51,16 +52,17 @@ def initial_state(
     variables = _initial(spec.config, teachers, class_names, _log)
     state = init_state(spec, mesh, variables)
     if variables is not None:
-        _log_drawn(state.params, variables["params"])
+        _log_taken(state.params, {"model": variables["params"], "rtsm": variables.get("rtsm", {})})
     return state
 
 
-def _log_drawn(params: Params, given: Params) -> None:
-    """Lists the parameters that the initial weights lack, and the weights that the model does not use."""
-    drawn = sorted(params["model"].keys() - given.keys(), key=lambda name: (len(name), name))
-    drawn += ["reverse modules"] if "rtsm" in params else []
-    left = sorted(given.keys() - params["model"].keys())
-    for what, names in (("randomly initialized", drawn), ("left out", left)):
+def _log_taken(params: Params, given: Params) -> None:
+    """Lists what the initial weights have, the parameters that they lack, and those that the model does not use."""
+    drawn = sorted(params["model"].keys() - given["model"].keys(), key=lambda name: (len(name), name))
+    drawn += ["reverse modules"] if "rtsm" in params and not given["rtsm"] else []
+    left = sorted(given["model"].keys() - params["model"].keys())
+    taken = ["the model"] + (["reverse modules"] if given["rtsm"] else [])
+    for what, names in (("taken", taken), ("randomly initialized", drawn), ("left out", left)):
         if names:
             _log(f"{what}: {', '.join(names)}")
 
@@ -68,7 +70,10 @@ def _log_drawn(params: Params, given: Params) -> None:
 def _initial(
     config: Config, teachers: Teachers, class_names: Sequence[str] | None, log: Callable[[str], None]
 ) -> Variables | None:
-    """Returns the weights that `init` names; None for random ones, and for those of a teacher that is not there yet."""
+    """Returns the weights that `init` names, with `rtsm` if they have it and the run trains it.
+
+    The result is None for random ones, and for those of a teacher that is not there yet.
+    """
     path, arch = pathlib.Path(config.init), config.model.architecture
     if config.init == "random":
         return None
@@ -78,14 +83,19 @@ def _initial(
         return teachers.get("teacher")
     if not path.exists():
         raise ConfigError("init", f"there is no {path}; name a run, a model folder or a file of weights")
+    rtsm = config.recovered is not None
     if (path / FOLDER).is_dir():
-        check_start(read_config(path).model.architecture, arch, str(path))
-        model = load_run(path)
+        theirs = read_config(path)
+        check_start(theirs.model.architecture, arch, str(path))
+        model = load_run(path, with_rtsm=rtsm and theirs.recovered is not None)
+        if theirs.recovered and not rtsm:
+            log("changed: RTSMs left out")
     elif isinstance(arch, Architecture):
-        model = initial_weights(path, arch, log)
+        model = initial_weights(path, arch, log, rtsm)
     else:
         raise ConfigError("init", f"{path} is not a run; models other than vision transformers start from runs only")
-    variables, names, count = model.variables, model.metadata.get("class_names"), model.arch.num_classes
+    variables = {**model.variables, "rtsm": model.rtsm}
+    names, count = model.metadata.get("class_names"), model.arch.num_classes
     try:
         if count != arch.num_classes:
             raise UserError(f"{path} has {count} classes and not {arch.num_classes}")

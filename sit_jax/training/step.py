@@ -120,13 +120,14 @@ def make_train_spec(
 def init_state(spec: TrainSpec, mesh: Mesh, variables: Variables | None = None) -> TrainState:
     """Returns the initial training state, created with its sharding.
 
-    The model starts with `variables`; parameters that they lack (such as a student's slimming modules) are random.
+    The model starts with `variables`, and the reverse modules with their `rtsm`, if any; parameters that they lack
+    (such as a student's slimming modules) are random.
     """
     shardings = sharding.state_shardings(mesh, abstract_state(spec))
     state = jax.jit(lambda: _fresh_state(spec), out_shardings=shardings)()
     if variables is None:
         return state
-    params = {**state.params, "model": _overlay(state.params["model"], variables["params"])}
+    params = _overlay(state.params, {"model": variables["params"], "rtsm": variables.get("rtsm", {})})
     stats = _overlay(state.batch_stats, variables.get("batch_stats", {}))
     ema = {"params": jax.tree.map(jnp.copy, params["model"]), "batch_stats": jax.tree.map(jnp.copy, stats)}
     return state.replace(params=params, batch_stats=stats, ema=ema if state.ema is not None else None)

@@ -13,6 +13,7 @@ from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.load import read_weights
 from sit_jax.io.metadata import assumptions
 from sit_jax.io.model_folder import is_model_folder, write_folder
+from sit_jax.io.suffixes import SAFETENSORS, TORCH, suffix_of
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
@@ -21,18 +22,17 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
     `dest` is a model folder if it has no suffix, else a `.pth`, `.pt` or `.safetensors` file in the original's layout;
     `force` replaces an existing one. Raises a UserError if the conversion fails; `dest` is then unchanged.
     """
-    if dest.suffix not in ("", ".safetensors", ".pth", ".pt"):
-        raise UserError(f"{dest}: cannot be a {dest.suffix} file; give a folder without suffix, .safetensors or .pth")
-    if options.licence is not None and dest.suffix:
-        raise UserError(f"--licence: a {dest.suffix} file holds tensors only; a model folder says what its licence is")
-    if dest.suffix in (".pth", ".pt"):
+    suffix = suffix_of(dest, ("", SAFETENSORS, ".pth", ".pt"))
+    if options.licence is not None and suffix:
+        raise UserError(f"--licence: a {suffix} file holds tensors only; a model folder says what its licence is")
+    if suffix in TORCH:
         require_torch(dest)
-    _check_free(source, dest, force)
+    _check_free(source, dest, force, is_file=bool(suffix))
     model = read_weights(source, options=options, log=log)
     assumed = assumptions(model.metadata)
     if assumed:
         log(f"assumed, as for ImageNet, since the file does not say how images are read: {assumed}")
-    if dest.suffix:
+    if suffix:
         write_state_dict(dest, to_original({**model.variables, "rtsm": model.rtsm}, model.vit), replace=True)
     else:
         write_folder(dest, model.vit, model.variables, model.rtsm, model.metadata, replace=True)
@@ -40,13 +40,14 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
 
 def write_state_dict(path: pathlib.Path, state_dict: dict[str, np.ndarray], replace: bool = False) -> None:
     """Writes a file atomically: `.safetensors`, or else PyTorch's; raises a UserError if that fails."""
-    if path.suffix != ".safetensors":
+    is_torch = suffix_of(path, (SAFETENSORS, *TORCH)) in TORCH
+    if is_torch:
         require_torch(path)
     with atomic_create(path, replace) as part:
-        (write_safetensors if path.suffix == ".safetensors" else write_torch)(part, state_dict)
+        (write_torch if is_torch else write_safetensors)(part, state_dict)
 
 
-def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
+def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool, is_file: bool) -> None:
     """Raises a UserError if the destination exists and must not be replaced."""
     mine, theirs = source.resolve(), dest.resolve()
     inside, there = source.is_dir() and mine in theirs.parents, dest.exists() or dest.is_symlink()
@@ -58,5 +59,5 @@ def _check_free(source: pathlib.Path, dest: pathlib.Path, force: bool) -> None:
         return
     if dest.is_dir() and any(dest.iterdir()) and not is_model_folder(dest):
         raise UserError(f"{dest}: is a folder, but not a model folder; --force does not replace it")
-    if dest.is_dir() and dest.suffix:
+    if dest.is_dir() and is_file:
         raise UserError(f"{dest}: is a folder, but the suffix asks for a file")

@@ -81,7 +81,8 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
     query = shapes.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", ())
     if len(query) == 3:
         fields["num_heads"] = query[1]
-    kept = tuple(look.shape(f"tsm.{i}.weight.3.weight", 2)[0] for i in range(len(_numbers(shapes, r"tsm\.(\d+)\."))))
+    modules = len(_numbers(shapes, r"tsm\.(\d+)\.|cluster_layers\.(\d+)\.weight\.3\."))
+    kept = tuple(look.shape(f"tsm.{i}.weight.3.weight", 2)[0] for i in range(modules))
     stages = _stages_from_rtsm(shapes, patches, kept, fields["depth"])
     if stages:
         fields["stage_blocks"] = stages
@@ -137,7 +138,7 @@ class _Look(NamedTuple):
         shape = self.shapes[name]
         if len(shape) != rank:
             raise UserError(f"{name} has shape {shape}, not {rank} axes")
-        if name == key or rank == 3:
+        if not self.layout.prefixes or rank == 3:  # As in PyTorch; those of google-research are transposed.
             return shape
         return (shape[3], shape[2], shape[0], shape[1]) if rank == 4 else shape[::-1]
 

@@ -18,14 +18,15 @@ AnyArchitecture = Architecture | RegNetArchitecture
 _NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens", "reducer")
 
 
-def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = silent) -> Model:
+def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = silent, rtsm: bool = False) -> Model:
     """Returns initial weights for a model, from any source that `read_weights` reads.
 
     Hyperparameters that the file does not determine are those of the new model. Position embeddings are interpolated to
     its resolution; heads for other classes are set to zero. Parameters that the file's model lacks, such as a student's
-    slimming modules, are absent. Raises a ConfigError if the file cannot be read or is of another model.
+    slimming modules, are absent. With `rtsm`, reverse modules are read too, if there are any for this resolution.
+    Raises a ConfigError if the file cannot be read or is of another model.
     """
-    changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, rtsm=False, like=arch)
+    changes = Options(image_size=arch.image_size, num_classes=arch.num_classes, rtsm=rtsm, like=arch)
     try:
         model = read_weights(path, options=changes, log=log)
     except UserError as error:

@@ -29,9 +29,9 @@ _GOOGLE_PREPROCESSING: JsonObject = {
 class Layout(NamedTuple):
     """Names and layouts of a model's weights.
 
-    `source` maps keys of the original's layout to their sources. If `plain`, all models are plain ViTs, with residual
-    scale 1 and LayerNorm epsilon 1e-6. `prefixes` are the possible first parts of tensor names; empty if any name is
-    possible. `preprocessing` is that of all its models; None if it differs between models.
+    `source` maps keys of the original's layout to their sources. If `plain`, the blocks are those of plain ViTs, with
+    residual scale 1 and LayerNorm epsilon 1e-6. `prefixes` are the possible first parts of tensor names; empty if any
+    name is possible. `preprocessing` is that of all its models; None if it differs between models.
     """
 
     name: str
@@ -46,6 +46,12 @@ class Layout(NamedTuple):
 
 
 ORIGINAL = Layout("SiT original layout", lambda key: Source((key,)))
+# DeiT with the original's slimming modules under another name, of https://github.com/JoakimHaurum/TokenReduction.
+_TOKEN_REDUCTION = Layout(
+    "TokenReduction layout (which has no RTSMs)",
+    lambda key: Source((re.sub(r"^tsm\.", "cluster_layers.", key),)),
+    plain=True,
+)
 
 
 def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
@@ -60,6 +66,8 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):
         return ORIGINAL
+    if "cluster_layers.0.weight.3.weight" in shapes:  # Other methods of that repository use the first part as well.
+        return _TOKEN_REDUCTION
     if len(shapes.get("patch_embed.conv1.weight", ())) == 4:
         seven = shapes["patch_embed.conv1.weight"][-1] == 7
         return ORIGINAL._replace(name="token-labelling layout (LV-ViT)") if seven else ORIGINAL

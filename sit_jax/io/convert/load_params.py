@@ -28,7 +28,7 @@ def load_params(
     """Returns `{'params': ..., 'batch_stats': ..., 'rtsm': ...}`, NumPy float32; the latter two only if not empty.
 
     The heads in `absent` are neither loaded nor in the result. Reverse modules are loaded only if `rtsm`, and ignored
-    otherwise, as are BatchNorm's batch counters. A terminal shows progress under the name `label`. Raises a
+    otherwise, as are counters of batches and averages. A terminal shows progress under the name `label`. Raises a
     UserError that lists the tensors that are missing, unexpected, of another shape or type, or not finite.
     """
     table = [entry for entry in name_table(arch, rtsm) if entry.path[1] not in absent]
@@ -64,7 +64,7 @@ def load_params(
 
 
 def _is_unused(name: str, rtsm: bool) -> bool:
-    return name.endswith("num_batches_tracked") or (name.startswith("rtsm.") and not rtsm)
+    return name.endswith(("num_batches_tracked", "n_averaged")) or (name.startswith("rtsm.") and not rtsm)
 
 
 def _convert(entry: Entry, source: Source, tensors: Tensors, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -1,5 +1,6 @@
 """Reads weights of PyTorch, safetensors and NumPy files, model folders and runs."""
 
+import itertools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ from sit_jax.io.convert.torch_file import read_torch
 from sit_jax.io.metadata import check_metadata
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
+from sit_jax.io.suffixes import NPZ, SAFETENSORS, TORCH, suffix_of
 from sit_jax.models.architecture import Architecture
 
 Log = Callable[[str], None]
 
-TORCH_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
-_READERS = {".safetensors": read_safetensors, ".npz": read_npz}
+_READERS = {SAFETENSORS: read_safetensors, NPZ: read_npz}
 
 
 class Options(NamedTuple):
@@ -55,18 +56,19 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
     file = path / WEIGHTS if path.is_dir() else path
     if path.is_dir() and not file.is_file():
         raise UserError(f"{path}: is neither a run nor a model folder: it has neither checkpoints nor {WEIGHTS}")
-    tensors = strip_prefixes(_tensors(file, options.ema, log))
+    tensors, args = _tensors(file, options.ema, log)
     config = read_config_json(file.with_name(CONFIG))
     if config.unused:
         log(f"not used: {', '.join(config.unused)} in {file.with_name(CONFIG)}")
     try:
+        tensors = strip_prefixes(tensors)
         inferred = infer({name: tensor.shape for name, tensor in tensors.items()}, _positions(config, options))
         absent = _absent_heads(inferred, options.num_classes)
         if absent:
             config = _without_classes(config)
         hints = likely_fields(inferred, options.like) if options.like else {}
         heads = config.heads.get(inferred.fields["dim"])
-        said = {**({} if heads is None else {"num_heads": heads}), **config.fields}
+        said = {**({} if heads is None else {"num_heads": heads}), **_stages(inferred, args), **config.fields}
         resolved = resolve(inferred, {**hints, **said}, options.fields)
         arch = resolved.arch
         log(f"found: {describe(inferred, resolved, {*said, *options.fields}, hints)}")
@@ -90,22 +92,26 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
     return Model(arch, tree, metadata, rtsm, source=str(path))
 
 
-def _tensors(file: pathlib.Path, ema: bool, log: Log) -> Tensors:
-    """Returns the tensors of a file, by its suffix."""
+def _stages(inferred: Inferred, args: JsonObject) -> JsonObject:
+    """Returns the blocks per stage if a program's arguments have the blocks before which TokenReduction slims."""
+    before = args.get("reduction_loc")
+    if not isinstance(before, list) or [type(block) for block in before] != [int] * len(inferred.kept) or not before:
+        return {}
+    ends = [0, *before, inferred.fields["depth"]]
+    return {"stage_blocks": tuple(later - earlier for earlier, later in itertools.pairwise(ends))}
+
+
+def _tensors(file: pathlib.Path, ema: bool, log: Log) -> tuple[Tensors, JsonObject]:
+    """Returns the tensors of a file, by its suffix, and the arguments of the program that wrote it, if any."""
     if not file.is_file():
         raise UserError(f"{file}: is not a file")
-    if ema and file.suffix not in TORCH_SUFFIXES:
+    suffix = suffix_of(file, (*TORCH, *_READERS))
+    if ema and suffix not in TORCH:
         raise UserError(f"{file}: --ema is for checkpoints of training programs, which hold weights and their average")
     try:
-        if file.suffix in TORCH_SUFFIXES:
-            tensors = read_torch(file, ema, log)
-        elif file.suffix in _READERS:
-            tensors = _READERS[file.suffix](file)
-        else:
-            known = ", ".join((*TORCH_SUFFIXES, *_READERS))
-            raise UserError(f"{file}: {file.suffix or 'no suffix'} is not a known format of weights; there are {known}")
+        tensors, args = read_torch(file, ema, log) if suffix in TORCH else (_READERS[suffix](file), {})
         check_axes(file, tensors)
-        return tensors
+        return tensors, args
     except OSError as error:
         raise FileError(f"{file}: cannot be read: {error.strerror or error}") from None
 

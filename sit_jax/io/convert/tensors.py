@@ -1,6 +1,7 @@
 """Lazily read tensors of a file."""
 
 import pathlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,8 +25,10 @@ class FileError(UserError):
     """A file of weights cannot be read; the message names the file and the reason."""
 
 
-# Prefixes that wrappers add to every name.
-_PREFIXES = ("module.", "_orig_mod.", "model.", "opt/target/")
+# A tensor that every model has once, after the prefixes that wrappers and programs add to every name.
+_FIRST_NORM = re.compile(r"((?:.*[./])?)(?:blocks\.0\.norm1\.weight|Transformer/encoderblock_0/LayerNorm_0/scale)")
+# Parts that wrappers of PyTorch add within names.
+_WRAPPERS = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _LONGEST_AXIS = 2**31
 # Weights compress little, and few tensors share memory, but zeros compress a thousandfold and a tensor can be expanded
 # to any size: a file that claims a larger ratio is rejected.
@@ -50,8 +53,14 @@ def check_total(path: pathlib.Path, total: int) -> None:
 
 
 def strip_prefixes(tensors: Tensors) -> Tensors:
-    """Returns the tensors without the prefixes that wrappers add to every name."""
-    for _ in range(4):
-        prefix = next((p for p in _PREFIXES if tensors and all(name.startswith(p) for name in tensors)), "")
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    """Returns the tensors without what wrappers and programs add to their names.
+
+    Raises a UserError if they are those of several models.
+    """
+    names = [_WRAPPERS.sub("", name) for name in tensors]
+    prefixes = sorted({match[1] for name in names if (match := _FIRST_NORM.fullmatch(name))}) or [""]
+    stripped = dict(zip((name.removeprefix(prefixes[0]) for name in names), tensors.values(), strict=True))
+    if len(prefixes) > 1 or len(stripped) < len(tensors):
+        text = ", ".join(prefix[:50] or "no prefix" for prefix in prefixes[:8])
+        raise UserError(f"holds several models, with the prefixes {text}; save the state_dict of one alone")
+    return stripped

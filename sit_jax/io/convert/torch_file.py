@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sit_jax.config import JsonObject
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total
 
@@ -30,16 +31,19 @@ _IGNORED = (
 # Keys under which training programs store weights and their moving averages, in search order.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
+_ADVICE = "save the state_dict alone, torch.save(model.state_dict(), PATH), or write .safetensors"
 
 
 class _Ignored:
-    """An empty object, made instead of one of the classes above: a file then cannot make them do anything."""
+    """An object made instead of one of the classes above, with its state: a file cannot make them do anything."""
+
+    state: object = None
 
     def __new__(cls, *_: object) -> "_Ignored":
         return object.__new__(cls)
 
     def __setstate__(self, state: object) -> None:
-        pass
+        self.state = state
 
 
 def _plain_dict(*_: object) -> dict[object, object]:
@@ -64,8 +68,8 @@ def require_torch(path: pathlib.Path) -> None:
         raise UserError(f"{path}: {problem}") from None
 
 
-def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> Tensors:
-    """Returns the weights in a file of `torch.save`, or their moving average.
+def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> tuple[Tensors, JsonObject]:
+    """Returns the weights in a file of `torch.save`, or their moving average, and the arguments of the program.
 
     Raises a UserError if the file contains no weights or cannot be read, or PyTorch is not installed.
     """
@@ -74,18 +78,25 @@ def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> Ten
         raise FileError(f"{path}: does not contain a dictionary of weights, but a {type(value).__name__}")
     found = {key: _tensors(value.get(key)) for key in (*_WEIGHTS, *_AVERAGES)}
     found = {key: tensors for key, tensors in found.items() if tensors}
-    key = next((key for key in found if key in _AVERAGES or not ema), "")
-    if ema and not key:
+    if ema and not any(key in _AVERAGES for key in found):
         raise FileError(f"{path}: contains no moving average of the weights; leave out --ema")
+    tensors = _tensors(value)
+    if not found and not tensors:
+        found = {str(key)[:50]: tensors for key, x in value.items() if (tensors := _tensors(x))}
+        if len(found) != 1:
+            some = ", ".join(str(key)[:50] for key in list(found or value)[:8])
+            problem = f"contains no weights; its keys are {some or 'none'}"
+            raise FileError(f"{path}: {f'contains several models, under {some}' if found else problem}; {_ADVICE}")
+    key = next((key for key in found if key in _AVERAGES or not ema), "")
     if key:
         others = ", ".join(repr(other) for other in found if other != key)
         log(f"read: the weights under {key!r}" + (f" (there is also {others})" if others else ""))
-    tensors = found[key] if key else _tensors(value)
-    if not tensors:
-        some = ", ".join(str(key)[:50] for key in list(value)[:8])
-        raise FileError(f"{path}: contains no weights; its keys are {some or 'none'}")
+        tensors = found[key]
     check_total(path, sum(x.numel() * x.element_size() for x in tensors.values()))
-    return {name: _lazy(path, name, x) for name, x in tensors.items()}
+    args = value.get("args")
+    state = args.state if isinstance(args, _Ignored) else args
+    read = {name: _lazy(path, name, x) for name, x in tensors.items()}
+    return read, state if isinstance(state, dict) else {}
 
 
 def _tensors(value: object) -> "dict[str, torch.Tensor]":
@@ -147,9 +158,8 @@ def _check_zip(path: pathlib.Path) -> None:
 def _reason(error: Exception) -> str:
     """Returns what is wrong with a file, without PyTorch's advice to run the code in it."""
     not_allowed = re.search(r"GLOBAL (\S+)", str(error))
-    advice = "save the state_dict alone, torch.save(model.state_dict(), PATH), or write .safetensors"
     if not_allowed:
-        return f"contains {not_allowed[1][:100]}, but only tensors and plain values are read; {advice}"
+        return f"contains {not_allowed[1][:100]}, but only tensors and plain values are read; {_ADVICE}"
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     text = " ".join(re.split(r"In PyTorch 2\.6|Check the documentation|frame #|Exception raised", text)[0].split())
     return f"is damaged, or torch.load(weights_only=True) does not read it: {text[:200] or type(error).__name__}"

@@ -18,11 +18,14 @@ from sit_jax.io.inference import inference_model
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
+from sit_jax.io.suffixes import ONNX, SAFETENSORS, STABLEHLO, suffix_of
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
-_STATE_DICT = (".safetensors", ".pth")
-_EXPORTED = {"onnx": (onnx_file.SUFFIX,), "stablehlo": (stablehlo.SUFFIX,)}
-_SUFFIXES = {**_EXPORTED, "original": _STATE_DICT, "timm": _STATE_DICT}
+_STATE_DICT = (SAFETENSORS, ".pth")
+_SUFFIXES: dict[Format, tuple[str, ...]] = {
+    **{"folder": ("",), "onnx": (ONNX,), "stablehlo": (STABLEHLO,)},
+    **{"original": _STATE_DICT, "timm": _STATE_DICT},
+}
 _TIMM_NORM_EPS = 1e-6
 
 
@@ -42,9 +45,7 @@ def export_model(
     Raises a UserError if the source cannot be read, the destination exists or cannot be written, or an option does not
     apply to the format.
     """
-    wanted = _SUFFIXES.get(kind)
-    if wanted and dest.suffix not in wanted:
-        raise UserError(f"{dest}: the name of a file of format {kind} must end in {' or '.join(wanted)}")
+    suffix_of(dest, _SUFFIXES[kind])
     if with_rtsm and kind not in ("folder", "original"):
         raise UserError(f"--with_rtsm: only training needs reverse modules; {kind} does not hold them")
     if dtype != "float32" and kind != "onnx":

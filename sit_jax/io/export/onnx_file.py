@@ -17,7 +17,6 @@ from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
 
-SUFFIX = ".onnx"
 Dtype = Literal["float32", "float16"]
 # The first opset with Gelu as one operator.
 OPSET = 20

@@ -17,7 +17,6 @@ from jax import export
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.atomic_write import atomic_create
 
-SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 # Key of the artifact's SHA-256 in its description.
 CHECKSUM = "sha256"
