@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
 
@@ -110,7 +111,8 @@ def train(
     checked = from_config_dict(with_defaults(config)) if isinstance(config, ConfigDict) else config
     if source is not None and not isinstance(source, Mapping):
         source = dict.fromkeys((checked.data.train_split, checked.data.eval_split), source)
-    return run(checked, pathlib.Path(workdir), resume, extensions=Extensions(model, losses, source, callbacks))
+    folder = pathlib.Path(os.path.expanduser(workdir))
+    return run(checked, folder, resume, extensions=Extensions(model, losses, source, callbacks))
 
 
 def _draw(arch: Architecture, seed: int, given: Collection[tuple[str, ...]] = ()) -> Variables:

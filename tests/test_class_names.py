@@ -64,6 +64,9 @@ def test_evaluation_matches_classes_by_name(tmp_path: pathlib.Path, capsys: pyte
     data = ["--name", "folder", "--split", "val", "--data_dir", write_images(tmp_path / "images", NAMES)]
     same = evaluate(capsys, save_model(tmp_path / "same", NAMES), *data, "--val_fraction", "0.5")
     assert same["examples"] == 15
+    assert "top5" not in same  # There are three classes.
+    assert cli.main(["evaluate", str(tmp_path / "same"), *map(str, data)]) == 0
+    assert "top-5" not in capsys.readouterr().out
     turned = save_model(tmp_path / "turned", ("dog", "ant", "cat"), (2, 0, 1))
     assert evaluate(capsys, turned, *data, "--val_fraction", "0.5") == pytest.approx(same)
     # By index the classes are others, and so is the loss.

@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import operator
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+import tiny
 
 import sit_jax
 from sit_jax.cli import app as cli
-from sit_jax.cli.config_file import load_config
+from sit_jax.cli.config_file import load_config, split_overrides
 from sit_jax.cli.runtime import enable_compilation_cache
+from sit_jax.config import DataConfig, LossConfig
 from sit_jax.config.config_dict import from_config_dict, to_dict
-from sit_jax.errors import ConfigError
+from sit_jax.data.tfds_source import tfds_folder
+from sit_jax.errors import ConfigError, RunError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
 
@@ -57,6 +61,8 @@ def test_help(verb: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None
         ("data prepare --val_fraction 1", "--val_fraction: must be above 0 and below 1, got 1"),
         ("benchmark m --seconds long", "--seconds: must be a number, got 'long'"),
         ("train --config digits --workdir gs://b/run", "gs://b/run"),
+        ("train --config digits --workdir=", "--workdir: is empty"),
+        ("train --config digits --config.model.stage_blocks 1 2", "arguments: 2"),
     ],
 )
 def test_wrong_arguments(words: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,6 +84,22 @@ def test_a_closed_pipe_is_not_an_error(unbuffered: str, tmp_path: pathlib.Path) 
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "dest").exists()
+
+
+def test_a_closed_standard_error_stays_out_of_standard_output() -> None:
+    for words in (["models", "--json"], ["report", "none"]):
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "sit_jax", *words]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stdout[:1]) == ((0, "[") if words[0] == "models" else (2, ""))
+
+
+def test_a_platform_that_does_not_exist_is_one_line() -> None:
+    command = [sys.executable, "-m", "sit_jax", "benchmark", "deit_tiny"]
+    environment = {**os.environ, "JAX_PLATFORMS": "banana"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert "banana" in line
 
 
 def test_a_full_disk_behind_standard_output_is_an_error() -> None:
@@ -118,13 +140,112 @@ def test_every_config_is_valid_and_survives_json(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        ("--config.optim.lr 1e-3", ["--config.optim.lr=1e-3"]),
+        ("-config.optim.lr=1e-3 -config.seed 1", ["--config.optim.lr=1e-3", "--config.seed=1"]),
+        ("--config.seed -1 --config.optim.lr -.5", ["--config.seed=-1", "--config.optim.lr=-.5"]),
+        ("--config.model.remat --resume", ["--config.model.remat"]),
+        ("--noconfig.model.remat true", ["--noconfig.model.remat"]),
+        ("--config.data.train_split=a=b --config.seed", ["--config.data.train_split=a=b", "--config.seed"]),
+    ],
+)
+def test_overrides_in_the_forms_of_absl(words: str, overrides: list[str]) -> None:
+    before = ["train", "--config=digits", "-config", "folder"]
+    found, others = split_overrides([*before, *words.split(), "--", "--config.x"])
+    assert found == overrides
+    left = [word for word in words.split() if word in ("--resume", "true")]
+    assert others == ["train", "--config=digits", "--config", "folder", *left, "--", "--config.x"]
+
+
+def test_values_with_spaces_and_booleans_without_values() -> None:
+    words = [
+        "--config.model.stage_blocks",
+        "(1, 2, 3, 8)",
+        "--config.data.data_dir",
+        "my data",
+        "--noconfig.model.remat",
+    ]
+    config = load_config("digits", split_overrides(words)[0])
+    assert isinstance(config.model.architecture, Architecture)
+    assert config.model.architecture.stage_blocks == (1, 2, 3, 8)
+    assert (config.data.data_dir, config.model.remat) == ("my data", False)
+    assert load_config("digits", ["--noconfig.model.remat", "--config.model.remat"]).model.remat
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("--config.optim.lr", "optim.lr"),
+        ("--noconfig.optim.lr", "optim.lr"),
+        ("--noconfig.model.remat=1", "model.remat"),
+        ("--config.teacher.optim.lr", "teacher.optim.lr"),
+        ("--config.epochs=1e3", "epochs"),
+        ("--config.epochs=1.0", "epochs"),
+        ("--config.data.data_dir", "data.data_dir"),
+        ("--config.model.image_size=64,64", "model.image_size"),
+        ("--config.model.remat=yes", "model.remat"),
+        ("--config.data.mean=0.5 0.5 0.5", "data.mean"),
+        ("--config.optim=1", "optim"),
+        ("--config.=1", "--config."),
+    ],
+)
+def test_overrides_that_name_their_key(override: str, key: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config("digits", [override])
+    assert raised.value.key == key
+    assert "flag" not in raised.value.problem
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate ~/x",
+        "evaluate --workdir=~/x",
+        "predict ~/x ~/x.png",
+        "train --config=~/x.py",
+        "export ~/x y --format folder",
+        "convert ~/x y",
+        "benchmark ~/x",
+        "report --no_model ~/x",
+        "checkpoint list --workdir=~/x",
+        "data prepare --name x --from_folder=~/x",
+        "data check --config digits --config.data.name folder --config.data.data_dir=~/x",
+    ],
+)
+def test_home_folders_are_expanded(
+    words: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(words.split()) == 2
+    assert str(tmp_path / "x") in capsys.readouterr().err
+
+
+def test_home_folders_in_configs_and_python(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TFDS_DATA_DIR", "~/x")
+    keys = ("data.data_dir", "data.label_maps", "teacher.run", "teacher.init", "init")
+    config = load_config("digits", [f"--config.{key}=~/x" for key in keys])
+    for key in keys:
+        assert operator.attrgetter(key)(config) == str(tmp_path / "x")
+    assert DataConfig(data_dir="~nobody_has_this_name/x").data_dir == "~nobody_has_this_name/x"
+    assert tfds_folder("") == tmp_path / "x"
+    (tmp_path / "x.py").write_text(DIGITS)
+    assert sit_jax.get_config("~/x.py") == sit_jax.get_config("digits")
+    sit_jax.create_model("deit_tiny", num_classes=3, image_size=32, dim=24, num_heads=2, depth=1).save("~/model")
+    assert sit_jax.load("~/model").source == str(tmp_path / "model")
+    with pytest.raises(RunError, match=str(tmp_path / "x.py")):
+        sit_jax.train(tiny.config(LossConfig(), teacher=None, data=DataConfig(name="synthetic/10")), "~/x.py")
+
+
+@pytest.mark.parametrize(
     ("words", "key"),
     [
         ("model.stem=conv5", "model.stem"),
         ("teacher.model.dtype=int8", "teacher.model.dtype"),
         ("optim.grad_dtype=bfloat16", "optim.grad_dtype"),  # Products are float32.
         ("data.mean[0]=0.5", "data.mean[0]"),
-        ("optim.lr=None", "config.optim.lr"),
+        ("optim.lr=None", "optim.lr"),
         ("teacher=None init=random loss.token=0 loss.logits=0 teacher.run=runs/teacher", "teacher.run"),
     ],
 )

@@ -1,10 +1,14 @@
 """Runs that are told to end, or killed outright, and go on as if nothing had happened."""
 
+import errno
+import fcntl
 import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -15,10 +19,13 @@ from test_distributed import overrides, wait_for_lines
 from test_distributed import start as start_command
 
 from sit_jax.analysis.checkpoints import verify
-from sit_jax.errors import PreemptedError
+from sit_jax.config import Config
+from sit_jax.errors import PreemptedError, RunError
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.load import load_run
+from sit_jax.io.lock import locked
 from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.loop import run as train
 from sit_jax.training.metrics import read_metrics
 
 KILLS = int(os.environ.get("SIT_JAX_KILLS", "4"))
@@ -62,6 +69,47 @@ def kill(run: pathlib.Path, process: "subprocess.Popen[str]", whole: int, moment
     text, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, text
     return seen
+
+
+HOLDER = """
+import pathlib, sys
+from sit_jax.io.lock import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_trainer_in_a_folder(digits_config: Config, tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "teacher")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        for folder in (tmp_path, tmp_path / "teacher"):  # The run trains its teacher first.
+            with pytest.raises(
+                RunError, match=f"{tmp_path / 'teacher'} .* process {other.pid} on {socket.gethostname()}"
+            ):
+                train(digits_config, folder, resume=True)
+            assert not (tmp_path / "teacher" / "config.json").exists()
+        other.kill()
+    with locked(tmp_path), locked(tmp_path / "teacher"):  # The failed run and the killed process left no lock.
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EROFS])
+def test_file_systems_without_locks(code: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path), locked(tmp_path):
+        pass
+
+
+def test_a_file_is_no_folder(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file is not a folder"), locked(tmp_path / "file"):
+        pass
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import scipy.special
 import tiny
 
-from sit_jax.analysis.summary import summarize
+from sit_jax.analysis.summary import draw_curves, summarize
 from sit_jax.cli import app as cli
 from sit_jax.config import Config, ModelConfig, OptimConfig, TeacherConfig
 from sit_jax.config import LossConfig as Loss
@@ -30,7 +30,7 @@ from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.evaluate import evaluate, evaluate_model, make_eval_step
 from sit_jax.training.init import initial_state
 from sit_jax.training.loop import run
-from sit_jax.training.metrics import read_metrics
+from sit_jax.training.metrics import MetricWriter, read_metrics
 from sit_jax.training.progress import Progress
 from sit_jax.training.step import make_train_spec
 
@@ -77,6 +77,16 @@ def test_summary(finished: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> 
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
     assert cli.main(["evaluate", "--workdir", str(finished), "--ema"]) == 0
     assert "over 359 examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kinds", [(), ("train",), ("eval",)])
+def test_curves_of_runs_that_logged_nothing_of_some_kind(kinds: tuple[str, ...], tmp_path: pathlib.Path) -> None:
+    with MetricWriter(tmp_path, tensorboard=False) as writer:
+        for kind in kinds:
+            writer.write(1, kind, {"loss": 0.0})
+            writer.write(2, kind, {"loss": 1.0, "top1": 0.0})
+    draw_curves(tmp_path, {"model": tmp_path})  # Warnings are errors.
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_progress_without_a_terminal_is_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -22,6 +23,9 @@ from sit_jax.training.evaluate import evaluate_model
 from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.token_maps import model_token_maps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CURVES = "curves.png"
 SLIMMING = "slimming.png"
@@ -117,18 +121,29 @@ def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
     axes = figure.subplots(2, len(folders), squeeze=False)
     for column, (name, place) in enumerate(folders.items()):
         lines = read_metrics(place)
-        train, scores = [line for line in lines if line["kind"] == "train"], evaluations(lines)
-        terms = ("loss", "classification", "token", "logits", "hard")
-        for term in [term for term in terms if train and term in train[0]]:
-            axes[0, column].plot([x["step"] for x in train], [x[term] for x in train], label=term)
-        axes[0, column].set(title=f"{name}: training loss (terms unweighted)", xlabel="step", yscale="log")
-        axes[0, column].legend()
-        for key in [key for key in ("top1", "ema_top1") if scores and key in scores[0]]:
-            axes[1, column].plot([x["step"] for x in scores], [100 * x[key] for x in scores], ".-", label=key)
-        axes[1, column].set(title=f"{name}: accuracy on the evaluation split", xlabel="step", ylabel="%")
-        axes[1, column].grid(alpha=0.3)
-        axes[1, column].legend()
+        losses, accuracies = axes[:, column]
+        train = [line for line in lines if line["kind"] == "train"]
+        _plot(losses, train, ("loss", "classification", "token", "logits", "hard"), log=True)
+        losses.set(title=f"{name}: training loss (terms unweighted)", xlabel="step")
+        _plot(accuracies, evaluations(lines), ("top1", "ema_top1"), log=False)
+        accuracies.set(title=f"{name}: accuracy on the evaluation split", xlabel="step", ylabel="%")
+        accuracies.grid(alpha=0.3)
     figure.savefig(folder / CURVES, dpi=110)
+
+
+def _plot(axes: "Axes", lines: Sequence[JsonObject], names: Sequence[str], log: bool) -> None:
+    """Plots losses on a logarithmic axis, or fractions in percent; notes on the axes if there are none."""
+    for name in names:
+        factor = 1 if log else 100
+        # A logarithmic axis has no place for 0.
+        points = [(x["step"], factor * x[name]) for x in lines if name in x and (x[name] > 0 or not log)]
+        if points:
+            axes.plot(*zip(*points, strict=True), "-" if log else ".-", label=name)
+    if axes.lines:
+        axes.set_yscale("log" if log else "linear")
+        axes.legend()
+    else:
+        axes.text(0.5, 0.5, "nothing was logged", transform=axes.transAxes, ha="center")
 
 
 def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class_names: Sequence[str]) -> None:

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 
 from sit_jax import __version__
+from sit_jax.cli.config_file import split_overrides
 from sit_jax.cli.runtime import set_log_levels, survive_closed_pipes
-from sit_jax.errors import MissingProcessError, UserError
+from sit_jax.cli.verb import expand_users
+from sit_jax.errors import MissingProcessError, UserError, one_line
 
 # In the order of `sit --help`.
 VERBS = (
@@ -28,22 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # File names may contain bytes that are not valid text.
         sys.stdout.reconfigure(errors="backslashreplace")
     parser = make_parser()
-    arguments, overrides = parser.parse_known_args(argv)
+    overrides, others = split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = expand_users(parser.parse_args(others))
     arguments.overrides = overrides
     command = f"sit {arguments.verb}" + (f" {arguments.task}" if "task" in arguments else "")
-    unknown = [arg for arg in overrides if not ("config" in arguments and arg.startswith("--config."))]
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides and "config" not in arguments:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     set_log_levels()
     try:
         arguments.run(arguments)
-        if sys.stdout is not None:  # None if the shell closed it.
-            sys.stdout.flush()
+        sys.stdout.flush()
     except UserError as error:
         print(f"{command}: {error}", file=sys.stderr)
         if "sit_jax.parallel.distributed" in sys.modules and not isinstance(error, MissingProcessError):
             sys.modules["sit_jax.parallel.distributed"].abort_after_failure(error.exit_code)
         return error.exit_code
+    except RuntimeError as error:
+        if "initialize backend" not in str(error):
+            raise
+        print(f"{command}: JAX cannot start: {one_line(error)}", file=sys.stderr)
+        return UserError.exit_code
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return INTERRUPTED

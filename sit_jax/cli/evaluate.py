@@ -44,5 +44,5 @@ def run(arguments: argparse.Namespace) -> None:
     if first and arguments.json:
         print(json.dumps(result))
     elif first:
-        metrics = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
-        print(f"{metrics} over {result['examples']:.0f} examples")
+        accuracies = [f"top-{k} {result[f'top{k}']:.2%}" for k in (1, 5) if f"top{k}" in result]
+        print(f"{', '.join(accuracies)}, loss {result['loss']:.4f} over {result['examples']:.0f} examples")

@@ -36,13 +36,16 @@ class _Output(io.FileIO):
 
 
 def survive_closed_pipes() -> None:
-    """Lets a command finish its work when the reader of its standard output or error closes the pipe.
+    """Lets a command finish its work when its standard output or error is closed, at the start or by the reader.
 
     Progress that cannot be written does not stop training. If standard output cannot be written for another reason,
     such as a full disk, `write` raises UserError.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
+        if stream is None:  # `print` would write to the other stream, and a new file would get its descriptor.
+            setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
+            continue
         # Keep streams that a test or an embedding program has set.
         if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__") or stream.isatty():
             continue

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -43,9 +44,22 @@ def above_0(below: float) -> Callable[[str], float]:
 
 def folder(text: str) -> pathlib.Path:
     """A local folder, not the address of a bucket."""
+    if not text:  # As from an unset variable of the shell; a path would be the current folder.
+        raise argparse.ArgumentTypeError("is empty; give a folder")
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text} is not a folder; mount the bucket, as launch/README.md says")
     return pathlib.Path(text)
+
+
+def expand_users(arguments: argparse.Namespace) -> argparse.Namespace:
+    """Expands `~` and `~user` at the start of every argument, since no shell does that in `--workdir=~/run`."""
+
+    def expand(value: Any) -> Any:
+        if isinstance(value, list):
+            return [expand(item) for item in value]
+        return type(value)(os.path.expanduser(value)) if isinstance(value, str | pathlib.Path) else value
+
+    return argparse.Namespace(**{name: expand(value) for name, value in vars(arguments).items()})
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -110,14 +110,17 @@ def check_overrides(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
     """Checks the keys of `--config.KEY=VALUE` arguments, with clearer errors than those of ml_collections.
 
     `--config.KEY=None` is applied to `known` if None is a valid value, as ml_collections would read it as text. The
-    other arguments are returned, in order, with the current names of renamed keys and without removed keys.
+    other arguments are returned, in order, with a value, with the current names of renamed keys, and without removed
+    keys. `--config.KEY` and `--noconfig.KEY` set a boolean.
 
     Raises:
-        ConfigError: A key does not exist; the message names it, and the closest key of its section.
+        ConfigError: A key does not exist, in which case the message names the closest key of its section, or its value
+            is missing.
     """
     rest = []
     for arg in overrides:
-        key, equals, value = arg.removeprefix("--config.").partition("=")
+        option, equals, value = arg.partition("=")
+        start, _, key = option.partition(".")
         key = _new_name(key)
         last = key.rpartition(".")[2]
         if key.endswith("model.scan"):
@@ -127,12 +130,15 @@ def check_overrides(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
             # A section cannot be assigned to an existing key, nor None to a number, so the key is deleted first.
             del section[last]
             section[last] = config_dict.placeholder(float) if last == "keep_ratio" else None
+        elif equals and start == "--config":
+            rest.append((key, value, False))
         else:
-            rest.append((key, f"--config.{key}{equals}{value}"))
-    for key, _ in rest:  # After all None values: their sections have no keys.
-        if "[" not in key:
-            _section_of(known, key)
-    return [arg for _, arg in rest]
+            require(not equals, key, f"{start}.KEY has no value, got {value!r}")
+            rest.append((key, str(start == "--config").lower(), True))
+    for key, _, is_flag in rest:  # After all None values: their sections have no keys.
+        current = None if "[" in key else _section_of(known, key)[key.rpartition(".")[2]]
+        require(isinstance(current, bool) or not is_flag, key, f"has no value; write --config.{key}=VALUE")
+    return [f"--config.{key}={value}" for key, value, _ in rest]
 
 
 def _section_of(known: ConfigDict, key: str) -> ConfigDict:
@@ -145,7 +151,7 @@ def _section_of(known: ConfigDict, key: str) -> ConfigDict:
         require(section is not None, key, f"{missing} is None in this config; add a {missing} section to the file")
         if not isinstance(section, ConfigDict) or name not in section:
             known = section if isinstance(section, ConfigDict) else []
-            raise ConfigError(key, f"there is no such key{did_you_mean(name, known)}")
+            raise ConfigError(key or "--config.", f"there is no such key{did_you_mean(name, known)}")
         value = section[name]
     return section
 

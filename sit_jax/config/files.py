@@ -3,6 +3,7 @@
 import contextlib
 import importlib.abc
 import importlib.util
+import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def get_config(path: str) -> ConfigDict:
     Raises:
         ConfigError: There is no such config, or its file raises an error.
     """
-    file, argument = split_argument(path)
+    file, argument = split_argument(os.path.expanduser(path))
     spec = importlib.util.spec_from_file_location("config", _find(file))
     if spec is None or spec.loader is None:
         raise ConfigError("--config", f"{file} is not a Python file; its name must end in .py")

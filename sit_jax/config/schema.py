@@ -22,6 +22,7 @@ from sit_jax.data.config import (
     MixConfig,
     NonNegative,
     Positive,
+    UserPath,
 )  # fmt: skip
 from sit_jax.errors import require
 from sit_jax.models.architecture import Architecture
@@ -144,8 +145,8 @@ class TeacherConfig:
     """
 
     model: ModelConfig
-    run: str = ""
-    init: str = "random"
+    run: UserPath = ""
+    init: UserPath = "random"
     epochs: Count = 1
     batch_size: Count = 64
     optim: OptimConfig = OptimConfig()
@@ -240,7 +241,7 @@ class Config:
     batch_size: Count = 64
     eval_batch_size: Count = 64
     eval_every_epochs: Count = 1
-    init: str = "teacher"
+    init: UserPath = "teacher"
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig | None = None

@@ -4,11 +4,12 @@ They are in a module of their own because loader processes import them, and thos
 """
 
 import dataclasses
+import os
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, Field
 from pydantic import ConfigDict as PydanticConfig
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from sit_jax.data.rand_augment import parse_rand_augment
@@ -20,6 +21,8 @@ Probability = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Positive = Annotated[float, Gt(0)]
 Range = tuple[Positive, Positive]
+# The path of a file or folder; `~` and `~user` are expanded.
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 STRICT = PydanticConfig(extra="forbid")
 
@@ -55,7 +58,7 @@ class DataConfig:
     """
 
     name: Annotated[str, Field(min_length=1)] = "digits"
-    data_dir: str = ""
+    data_dir: UserPath = ""
     train_split: str = "train"
     eval_split: str = "test"
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
@@ -69,7 +72,7 @@ class DataConfig:
     max_pixels: Count = 80_000_000
     workers: Annotated[int, Ge(0)] = 0
     threads: Count = 2
-    label_maps: str = ""
+    label_maps: UserPath = ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -16,7 +16,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.sources import writing
-from sit_jax.data.tfds_source import find_builder, prepared_digits, quiet_tfds
+from sit_jax.data.tfds_source import find_builder, prepared_digits, quiet_tfds, tfds_folder
 from sit_jax.errors import ConfigError, ImageDecodeError, UserError, one_line
 
 
@@ -64,7 +64,7 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
         features=tfds.features.FeaturesDict(features),
         split_datasets={split: _folder_examples(root, split, source, skip) for split, source in sources.items()},
         description=f"Images from a folder named {root.name}.",
-        data_dir=data.data_dir or None,
+        data_dir=tfds_folder(data.data_dir),
         file_format="array_record",
     )
     if builder.is_prepared():
@@ -95,7 +95,7 @@ def convert_tfrecord(source: pathlib.Path, data_dir: str) -> pathlib.Path:
         problem = f"{source} is not a prepared tfds data set: it has no dataset_info.json"
         raise ConfigError("--from_tfrecord", problem)
     builder = tfds.builder_from_directory(str(source))
-    base = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser()
+    base = tfds_folder(data_dir) or pathlib.Path(tfds.core.constants.DATA_DIR)
     target = base / builder.info.full_name
     if target.exists():
         raise UserError(f"{target} already exists; choose another --data_dir")

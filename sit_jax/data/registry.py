@@ -18,7 +18,7 @@ def open_source(data: DataConfig, split: str) -> Source:
     if data.name == "folder":
         if not data.data_dir:
             raise ConfigError("data.data_dir", "must be the folder of images if data.name=folder")
-        return FolderSource(pathlib.Path(data.data_dir).expanduser(), split, data.val_fraction)
+        return FolderSource(pathlib.Path(data.data_dir), split, data.val_fraction)
     if data.name.partition("/")[0] == "synthetic":
         return SyntheticSource(data.name, split)
     builder = prepared_digits(data.data_dir) if data.name == "digits" else prepared(data.name, data.data_dir)

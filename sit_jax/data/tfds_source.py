@@ -95,7 +95,7 @@ def find_builder(name: str, data_dir: str) -> Builder:
     """Returns the tfds builder of a data set that tfds knows, or that is prepared in `data_dir`."""
     import tensorflow_datasets as tfds
 
-    folder = _folder(data_dir)
+    folder = tfds_folder(data_dir)
     try:
         with quiet_tfds():
             with contextlib.suppress(ValueError, tfds.core.DatasetNotFoundError):
@@ -110,17 +110,19 @@ def find_builder(name: str, data_dir: str) -> Builder:
         raise ConfigError("data.name", f"{name!r} cannot be opened: {one_line(error)}") from None
 
 
-def _folder(data_dir: str) -> pathlib.Path | None:
-    return pathlib.Path(data_dir).expanduser() if data_dir else None
+def tfds_folder(data_dir: str) -> pathlib.Path | None:
+    """Returns the folder of prepared data sets: the given one, or `TFDS_DATA_DIR`; None for the default of tfds."""
+    # tfds does not expand `~` in this variable, and no shell does so in an environment file.
+    folder = data_dir or os.path.expanduser(os.environ.get("TFDS_DATA_DIR", ""))
+    return pathlib.Path(folder) if folder else None
 
 
 def prepared_digits(data_dir: str) -> Builder:
     """Returns the builder of the digits; prepares them if necessary."""
     from sit_jax.data.digits import SitDigits  # This imports tfds, which takes seconds.
 
-    folder = _folder(data_dir)
-    where = folder or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    with writing(where, "data.data_dir"), quiet_tfds():
+    folder = tfds_folder(data_dir)
+    with writing(folder or "~/tensorflow_datasets", "data.data_dir"), quiet_tfds():
         builder = SitDigits(data_dir=folder, file_format="array_record")
         # Prepared in a temporary folder and renamed when complete, so an interrupted run leaves no partial data set.
         builder.download_and_prepare()

@@ -1,6 +1,7 @@
 """Loads models: runs, model folders, weights of other programs, and exported files."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,7 +39,7 @@ def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, w
     Raises:
         UserError: The path is none of these or is damaged, an option does not apply to it, or a package is missing.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.expanduser(path))
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     if is_run(path):

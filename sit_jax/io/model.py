@@ -1,6 +1,7 @@
 """Models: an architecture with its weights, or the function of an exported file."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -152,7 +153,7 @@ class Model:
         if with_rtsm and not self.rtsm:
             raise UserError(f"{folder}: the model has no reverse modules to write")
         rtsm = self.rtsm if with_rtsm else {}
-        write_folder(pathlib.Path(folder), self.vit, self.variables, rtsm, self.metadata)
+        write_folder(pathlib.Path(os.path.expanduser(folder)), self.vit, self.variables, rtsm, self.metadata)
 
     @cached_property
     def _forward(self) -> Callable[[Array | np.ndarray], Array | np.ndarray]:

@@ -8,6 +8,7 @@
 - teacher/           the run of the teacher, if it was trained here; also cnn_teacher/
 - summary.json, curves.png, slimming.png   written at the end (`analysis/summary.py`)
 - report.html        written by `sit report`
+- .lock              held by the trainer (`io/lock.py`)
 """
 
 import contextlib

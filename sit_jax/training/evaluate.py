@@ -38,7 +38,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Returns loss, top-1 and top-5 (fractions of 1) and the number of examples of a model over all batches.
 
-    `what` names it in the errors of `EvalMetrics.result`.
+    With fewer than five classes, there is no top-5. `what` names it in the errors of `EvalMetrics.result`.
     """
     metrics = jax.device_put(EvalMetrics.empty(), sharding.replicated(mesh))
     for batch in batches:
@@ -47,7 +47,7 @@ def evaluate(
 
 
 def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bool = True) -> dict[str, float]:
-    """Evaluates a model on the whole evaluation split: loss, top-1, top-5 (fractions of 1), number of examples.
+    """Evaluates a model on the whole evaluation split: loss, top-1, top-5 (as `evaluate`), number of examples.
 
     All processes and devices take part, except for an exported file: each process evaluates the whole split then.
     `data` is that of the training if None. `match_names` matches classes by name if both sides have names; otherwise

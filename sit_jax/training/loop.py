@@ -25,6 +25,7 @@ from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
 from sit_jax.io.load import load_run
+from sit_jax.io.lock import locked
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
@@ -100,7 +101,7 @@ def run(
         ConfigError: Values do not match the data or the devices.
         RunError: The folder is in use, a checkpoint is of another model, or the loss is not finite.
     """
-    with distributed.PreemptionMonitor():
+    with distributed.PreemptionMonitor(), contextlib.ExitStack() as stack:
         config = resolve_num_classes(config, extensions)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_mesh(mesh, config)
@@ -111,6 +112,7 @@ def run(
         class_names = data.source.class_names
         check_origins(config, folder, class_names)
         spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
+        distributed.run_on_process_0(lambda: stack.enter_context(locked(folder)))
         distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
         distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
         teachers = {

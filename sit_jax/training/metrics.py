@@ -22,7 +22,7 @@ from sit_jax.io.runs import writing
 
 @flax.struct.dataclass
 class EvalMetrics(clu_metrics.Collection):
-    """Loss, top-1 and top-5 accuracy over all examples whose mask is 1."""
+    """Loss, top-1 and top-5 accuracy over all examples whose mask is 1; no top-5 with fewer than five classes."""
 
     loss: clu_metrics.Average.from_output("loss")
     top1: clu_metrics.Average.from_output("top1")
@@ -36,7 +36,7 @@ class EvalMetrics(clu_metrics.Collection):
         examples = float(self.top1.count)
         if examples == 0:
             raise RunError(f"{what}: no example to evaluate: no image of the split can be read and has a label")
-        averages = {name: float(value) for name, value in self.compute().items()}
+        averages = {name: float(value) for name, value in self.compute().items() if getattr(self, name).count}
         if not all(map(math.isfinite, averages.values())):
             raise NotFiniteError(f"{what}: the loss over {examples:.0f} examples is {averages['loss']}")
         return {**averages, "examples": examples}
@@ -55,7 +55,8 @@ def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalM
     _, ranked = jax.lax.top_k(logits, min(5, logits.shape[1]))
     right = (ranked[:, :, None] == rows[:, None, :]).any(axis=2) & ~jnp.isnan(logits).any(axis=1)[:, None]
     loss = losses.label_cross_entropy(logits, label)
-    return EvalMetrics.single_from_model_output(loss=loss, top1=right[:, 0], top5=right.any(axis=1), mask=mask)
+    metrics = EvalMetrics.single_from_model_output(loss=loss, top1=right[:, 0], top5=right.any(axis=1), mask=mask)
+    return metrics if logits.shape[1] >= 5 else metrics.replace(top5=clu_metrics.Average.empty())
 
 
 class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):
