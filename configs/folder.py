@@ -1,8 +1,9 @@
 """Your own images: a ViT is trained (or fine-tuned) on a folder of them, then slimmed to about half its cost.
 
 The folder holds `train/CLASS/*.jpg` and `val/CLASS/*.jpg`, or `CLASS/*.jpg`, of which a tenth is then held out. The
-number of classes and their names come from it. The image size is given after a colon; the default is 224. Look at the
-images first: `sit data check`, `sit data show`. Expect what a small ViT makes of as many images as you have: with
+number of classes and their names come from it. The image size is given after a colon; the default is 224. It is a
+multiple of 16, or, for patches of 4 pixels, a multiple of 4 from 12 to 44. Look at the images first: `sit data check`,
+`sit data show`. Expect what a small ViT makes of as many images as you have: with
 few, start the teacher from a trained one of the same shape (`--config.teacher.init=RUN`; its head may have other
 classes). Hardware: one GPU or TPU chip at 224 pixels; at 64 pixels two CPU cores train some 100 images per second.
 
@@ -40,7 +41,10 @@ def get_config(image_size: str = "224") -> ConfigDict:
     config.mix.probability = 0.5
 
     # The teacher, trained first. Zero classes: as many as the folder has.
-    shape = Architecture(image_size=int(image_size), num_classes=0, stem="conv4", dim=192, depth=12, num_heads=3)
+    size = int(image_size)
+    # The convolutional stem has patches of 16 pixels, which leave small images too few tokens to slim.
+    stem = {"stem": "conv4"} if size >= 48 else {"stem": "patch", "patch_size": 4}
+    shape = Architecture(image_size=size, num_classes=0, dim=192, depth=12, num_heads=3, **stem)
     config.teacher = ConfigDict()
     config.teacher.model = model_section(shape)
     config.teacher.epochs = 30

@@ -9,6 +9,7 @@ from sit_jax.cli.config_file import load_config
 from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.errors import ConfigError
+from sit_jax.models.architecture import Architecture
 from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.step import make_train_spec, train_step
 
@@ -75,7 +76,9 @@ def test_recipe_is_the_papers() -> None:
 
 def test_arguments_of_pages() -> None:
     assert load_config("configs/imagenet_deit_small_sit.py:0.7").model.name == "deit_small_sit_0.7"
-    assert load_config("configs/folder.py:64").model.architecture.image_size == 64
+    shapes = {size: load_config(f"configs/folder.py:{size}").model.architecture for size in (12, 28, 32, 48, 64)}
+    assert all(isinstance(x, Architecture) and x.token_counts[-1] >= 1 for x in shapes.values())
+    assert [x.image_size for x in shapes.values()] == list(shapes)
     scratch = load_config("configs/imagenet_lvvit_small.py:scratch")
     assert (scratch.epochs, scratch.init) == (300, "random")
     assert load_config("configs/imagenet_lvvit_small.py").init == "runs/lvvit_small_pretrained"

@@ -1,5 +1,7 @@
 """From a folder of JPEGs to a slimmed model, with the commands that a user types."""
 
+import contextlib
+import io
 import json
 import pathlib
 from typing import Any
@@ -32,8 +34,9 @@ def words(folder: pathlib.Path, **more: Any) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Eight classes of four training and two held-out images."""
+    """Eight classes of four training and two held-out images, and a split that is not used."""
     root = tmp_path_factory.mktemp("photos")
+    (root / "Testing" / "astronaut").mkdir(parents=True)
     images.make_folder(root, 4, "train", size=(36, 32))
     images.make_folder(root, 2, "val", seed=1, size=(36, 32))
     return root
@@ -44,7 +47,9 @@ def finished(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A teacher and its student, trained on the folder for an epoch each."""
     run = tmp_path_factory.mktemp("runs") / "photos"
     short = SHORT | {f"teacher.{key}": value for key, value in SHORT.items()} | {"log.every_steps": 1}
-    assert cli.main(["train", *words(folder, **short), "--workdir", str(run)]) == 0
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        assert cli.main(["train", *words(folder, **short), "--workdir", str(run)]) == 0
+    assert said.getvalue().count("Testing") == 1  # Not again for the teacher.
     return run
 
 
@@ -67,6 +72,16 @@ def test_evaluation_on_the_runs_data_and_on_other_data(
         assert cli.main([*evaluate, *args]) == 0
         results.append(json.loads(capsys.readouterr().out))
         assert results[-1]["examples"] == examples
+    # `val` alone, and `train` alone, of which a part is held out whichever split is evaluated.
+    for name, args, examples in (("val", [], 40), ("Train", [], 8), ("Train", ["--split", "train"], 32)):
+        lone = tmp_path / f"only_{name}"
+        lone.mkdir(exist_ok=True)
+        if not (lone / name).exists():
+            (lone / name).symlink_to(tmp_path / "val")
+        assert cli.main([*evaluate, "--data_dir", str(lone), *args]) == 0
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["examples"] == examples
+        assert str(lone) in printed.err
     summary = json.loads((finished / "summary.json").read_text())
     assert results[0]["top1"] == pytest.approx(summary["student"]["top1"])
     for mistake in (["--split", "tset"], ["--data_dir", str(tmp_path / "none")], ["--name", "none"]):
@@ -113,10 +128,11 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     hurt = tmp_path / "hurt"
     images.make_folder(hurt, 2, "train", size=(36, 32))
     (hurt / "train" / "chelsea" / "0000.jpg").write_bytes(b"")
+    data = DataConfig(name="folder", data_dir=str(hurt), eval_split="train")
     with pytest.raises(PartialFailureError, match=r"^1 of 16 "):
-        write_label_maps(pathlib.Path(first), tmp_path / "some", 3, DataConfig(name="folder", data_dir=str(hurt)))
+        write_label_maps(pathlib.Path(first), tmp_path / "some", 3, data)
     stored = LabelMaps(tmp_path / "some")
-    files = FolderSource(hurt, "train").files
+    files = FolderSource(hurt, "train", used=["train"]).files
     labelled = [bool(stored[index][1].any()) for index in range(16)]
     assert labelled == [not path.endswith("chelsea/0000.jpg") for path, _ in files]
 
@@ -147,6 +163,15 @@ def test_check_tells_what_is_odd_and_what_is_broken(folder: pathlib.Path, tmp_pa
     assert report["pictures"] == len(malformed.BROKEN) + len(malformed.ODD)
     assert len(report["broken"]) == len(malformed.BROKEN)
     assert report["per_class"]["empty"] == 0
+
+
+def test_check_needs_no_valid_model(folder: pathlib.Path, capsys: Any) -> None:
+    data = ["--config.name.is.wrong=1"], [f"--config.data.data_dir={folder}", "--config.model.depth=0"]
+    for args, code in zip(data, (2, 0), strict=True):
+        assert cli.main(["data", "check", "--config", "folder:16", *args]) == code
+    assert "Testing" in capsys.readouterr().err
+    assert cli.main(["data", "check", "--config", "folder:32", "--config.data.resize=x"]) == 2
+    assert capsys.readouterr().err.startswith("sit data check: data.resize: ")
 
 
 def test_show_draws_what_the_model_sees(folder: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:

@@ -1,5 +1,6 @@
 """The digits, folders and tfds data sets as sources, and `sit data prepare`."""
 
+import collections
 import dataclasses
 import io
 import pathlib
@@ -137,6 +138,92 @@ def test_folders_and_splits_that_cannot_be_a_data_set(flat: pathlib.Path, tmp_pa
     with pytest.raises(ConfigError) as caught:
         open_source(DataConfig(name="folder"), "train")
     assert caught.value.key == "data.data_dir"
+
+
+def plant(root: pathlib.Path, tree: str) -> None:
+    """Makes `PATH*N` (a folder of N images), `PATH/` (an empty folder), `PATH` (a file) and `PATH->TARGET` (a link)."""
+    for word in tree.split():
+        path, _, target = word.partition("->")
+        path, _, count = path.partition("*")
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        if target:
+            (root / path).symlink_to(target)
+        elif count or path.endswith("/"):
+            (root / path).mkdir(exist_ok=True)
+            for index in range(int(count or 0)):
+                (root / path / f"{index:02}.PNG").write_bytes(malformed.PNG)
+        else:
+            (root / path).write_bytes(malformed.PNG)
+
+
+DIR = "data.data_dir"
+ONE, AB = {"a": 1, "b": 1}, {"a": 2, "b": 2}
+# What is in the folder, the images per class in train and in val (or the key of the error), and what the notes name.
+LAYOUTS: dict[str, tuple[str, dict[str, int] | str, dict[str, int] | str, str]] = {
+    "splits": ("train/a*2 train/b*2 val/a*1 val/b*1", AB, ONE, ""),
+    "letter case": ("Train/a*2 Train/b*2 VAL/a*1 VAL/b*1", AB, ONE, "Train VAL"),
+    "other names": ("training/a*2 training/b*2 Testing/b*1", AB, {"b": 1}, "training Testing"),
+    "synonyms": ("train/a*2 train/b*2 valid/a*1 valid/b*1 test/a*3 test/b*3", AB, ONE, "test"),
+    "val alone": ("val/a*1 val/b*1", DIR, ONE, "train"),
+    "train alone": ("train/a*20 train/b*20", {"a": 18, "b": 18}, AB, "val_fraction"),
+    "beside": ("train/a*2 train/b*2 val/a*2 val/b*2 bird*3", AB, AB, "bird"),
+    "strays": ("train/a*2 train/b*2 train/x.jpg val/a*2 val/b*2 y.jpg", AB, AB, "x.jpg y.jpg"),
+    "vehicles": (
+        "car*20 train*20 test*20",
+        dict.fromkeys(("car", "test", "train"), 18),
+        dict.fromkeys(("car", "test", "train"), 2),
+        "train test",
+    ),
+    "deeper": ("car*2 train*2 train/freight*1", {"car": 1, "train": 2}, {"car": 1, "train": 1}, "train"),
+    "no classes": ("train*2 val*2", DIR, DIR, ""),
+    "annotations": ("Train*2 Val*2 labels/x.xml", DIR, DIR, ""),
+    "splits in classes": ("a/train*2 a/val*2 b/train*2 b/val*2", {"a": 3, "b": 3}, ONE, "a/train b/val"),
+    "wrapped": ("SET/train/a*2 SET/train/b*2 SET/val/a*2 SET/val/b*2 .git/x", DIR, DIR, ""),
+    "wrapped classes": ("SET/a*10 SET/b*10", {"SET": 18}, {"SET": 2}, "SET"),
+    "images": ("1.jpg 2.jpg", DIR, DIR, ""),
+    "archive": ("train.zip", DIR, DIR, ""),
+    "system": ("a*3 b*3 @eaDir*2 __MACOSX/a*2 lost+found*1 $RECYCLE.BIN*1 .thumbnails*2", AB, ONE, "@eaDir lost+found"),
+    "inside": ("a*3 b*3 a/@eaDir/0.PNG*3 a/.cache*3 b/._x.jpg b/Thumbs.db b/desktop.ini", AB, ONE, "a/@eaDir"),
+    "system in val": ("train/a*2 train/b*2 train/@eaDir*1 val/a*2 val/b*2 val/@EADIR*1", AB, AB, "@eaDir @EADIR"),
+    "links back": ("a*3 b*3 a/up->.. a/self->. b/sub/root->../.. c->.", AB, ONE, "a/up a/self b/sub/root c"),
+    "links round": ("s/a*3 s/b*3 t*4 t/x->../s/a s/a/y->../../t", {"s": 9, "t": 6}, {"s": 1, "t": 1}, "t/x/y"),
+    "links on": ("train/a*1 train/b*2 val/a*2 val/b*2 ../far*1 train/a/more->../../../far", AB, AB, ""),
+    "linked": ("train/a->../more/a train/b->../more/b val/a*2 val/b*2 more/a*2 more/b*2", AB, AB, "more"),
+    "dead link": ("a*3 b*3 c->nowhere", AB, ONE, "c"),
+    "letter case differs": ("train/A*2 train/b*2 val/a*2 val/b*2", {"A": 2, "b": 2}, DIR, ""),
+    "classes twice": ("Cat*3 cat*3", {"Cat": 2, "cat": 2}, {"Cat": 1, "cat": 1}, "Cat cat"),
+    "few": ("a*3 b*20 c*1", {"a": 2, "b": 18, "c": 1}, {"a": 1, "b": 2}, "a c"),
+    "one class": ("train/a*2 val/a*2", {"a": 2}, {"a": 2}, "a"),
+    "empty": ("train/a*2 train/b*2 train/c/ val/a*2 val/b*2", AB, AB, "c"),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layouts(tmp_path: pathlib.Path, case: str) -> None:
+    tree, *expected, named = LAYOUTS[case]
+    plant(tmp_path / "images", tree)
+    notes: list[str] = []
+    for split, counts in zip(("train", "val"), expected, strict=True):
+        if isinstance(counts, str):
+            with pytest.raises(ConfigError) as caught:
+                FolderSource(tmp_path / "images", split)
+            assert caught.value.key == counts
+            continue
+        source = FolderSource(tmp_path / "images", split)
+        found = collections.Counter(source.class_names[label] for _, label in source.files)
+        assert found == counts
+        notes += source.notes
+    assert all("\n" not in note for note in notes)
+    assert bool(notes) == bool(named)
+    text = " ".join(notes).replace(str(tmp_path), "")
+    assert [x for x in named.split() if not re.search(rf"(?<![\w/]){re.escape(x)}(?!\w)", text)] == []
+
+
+def test_lone_train_folder_is_whole_if_the_run_evaluates_it(tmp_path: pathlib.Path) -> None:
+    plant(tmp_path, "train/a*20 train/b*20")
+    mine, other = (DataConfig(name="folder", data_dir=str(tmp_path), eval_split=x) for x in ("train[90%:]", "test"))
+    assert [len(open_source(mine, x)) for x in ("train", "train[:90%]", "train[90%:]")] == [40, 36, 4]
+    assert [len(open_source(other, x)) for x in ("train", "val")] == [36, 4]
 
 
 def test_prepared_folder_is_the_same_data(flat: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:

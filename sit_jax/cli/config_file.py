@@ -46,11 +46,11 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, others
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
+def load_config(path: str, overrides: Sequence[str] = (), only_data: bool = False) -> "Config":
     """Reads a config file (see `get_config`), applies `--config.KEY=VALUE` overrides, and validates the result.
 
-    Booleans are also set by `--config.KEY` and `--noconfig.KEY`. Raises a ConfigError if the file is missing or fails,
-    a key is unknown, or a value is not allowed.
+    Booleans are also set by `--config.KEY` and `--noconfig.KEY`. With `only_data`, all sections but `data` have their
+    default values. Raises a ConfigError if the file is missing or fails, a key is unknown, or a value is not allowed.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -77,4 +77,4 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> "Config":
         text = re.sub(r"^(.*) \(in: (.*)\)$", r"\2: \1", " ".join(text.split())[:400])  # Of an index into a tuple.
         key, colon, problem = text.partition(": ")
         raise (ConfigError(key, problem) if colon else ConfigError("--config", key)) from None
-    return from_config_dict(values.config)
+    return from_config_dict({"model": {}, "data": values.config.data.to_dict()} if only_data else values.config)

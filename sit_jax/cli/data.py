@@ -79,15 +79,15 @@ def _show(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    config = load_config(arguments.config, arguments.overrides)
+    data = load_config(arguments.config, arguments.overrides, only_data=True).data
     from sit_jax.data.validate import check_data
 
-    reports = check_data(config.data, arguments.threads)
+    reports = check_data(data, arguments.threads)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports], indent=2))
     else:
         for report in reports:
-            print("\n".join(report.lines(config.data.on_decode_error, arguments.all)))
+            print("\n".join(report.lines(data.on_decode_error, arguments.all)))
     broken = sum(len(report.broken) for report in reports)
     if broken:
         raise UserError(f"{broken} images cannot be read")

@@ -39,7 +39,7 @@ class DataConfig:
             default of tfds (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
         train_split: Split to train on, in the syntax of tfds (`train`, `train[:99%]`).
         eval_split: Split to evaluate on.
-        val_fraction: Fraction of each class used as `val` if the folder has no `train` and `val` subfolders.
+        val_fraction: Fraction of each class used as `val` if the folder of images has no `val` subfolder.
         resize: How an image becomes a square: `stretch` (no cropping) or `crop` (random resized crop in training,
             resize and centre crop in evaluation).
         crop_fraction: Fraction of the shorter side that the centre crop keeps.

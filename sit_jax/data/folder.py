@@ -1,119 +1,140 @@
 """Image folders with one subfolder per class."""
 
-import contextlib
+import collections
 import glob
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from sit_jax.data.layout import KINDS, SUFFIXES, Files, Layout, contents_notes, list_classes, list_files, notes
 from sit_jax.data.sources import Example, read_image
 from sit_jax.errors import ConfigError, UserError, listed
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
-_TRAIN = "train"
-# Common names of the validation split.
-_HELD_OUT = ("val", "valid", "validation", "test")
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
-
-
-@contextlib.contextmanager
-def _listing() -> Iterator[None]:
-    """Converts the error of a folder that cannot be listed to a UserError that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename}: the folder cannot be listed: {error.strerror}") from None
 
 
 class FolderSource:
     """A split of a folder of images.
 
-    `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val` (or `valid`, `validation`,
-    `test`). If the classes are in `root` itself, a fraction of each class, spread evenly over the sorted file names, is
-    `val`. Classes are numbered by name. Subfolders of a class belong to that class. `files` has paths and labels.
+    `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val`, or other usual names: see
+    `layout.Layout`. If the classes are in `root` itself, or there is no split but `train`, a fraction of each class,
+    spread evenly over the sorted file names, is `val`. Classes are numbered by name. Subfolders of a class belong to
+    that class.
+
+    Attributes:
+        files: Path and label of each image.
+        notes: A line for each way in which the folder may be read differently than expected.
     """
 
     multi_label = False
 
-    @_listing()
-    def __init__(self, root: pathlib.Path, split: str, val_fraction: float = 0.1) -> None:
-        """Lists the images of a split, or of a part of one, such as `train[:90%]`; it must contain images."""
+    def __init__(
+        self, root: pathlib.Path, split: str, val_fraction: float = 0.1, used: Sequence[str] = ("train", "val")
+    ) -> None:
+        """Lists the images of a split, or of a part of one, such as `train[:90%]`; it must contain images.
+
+        `used` are the splits that the run reads. `val` is held out of a lone `train` folder only if one is held out.
+        """
         if not root.is_dir():
             raise ConfigError("data.data_dir", f"there is no folder {root}")
         match = _SPLIT.fullmatch(split)
         if match is None:
             raise UserError(f"split {split!r} is not understood: write train, val, train[:90%] or train[100:]")
-        name = match[1]
-        present = [x for x in (_TRAIN, *_HELD_OUT) if (root / x).is_dir()]
-        has_splits = _TRAIN in present
-        if has_splits and name in _HELD_OUT and name not in present:
-            name = next((x for x in present if x != _TRAIN), name)  # The name of the validation split in this folder.
-        if name not in (present if has_splits else (_TRAIN, *_HELD_OUT)):
-            raise UserError(f"split {name!r} of {root}: there are {', '.join(present) or 'train, val'}")
-        self.base = root / name if has_splits else root
-        self.class_names: Sequence[str] = _classes(root / _TRAIN if has_splits else root)
-        by_class = [images_in(self.base / x) for x in self.class_names]
-        why = ", ".join(sorted(SUFFIXES))
-        if has_splits:
-            unknown = sorted(set(_classes(self.base)) - set(self.class_names))
-            if unknown:
-                problem = f"{self.base} has classes that train does not have: {listed(unknown)}"
-                raise ConfigError("data.data_dir", problem)
-        else:
-            if name != _TRAIN and any(by_class):
-                why = f"data.val_fraction {val_fraction} of each class is less than one"
-            by_class = [_part(paths, val_fraction, name != _TRAIN) for paths in by_class]
+        name, layout = match[1], Layout(root)
+        if name.lower() not in KINDS:
+            raise UserError(f"split {name!r} of {root}: there are {', '.join(layout.splits) or 'train, val'}")
+        wants_train, train, own = KINDS[name.lower()] == "train", layout.folder("train"), layout.folder(name)
+        if layout.splits and wants_train and train is None:
+            raise ConfigError("data.data_dir", f"{root} has {', '.join(layout.splits)}, but no train folder")
+        parts = [x[1] for x in map(_SPLIT.fullmatch, (split, *used)) if x]
+        read = {layout.folder(x) for x in parts if x.lower() in KINDS}
+        is_divided = not layout.splits or (train is not None and None in read)
+
+        self._base = root / (own or train or "")
+        self.class_names: Sequence[str] = tuple(list_classes(root / (train or own or "")).folders)
+        contents = list_classes(self._base)
+        unknown = sorted(set(contents.folders) - set(self.class_names))
+        if unknown:
+            problem = f"{self._base} has classes that train does not have: {listed(unknown)}"
+            raise ConfigError("data.data_dir", f"{problem} (letter case counts)")
+        found = self._list_classes(contents.folders)
+        by_class = [x.images for x in found]
+        if is_divided:
+            by_class = [_part(paths, val_fraction, not wants_train) for paths in by_class]
         files = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
         # Sorted by class, a slice would contain only a few classes: interleave the classes.
         files = _interleave(by_class) if match[2] or match[3] else files
         start, stop = (_bound(match[i], len(files)) for i in (2, 3))
         self.files: Sequence[tuple[str, int]] = files[start:stop]
         if not self.files:
+            why = ", ".join(sorted(SUFFIXES))
+            if any(x.images for x in found) and not any(by_class):
+                why = f"data.val_fraction {val_fraction} of one image per class is none"
             raise UserError(f"split {split!r} of {root}: contains no images ({why})")
+
+        self.notes = [f"{root}: split {name} is read from {own}"] if own and own not in _usual_names(name) else []
+        if layout.splits and train is None:
+            self.notes.append(f"{root}: there is no train folder; the classes are those of {own}")
+        elif layout.splits and is_divided:
+            self.notes.append(
+                f"{root}: no split but {train}: {val_fraction:g} of each class is held out (data.val_fraction)"
+            )
+        few = [len(x.images) > 1 > len(x.images) * val_fraction for x in found]
+        kinds = {
+            "one image is held out of each class of few images": self._select(few) if is_divided else [],
+            f"classes without images in split {split}": self._select(not x for x in by_class),
+        }
+        self.notes += [*layout.notes(read), *contents_notes(self._base, contents), *self._class_notes(found)]
+        self.notes += notes(self._base, kinds)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def ignored(self) -> list[str]:
-        """Files in the folder that are not images by their suffix, sorted."""
-        found = (path for name in self.class_names for path in (self.base / name).rglob("*"))
-        return sorted(str(path) for path in found if path.is_file() and not _is_image(path.name))
-
     def __getitem__(self, index: int) -> Example:
         return read_image(*self.files[index])
 
+    @property
+    def ignored(self) -> list[str]:
+        """Files and folders in the classes that are not read, sorted."""
+        found = self._list_classes({x for x in self.class_names if (self._base / x).is_dir()})
+        return sorted(str(path) for files in found for path in (*files.skipped, *files.others))
 
-def _classes(base: pathlib.Path) -> tuple[str, ...]:
-    names = sorted(x.name for x in base.iterdir() if x.is_dir() and not x.name.startswith("."))
-    if not names:
-        raise ConfigError("data.data_dir", f"{base} has no folder per class (CLASS/image.jpg)")
-    return tuple(names)
+    def _list_classes(self, present: Collection[str]) -> list[Files]:
+        nothing = Files([], [], [], [])
+        return [list_files(self._base / x) if x in present else nothing for x in self.class_names]
+
+    def _select(self, chosen: Iterable[bool]) -> list[str]:
+        return [name for name, is_chosen in zip(self.class_names, chosen, strict=True) if is_chosen]
+
+    def _class_notes(self, found: Sequence[Files]) -> list[str]:
+        """Returns a line for each kind of thing inside the classes, or of classes, that may be a mistake."""
+        counts = collections.Counter(x.lower() for x in self.class_names)
+        skipped = [x for files in found for x in files.skipped if not x.name.startswith(".")]
+        nested = [x for files in found for x in files.folders if x.name.lower() in KINDS]
+        kinds = {
+            "system folders and links to folders above, not read": self._relative(skipped),
+            "folders with names of splits, read as parts of their class": self._relative(nested),
+            "classes that differ only in letter case": [x for x in self.class_names if counts[x.lower()] > 1],
+        }
+        lone = self.class_names[0] if len(self.class_names) == 1 else ""
+        advice = f"; if its folders are the classes, give {self._base / lone}" if lone and found[0].folders else ""
+        return notes(self._base, kinds) + ([f"{self._base}: only one class, {lone}{advice}"] if lone else [])
+
+    def _relative(self, paths: Iterable[pathlib.Path]) -> list[str]:
+        return [str(path.relative_to(self._base)) for path in paths]
 
 
-@_listing()
-def images_in(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the images in a folder and its subfolders, sorted and without hidden files."""
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # `val` may lack a class of `train`.
-            raise error
-
-    found = []
-    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = sorted(x for x in folders if not x.startswith("."))
-        found += [pathlib.Path(place, x) for x in names if _is_image(x)]
-    return sorted(found)
-
-
-def _is_image(name: str) -> bool:
-    return pathlib.PurePath(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+def _usual_names(split: str) -> tuple[str, ...]:
+    names = ("val", "valid", "validation")
+    return names if split in names else (split,)
 
 
 def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) -> list[pathlib.Path]:
-    """Splits each class separately, so that both parts contain small classes; adding images moves few others."""
+    """Splits each class separately, so that both parts contain it; adding images moves few others."""
     crossed = [int((i + 1) * val_fraction) > int(i * val_fraction) for i in range(len(paths))]
+    if len(paths) > 1 and not any(crossed):
+        crossed[-1] = True
     return [path for path, out in zip(paths, crossed, strict=True) if out == wants_held_out]
 
 
@@ -141,7 +162,7 @@ def find_images(args: Sequence[str], lines: Iterable[str] = ()) -> list[str]:
         if arg == "-":
             matches = [line for line in (x.rstrip("\r\n") for x in lines) if line]
         elif os.path.isdir(arg):
-            matches = [str(path) for path in images_in(pathlib.Path(arg))]
+            matches = [str(path) for path in list_files(pathlib.Path(arg)).images]
             if not matches:
                 raise UserError(f"{arg}: contains no images")
         elif os.path.lexists(arg):  # Also a dangling link: reading it fails, as it does for one in a folder.

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
 from sit_jax.data.folder import FolderSource
+from sit_jax.data.registry import log_notes
 from sit_jax.data.sources import writing
 from sit_jax.data.tfds_source import find_builder, prepared_digits, quiet_tfds, tfds_folder
 from sit_jax.errors import ConfigError, ImageDecodeError, UserError, one_line
@@ -52,6 +53,7 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
     if not name.isidentifier() or name != name.lower():
         raise ConfigError("--name", f"must be lower-case letters, digits and underscores, got {name!r}")
     sources = {split: FolderSource(root, split, data.val_fraction) for split in ("train", "val")}
+    log_notes(sources.values())
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "label": tfds.features.ClassLabel(names=list(sources["train"].class_names)),

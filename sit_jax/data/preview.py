@@ -10,6 +10,7 @@ import numpy as np
 from sit_jax.data.config import InputSpec
 from sit_jax.data.pipeline import Hosts, TrainData
 from sit_jax.data.preprocess import prepare_batch
+from sit_jax.data.registry import log_notes
 from sit_jax.data.sources import writing
 
 _COLUMNS = 8
@@ -20,6 +21,7 @@ def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0
     from matplotlib.figure import Figure
 
     data = TrainData(spec, Hosts())
+    log_notes([data.source])
     batch = jax.jit(lambda x: prepare_batch(spec, x, jnp.asarray(step)))(next(data.batches(step)))
     images, labels = np.asarray(batch["image"])[:count], np.asarray(batch["label"])[:count]
     mean, std = np.array(spec.data.mean), np.array(spec.data.std)

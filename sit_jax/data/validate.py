@@ -8,7 +8,7 @@ from tqdm import tqdm
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import findings
 from sit_jax.data.folder import FolderSource
-from sit_jax.data.registry import open_source
+from sit_jax.data.registry import open_sources
 from sit_jax.data.sources import Example, Source
 from sit_jax.errors import ImageDecodeError
 
@@ -26,7 +26,7 @@ class CheckReport:
     unusual: dict[str, list[str]] = field(default_factory=dict)
     # Messages of the images that cannot be read.
     broken: list[str] = field(default_factory=list)
-    # Files in the folder that are not images by their suffix.
+    # Files that are not images by their suffix, hidden files, and folders that are not read.
     ignored: list[str] = field(default_factory=list)
 
     def lines(self, on_decode_error: str, everything: bool = False) -> list[str]:
@@ -37,7 +37,7 @@ class CheckReport:
         kinds = {
             "classes without an image": [name for name, count in self.per_class.items() if count == 0],
             **dict(sorted(self.unusual.items())),
-            "files without the suffix of an image: ignored": self.ignored,
+            "files and folders that are not read": self.ignored,
             f"broken ({fate}; data.on_decode_error={on_decode_error})": self.broken,
         }
         lines = [f"{self.split}: {self.pictures} images, {len(counts)} classes, {spread}"]
@@ -51,9 +51,7 @@ class CheckReport:
 
 def check_data(data: DataConfig, threads: int) -> list[CheckReport]:
     """Checks the training and evaluation splits of a data set, with a progress bar on standard error."""
-    splits = dict.fromkeys((data.train_split, data.eval_split))
-    sources = {split: open_source(data, split) for split in splits}
-    return [_check(split, source, data.max_pixels, threads) for split, source in sources.items()]
+    return [_check(split, source, data.max_pixels, threads) for split, source in open_sources(data).items()]
 
 
 def _check(split: str, source: Source, max_pixels: int, threads: int) -> CheckReport:

@@ -1,5 +1,6 @@
 """Evaluation on exactly the whole split, on any mesh."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable
 
@@ -11,7 +12,7 @@ from sit_jax.data.classes import match_classes
 from sit_jax.data.config import DataConfig, InputSpec
 from sit_jax.data.pipeline import HostBatch, Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
-from sit_jax.data.registry import open_source
+from sit_jax.data.registry import log_notes, open_source
 from sit_jax.io.model import Model
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
@@ -53,6 +54,7 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     `data` is that of the training if None. `match_names` matches classes by name if both sides have names; otherwise
     they are matched by index. Raises a UserError if the data does not exist or has other classes than the model.
     """
+    quiet = data is None or not distributed.is_process_0()  # Training has logged the notes of its own data.
     data, arch, mesh = data or model.data, model.arch, sharding.make_mesh()
     batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
     if model.config is not None:
@@ -66,7 +68,11 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
         eval_batch_size=batch_size,
     )
     names = model.metadata.get("class_names") if match_names else None
-    source = match_classes(open_source(data, data.eval_split), names, model.source)
+    # With the splits of the training: whether `val` is held out of `train` does not depend on the evaluated split.
+    opened = open_source(dataclasses.replace(data, eval_split=model.data.eval_split), data.eval_split)
+    if not quiet:
+        log_notes([opened])
+    source = match_classes(opened, names, model.source)
     check_classes(spec, source)
     if model.exported is None:
         variables = sharding.place(mesh, model.variables)

@@ -20,7 +20,7 @@ from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.config.resume import changes
 from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
-from sit_jax.data.registry import open_source
+from sit_jax.data.registry import open_source, open_sources
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
@@ -102,6 +102,9 @@ def run(
         RunError: The folder is in use, a checkpoint is of another model, or the loss is not finite.
     """
     with distributed.PreemptionMonitor(), contextlib.ExitStack() as stack:
+        if extensions.source is None:  # Opened once, for the runs of the teachers too.
+            sources = open_sources(config.data, quiet=not distributed.is_process_0())
+            extensions = extensions._replace(source=sources)
         config = resolve_num_classes(config, extensions)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_mesh(mesh, config)
