@@ -117,6 +117,15 @@ def test_folder_with_splits_and_slices(tmp_path: pathlib.Path) -> None:
     assert len(FolderSource(tmp_path, "train[:7]")) == 7
 
 
+def test_unicode_forms_of_a_class_are_one(tmp_path: pathlib.Path) -> None:
+    for folder in ("train/caf\u00e9", "val/cafe\u0301"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").write_bytes(malformed.PNG)
+        (tmp_path / folder / "notes.txt").touch()
+    val = FolderSource(tmp_path, "val")
+    assert (len(val), val[0].label, len(val.ignored)) == (1, 0, 1)
+
+
 def test_folders_and_splits_that_cannot_be_a_data_set(flat: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (tmp_path / "no_classes").mkdir()
     (tmp_path / "few" / "cat").mkdir(parents=True)

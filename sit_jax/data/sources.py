@@ -6,6 +6,7 @@ Sources are pickled to loader processes and open their files there.
 import contextlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -43,6 +44,11 @@ def read_image(path: str, label: int = -1, name: str = "") -> Example:
 
 # The former name, which users' programs import.
 read_picture = read_image
+
+
+def nfc(name: str) -> str:
+    """Returns a name in the Unicode form NFC; macOS stores names in another form, which looks the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 class Source(Protocol):
