@@ -1,5 +1,6 @@
 """Image files: broken ones, and unusual ones that are fine."""
 
+import gzip
 import io
 import struct
 import zlib
@@ -66,14 +67,31 @@ BROKEN: dict[str, bytes] = {
 }
 
 
+# What is in place of an image or of weights -> its first bytes, and a word of the message.
+FOREIGN: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is empty"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    "page": (b"\n<!DOCTYPE html><html><head>404</head></html>", "web page"),
+    "heic": (struct.pack(">I", 24) + b"ftypmif1" + bytes(4) + b"mif1heic" + bytes(200), "HEIC"),
+    "gzip": (gzip.compress(b"weights"), "gzip"),
+    "postscript": (saved(PHOTO, "EPS"), "PostScript"),
+}
+
+
 def _exif(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
 
 
+def _png_with(kind: bytes, data: bytes) -> bytes:
+    return PNG[:33] + _png_chunk(kind, data) + PNG[33:]
+
+
+_MIDDLE = len(JPEG) // 2
 _DEEP = (np.asarray(PHOTO.convert("L"), np.uint16) << 8) + 77
 
+_SUFFIXES = {"jfif": "JPEG", "avif": "AVIF", "jp2": "JPEG2000", "ppm": "PPM", "tga": "TGA", "apng": "PNG"}
 # File name -> bytes that are an image, and a word of what `sit data check` says of it (empty: nothing).
 ODD: dict[str, tuple[bytes, str]] = {
     "plain.jpg": (JPEG, ""),
@@ -88,11 +106,21 @@ ODD: dict[str, tuple[bytes, str]] = {
     "jpeg_called.png": (JPEG, "suffix"),
     "turned.jpg": (saved(PHOTO, "JPEG", exif=_exif(6)), "EXIF"),
     "bad_orientation.jpg": (saved(PHOTO, "JPEG", exif=_exif(77)), ""),
-    "bad_exif.jpg": (saved(PHOTO, "JPEG", exif=b"Exif\x00\x00" + b"\xff" * 40), ""),
+    "bad_exif.jpg": (saved(PHOTO, "JPEG", exif=b"Exif\x00\x00" + b"\xff" * 40), "damaged EXIF"),
+    "cut_exif.jpg": (saved(PHOTO, "JPEG", exif=_exif(6)[:-6]), "damaged EXIF"),
+    "early_end.jpg": (JPEG[:_MIDDLE] + b"\xff\xd9", "damaged JPEG"),
+    "damaged.jpg": (JPEG[:_MIDDLE] + bytes(400) + JPEG[_MIDDLE + 400 :], "damaged JPEG"),
+    "twice.jpg": (JPEG + JPEG, ""),
+    "progressive.jpg": (saved(PHOTO, "JPEG", progressive=True), ""),
+    "restarts.jpg": (saved(PHOTO, "JPEG", restart_marker_rows=1), ""),
+    "long_text.png": (_png_with(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3_000_000))), ""),
+    "long_profile.png": (_png_with(b"iCCP", b"icc\0\0" + zlib.compress(bytes(3_000_000))), ""),
+    "12_in_16.png": (saved(Image.fromarray(_DEEP >> 4), "PNG"), "dark"),
     "bad_icc.jpg": (saved(PHOTO, "JPEG", icc_profile=b"\x00garbage" * 30), ""),
     "one_pixel.png": (saved(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG"), ""),
     "line.jpg": (saved(Image.new("RGB", (500, 1), (200, 100, 50)), "JPEG"), "longer"),
     "trailing_zeros.jpg": (JPEG + bytes(64), ""),
     "trailing_text.jpg": (JPEG + b"notes", ""),
     "web.webp": (WEBP, ""),
+    **{f"photo.{suffix}": (saved(PHOTO, kind), "") for suffix, kind in _SUFFIXES.items()},
 }

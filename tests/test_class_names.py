@@ -90,6 +90,28 @@ def test_other_classes_are_refused_with_the_differences(names: Sequence[str], mi
         match_classes(Several(), names, "the model")
 
 
+NUMBERS = [str(index) for index in range(12)]
+
+
+@pytest.mark.parametrize("names", [None, NUMBERS, list("abcdefghijkl"), sorted(NUMBERS)])
+def test_numbered_folders_are_matched_by_number(
+    names: Sequence[str] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Several([Example(b"", label=2)])
+    source.class_names = sorted(NUMBERS)  # As folders are: the third is 10.
+    in_order = names == source.class_names
+    matched = match_classes(source, names, f"the model with {names}")
+    assert matched[0].label == (2 if in_order else 10)
+    assert len(matched.class_names) == 12
+    assert ("by number" in capsys.readouterr().err) != in_order
+
+
+def test_unicode_forms_of_a_class_name_are_equal() -> None:
+    source = Several([Example(b"", label=0)])
+    source.class_names = ["cafe\u0301", "bar"]
+    assert match_classes(source, ["bar", "caf\u00e9"], "the model")[0].label == 1
+
+
 def test_several_correct_classes_are_renumbered() -> None:
     several = match_classes(Several([Example(b"", label=2, labels=(2, 0))]), ["dog", "ant", "cat"], "the model")
     assert (several[0].label, several[0].labels, several.multi_label) == (0, (0, 1), True)

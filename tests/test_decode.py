@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import pathlib
+import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +12,7 @@ import malformed
 import numpy as np
 import pytest
 import tifffile
-from malformed import BROKEN, ODD, PHOTO, saved
+from malformed import BROKEN, FOREIGN, ODD, PHOTO, saved
 from PIL import Image, ImageOps, PngImagePlugin
 
 from sit_jax.data.decode import decode, findings
@@ -31,6 +34,22 @@ def test_broken_images_are_named_in_one_line(name: str) -> None:
             read(BROKEN[name], name, MAX)
         assert str(caught.value).startswith(f"{name}: ")
         assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("encoded", "word"), FOREIGN.values(), ids=FOREIGN)
+def test_files_of_other_kinds_are_named(encoded: bytes, word: str) -> None:
+    with pytest.raises(ImageDecodeError, match=rf"^photo.jpg: .*{word}"):
+        decode_rgb(encoded, "photo.jpg")
+
+
+def test_damage_that_is_accepted_prints_nothing() -> None:
+    names = ["cut_exif.jpg", "early_end.jpg", "damaged.jpg"]
+    code = f"import malformed; from sit_jax.data.decode import decode, findings; names = {names}\n"
+    code += "for name in names: decode(malformed.ODD[name][0], 3); findings(malformed.ODD[name][0], name, 10**6)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -140,6 +159,13 @@ def test_size_limit() -> None:
     assert decode(malformed.JPEG, 3, max_pixels=60 * 90).shape == (60, 90, 3)
     with pytest.raises(ImageDecodeError, match=r"big.jpg: has 90 x 60 pixels, more than data.max_pixels, 5,399"):
         decode(malformed.JPEG, 3, "big.jpg", 60 * 90 - 1)
+
+
+def test_size_limit_is_not_pillows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ImageDecodeError, match=r"big.jpg: has 5,400 pixels, more than data.max_pixels, 60"):
+        decode(malformed.JPEG, 3, "big.jpg", 60)
+    assert decode(malformed.JPEG, 3, max_pixels=60 * 90).shape == (60, 90, 3)
 
 
 def test_random_damage_never_escapes() -> None:

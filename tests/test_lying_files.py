@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 
+import malformed
 import numpy as np
 import original_models
 import pytest
@@ -31,6 +32,14 @@ def refused(source: pathlib.Path, capsys: pytest.CaptureFixture[str], *facts: st
     assert len(line) < 1000
     for fact in facts:
         assert fact in line
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "npz"])
+def test_files_of_other_kinds(suffix: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, (start, word) in malformed.FOREIGN.items():
+        path = tmp_path / f"{name}.{suffix}"
+        path.write_bytes(start)
+        refused(path, capsys, word)
 
 
 def save_pickle(path: pathlib.Path, program: bytes) -> pathlib.Path:
@@ -74,7 +83,7 @@ def test_other_files(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "x.h5").write_bytes(b"\x89HDF")
     (tmp_path / "folder").mkdir()
     for name, fact in (
-        ("page.pth", "torch.load"),
+        ("page.pth", "web page"),
         ("packed.pth", "compressed"),
         ("x.h5", ".safetensors"),
         ("folder", "model.safetensors"),

@@ -22,10 +22,10 @@ from sklearn.datasets import load_digits
 from sit_jax.cli import app as cli
 from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.data.config import DataConfig
-from sit_jax.data.folder import FolderSource
+from sit_jax.data.folder import FolderSource, find_images
 from sit_jax.data.pipeline import Hosts, TrainData, eval_batches
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Source
+from sit_jax.data.sources import Source, read_lines
 from sit_jax.errors import ConfigError, UserError
 
 
@@ -115,6 +115,21 @@ def test_folder_with_splits_and_slices(tmp_path: pathlib.Path) -> None:
     counts = np.bincount([first[index].label for index in range(len(first))])
     assert counts.min() >= 4  # A part has something of every class.
     assert len(FolderSource(tmp_path, "train[:7]")) == 7
+
+
+def test_unicode_forms_of_a_class_are_one(tmp_path: pathlib.Path) -> None:
+    for folder in ("train/caf\u00e9", "val/cafe\u0301"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1.png").write_bytes(malformed.PNG)
+        (tmp_path / folder / "notes.txt").touch()
+    val = FolderSource(tmp_path, "val")
+    assert (len(val), val[0].label, len(val.ignored)) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_files_may_have_a_byte_order_mark(encoding: str) -> None:
+    encoded = io.BytesIO("caf\u00e9.png\r\nb.png\r\n".encode(encoding))
+    assert find_images(["-"], read_lines(io.TextIOWrapper(encoded))) == ["caf\u00e9.png", "b.png"]
 
 
 def test_folders_and_splits_that_cannot_be_a_data_set(flat: pathlib.Path, tmp_path: pathlib.Path) -> None:

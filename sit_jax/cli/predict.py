@@ -24,9 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     keep_memory()
     from sit_jax.analysis.predict import run_predict
     from sit_jax.data.folder import find_images
+    from sit_jax.data.sources import read_lines
     from sit_jax.io.load import load
 
-    images = find_images(arguments.images, sys.stdin)
+    images = find_images(arguments.images, read_lines(sys.stdin))
     model = load(arguments.source, ema=arguments.ema, step=arguments.step)
     how = (arguments.top, arguments.format, arguments.batch_size)
     run_predict(model, images, *how, sys.stdout, reader_gone)

@@ -2,17 +2,21 @@
 
 import contextlib
 import io
+import re
+import struct
 import warnings
 
-import cv2
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
+from sit_jax.data.formats import FORMATS, identify
 from sit_jax.errors import ImageDecodeError, one_line
 
-# Images beyond `max_pixels` are rejected by name; Pillow's warning would be redundant.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns about damaged metadata, which does not affect the pixels, and about large images, which are rejected.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+# Texts and colour profiles of more than 1 MB are valid; the limit on all of a file's metadata stays.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 _WHITE_IS_ZERO = 0
 # Offset of the byte of a PNG file that holds the bits per sample.
@@ -20,9 +24,25 @@ _PNG_BIT_DEPTH = 24
 # Formats whose samples Pillow scales to 16 bits when it opens them as 32-bit integers.
 _SCALED_TO_16 = ("PNG", "PPM")
 _END_OF_JPEG = b"\xff\xd9"
+_RESTARTS = b"\xff\xdd"
+# Data of no particular meaning for a JPEG decoder, without markers.
+_FILLER = bytes(97 * index % 255 for index in range(1, 65))
+# Bytes per value of each EXIF type.
+_EXIF_SIZES = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4)
 _BACKGROUND = "white"
 _LONG = 10
 _GREY = "grey: repeated over the model's channels"
+# Samples of more than 8 bits are dark if all are below this after scaling to 8 bits: 12 bits stored as 16.
+_DARK = 16
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(encoded: bytes, channels: int, name: str = "image", max_pixels: int = 80_000_000) -> np.ndarray:
@@ -34,6 +54,12 @@ def decode(encoded: bytes, channels: int, name: str = "image", max_pixels: int =
     Returns uint8 pixels (height, width, channels), grey for 1 channel and RGB for 3. Raises an ImageDecodeError if the
     data are not an image, are damaged, or have more than `max_pixels` pixels.
     """
+    image = decode_image(encoded, channels, name, max_pixels)
+    return np.asarray(image).reshape(image.height, image.width, channels)
+
+
+def decode_image(encoded: bytes, channels: int, name: str, max_pixels: int) -> Image.Image:
+    """Decodes as `decode`, to a Pillow image of mode L for 1 channel and RGB for 3."""
     return _read(encoded, channels, name, max_pixels)[0]
 
 
@@ -43,73 +69,102 @@ def findings(encoded: bytes, name: str, max_pixels: int) -> list[str]:
     The suffix of `name` is one such property. Raises an ImageDecodeError as `decode` does.
     """
     pixels, found = _read(encoded, 3, name, max_pixels)
-    height, width, _ = pixels.shape
-    if max(width, height) > _LONG * min(width, height):
+    if max(pixels.size) > _LONG * min(pixels.size):
         what = "a centre crop keeps its middle only, stretching distorts it"
         found.append(f"longer than {_LONG} times its shorter side: {what}")
-    with Image.open(io.BytesIO(encoded)) as image:
+    with _open(encoded, max_pixels) as image:
         kind = str(image.format)
+        if kind == "JPEG" and isinstance(image, ImageFile.ImageFile) and _is_damaged_jpeg(image, encoded):
+            found.append("damaged JPEG data: read, but parts may be grey or wrong")
+        if _is_damaged_exif(image.info.get("exif", b"")):
+            found.append("damaged EXIF: used as far as it can be read")
         with contextlib.suppress(Exception):  # Frames that `decode` does not read may be damaged.
             if kind != "MPO" and getattr(image, "n_frames", 1) > 1:
                 found.append("animated: only its first frame is used")
     _, dot, suffix = name.lower().rpartition(".")
     usual = Image.registered_extensions().get(dot + suffix)
-    if dot and usual != kind and (usual, kind) != ("JPEG", "MPO"):
+    if dot and usual != kind and {usual, kind} != {"JPEG", "MPO"}:
         found.append(f"suffix .{suffix} but {kind}: read as {kind}")
     return found
 
 
-def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[np.ndarray, list[str]]:
+def _open(encoded: bytes, max_pixels: int) -> Image.Image:
+    # Pillow rejects twice its own limit, also of images within an icon: it must not be below ours.
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+
+
+def _read(encoded: bytes, channels: int, name: str, max_pixels: int) -> tuple[Image.Image, list[str]]:
     """Returns the pixels and descriptions of what was unusual about them and how it was handled."""
-    if not encoded:
-        raise ImageDecodeError(f"{name}: is empty")
     done: list[str] = []
+    limit = f" pixels, more than data.max_pixels, {max_pixels:,}"
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with _open(encoded, max_pixels) as image:
             if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height}"
-                raise ImageDecodeError(f"{name}: has {size} pixels, more than data.max_pixels, {max_pixels:,}")
-            rotated_by_pillow = 1
-            if _is_plain_jpeg(image, encoded):
-                orientation = _orientation(image)
-                if image.mode == "L":
-                    done.append(_GREY)
-                pixels = _decode_jpeg(encoded, channels)
-            else:
-                bits = _bits_per_sample(image, encoded)
-                if isinstance(image, TiffImageFile):  # Loading rotates the pixels and drops the orientation.
-                    rotated_by_pillow = _orientation(image)
-                image.load()  # Before the orientation is read: that loads a PNG and ignores its errors.
-                orientation = _orientation(image)
-                pixels = np.asarray(_to_channels(image, bits, done).convert("L" if channels == 1 else "RGB"))
-            if max(orientation, rotated_by_pillow) > 1:
-                done.append("turned by EXIF or XMP: set upright")
-                pixels = _upright(pixels, orientation)
+                raise ImageDecodeError(f"{name}: has {image.width} x {image.height}{limit}")
+            bits = _bits_per_sample(image, encoded)
+            # Loading rotates the pixels of a TIFF and drops the orientation.
+            rotated_by_pillow = _orientation(image) if isinstance(image, TiffImageFile) else 1
+            if channels == 1:
+                image.draft("L", None)  # A JPEG's brightness is stored.
+            image.load()  # Before the orientation is read: that loads a PNG and ignores its errors.
+            orientation = _orientation(image)
+            pixels = _to_channels(image, bits, done)
+            mode = "L" if channels == 1 else "RGB"
+            pixels = pixels if pixels.mode == mode else pixels.convert(mode)
+            if bits > 8 and (highest := np.asarray(pixels).max()) < _DARK:
+                below, word = (_DARK, "dark") if highest else (1, "black")
+                done.append(f"{bits}-bit with values below {below << (bits - 8)} only: {word}")
     except ImageDecodeError:
         raise
-    except UnidentifiedImageError:
-        raise ImageDecodeError(f"{name}: cannot be read: not an image in a known format") from None
+    except Image.DecompressionBombError as error:
+        count = re.search(r"\d+", str(error))
+        raise ImageDecodeError(f"{name}: has {int(count[0]):,}{limit}" if count else f"{name}: {error}") from None
     except Exception as error:  # Decoders of damaged files raise many types, from SyntaxError to struct.error.
-        raise ImageDecodeError(f"{name}: cannot be read: {one_line(error, 200)}") from None
-    return pixels.reshape(*pixels.shape[:2], channels), done
+        unknown = isinstance(error, UnidentifiedImageError)
+        problem = "not an image in a known format" if unknown else one_line(error, 200)
+        raise ImageDecodeError(f"{name}: {identify(encoded) or f'cannot be read: {problem}'}") from None
+    if max(orientation, rotated_by_pillow) > 1:
+        done.append("turned by EXIF or XMP: set upright")
+        pixels = pixels.transpose(_UPRIGHT[orientation]) if orientation > 1 else pixels
+    return pixels, done
 
 
-def _is_plain_jpeg(image: Image.Image, encoded: bytes) -> bool:
-    """Returns whether OpenCV may decode the image.
+def _is_damaged_jpeg(image: ImageFile.ImageFile, encoded: bytes) -> bool:
+    """Returns whether a readable JPEG, which is open but not loaded, has less or more data than its pixels need.
 
-    OpenCV is faster, but silently fills in the missing part of a truncated file and converts CMYK differently.
+    libjpeg fills in missing data and skips superfluous data, and Pillow does not say so. But other bytes after complete
+    data do not change the pixels, and, if all pixels are stored once and in one piece, other bytes at the end do.
     """
-    complete = encoded.rstrip(b"\x00").endswith(_END_OF_JPEG)
-    return image.format == "JPEG" and image.mode in ("RGB", "L") and complete
+    start = image.fp.tell() if image.fp else 0  # The file is read up to the pixels' data.
+    data = encoded[: encoded.find(_END_OF_JPEG, start)].rstrip(b"\xff")
+    pixels = _load_jpeg(encoded)
+    if _load_jpeg(data + _FILLER + _END_OF_JPEG) != pixels:
+        return True
+    if "progressive" in image.info or _RESTARTS in encoded[:start]:
+        return False
+    return _load_jpeg(data[:-8] + _FILLER[:8] + _END_OF_JPEG) == pixels
 
 
-def _decode_jpeg(encoded: bytes, channels: int) -> np.ndarray:
-    # OpenCV reads the orientation from EXIF only; Pillow also from XMP.
-    flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_COLOR_RGB if channels == 3 else cv2.IMREAD_GRAYSCALE)
-    pixels: np.ndarray | None = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
-    if pixels is None:
-        raise ValueError("broken JPEG data")
-    return pixels
+def _load_jpeg(encoded: bytes) -> bytes:
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        return image.tobytes()
+    return b""
+
+
+def _is_damaged_exif(exif: bytes) -> bool:
+    """Returns whether the main directory, if there is one, is cut off or refers to data beyond the end."""
+    data = exif.removeprefix(b"Exif\0\0")
+    order = ">" if data.startswith(b"MM") else "<"
+    try:
+        (start,) = struct.unpack_from(f"{order}4xL", data)
+        (count,) = struct.unpack_from(f"{order}H", data, start)
+        entries = [struct.unpack_from(f"{order}2xHLL", data, start + 2 + 12 * index) for index in range(count)]
+    except struct.error:
+        return bool(data)
+    sizes = ((number * _EXIF_SIZES[kind] if kind < len(_EXIF_SIZES) else 0, at) for kind, number, at in entries)
+    return any(size > 4 and at + size > len(data) for size, at in sizes)
 
 
 def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
@@ -128,7 +183,7 @@ def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
     }
     done += [conversion for conversion, applies in conversions.items() if applies]
     if deep_grey:
-        return _from_deep_grey(image, bits, done)
+        return _from_deep_grey(image, bits)
     if image.has_transparency_data:
         _scale_transparent_colour(image, bits)
         image = image.convert("RGBA")
@@ -136,13 +191,11 @@ def _to_channels(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
     return image
 
 
-def _from_deep_grey(image: Image.Image, bits: int, done: list[str]) -> Image.Image:
+def _from_deep_grey(image: Image.Image, bits: int) -> Image.Image:
     samples = np.asarray(image).astype(np.int64)
     grey = (samples >> (bits - 8)).clip(0, 255).astype(np.uint8)
     if isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO:
         grey = 255 - grey  # Pillow inverts 8-bit images only.
-    elif not grey.any():
-        done.append(f"{bits}-bit with values below {1 << (bits - 8)} only: black")
     if "transparency" in image.info:
         grey[samples == image.info["transparency"]] = 255
     return Image.fromarray(grey)
@@ -174,11 +227,3 @@ def _orientation(image: Image.Image) -> int:
         return int(value) if value in range(1, 9) else 1
     except Exception:  # A damaged EXIF block does not affect the pixels.
         return 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Rotates or flips pixels that are stored in one of EXIF's orientations, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
-        pixels = cv2.transpose(pixels)
-    flips = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}  # OpenCV's flip codes: 0 is vertical, 1 is horizontal.
-    return cv2.flip(pixels, flips[orientation]) if orientation in flips else pixels

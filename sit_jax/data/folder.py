@@ -7,8 +7,9 @@ import pathlib
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-from sit_jax.data.layout import KINDS, SUFFIXES, Files, Layout, contents_notes, list_classes, list_files, notes
-from sit_jax.data.sources import Example, read_image
+from sit_jax.data.formats import SUFFIXES
+from sit_jax.data.layout import KINDS, Files, Layout, contents_notes, list_classes, list_files, notes
+from sit_jax.data.sources import Example, nfc, read_image
 from sit_jax.errors import ConfigError, UserError, listed
 
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
@@ -37,7 +38,7 @@ class FolderSource:
         `used` are the splits that the run reads. `val` is held out of a lone `train` folder only if one is held out.
         """
         if not root.is_dir():
-            raise ConfigError("data.data_dir", f"there is no folder {root}")
+            raise ConfigError("data.data_dir", f"there is no folder {root.absolute()}")
         match = _SPLIT.fullmatch(split)
         if match is None:
             raise UserError(f"split {split!r} is not understood: write train, val, train[:90%] or train[100:]")
@@ -54,7 +55,10 @@ class FolderSource:
         self._base = root / (own or train or "")
         self.class_names: Sequence[str] = tuple(list_classes(root / (train or own or "")).folders)
         contents = list_classes(self._base)
-        unknown = sorted(set(contents.folders) - set(self.class_names))
+        present = {nfc(x): x for x in contents.folders if x not in self.class_names}
+        # By class: its folder in this split, which may have the name in another Unicode form.
+        self._folders = [x if x in contents.folders else present.get(nfc(x), x) for x in self.class_names]
+        unknown = sorted(set(contents.folders) - set(self._folders))
         if unknown:
             problem = f"{self._base} has classes that train does not have: {listed(unknown)}"
             raise ConfigError("data.data_dir", f"{problem} (letter case counts)")
@@ -97,12 +101,12 @@ class FolderSource:
     @property
     def ignored(self) -> list[str]:
         """Files and folders in the classes that are not read, sorted."""
-        found = self._list_classes({x for x in self.class_names if (self._base / x).is_dir()})
+        found = self._list_classes({x for x in self._folders if (self._base / x).is_dir()})
         return sorted(str(path) for files in found for path in (*files.skipped, *files.others))
 
     def _list_classes(self, present: Collection[str]) -> list[Files]:
         nothing = Files([], [], [], [])
-        return [list_files(self._base / x) if x in present else nothing for x in self.class_names]
+        return [list_files(self._base / x) if x in present else nothing for x in self._folders]
 
     def _select(self, chosen: Iterable[bool]) -> list[str]:
         return [name for name, is_chosen in zip(self.class_names, chosen, strict=True) if is_chosen]

@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from sit_jax.data.formats import SUFFIXES
 from sit_jax.errors import ConfigError, UserError, listed
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"})
 # Names of split folders, in any letter case -> the kind of split.
 KINDS = {
     "train": "train",

@@ -3,11 +3,13 @@
 Sources are pickled to loader processes and open their files there.
 """
 
+import codecs
 import contextlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TextIO
 
 import numpy as np
 
@@ -43,6 +45,19 @@ def read_image(path: str, label: int = -1, name: str = "") -> Example:
 
 # The former name, which users' programs import.
 read_picture = read_image
+
+
+def read_lines(file: TextIO) -> Iterator[str]:
+    """Yields the lines of a list of files, encoded as file names are, or as a byte order mark says (UTF-8, UTF-16)."""
+    encoded = file.buffer.read()
+    is_utf16 = encoded.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = encoded.decode("utf-16", "replace") if is_utf16 else os.fsdecode(encoded.removeprefix(codecs.BOM_UTF8))
+    yield from text.split("\n")
+
+
+def nfc(name: str) -> str:
+    """Returns a name in the Unicode form NFC; macOS stores names in another form, which looks the same."""
+    return unicodedata.normalize("NFC", name)
 
 
 class Source(Protocol):

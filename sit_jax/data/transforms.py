@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from sit_jax.data.config import AugmentConfig, DataConfig
-from sit_jax.data.decode import decode
+from sit_jax.data.decode import decode_image
 from sit_jax.data.rand_augment import parse_rand_augment, rand_augment
 from sit_jax.data.sources import Example, ExampleArrays
 
@@ -45,12 +45,12 @@ class TrainTransform:
 
         `crop` is (left, top, right, bottom) as fractions of the image.
         """
-        pixels = decode(example.image, self.channels, example.name, self.data.max_pixels)
+        whole = decode_image(example.image, self.channels, example.name, self.data.max_pixels)
         augment = self.augment
-        height, width = pixels.shape[:2]
+        width, height = whole.size
         box = random_crop_box(width, height, rng, augment) if self.data.resize == "crop" else (0, 0, width, height)
         flipped = bool(augment.flip > 0 and rng.random() < augment.flip)
-        image = resize_box(pixels, box, self.size, self.data)
+        image = resize_box(whole, box, self.size, self.data)
         if augment.max_rotation or augment.max_shift or augment.max_zoom:
             image = random_affine(image, rng, augment)
         if flipped:
@@ -78,7 +78,7 @@ class EvalTransform:
 
     def __call__(self, example: Example) -> ExampleArrays:
         """Returns uint8 `image` (height, width, channels) and int32 `label`."""
-        image = to_pillow(decode(example.image, self.channels, example.name, self.data.max_pixels))
+        image = decode_image(example.image, self.channels, example.name, self.data.max_pixels)
         resample = RESAMPLING[self.data.interpolation]
         if self.data.resize == "crop":
             image = center_crop(image, self.size, self.data.crop_fraction, resample)
@@ -110,14 +110,13 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator, augment: 
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
-def resize_box(pixels: np.ndarray, box: Box, size: int, data: DataConfig) -> Image.Image:
+def resize_box(image: Image.Image, box: Box, size: int, data: DataConfig) -> Image.Image:
     """Crops a box and resizes it to a square of `size` pixels with antialiasing; see `DataConfig.resampler`."""
     left, top, width, height = box
+    edges = (left, top, left + width, top + height)
     if data.resampler == "pillow":
-        edges = (left, top, left + width, top + height)
-        resample = RESAMPLING[data.interpolation]
-        return to_pillow(pixels).resize((size, size), resample, edges, reducing_gap=_REDUCING_GAP)
-    return to_pillow(_resize_fast(pixels[top : top + height, left : left + width], size, _OPENCV[data.interpolation]))
+        return image.resize((size, size), RESAMPLING[data.interpolation], edges, reducing_gap=_REDUCING_GAP)
+    return Image.fromarray(_resize_fast(np.asarray(image.crop(edges)), size, _OPENCV[data.interpolation]))
 
 
 def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
@@ -210,11 +209,6 @@ def fill_colour(mean: Sequence[float], channels: int) -> tuple[int, ...]:
     """Returns the data set's mean as 8-bit levels, to fill pixels outside the image."""
     levels = tuple(min(255, round(255 * value)) for value in mean)
     return levels if channels == 3 else (round(sum(levels) / len(levels)),)
-
-
-def to_pillow(pixels: np.ndarray) -> Image.Image:
-    """Converts a uint8 array (height, width, channels) or (height, width) to a Pillow image."""
-    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels)
 
 
 def _image_and_label(image: Image.Image, example: Example) -> ExampleArrays:

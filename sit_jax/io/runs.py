@@ -21,6 +21,7 @@ from typing import Any
 from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.config.resume import Change, changes
+from sit_jax.data.sources import nfc
 from sit_jax.errors import ConfigError, RunError, listed, one_line
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.checkpoint import FOLDER
@@ -114,7 +115,7 @@ def create_or_verify_class_names(workdir: pathlib.Path, names: Sequence[str]) ->
     if known is None or not has_checkpoint(workdir):
         with writing(workdir):
             write_json(workdir / CLASS_NAMES, list(names))
-    elif known != list(names):
+    elif list(map(nfc, known)) != list(map(nfc, names)):
         index = next((i for i, pair in enumerate(zip(known, names, strict=False)) if pair[0] != pair[1]), None)
         first = f"class {index} was {known[index]!r} and is {names[index]!r}" if index is not None else "their number"
         raise RunError(f"{workdir} began with other classes than the data has now ({first}); choose another --workdir")

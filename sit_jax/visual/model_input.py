@@ -7,9 +7,9 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from sit_jax.data.config import DataConfig
-from sit_jax.data.decode import decode
+from sit_jax.data.decode import decode_image
 from sit_jax.data.sources import Example
-from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, resize_part, to_pillow
+from sit_jax.data.transforms import RESAMPLING, EvalTransform, centre_box, resize_part
 from sit_jax.models.architecture import Architecture
 
 # Minimum size of a drawn patch, and minimum side of a drawn image, in pixels.
@@ -30,7 +30,7 @@ def preprocess(arch: Architecture, data: DataConfig, example: Example) -> ModelI
     """
     side = arch.grid_size * max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // arch.grid_size))
     pixels = EvalTransform(data, arch.image_size, arch.in_channels)(example)["image"]
-    whole = to_pillow(decode(example.image, arch.in_channels, example.name, data.max_pixels))
+    whole = decode_image(example.image, arch.in_channels, example.name, data.max_pixels)
     box = (0.0, 0.0, float(whole.width), float(whole.height))
     if data.resize == "crop":
         # The exact box of the model's crop: its rounding at another size would select another part of the image.

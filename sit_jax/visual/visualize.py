@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from sit_jax.data.folder import find_images
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Example, read_image, writing
+from sit_jax.data.sources import Example, read_image, read_lines, writing
 from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.load import load
@@ -71,7 +71,7 @@ def command(
         raise UserError("which images? Give files, folders or patterns, or else --split")
     if paths and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir are for a --split, not for image files")
-    files = _from_files(find_images(paths, sys.stdin)) if paths else []
+    files = _from_files(find_images(paths, read_lines(sys.stdin))) if paths else []
     model = load(source, ema=ema, step=step)
     if not model.vit.is_slimmed:
         print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from sit_jax.errors import one_line
-from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total
+from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total, unreadable
 
 # Message of Python's parser, with which NumPy reads array headers, for an invalid header.
 _HEADER_ERRORS = (ValueError, TypeError, KeyError, SyntaxError, tokenize.TokenError, MemoryError)
@@ -29,7 +29,7 @@ def read_npz(path: pathlib.Path) -> Tensors:
             check_total(path, sum(entry.file_size for entry in entries))
             return {entry.filename.removesuffix(".npy"): _tensor(path, archive, entry) for entry in entries}
     except _ERRORS as error:
-        raise FileError(f"{path}: is damaged or cut off: {one_line(error, 200)}") from None
+        raise unreadable(path, f"is damaged or cut off: {one_line(error, 200)}", zipped=True) from None
 
 
 def _tensor(path: pathlib.Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import safetensors
 
 from sit_jax.errors import one_line
-from sit_jax.io.convert.tensors import FileError, Tensor, Tensors
+from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, unreadable
 
 # The types that the library reads as NumPy arrays.
 _TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -25,7 +25,7 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
         file = safetensors.safe_open(path, "np")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
-        raise FileError(f"{path}: is not a whole safetensors file: {one_line(error, 200)}") from None
+        raise unreadable(path, f"is not a whole safetensors file: {one_line(error, 200)}") from None
     types = {name: str(part.get_dtype()) for name, part in slices.items()}
     unknown = sorted(set(types.values()) - set(_TYPES))
     if unknown:

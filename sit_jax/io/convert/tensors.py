@@ -1,5 +1,6 @@
 """Lazily read tensors of a file."""
 
+import contextlib
 import pathlib
 import re
 from collections.abc import Callable
@@ -7,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sit_jax.data.formats import START, ZIP, identify
 from sit_jax.errors import UserError
 
 
@@ -23,6 +25,18 @@ Tensors = dict[str, Tensor]
 
 class FileError(UserError):
     """A file of weights cannot be read; the message names the file and the reason."""
+
+
+def unreadable(path: pathlib.Path, reason: str, zipped: bool = False) -> FileError:
+    """Returns the error of a file that a reader refuses: what the file is, if its first bytes say so, or `reason`.
+
+    `zipped` says that readable files are zip archives.
+    """
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(START)
+        if not (zipped and start.startswith(ZIP)):
+            reason = identify(start) or reason
+    return FileError(f"{path}: {reason}")
 
 
 # A tensor that every model has once, after the prefixes that wrappers and programs add to every name.

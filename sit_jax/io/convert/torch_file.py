@@ -12,7 +12,7 @@ import numpy as np
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError, one_line
-from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total
+from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -142,7 +142,7 @@ def _load(path: pathlib.Path) -> object:
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # Of any type: the unpickler hands the values in the file to PyTorch's functions.
-        raise FileError(f"{path}: {_reason(error)}") from None
+        raise unreadable(path, _reason(error), zipped=True) from None
 
 
 def _check_zip(path: pathlib.Path) -> None:
