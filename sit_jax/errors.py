@@ -78,6 +78,11 @@ def one_line(error: BaseException, most: int = 300) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def valid_text(text: str) -> str:
+    """Returns a text, such as a file name, with its bytes that are not valid UTF-8 escaped, as `caf\\udce9`."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Joins the first names with commas and appends the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -6,6 +6,7 @@ Verbs import their dependencies when they run, so that `sit --help` is fast.
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and "config" not in arguments:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     set_log_levels()
+    os.environ["MPLBACKEND"] = "agg"  # A notebook sets one that may not be installed here.
     try:
         arguments.run(arguments)
         sys.stdout.flush()
