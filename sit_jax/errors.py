@@ -49,7 +49,7 @@ class PartialFailureError(UserError):
 
 
 class PreemptedError(RunError):
-    """A run saved its state and stopped, after SIGTERM or a preemption notice; `--resume` continues it."""
+    """A run saved its state and stopped, after a signal or a preemption notice; `--resume` continues it."""
 
     # EX_TEMPFAIL of sysexits.h: launchers start the command again.
     exit_code = 75
