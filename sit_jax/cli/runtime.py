@@ -69,6 +69,17 @@ def set_log_levels() -> None:
     sys.warnoptions.append("ignore:resource_tracker")
 
 
+def is_about_devices(error: BaseException) -> bool:
+    """Returns whether an error is that JAX cannot open the devices."""
+    if str(error) or "jax" not in sys.modules:
+        return "initialize backend" in str(error)
+    # If JAX_PLATFORMS=cuda and there is no GPU, JAX fails each time with an assertion that has no text.
+    try:
+        return not sys.modules["jax"].devices()
+    except AssertionError:
+        return True
+
+
 def force_cpu(devices: int = 1) -> None:
     """Restricts JAX to the CPU, with a number of virtual devices; must be called before JAX is initialized."""
     import jax
