@@ -257,6 +257,8 @@ def test_home_folders_in_configs_and_python(tmp_path: pathlib.Path, monkeypatch:
         ("optim.grad_dtype=bfloat16", "optim.grad_dtype"),  # Products are float32.
         ("data.mean[0]=0.5", "data.mean[0]"),
         ("optim.lr=None", "optim.lr"),
+        ("init=", "init"),
+        ("teacher.init=None", "teacher.init"),
         ("teacher=None init=random loss.token=0 loss.logits=0 teacher.run=runs/teacher", "teacher.run"),
     ],
 )
@@ -264,6 +266,14 @@ def test_values_that_are_not_allowed(words: str, key: str) -> None:
     with pytest.raises(ConfigError) as raised:
         load_config("digits", [f"--config.{word}" for word in words.split()])
     assert key in str(raised.value).partition(": ")[0]
+
+
+def test_initial_weights_that_are_none() -> None:
+    config = sit_jax.get_config("digits")
+    with config.ignore_type():
+        config.init = None
+    with pytest.raises(ConfigError, match=r"^init: .*random"):
+        from_config_dict(config)
 
 
 def test_a_value_that_may_be_none_can_be_set() -> None:

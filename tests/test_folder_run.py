@@ -51,6 +51,7 @@ def finished(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A teacher and its student, trained on the folder for an epoch each."""
     run = tmp_path_factory.mktemp("runs") / "photos"
     short = SHORT | {f"teacher.{key}": value for key, value in SHORT.items()} | {"log.every_steps": 1}
+    short["eval_batch_size"] = 12  # Rounded up to 16 on eight devices, here and in `sit evaluate`.
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert cli.main(["train", *words(folder, **short), "--workdir", str(run)]) == 0
     assert said.getvalue().count("Testing") == 1  # Not again for the teacher.
