@@ -49,7 +49,7 @@ class PartialFailureError(UserError):
 
 
 class PreemptedError(RunError):
-    """A run saved its state and stopped, after SIGTERM or a preemption notice; `--resume` continues it."""
+    """A run saved its state and stopped, after a signal or a preemption notice; `--resume` continues it."""
 
     # EX_TEMPFAIL of sysexits.h: launchers start the command again.
     exit_code = 75
@@ -76,6 +76,11 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
 def one_line(error: BaseException, most: int = 300) -> str:
     """Returns an error's message in one line of at most `most` characters, or the error's type if it has none."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def valid_text(text: str) -> str:
+    """Returns a text, such as a file name, with its bytes that are not valid UTF-8 escaped, as `caf\\udce9`."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_command(folders: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    artifact, plot = tmp_path / f"student{STABLEHLO}", tmp_path / "plot.png"
+    artifact, plot = tmp_path / f"US$${STABLEHLO}", tmp_path / "plot.png"  # The plot's text is no formula.
     assert cli.main(["export", folders["student"], str(artifact), "--format", "stablehlo", "--raw_input"]) == 0
     capsys.readouterr()
     words = ["benchmark", folders["student"], str(artifact), "--teacher", folders["teacher"], "--batch_sizes", "1", "3"]

@@ -3,7 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import images
@@ -47,6 +51,7 @@ def finished(folder: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A teacher and its student, trained on the folder for an epoch each."""
     run = tmp_path_factory.mktemp("runs") / "photos"
     short = SHORT | {f"teacher.{key}": value for key, value in SHORT.items()} | {"log.every_steps": 1}
+    short["eval_batch_size"] = 12  # Rounded up to 16 on eight devices, here and in `sit evaluate`.
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert cli.main(["train", *words(folder, **short), "--workdir", str(run)]) == 0
     assert said.getvalue().count("Testing") == 1  # Not again for the teacher.
@@ -183,3 +188,17 @@ def test_show_draws_what_the_model_sees(folder: pathlib.Path, tmp_path: pathlib.
         assert len(np.unique(np.asarray(image.convert("L")))) > 50
     assert cli.main(["data", "show", *words(folder, batch_size=16), "--output", "/proc/none/grid.png"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_figures_with_the_backend_of_a_notebook_and_odd_class_names(
+    folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    for split in ("train", "val"):
+        for old, new in (("coffee", b"caf\xe9"), ("rocket", b"US$$")):
+            shutil.copytree(folder / split / old, tmp_path / split / os.fsdecode(new))
+    path = tmp_path / "grid.png"
+    command = [sys.executable, "-m", "sit_jax", "data", "show", *words(tmp_path, batch_size=8), "--output", str(path)]
+    environment = {**os.environ, "MPLBACKEND": "module://matplotlib_inline.backend_not_here"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert path.is_file()

@@ -136,6 +136,17 @@ def test_damaged_files(
         restore(folder, config)
 
 
+def test_a_step_that_was_copied_in_part(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
+    (tmp_path / "run" / "checkpoints" / "8").mkdir()
+    capsys.readouterr()
+    for verb, *more in (("evaluate",), ("export", tmp_path / "out", "--format", "folder")):
+        text = refused(capsys, verb, tmp_path / "run", *more)
+        assert "checkpoint 8 in" in text
+        assert text.endswith("; move 8 away to go on from step 6")
+
+
 def test_refusals(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
     for task in ("list", "show", "verify"):
         assert "has no checkpoint" in refused(capsys, "checkpoint", task, "--workdir", tmp_path)

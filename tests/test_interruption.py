@@ -4,16 +4,20 @@ import errno
 import fcntl
 import os
 import pathlib
+import pty
 import random
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import psutil
 import pytest
 from test_distributed import overrides, wait_for_lines
 from test_distributed import start as start_command
@@ -24,6 +28,7 @@ from sit_jax.errors import PreemptedError, RunError
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.load import load_run
 from sit_jax.io.lock import locked
+from sit_jax.parallel.distributed import PreemptionMonitor
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.loop import run as train
 from sit_jax.training.metrics import read_metrics
@@ -110,6 +115,71 @@ def test_a_file_is_no_folder(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="file is not a folder"), locked(tmp_path / "file"):
         pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_that_stop_a_run(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with PreemptionMonitor(), PreemptionMonitor() as stop:
+        assert not stop.should_stop()
+        signal.raise_signal(number)
+        assert stop.should_stop()
+    assert signal.getsignal(number) is before
+
+
+def test_nohup_stays_in_force() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with PreemptionMonitor() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.should_stop()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+ONE_MODEL: dict[str, Any] = {"teacher": None, "init": "random", "loss.token": 0.0, "loss.logits": 0.0}
+ONE_MODEL |= {"model.stem": "patch", "model.depth": 2, "model.dim": 16, "model.num_heads": 2}
+ONE_MODEL |= {"model.stage_blocks": (1, 1), "epochs": 1000, "checkpoint.every_epochs": 1000, "data.workers": 2}
+
+
+def read(terminal: int, until: Callable[[], bool]) -> str:
+    """What is printed until a condition holds, or until all processes have closed the terminal."""
+    text, deadline = b"", time.monotonic() + 60
+    while not until() and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                text += os.read(terminal, 2**16)
+            except OSError:
+                return text.decode()
+    return text.decode()
+
+
+@pytest.mark.parametrize("end", ["closed", "Ctrl-C", "SIGKILL"])
+def test_end_of_a_run_in_a_terminal(end: str, tmp_path: pathlib.Path, digits_dir: str) -> None:
+    values = {"data.data_dir": digits_dir, "log.every_steps": 1, "eval_every_epochs": 1000, **ONE_MODEL}
+    words = ["--config", "configs/digits.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    command = [sys.executable, "-m", "sit_jax", "train", *words, "--workdir", str(tmp_path)]
+    terminal, inside = pty.openpty()
+    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    if end == "closed":  # The first terminal that a process without one opens becomes its own.
+        command = ["sh", "-c", f': < {os.ttyname(inside)}; exec "$@"', "sh", *command]
+    with subprocess.Popen(command, **streams, start_new_session=True) as process:
+        os.close(inside)
+        read(terminal, lambda: any(line["step"] > 1 for line in read_metrics(tmp_path)) or process.poll() is not None)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 3  # Two loaders, and Python's resource tracker.
+        if end == "closed":
+            os.close(terminal)
+        else:
+            os.kill(process.pid, signal.SIGKILL) if end == "SIGKILL" else os.killpg(process.pid, signal.SIGINT)
+            text = read(terminal, lambda: not any(map(psutil.Process.is_running, children)))
+            assert "resource_tracker" not in text
+            os.close(terminal)
+        code = process.wait(60)
+    assert code == {"closed": PreemptedError.exit_code, "Ctrl-C": 130, "SIGKILL": -signal.SIGKILL}[end]
+    assert bool(saves(tmp_path)[0]) == (end == "closed")
+    assert psutil.wait_procs(children, 10)[1] == []
 
 
 @pytest.mark.slow

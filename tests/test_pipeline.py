@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import pathlib
@@ -27,7 +28,8 @@ from sit_jax.data.folder import FolderSource, find_images
 from sit_jax.data.map_fns import TrainOrder
 from sit_jax.data.pipeline import HostBatch, Hosts, TrainData, eval_batches
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Source, read_image
+from sit_jax.data.sources import Example, Source, read_image
+from sit_jax.data.synthetic import SyntheticSource
 from sit_jax.data.validate import check_data
 from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError
 
@@ -153,17 +155,45 @@ def test_nothing_but_broken_images(tmp_path: pathlib.Path) -> None:
         take(config(tmp_path, on_decode_error="skip"), 1)
 
 
-def test_killed_worker_is_an_error_and_no_hang(folder: pathlib.Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "named"), [(signal.SIGKILL, "out of memory.*--resume"), (signal.SIGBUS, "^/dev/shm is full.*--resume")]
+)
+def test_killed_worker_is_an_error_and_no_hang(number: int, named: str, folder: pathlib.Path) -> None:
     stream = TrainData(config(folder, workers=1, threads=1).inputs, Hosts()).batches()
     next(stream)
     # Whatever is queued may still come; then the death must show.
     (worker,) = [x for x in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(x.cmdline())]
-    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker.pid, number)
     pool = concurrent.futures.ThreadPoolExecutor()
     drained = pool.submit(lambda: collections.deque(itertools.islice(stream, 1000), maxlen=0))
     pool.shutdown(wait=False)
-    with pytest.raises(RunError, match="--resume"):
+    with pytest.raises(RunError, match=named):
         drained.result(timeout=60)
+
+
+class FailingSource(SyntheticSource):
+    """A source whose reader gets an error of the system."""
+
+    code = 0
+
+    def __getitem__(self, index: int) -> Example:
+        raise OSError(self.code, os.strerror(self.code))
+
+
+@pytest.mark.parametrize(
+    ("code", "named"), [(errno.ENOSPC, "/dev/shm"), (errno.EMFILE, "ulimit -n"), (errno.EIO, None)]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_limits_of_the_system_on_loader_processes(code: int, named: str | None, workers: int) -> None:
+    source = FailingSource("synthetic/10", "train")
+    source.code = code
+    section = tiny.config(data=DataConfig(name="synthetic/10", workers=workers, threads=1))
+    if workers and named:
+        with pytest.raises(RunError, match=f"{named}.*data.workers"):
+            next(TrainData(section.inputs, Hosts(), source).batches())
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            next(TrainData(section.inputs, Hosts(), source).batches())
 
 
 # Why an image's file is unreadable. All happen after the folder was listed, as they may during a run.

@@ -122,12 +122,17 @@ def test_what_does_not_divide_is_told_before_anything_is_compiled() -> None:
     for key, wrong in (
         ("batch_size", config(batch_size=18)),
         ("batch_size", tiny.config(batch_size=12, optim=OptimConfig(accumulate_steps=2))),
-        ("eval_batch_size", config(eval_batch_size=30)),
         ("model.num_heads", tiny.config(model=odd, teacher=None, loss=LossConfig())),
     ):
         with pytest.raises(ConfigError) as caught:
             sharding.check_mesh(mesh, wrong)
         assert caught.value.key == key
+
+
+def test_evaluation_is_in_batches_of_a_multiple_of_the_devices() -> None:
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    sharding.check_mesh(mesh, config(batch_size=16, eval_batch_size=30))
+    assert [sharding.eval_batch_size(mesh, size) for size in (1, 28, 30)] == [4, 28, 32]
 
 
 def test_devices_that_share_examples_are_one_hosts() -> None:

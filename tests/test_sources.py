@@ -3,9 +3,11 @@
 import collections
 import dataclasses
 import io
+import os
 import pathlib
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -253,6 +255,15 @@ def test_prepared_folder_is_the_same_data(flat: pathlib.Path, tmp_path: pathlib.
         assert mine == theirs
     assert cli.main(words) == 2
     assert "prepared already" in capsys.readouterr().err
+
+
+def test_prepared_names_that_are_not_utf8(flat: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for name in (b"caf\xe8", b"caf\xe9"):
+        shutil.copytree(flat / "coffee", tmp_path / "odd" / os.fsdecode(name) / os.fsdecode(name))
+    words = ["--from_folder", str(tmp_path / "odd"), "--name", "odd", "--data_dir", str(tmp_path)]
+    assert cli.main(["data", "prepare", *words]) == 0
+    prepared = open_source(DataConfig(name="odd", data_dir=str(tmp_path)), "val")
+    assert (list(prepared.class_names), len(prepared)) == ([r"caf\udce8", r"caf\udce9"], 4)
 
 
 @pytest.mark.parametrize("what", ["digits", "photos"])

@@ -12,6 +12,7 @@ import quick_compile
 from test_interruption import train_words
 
 from sit_jax.analysis.checkpoints import list_checkpoints, verify
+from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.training.checkpoint import Checkpoints
 from sit_jax.training.metrics import MetricWriter, read_metrics
 from sit_jax.training.state import TrainState
@@ -109,3 +110,22 @@ def test_lines_of_a_run_that_is_cut_off_are_dropped_whole(tmp_path: pathlib.Path
         writer.write(3, "train", {"loss": 2.0})
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl"}
+
+
+@pytest.mark.parametrize("kind", ["file", "new file", "folder"])
+def test_a_link_stays_and_its_target_is_replaced(kind: str, tmp_path: pathlib.Path) -> None:
+    target, link = tmp_path / "deep" / "target", tmp_path / "link"
+    link.symlink_to("deep/target")
+    target.parent.mkdir()
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "file":
+        target.touch()
+    with atomic_replace(link) as part:
+        if kind == "folder":
+            part.mkdir()
+            part = part / "file"
+        part.write_text("new")
+    assert (target / "file" if kind == "folder" else target).read_text() == "new"
+    assert link.is_symlink()
+    assert sorted(tmp_path.rglob("*.part")) == []

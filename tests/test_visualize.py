@@ -1,5 +1,6 @@
 """`sit visualize`: figures and arrays of real images, of a split, of models with and without slimming."""
 
+import os
 import pathlib
 import re
 from typing import Any
@@ -17,6 +18,7 @@ from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example
 from sit_jax.io.load import load
 from sit_jax.visual import token_maps as core
+from sit_jax.visual.figure import draw_maps, draw_slimming
 from sit_jax.visual.model_input import preprocess
 from sit_jax.visual.visualize import arrays_of
 
@@ -120,6 +122,15 @@ def test_a_model_without_slimming(
     with np.load(tmp_path / "x.npz") as found:
         assert "cumulative_1" not in found.files
         assert found["class_attention"].shape == (1, 4, 64)
+
+
+@pytest.mark.parametrize("text", ["US$$", "$\\frac$", os.fsdecode(b"caf\xe9")])
+def test_texts_that_are_no_formulas_and_not_utf8(text: str, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    pixels = np.zeros((1, 64, 64, 3), np.uint8)
+    maps = core.model_token_maps(load(model), pixels)
+    draw_maps(tmp_path / "maps.png", pixels[0], maps, 0, text, text, 2, 30)
+    draw_slimming(tmp_path / "slimming.png", pixels, maps, [text])
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("maps.png", "slimming.png"))
 
 
 def test_chosen_tokens() -> None:

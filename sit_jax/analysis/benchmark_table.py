@@ -14,7 +14,7 @@ from sit_jax.analysis.benchmark_models import BenchmarkModel, Compiled, open_ben
 from sit_jax.analysis.chips import PUBLISHED_FLOPS
 from sit_jax.analysis.table import cell, print_table
 from sit_jax.config import JsonObject
-from sit_jax.errors import UserError
+from sit_jax.errors import UserError, valid_text
 from sit_jax.io.atomic_write import atomic_create
 
 
@@ -131,8 +131,8 @@ def draw(path: pathlib.Path, rows: Sequence[JsonObject]) -> None:
         if row[key] is not None:
             place = (row["images_per_s"], row[key] * (100 if key == "top1" else 1))
             axes.plot(*place, "o")
-            text = f"{pathlib.Path(name).name}, batch {row['batch']}"
-            axes.annotate(text, place, xytext=(6, 4), textcoords="offset points")
+            text = valid_text(f"{pathlib.Path(name).name}, batch {row['batch']}")
+            axes.annotate(text, place, xytext=(6, 4), textcoords="offset points", parse_math=False)
     axes.set(xlabel="images/s", ylabel=label, xscale="log")
     axes.margins(0.2)
     axes.grid(alpha=0.3, which="both")

@@ -6,12 +6,13 @@ Verbs import their dependencies when they run, so that `sit --help` is fast.
 import argparse
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 
 from sit_jax import __version__
 from sit_jax.cli.config_file import split_overrides
-from sit_jax.cli.runtime import set_log_levels, survive_closed_pipes
+from sit_jax.cli.runtime import is_about_devices, set_log_levels, survive_closed_pipes
 from sit_jax.cli.verb import expand_users
 from sit_jax.errors import MissingProcessError, UserError, one_line
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if overrides and "config" not in arguments:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     set_log_levels()
+    os.environ["MPLBACKEND"] = "agg"  # A notebook sets one that may not be installed here.
     try:
         arguments.run(arguments)
         sys.stdout.flush()
@@ -45,10 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "sit_jax.parallel.distributed" in sys.modules and not isinstance(error, MissingProcessError):
             sys.modules["sit_jax.parallel.distributed"].abort_after_failure(error.exit_code)
         return error.exit_code
-    except RuntimeError as error:
-        if "initialize backend" not in str(error):
+    except (AssertionError, RuntimeError) as error:
+        if not is_about_devices(error):
             raise
-        print(f"{command}: JAX cannot start: {one_line(error)}", file=sys.stderr)
+        reason = one_line(error) if str(error) else "there is no such device, or JAX is installed without support of it"
+        platforms = os.environ.get("JAX_PLATFORMS")
+        print(
+            f"{command}: JAX cannot start: {f'JAX_PLATFORMS={platforms}: ' * bool(platforms)}{reason}", file=sys.stderr
+        )
         return UserError.exit_code
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

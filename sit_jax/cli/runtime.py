@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Output(io.FileIO):
-    """A standard stream that is not a terminal. A closed pipe, as with `| head`, is not an error."""
+    """A standard stream. A closed pipe, as with `| head`, or a closed terminal is not an error."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream.fileno(), "w", closefd=False)
@@ -47,7 +47,7 @@ def survive_closed_pipes() -> None:
             setattr(sys, name, open(os.devnull, "w", errors="replace"))  # noqa: SIM115
             continue
         # Keep streams that a test or an embedding program has set.
-        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__") or stream.isatty():
+        if not isinstance(stream, io.TextIOWrapper) or stream is not getattr(sys, f"__{name}__"):
             continue
         by_line = stream.line_buffering or stream.write_through
         raw = io.BufferedWriter(_Output(stream))
@@ -60,10 +60,24 @@ def reader_gone(stream: TextIO) -> bool:
 
 
 def set_log_levels() -> None:
-    """Hides log messages of libraries below the level of warnings."""
+    """Hides log messages of libraries below the level of warnings, and one warning of a helper process."""
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
+    # Python's resource tracker removes the shared memory of loader processes that an interrupted command leaves, and
+    # warns of it. It is a process of its own, which gets these options.
+    sys.warnoptions.append("ignore:resource_tracker")
+
+
+def is_about_devices(error: BaseException) -> bool:
+    """Returns whether an error is that JAX cannot open the devices."""
+    if str(error) or "jax" not in sys.modules:
+        return "initialize backend" in str(error)
+    # If JAX_PLATFORMS=cuda and there is no GPU, JAX fails each time with an assertion that has no text.
+    try:
+        return not sys.modules["jax"].devices()
+    except AssertionError:
+        return True
 
 
 def force_cpu(devices: int = 1) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from sit_jax.data.config import (
@@ -30,6 +30,8 @@ from sit_jax.models.regnet import RegNetArchitecture
 
 # An object of a JSON file.
 JsonObject = dict[str, Any]
+# A word or a path; `_check_training` refuses an empty one.
+InitialWeights = Annotated[UserPath, BeforeValidator(lambda value: "" if value is None else value)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -146,7 +148,7 @@ class TeacherConfig:
 
     model: ModelConfig
     run: UserPath = ""
-    init: UserPath = "random"
+    init: InitialWeights = "random"
     epochs: Count = 1
     batch_size: Count = 64
     optim: OptimConfig = OptimConfig()
@@ -154,7 +156,7 @@ class TeacherConfig:
     match_classes: Literal["names", "index"] = "names"
 
     def __post_init__(self) -> None:
-        _check_training(self.epochs, self.batch_size, self.optim, self.model)
+        _check_training(self)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -220,7 +222,7 @@ class Config:
         seed: Seed of all random choices.
         epochs: Epochs of the cosine; `optim.cooldown_epochs` are added.
         batch_size: Global batch size.
-        eval_batch_size: Global batch size of the evaluation.
+        eval_batch_size: Global batch size of the evaluation, which is rounded up to a multiple of the devices.
         eval_every_epochs: Epochs between two evaluations; the last step is always evaluated.
         init: Initial weights: `teacher` (random if there is none), `random`, or a run directory.
         optim: Optimizer and schedule.
@@ -241,7 +243,7 @@ class Config:
     batch_size: Count = 64
     eval_batch_size: Count = 64
     eval_every_epochs: Count = 1
-    init: UserPath = "teacher"
+    init: InitialWeights = "teacher"
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig | None = None
@@ -252,7 +254,7 @@ class Config:
 
     def __post_init__(self) -> None:
         arch = self.model.architecture
-        _check_training(self.epochs, self.batch_size, self.optim, self.model)
+        _check_training(self)
         if self.loss.needs_teacher:
             require(self.teacher is not None, "teacher", "must be set if loss.token or loss.logits is above 0")
         if self.loss.hard > 0:
@@ -347,10 +349,13 @@ class Config:
         return dataclasses.replace(self, model=resolve(self.model), **teachers)
 
 
-def _check_training(epochs: int, batch_size: int, optim: OptimConfig, model: ModelConfig) -> None:
-    problem = f"{batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
-    require(batch_size % optim.accumulate_steps == 0, "batch_size", problem)
-    fits = optim.grad_dtype in ("float32", model.dtype)
-    require(fits, "optim.grad_dtype", f"{optim.grad_dtype} needs model.dtype {optim.grad_dtype}, got {model.dtype}")
-    problem = f"{optim.warmup_epochs} must be below epochs, {epochs}"
-    require(optim.warmup_epochs < epochs, "optim.warmup_epochs", problem)
+def _check_training(section: Config | TeacherConfig) -> None:
+    optim, dtype = section.optim, section.model.dtype
+    problem = f"{section.batch_size} does not divide by optim.accumulate_steps {optim.accumulate_steps}"
+    require(section.batch_size % optim.accumulate_steps == 0, "batch_size", problem)
+    fits = optim.grad_dtype in ("float32", dtype)
+    require(fits, "optim.grad_dtype", f"{optim.grad_dtype} needs model.dtype {optim.grad_dtype}, got {dtype}")
+    problem = f"{optim.warmup_epochs} must be below epochs, {section.epochs}"
+    require(optim.warmup_epochs < section.epochs, "optim.warmup_epochs", problem)
+    problem = "names no weights; set it to random, or to a run, a model folder or a file of weights"
+    require(section.init not in ("", "None"), "init", problem)

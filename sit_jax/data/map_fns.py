@@ -3,7 +3,10 @@
 Loader processes unpickle these functions, so this module must not import the models.
 """
 
+import multiprocessing
+import os
 import signal
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +117,16 @@ class EvalExamples:
 
 
 def start_worker(index: int, count: int) -> None:
-    """Initializes a loader process: only the main process handles Ctrl-C."""
+    """Initializes a loader process: the trainer handles Ctrl-C, and the process ends with the trainer."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Also if the parent is killed. The kernel's PR_SET_PDEATHSIG is that of the thread which started this process, and
+    # Grain starts its processes in threads that end earlier.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,11 @@
 """Grain pipelines: batches are a function of (seed, step), so there is no state to save."""
 
+import contextlib
 import dataclasses
+import errno
 import pathlib
+import re
+import signal
 from collections.abc import Generator
 
 import grain
@@ -132,16 +136,26 @@ def _read_ahead(batches: grain.MapDataset[HostBatch], data: DataConfig) -> Strea
             except UserError as error:
                 error.__notes__ = []  # Without Grain's note and the traceback of the loader process.
                 raise error.with_traceback(None) from None
-            except RuntimeError as error:
-                if "terminated unexpectedly" not in str(error):
+            except (OSError, RuntimeError) as error:
+                problem = _loader_problem(error) if data.workers else None
+                if problem is None:
                     raise
-                raise RunError(
-                    f"a loader process died ({' '.join(str(error).split()[:9])}); possibly out of memory. "
-                    "Go on with --resume, with fewer data.workers if it happens again"
-                ) from None
+                raise RunError(f"{problem}, or use fewer data.workers. Continue with --resume") from None
     finally:
         if hasattr(iterator, "close"):
-            iterator.close()
+            with contextlib.suppress(AssertionError):  # A process could not be started.
+                iterator.close()
+
+
+def _loader_problem(error: OSError | RuntimeError) -> str | None:
+    """Returns why loader processes failed, and what to do; None for other errors."""
+    died = re.search(r"terminated unexpectedly with exit code (-?\d+)", str(error))
+    # A process that writes to a full /dev/shm gets SIGBUS; semaphores do not fit, with ENOSPC.
+    if getattr(error, "errno", None) == errno.ENOSPC or (died and int(died[1]) == -signal.SIGBUS):
+        return "/dev/shm is full, where loader processes put batches; enlarge it (docker run --shm-size=8g)"
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return "loader processes need more open files; raise the limit (ulimit -n 65536)"
+    return f"a loader process died (exit code {died[1]}), possibly out of memory; free memory" if died else None
 
 
 def check_classes(spec: InputSpec, source: Source) -> None:

@@ -18,7 +18,7 @@ from sit_jax.data.folder import FolderSource
 from sit_jax.data.registry import log_notes
 from sit_jax.data.sources import writing
 from sit_jax.data.tfds_source import find_builder, prepared_digits, quiet_tfds, tfds_folder
-from sit_jax.errors import ConfigError, ImageDecodeError, UserError, one_line
+from sit_jax.errors import ConfigError, ImageDecodeError, UserError, one_line, valid_text
 
 
 class _Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -33,7 +33,7 @@ def _folder_examples(
 ) -> Iterator[tuple[str, dict[str, object]]]:
     for index in tqdm(range(len(source)), desc=split, unit="images"):
         path, label = source.files[index]
-        name = str(pathlib.Path(path).relative_to(root))
+        name = valid_text(str(pathlib.Path(path).relative_to(root)))
         try:
             image = source[index].image
             decode(image, 3, name)
@@ -56,7 +56,7 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
     log_notes(sources.values())
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=list(sources["train"].class_names)),
+        "label": tfds.features.ClassLabel(names=[valid_text(x) for x in sources["train"].class_names]),
         "file_name": tfds.features.Text(),
     }
     skip = data.on_decode_error == "skip"
@@ -65,7 +65,7 @@ def prepare_folder(root: pathlib.Path, name: str, data: DataConfig) -> pathlib.P
         version="1.0.0",
         features=tfds.features.FeaturesDict(features),
         split_datasets={split: _folder_examples(root, split, source, skip) for split, source in sources.items()},
-        description=f"Images from a folder named {root.name}.",
+        description=f"Images from a folder named {valid_text(root.name)}.",
         data_dir=tfds_folder(data.data_dir),
         file_format="array_record",
     )

@@ -12,6 +12,7 @@ from sit_jax.data.pipeline import Hosts, TrainData
 from sit_jax.data.preprocess import prepare_batch
 from sit_jax.data.registry import log_notes
 from sit_jax.data.sources import writing
+from sit_jax.errors import valid_text
 
 _COLUMNS = 8
 
@@ -35,7 +36,7 @@ def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0
         axis.set_axis_off()
     for axis, image, label in zip(axes.flat, images, labels, strict=False):
         axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-        axis.set_title(_title(label, data.source.class_names), fontsize=7)
+        axis.set_title(valid_text(_title(label, data.source.class_names)), fontsize=7, parse_math=False)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130, format="png")

@@ -1,6 +1,7 @@
 """Atomic output: files and folders are written to a temporary sibling and renamed."""
 
 import contextlib
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -24,15 +25,17 @@ def atomic_create(path: pathlib.Path, replace: bool = False) -> Iterator[pathlib
 def atomic_replace(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling to write to, and replaces an existing file or folder with it if the block succeeds.
 
-    A folder can only be replaced with a folder. If writing fails, with an OSError, temporary files are removed and the
-    old file or folder is unchanged.
+    The target of a symbolic link is replaced, not the link. A folder can only be replaced with a folder. If writing
+    fails, with an OSError, temporary files are removed and the old file or folder is unchanged.
     """
+    if path.is_symlink():
+        path = pathlib.Path(os.path.realpath(path))
     part, old = (path.with_name(f".{path.name}.{word}") for word in ("part", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(part)
         yield part
-        if part.is_dir() and path.is_dir() and not path.is_symlink():
+        if part.is_dir() and path.is_dir():
             _remove(old)
             path.rename(old)  # A folder cannot be renamed to an existing one.
         part.replace(path)

@@ -22,6 +22,7 @@ FOLDER = "checkpoints"
 STORED_RTSM = "reverse"
 BEST_BY = "top1"
 NO_SCORE = -1.0
+DAMAGED = "is damaged (sit checkpoint verify says where)"
 
 
 def best_step(checkpoints: Iterable[Any]) -> int | None:
@@ -48,8 +49,10 @@ def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator
     """
     if not (workdir / FOLDER).is_dir():
         raise RunError(f"{workdir} has no checkpoint")
-    with ocp.training.Checkpointer((workdir / FOLDER).absolute()) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    with contextlib.ExitStack() as stack:
+        with silent_threads():  # Orbax warns of steps without metadata.
+            checkpointer = stack.enter_context(ocp.training.Checkpointer((workdir / FOLDER).absolute()))
+            steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
         if not steps:
             raise RunError(f"{workdir} has no checkpoint")
         if step is not None and step not in steps:
@@ -71,11 +74,39 @@ def load_variables(
         chosen = checkpointer.latest.step if step is None else step
         part = "ema" if ema else "model"
         try:
-            loaded = checkpointer.load_checkpointables(chosen, {part: wanted})
-        except (ValueError, KeyError) as error:
-            raise RunError(f"checkpoint {chosen} in {workdir} does not hold this {part}: {one_line(error)}") from None
+            with silent_threads():
+                loaded = checkpointer.load_checkpointables(chosen, {part: wanted})
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            with silent_threads():
+                problem = f"does not hold this {part}: {one_line(error)}"
+                if is_damaged(checkpointer, chosen, part, wanted):
+                    problem = f"{DAMAGED}; {way_out(checkpointer, chosen, (part,))}"
+            raise RunError(f"checkpoint {chosen} in {workdir} {problem}") from None
     _check_finite(loaded[part], f"checkpoint {chosen} in {workdir}")
     return dict(loaded[part]), chosen
+
+
+def stored_items(checkpointer: Any, step: int) -> dict[str, PyTree]:
+    """Returns the items of a checkpoint whose metadata are readable; they are not after an interrupted removal."""
+    try:
+        there = checkpointer.checkpointables_metadata(step).metadata
+        return {name: item for name, item in there.items() if item is not None}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def is_damaged(checkpointer: Any, step: int, part: str, expected: PyTree) -> bool:
+    """Returns whether an item that cannot be restored is damaged, and not of another model."""
+    there = stored_items(checkpointer, step)
+    stored, wanted = (sorted(tuple(x.shape) for x in jax.tree.leaves(tree)) for tree in (there.get(part), expected))
+    return "model" not in there or stored == wanted
+
+
+def way_out(checkpointer: Any, step: int, parts: Iterable[str]) -> str:
+    """Returns advice on a checkpoint that cannot be used: the newest one before it that has the same parts."""
+    before = sorted((c.step for c in checkpointer.checkpoints if c.step < step), reverse=True)
+    earlier = next((other for other in before if {*parts} <= stored_items(checkpointer, other).keys()), None)
+    return "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
 
 
 def _on_default_device(abstract: PyTree) -> PyTree:
@@ -127,7 +158,7 @@ def rename_keys(tree: PyTree, old: str, new: str) -> PyTree:
 
 @contextlib.contextmanager
 def silent_threads() -> Iterator[None]:
-    """Suppresses the hundreds of tracebacks of TensorStore's reads of a damaged file; one error is raised."""
+    """Suppresses the hundreds of tracebacks of TensorStore's reads of a damaged file, and Orbax's log messages."""
     loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     for logger in loggers:

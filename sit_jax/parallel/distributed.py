@@ -182,8 +182,15 @@ def is_process_0() -> bool:
     return bool(jax.process_index() == 0)
 
 
+# Those besides SIGTERM.
+_STOP_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
 class PreemptionMonitor:
-    """Detects a request to stop: SIGTERM in this process, or a preemption notice in any process.
+    """Detects a request to stop: a signal to this process, or a preemption notice in any process.
+
+    The signals are SIGTERM, SIGHUP (a terminal that closes), and SIGUSR1 and SIGUSR2 (SLURM's `--signal`). Signals that
+    are ignored stay so, as SIGHUP under `nohup`.
 
     One monitor is used for a whole command, which may train a teacher and then its student: a request between the two,
     or at the teacher's last step, stops the student. Contexts may be nested; the outermost one resets the monitor.
@@ -192,27 +199,36 @@ class PreemptionMonitor:
     # Whether a stop was requested, and agreed on before.
     requested = False
     _depth = 0
-    _former: Any = None
     # The sync point of jax.distributed needs a step that only increases, over all loops of a command.
     _asked = 0
+
+    def __init__(self) -> None:
+        self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "PreemptionMonitor":
         PreemptionMonitor._depth += 1
         if PreemptionMonitor._depth == 1:
             PreemptionMonitor.requested = False
-            # Under jax.distributed, its own handler is installed, which agrees on a step with the other processes.
-            if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-                self._former = signal.signal(signal.SIGTERM, self._request)
+            if threading.current_thread() is threading.main_thread():
+                others = [x for x in _STOP_SIGNALS if signal.getsignal(x) is signal.SIG_DFL]
+                self._former = {x: signal.signal(x, self._terminate) for x in others}
+                # Under jax.distributed, its own handler is installed, which agrees on a step with the other processes.
+                if jax.process_count() == 1:
+                    self._former[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
         PreemptionMonitor._depth -= 1
-        if self._former is not None:
-            signal.signal(signal.SIGTERM, self._former)
+        for number, handler in self._former.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     @staticmethod
     def _request(*_: object) -> None:
         PreemptionMonitor.requested = True
+
+    @staticmethod
+    def _terminate(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
 
     def should_stop(self) -> bool:
         """Returns whether to save and stop after this step, equal in all processes. Must be called at every step."""

@@ -95,8 +95,10 @@ def partition_spec(mesh: Mesh, names: Sequence[str], shape: Sequence[int]) -> Pa
 
 def check_mesh(mesh: Mesh, config: Config) -> None:
     """Raises a ConfigError if batches or heads are not divisible by the mesh axes, before compilation."""
-    check_batch(mesh, "batch_size", config.batch_size, config.optim.accumulate_steps)
-    check_batch(mesh, "eval_batch_size", config.eval_batch_size)
+    shards, parts = _batch_shards(mesh), config.optim.accumulate_steps
+    micro = f" in {parts} micro-batches" if parts > 1 else ""
+    problem = f"{config.batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)"
+    require(config.batch_size % (shards * parts) == 0, "batch_size", problem)
     tensor = mesh.shape["tensor"]
     # Each process feeds its own devices, so devices that share examples must belong to one process.
     owners = np.array([device.process_index for device in mesh.devices.flat]).reshape(-1, tensor)
@@ -110,12 +112,13 @@ def check_mesh(mesh: Mesh, config: Config) -> None:
             require(arch.num_heads % tensor == 0, f"{name}.num_heads", problem)
 
 
-def check_batch(mesh: Mesh, name: str, batch_size: int, parts: int = 1) -> None:
-    """Raises a ConfigError with key `name` if a batch, or each of its micro-batches, does not divide over the mesh."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    micro = f" in {parts} micro-batches" if parts > 1 else ""
-    problem = f"{batch_size} examples{micro} do not divide over {shards} devices (data x fsdp)"
-    require(batch_size % (shards * parts) == 0, name, problem)
+def eval_batch_size(mesh: Mesh, batch_size: int) -> int:
+    """Returns the batch size of an evaluation, rounded up to a multiple of the devices; padding is not counted."""
+    return -(-batch_size // _batch_shards(mesh)) * _batch_shards(mesh)
+
+
+def _batch_shards(mesh: Mesh) -> int:
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
 
 
 def place(mesh: Mesh, tree: PyTree) -> PyTree:

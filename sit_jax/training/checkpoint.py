@@ -15,7 +15,19 @@ from orbax.checkpoint import v1 as ocp
 
 from sit_jax.config import CheckpointConfig, JsonObject
 from sit_jax.errors import NotFiniteError, RunError, one_line
-from sit_jax.io.checkpoint import FOLDER, NO_SCORE, STORED_RTSM, best_step, rename_keys, score, silent_threads
+from sit_jax.io.checkpoint import (
+    DAMAGED,
+    FOLDER,
+    NO_SCORE,
+    STORED_RTSM,
+    best_step,
+    is_damaged,
+    rename_keys,
+    score,
+    silent_threads,
+    stored_items,
+    way_out,
+)
 from sit_jax.parallel import distributed
 from sit_jax.training.state import TrainState, has_finite_weights
 
@@ -88,7 +100,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         step = self.latest_step
         assert step is not None, "there is no checkpoint"
         parts = checkpoint_parts(abstract)
-        starts_average = abstract.ema is not None and "ema" not in self._items(step)
+        starts_average = abstract.ema is not None and "ema" not in stored_items(self._checkpointer, step)
         if starts_average:
             del parts["ema"]
         try:
@@ -110,25 +122,12 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     def _why_not(self, step: int, model: PyTree, error: Exception) -> str:
         """Returns why a checkpoint cannot be restored: it is of another model, or it is damaged."""
-        trees = (self._items(step).get("model"), model)
-        stored, expected = (sorted(tuple(x.shape) for x in jax.tree.leaves(tree)) for tree in trees)
-        if stored and stored != expected:
+        if not is_damaged(self._checkpointer, step, "model", model):
             return f"{self._name(step)} is of another model: {one_line(error)}"
-        return f"{self._name(step)} is damaged (sit checkpoint verify says where); {self._way_out(step)}"
+        return f"{self._name(step)} {DAMAGED}; {self._way_out(step)}"
 
     def _way_out(self, step: int) -> str:
-        """Returns advice on a checkpoint from which a run cannot resume."""
-        before = sorted((c.step for c in self._checkpointer.checkpoints if c.step < step), reverse=True)
-        earlier = next((other for other in before if {"model", "training"} <= self._items(other).keys()), None)
-        return "there is none before it" if earlier is None else f"move {step} away to go on from step {earlier}"
-
-    def _items(self, step: int) -> dict[str, PyTree]:
-        """Returns the items of a checkpoint whose metadata are readable; they are not after an interrupted removal."""
-        try:
-            there = self._checkpointer.checkpointables_metadata(step).metadata
-            return {name: item for name, item in there.items() if item is not None}
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
+        return way_out(self._checkpointer, step, ("model", "training"))
 
     def metadata(self) -> JsonObject:
         """Returns the metadata of the newest checkpoint; empty if there is none, or if it is of an older version."""

@@ -20,7 +20,7 @@ from sit_jax.training.metrics import EvalMetrics, eval_metrics
 
 EvalStep = Callable[[Variables, dict[str, jax.Array], EvalMetrics], EvalMetrics]
 
-# Images in a batch for models without a configuration, at least.
+# Images in a batch for models without a configuration.
 _BATCH_SIZE = 64
 
 
@@ -56,16 +56,13 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     """
     quiet = data is None or not distributed.is_process_0()  # Training has logged the notes of its own data.
     data, arch, mesh = data or model.data, model.arch, sharding.make_mesh()
-    batch_size = -(-_BATCH_SIZE // mesh.size) * mesh.size
-    if model.config is not None:
-        batch_size = model.config.eval_batch_size
-        sharding.check_batch(mesh, "eval_batch_size", batch_size)
+    batch_size = _BATCH_SIZE if model.config is None else model.config.eval_batch_size
     spec = InputSpec(
         data=data,
         image_size=arch.image_size,
         channels=arch.in_channels,
         num_classes=arch.num_classes,
-        eval_batch_size=batch_size,
+        eval_batch_size=sharding.eval_batch_size(mesh, batch_size),
     )
     names = model.metadata.get("class_names") if match_names else None
     # With the splits of the training: whether `val` is held out of `train` does not depend on the evaluated split.

@@ -1,6 +1,7 @@
 """The training loop: runs training from the initial weights to the last checkpoint; contains all its side effects."""
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import math
@@ -301,11 +302,13 @@ def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonO
 def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
     config = spec.config
     step = make_eval_step(spec.model, config.data)
+    size = sharding.eval_batch_size(mesh, config.eval_batch_size)
+    inputs = dataclasses.replace(config.inputs, eval_batch_size=size)
 
     def evaluator(state: TrainState) -> dict[str, float]:
-        result = evaluate(step, state.variables, eval_batches(config.inputs, source), mesh)
+        result = evaluate(step, state.variables, eval_batches(inputs, source), mesh)
         if state.ema is not None:
-            averaged = evaluate(step, state.ema, eval_batches(config.inputs, source), mesh, "evaluation of the average")
+            averaged = evaluate(step, state.ema, eval_batches(inputs, source), mesh, "evaluation of the average")
             result |= {f"ema_{name}": value for name, value in averaged.items() if name != "examples"}
         return result
 

@@ -13,6 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from numpy import ndarray
 
+from sit_jax.errors import valid_text
 from sit_jax.visual.images import as_rgb, bar_colours, heat, regions
 from sit_jax.visual.token_maps import TokenMaps
 
@@ -84,7 +85,8 @@ class _Sheet:
 
     def write(self, x: float, y: float, text: str, size: float, **style: Any) -> None:
         # Names of files and classes may contain dollar signs, which are not formulas here.
-        self.figure.text(x / _WIDTH, y / self.height, text, size=size, parse_math=False, **{"color": _FAINT, **style})
+        style = {"size": size, "color": _FAINT, "parse_math": False, **style}
+        self.figure.text(x / _WIDTH, y / self.height, valid_text(text), **style)
 
     def axes(self, x: float, y: float, width: float, height: float) -> Axes:
         """Returns axes at a lower left corner."""
@@ -200,7 +202,7 @@ def draw_slimming(
     axes = figure.subplots(rows, tokens + 1, squeeze=False)
     for row, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes[row, 0].imshow(as_rgb(image))
-        axes[row, 0].set_title(title, fontsize=8)
+        axes[row, 0].set_title(valid_text(title), fontsize=8, parse_math=False)
         for token in range(tokens):
             axes[row, token + 1].imshow(heat(image, weights[row, token], maps.grid))
             axes[row, token + 1].set_title(f"token {token + 1}", fontsize=8)
