@@ -161,7 +161,7 @@ def test_end_of_a_run_in_a_terminal(end: str, tmp_path: pathlib.Path, digits_dir
     words = ["--config", "configs/digits.py", *(f"--config.{key}={value}" for key, value in values.items())]
     command = [sys.executable, "-m", "sit_jax", "train", *words, "--workdir", str(tmp_path)]
     terminal, inside = pty.openpty()
-    streams = {"stdin": inside, "stdout": inside, "stderr": inside}
+    streams: dict[str, Any] = {"stdin": inside, "stdout": inside, "stderr": inside}
     if end == "closed":  # The first terminal that a process without one opens becomes its own.
         command = ["sh", "-c", f': < {os.ttyname(inside)}; exec "$@"', "sh", *command]
     with subprocess.Popen(command, **streams, start_new_session=True) as process:

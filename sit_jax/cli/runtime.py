@@ -66,7 +66,9 @@ def set_log_levels() -> None:
     logging.set_verbosity(logging.WARNING)
     # Python's resource tracker removes the shared memory of loader processes that an interrupted command leaves, and
     # warns of it. It is a process of its own, which gets these options.
-    sys.warnoptions.append("ignore:resource_tracker")
+    option = "ignore:resource_tracker"
+    if option not in sys.warnoptions:
+        sys.warnoptions.append(option)
 
 
 def is_about_devices(error: BaseException) -> bool:
