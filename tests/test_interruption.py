@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -117,6 +117,15 @@ def test_a_file_is_no_folder(tmp_path: pathlib.Path) -> None:
         pass
 
 
+@pytest.fixture
+def terminal_signals() -> Iterator[None]:
+    """SIGHUP ends processes, also if the tests are run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_that_stop_a_run(number: signal.Signals) -> None:
     before = signal.getsignal(number)
@@ -145,7 +154,7 @@ ONE_MODEL |= {"model.stage_blocks": (1, 1), "epochs": 1000, "checkpoint.every_ep
 
 def read(terminal: int, until: Callable[[], bool]) -> str:
     """What is printed until a condition holds, or until all processes have closed the terminal."""
-    text, deadline = b"", time.monotonic() + 60
+    text, deadline = b"", time.monotonic() + 300
     while not until() and time.monotonic() < deadline:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
@@ -155,6 +164,7 @@ def read(terminal: int, until: Callable[[], bool]) -> str:
     return text.decode()
 
 
+@pytest.mark.usefixtures("terminal_signals")
 @pytest.mark.parametrize("end", ["closed", "Ctrl-C", "SIGKILL"])
 def test_end_of_a_run_in_a_terminal(end: str, tmp_path: pathlib.Path, digits_dir: str) -> None:
     values = {"data.data_dir": digits_dir, "log.every_steps": 1, "eval_every_epochs": 1000, **ONE_MODEL}
@@ -176,10 +186,13 @@ def test_end_of_a_run_in_a_terminal(end: str, tmp_path: pathlib.Path, digits_dir
             text = read(terminal, lambda: not any(map(psutil.Process.is_running, children)))
             assert "resource_tracker" not in text
             os.close(terminal)
-        code = process.wait(60)
+        try:
+            code = process.wait(300)
+        finally:
+            process.kill()
     assert code == {"closed": PreemptedError.exit_code, "Ctrl-C": 130, "SIGKILL": -signal.SIGKILL}[end]
     assert bool(saves(tmp_path)[0]) == (end == "closed")
-    assert psutil.wait_procs(children, 10)[1] == []
+    assert psutil.wait_procs(children, 60)[1] == []
 
 
 @pytest.mark.slow
