@@ -55,7 +55,7 @@ class Jax:
         arch, variables = weights.arch, {"params": weights.params, "batch_stats": weights.batch_stats}
         model = inference_model(arch, variables, dtype)
         forward, prepared = model.jitted(batch), jax.device_put(model.weights)
-        shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
+        shape = (batch, *arch.image_shape, arch.in_channels)
         buffers = [jax.device_put(shapes.images(shape, index)) for index in range(BUFFERS)]
         begun = time.perf_counter()
         run = forward.lower(prepared, buffers[0]).compile()

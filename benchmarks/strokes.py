@@ -41,8 +41,9 @@ def measure(folder: pathlib.Path, data_dir: str | None = None) -> dict[str, Any]
     source = open_source(data, data.eval_split)
     pixels = np.stack([preprocess(model.vit, model.data, source[index]).pixels for index in range(len(source))])
     maps = model_token_maps(model, pixels)
-    side = pixels.shape[1] // maps.grid
-    levels = pixels.reshape(len(pixels), maps.grid, side, maps.grid, side).mean(axis=(2, 4)).reshape(len(pixels), -1)
+    rows, columns = maps.grid
+    side = pixels.shape[1] // rows
+    levels = pixels.reshape(len(pixels), rows, side, columns, side).mean(axis=(2, 4)).reshape(len(pixels), -1)
     strokes = levels / 255 > STROKE
 
     def share(weights: np.ndarray) -> float:

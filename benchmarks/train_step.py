@@ -84,7 +84,7 @@ class Jax:
         variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))
         self.teachers = freeze_teachers(task, {"teacher": variables})
         arch = student.arch
-        shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
+        shape = (batch, *arch.image_shape, arch.in_channels)
         del params, stats, fresh, student, teacher, variables
         self.batches = [
             sharding.put_batch(

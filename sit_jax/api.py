@@ -123,5 +123,5 @@ def _draw(arch: Architecture, seed: int, given: Collection[tuple[str, ...]] = ()
         left = {path: x for path, x in flatten_dict(variables["params"]).items() if path not in given}
         return {**variables, "params": unflatten_dict(left)}
 
-    images = jnp.zeros((1, arch.image_size, arch.image_size, arch.in_channels))
+    images = jnp.zeros((1, *arch.image_shape, arch.in_channels))
     return jax.jit(init)(jax.random.key(seed), images)

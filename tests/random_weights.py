@@ -44,11 +44,11 @@ def variables(weights: Model) -> dict[str, Any]:
 
 def images(arch: Architecture, count: int = 3, seed: int = 1) -> np.ndarray:
     """Normalised images, channels last."""
-    shape = (count, arch.image_size, arch.image_size, arch.in_channels)
+    shape = (count, *arch.image_shape, arch.in_channels)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def pixels(arch: Architecture, count: int = 3, seed: int = 1) -> np.ndarray:
     """Pictures, uint8."""
-    shape = (count, arch.image_size, arch.image_size, arch.in_channels)
+    shape = (count, *arch.image_shape, arch.in_channels)
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)

@@ -148,7 +148,7 @@ def test_patch_labels_against_loops() -> None:
     crop = np.array([[0, 0, 1, 1], [0.1, 0.3, 0.7, 0.9], [0.5, 0.0, 1.0, 0.4]])
     flipped = np.array([False, True, True])
     probabilities, crops = jnp.asarray(values, jnp.float32), jnp.asarray(crop, jnp.float32)
-    mine = patch_labels(jnp.asarray(classes, jnp.int32), probabilities, crops, jnp.asarray(flipped), 4, 6)
+    mine = patch_labels(jnp.asarray(classes, jnp.int32), probabilities, crops, jnp.asarray(flipped), (4, 4), 6)
     assert mine.shape == (3, 16, 6)
     for index, example in enumerate(zip(classes, values, crop, flipped, strict=True)):
         np.testing.assert_allclose(mine[index], reference_patch_labels(*example, 4, 6), atol=1e-5)
@@ -175,7 +175,7 @@ def test_prepared_batches_depend_on_seed_and_step_only() -> None:
 def test_mix_token_moves_patches_and_their_labels_together() -> None:
     size, side = 6, 4
     spec = InputSpec(
-        data=DataConfig(), image_size=32, channels=1, num_classes=10, grid_size=8,
+        data=DataConfig(), image_size=(32, 32), channels=1, num_classes=10, grid=(8, 8),
         mix=MixConfig(mix_token=1.0), label_smoothing=0.1, patch_labels=True,
     )  # fmt: skip
     maps = jnp.broadcast_to(jnp.arange(size)[:, None, None, None], (size, side, side, 1)).astype(jnp.int32)

@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from sit_jax.analysis.flops import count_cost
+from sit_jax.config import LossConfig, ModelConfig
 from sit_jax.errors import ConfigError
 from sit_jax.io.convert.load_params import expected_shapes
 from sit_jax.models import abstract_variables, build_model, build_rtsm
@@ -17,6 +18,7 @@ from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import Block
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.variants import VARIANTS, get_architecture
+from sit_jax.training.step import make_train_spec
 
 # name, teacher parameters, student parameters, RTSM parameters, teacher GMAC, student GMAC: measured on the original.
 PAPER = [
@@ -242,6 +244,8 @@ def test_convolutional_patch_logits_average_to_the_logits() -> None:
 
 
 def test_classes_left_to_the_data_must_be_settled_first() -> None:
+    model = ModelConfig(architecture=tiny.plain(num_classes=0))
+    config = tiny.config(model=model, teacher=None, loss=LossConfig())
     with pytest.raises(ConfigError) as caught:
-        build_model(tiny.plain(num_classes=0))
-    assert caught.value.key == "num_classes"
+        make_train_spec(config, 1)
+    assert caught.value.key == "model.num_classes"

@@ -102,7 +102,7 @@ def test_findings_against_numpy(finished: pathlib.Path) -> None:
     source = open_source(data, data.eval_split)
     examples = [source[index] for index in range(len(source))]
     labels = np.array([example.label for example in examples])
-    transform = EvalTransform(data, 32, 1)
+    transform = EvalTransform(data, (32, 32), 1)
     pixels = np.stack([transform(example)["image"] for example in examples])
     images = jnp.asarray((pixels / 255 - np.mean(data.mean)) / np.mean(data.std), jnp.float32)
     logits = {}

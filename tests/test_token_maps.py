@@ -26,7 +26,7 @@ DISTILLED = dataclasses.replace(THREE, distillation_token=True, qkv_bias=False, 
 def drawn(arch: Architecture, seed: int = 0) -> tuple[Any, dict[str, Any], jax.Array]:
     """A model with weights large enough for clear choices, and pictures."""
     model, rng = build_model(arch), np.random.default_rng(seed)
-    images = jax.numpy.asarray(rng.normal(size=(3, arch.image_size, arch.image_size, arch.in_channels)), np.float32)
+    images = jax.numpy.asarray(rng.normal(size=(3, *arch.image_shape, arch.in_channels)), np.float32)
     variables = jax.jit(model.init)(jax.random.key(seed), images)
     params = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), variables["params"])
     return model, {**variables, "params": params}, images
@@ -58,7 +58,7 @@ def test_the_maps_are_the_models() -> None:
     logits, outputs = jax.jit(model.apply)(variables, images)
     np.testing.assert_allclose(maps.logits, logits, atol=1e-5)
     np.testing.assert_allclose(maps.probabilities, jax.nn.softmax(logits), rtol=1e-4)
-    assert maps.grid == 4
+    assert maps.grid == (4, 4)
     assert [stage.after_block for stage in maps.stages] == [1, 2, 3]
     assert [stage.kept for stage in maps.stages] == [8, 4, 2]
     for stage, assignment in zip(maps.stages, outputs.assignments, strict=True):
@@ -114,7 +114,7 @@ def test_regions_by_hand() -> None:
     image[:, :4] = (200, 0, 0)
     image[:4, :4] = (100, 0, 0)
     image[:, 4:] = (0, 50, 10)
-    drawn_regions = regions(image, np.array([0, 1, 0, 1]), grid=2)
+    drawn_regions = regions(image, np.array([0, 1, 0, 1]), grid=(2, 2))
     # Left and right halves in their means, 150 and (50, 10), and a line between them.
     assert tuple(drawn_regions[0, 0]) == tuple(drawn_regions[7, 2]) == (150, 0, 0)
     assert tuple(drawn_regions[0, 7]) == tuple(drawn_regions[7, 6]) == (0, 50, 10)
@@ -122,7 +122,7 @@ def test_regions_by_hand() -> None:
     assert line[:, 4].all()
     assert line.sum() == 8
     # The lower left patch belongs to nobody: its pixels are in no mean, and shown in grey.
-    left_out = regions(image, np.array([0, 1, 0, 1]), 2, overlooked=np.array([False, False, True, False]))
+    left_out = regions(image, np.array([0, 1, 0, 1]), (2, 2), overlooked=np.array([False, False, True, False]))
     assert tuple(left_out[0, 0]) == (100, 0, 0)
     assert len(set(left_out[7, 0])) == 1
     assert 0 < left_out[7, 0, 0] < 60
@@ -130,7 +130,7 @@ def test_regions_by_hand() -> None:
 
 def test_heat_by_hand() -> None:
     image = np.full((6, 6, 1), 128, np.uint8)
-    shown = heat(image, np.array([0.0, 0.1, 0.2, 0.4]), grid=2)
+    shown = heat(image, np.array([0.0, 0.1, 0.2, 0.4]), grid=(2, 2))
     assert shown.shape == (6, 6, 3)
     for patch, level in enumerate((0, 64, 128, 255)):
         block = shown[3 * (patch // 2) : 3 * (patch // 2) + 3, 3 * (patch % 2) : 3 * (patch % 2) + 3].reshape(9, 3)
@@ -139,6 +139,6 @@ def test_heat_by_hand() -> None:
         expected = 255 * (0.2 * ground + 0.8 * colour_table()[level] * (0.6 + 0.4 * ground))
         np.testing.assert_allclose(block[0], expected, atol=0.51)
     # A common scale: half the weight that is at the top gets the colour in the middle.
-    halved = heat(image, np.array([0.0, 0.1, 0.2, 0.4]), grid=2, top=0.8)
+    halved = heat(image, np.array([0.0, 0.1, 0.2, 0.4]), grid=(2, 2), top=0.8)
     np.testing.assert_array_equal(halved[5, 5], shown[5, 0])
-    assert (heat(image, np.zeros(4), grid=2) == heat(image, np.zeros(4), grid=2)[0, 0]).all()
+    assert (heat(image, np.zeros(4), grid=(2, 2)) == heat(image, np.zeros(4), grid=(2, 2))[0, 0]).all()

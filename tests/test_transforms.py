@@ -68,17 +68,19 @@ def test_opencv_resampler_does_not_alias() -> None:
     # Stripes of one pixel must become grey when shrunk, as they do with Pillow; a plain cubic filter leaves a pattern.
     stripes = np.broadcast_to((np.arange(301) % 2 * 255)[None, :, None], (301, 301, 3)).astype(np.uint8).copy()
     for data in (CROP, fast):
-        shrunk = np.asarray(transforms.resize_box(Image.fromarray(stripes), (0, 0, 301, 301), 100, data), np.float64)
+        shrunk = np.asarray(
+            transforms.resize_box(Image.fromarray(stripes), (0, 0, 301, 301), (100, 100), data), np.float64
+        )
         assert shrunk[:, 5:-5].std() < 12
         assert shrunk.mean() == pytest.approx(127, abs=3)
     for box in ((20, 30, 130, 120), (0, 0, 180, 190), (10, 5, 420, 290), (100, 100, 40, 40), (30, 30, 60, 170)):
         photo = Image.fromarray(PHOTO)
-        slow, quick = (np.asarray(transforms.resize_box(photo, box, 96, d), np.float64) for d in (CROP, fast))
+        slow, quick = (np.asarray(transforms.resize_box(photo, box, (96, 96), d), np.float64) for d in (CROP, fast))
         assert np.sqrt(np.square(slow - quick).mean()) < 3, box
 
 
 def test_training_example_is_the_crop_it_says() -> None:
-    transform = transforms.TrainTransform(CROP, AugmentConfig(flip=0.5), 96, 3)
+    transform = transforms.TrainTransform(CROP, AugmentConfig(flip=0.5), (96, 96), 3)
     flips = 0
     for seed in range(40):
         made = transform(example(), np.random.default_rng(seed))
@@ -93,9 +95,9 @@ def test_training_example_is_the_crop_it_says() -> None:
 
 
 def test_augmentations_change_what_they_should() -> None:
-    plain = transforms.TrainTransform(DataConfig(resampler="pillow"), AugmentConfig(), 64, 3)
+    plain = transforms.TrainTransform(DataConfig(resampler="pillow"), AugmentConfig(), (64, 64), 3)
     base = plain(example(), np.random.default_rng(0))["image"]
-    evaluated = transforms.EvalTransform(DataConfig(), 64, 3)(example())
+    evaluated = transforms.EvalTransform(DataConfig(), (64, 64), 3)(example())
     assert int(evaluated["label"]) == 3
     np.testing.assert_array_equal(evaluated["image"], base)
     assert base.tobytes() == Image.fromarray(PHOTO).resize((64, 64), BICUBIC).tobytes()
@@ -105,7 +107,7 @@ def test_augmentations_change_what_they_should() -> None:
         AugmentConfig(flip=1.0),
         AugmentConfig(max_rotation=20.0),
     ):
-        varied = transforms.TrainTransform(DataConfig(resampler="pillow"), augment, 64, 3)
+        varied = transforms.TrainTransform(DataConfig(resampler="pillow"), augment, (64, 64), 3)
         views = [varied(example(), np.random.default_rng(seed))["image"] for seed in range(4)]
         assert all(not np.array_equal(image, base) for image in views)
         again = varied(example(), np.random.default_rng(2))["image"]
@@ -143,7 +145,7 @@ def png(width: int, height: int, seed: int = 0) -> bytes:
 
 
 def evaluated(encoded: bytes, data: DataConfig, size: int) -> np.ndarray:
-    return transforms.EvalTransform(data, size, 3)(Example(encoded, 0))["image"].astype(np.int64)
+    return transforms.EvalTransform(data, (size, size), 3)(Example(encoded, 0))["image"].astype(np.int64)
 
 
 @pytest.mark.parametrize("wide", [False, True])
@@ -189,8 +191,8 @@ def transform_long_images() -> None:
         DataConfig(resize="crop", resampler="pillow", crop_fraction=0.001),
         DataConfig(resampler="pillow"),
     ):
-        evaluate = transforms.EvalTransform(data, 224, 3)
-        train = transforms.TrainTransform(data, AugmentConfig(), 224, 3)
+        evaluate = transforms.EvalTransform(data, (224, 224), 3)
+        train = transforms.TrainTransform(data, AugmentConfig(), (224, 224), 3)
         for one in examples:
             for made in (evaluate(one), train(one, np.random.default_rng(0))):
                 assert made["image"].shape == (224, 224, 3)

@@ -137,7 +137,7 @@ def test_chosen_tokens() -> None:
     assignment = np.full((2, 4, 3), 0.25, np.float32)
     stage = core.StageMaps(1, assignment, assignment.swapaxes(1, 2))
     attention = (np.zeros((2, 4)), np.array([[0.1, 0.4, 0.1], [0.0, 0.0, 0.0]]), np.array([[0.3, 0.2, 0.1], [0, 0, 1]]))
-    maps = core.TokenMaps(2, (stage,), attention, np.zeros((2, 10), np.float32))
+    maps = core.TokenMaps((2, 2), (stage,), attention, np.zeros((2, 10), np.float32))
     assert maps.most_attended(0, 0, 2) == (1, 0)
     assert maps.most_attended(0, 1, 8) == (2, 0, 1)
     assert arrays_of(np.zeros((8, 8, 1)), maps, 1)["token_attention_1"] == pytest.approx([0, 0, 0.5])

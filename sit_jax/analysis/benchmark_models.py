@@ -64,7 +64,7 @@ class BenchmarkModel:
     def compile(self, batch: int, dtype: str) -> Compiled:
         """Compiles the model for a batch size and type of the matrix products; exported files keep their own type."""
         arch, exported = self.model.arch, self.model.exported
-        shape = (batch, arch.image_size, arch.image_size, arch.in_channels)
+        shape = (batch, *arch.image_shape, arch.in_channels)
         images = [np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in range(_BUFFERS)]
         if exported is None:
             inference, weights = self._inference(dtype)

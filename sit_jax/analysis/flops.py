@@ -55,12 +55,13 @@ TPU_TILES = Tiles(8, 128)
 def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
     """Counts a model's cost, with token axes padded to tiles."""
     stem_macs, stem_params = _stem(arch)
-    dim, hidden, prefix = arch.dim, int(arch.dim * arch.mlp_ratio), arch.num_prefix_tokens
+    dim, prefix = arch.dim, arch.num_prefix_tokens
+    wide, hidden = arch.mlp_hidden
     attention = mlp = 0
     for patches in arch.block_input_tokens:
         rows, lanes = tiles.pad(patches + prefix, patches + prefix)
         attention += rows * 4 * dim**2 + 2 * rows * lanes * dim
-        mlp += rows * 2 * dim * hidden
+        mlp += rows * dim * (wide + hidden)
     slimming_macs = slimming_params = 0
     own_reducer = arch.reducer != "slim"
     if own_reducer:
@@ -73,17 +74,30 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
         slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes)
         slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)
-    block_params += _linear(dim, hidden) + _linear(hidden, dim) + 2 * dim * arch.layer_scale
-    used_heads = 1 + arch.distillation_token
-    params = stem_params + arch.depth * block_params + slimming_params + 2 * dim
-    params += (used_heads + arch.aux_head) * _linear(dim, arch.num_classes)
-    params += (arch.num_patches + 2 * prefix) * dim  # Positions and prefix tokens.
+    block_params -= dim * (arch.qkv_bias and not arch.key_bias)
+    block_params += _linear(dim, wide) + _linear(hidden, dim) + 2 * dim * arch.layer_scale
+    heads = 1 + arch.distillation_token
+    head_macs, head_params = heads * arch.feature_dim * arch.num_classes, _linear(arch.feature_dim, arch.num_classes)
+    params = stem_params + arch.depth * block_params + slimming_params
+    params += heads * head_params + arch.aux_head * _linear(dim, arch.num_classes)
+    if arch.projection:
+        pooled = dim * (2 if arch.pool == "token_avg" else 1)
+        head_macs, params = head_macs + pooled * arch.projection, params + pooled * arch.projection
+    if arch.pool == "map":
+        tokens, width = arch.token_counts[-1] + prefix, int(dim * arch.mlp_ratio)
+        # The query is the same for every image; keys and values, scores, mixing, projection, MLP.
+        head_macs += dim**2 + tokens * (2 * dim**2 + 2 * dim) + dim**2 + 2 * dim * width
+        params += dim + 4 * _linear(dim, dim) + 2 * dim + _linear(dim, width) + _linear(width, dim)
+    # Prefix tokens, positions, last norm.
+    learned = arch.positions == "learned"
+    params += (prefix + learned * (arch.class_token + arch.num_patches) + arch.distillation_token) * dim
+    params += 2 * dim * (1 + arch.pre_norm)
     macs = {
         "stem": stem_macs,
         "attention": attention,
         "mlp": mlp,
         "slimming": slimming_macs,
-        "head": used_heads * dim * arch.num_classes,
+        "head": head_macs,
     }
     return Cost(macs, params, *_reverse(arch, tiles))
 
@@ -138,22 +152,22 @@ def _first_layer(arch: Architecture) -> int:
     if arch.stem == "patch":
         return _stem(arch)[0]
     features, kernel, stride = arch.conv_stem_layers[0]
-    return (arch.image_size // stride) ** 2 * kernel**2 * arch.in_channels * features
+    return math.prod(side // stride for side in arch.image_shape) * kernel**2 * arch.in_channels * features
 
 
 def _stem(arch: Architecture) -> tuple[int, int]:
     macs = params = 0
-    side, channels = arch.image_size, arch.in_channels
+    (height, width), channels = arch.image_shape, arch.in_channels
     for features, kernel, stride in arch.conv_stem_layers:
-        side //= stride
+        height, width = height // stride, width // stride
         weights = kernel**2 * channels * features
-        macs += side**2 * weights
+        macs += height * width * weights
         params += weights + 2 * features
         channels = features
     if arch.stem_projection:
         weights = arch.stem_projection**2 * channels * arch.dim
         macs += arch.num_patches * weights
-        params += weights + arch.dim
+        params += weights + arch.dim * arch.patch_bias
     return macs, params
 
 

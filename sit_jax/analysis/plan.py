@@ -225,7 +225,7 @@ def _cnn_teacher_flops(config: Config) -> float:
     if spec.cnn_teacher is None:
         return 0.0
     arch = config.teachers["cnn_teacher"].model.architecture
-    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), np.float32)
+    images = jax.ShapeDtypeStruct((1, *arch.image_shape, arch.in_channels), np.float32)
     analysis = jax.jit(spec.cnn_teacher.apply).lower(abstract_teachers(spec)["cnn_teacher"], images).cost_analysis()
     assert analysis is not None
     return float(analysis["flops"])
@@ -239,14 +239,14 @@ def abstract_arguments(
     teachers = {name: sharding.place_abstract(mesh, x) for name, x in abstract_teachers(spec).items()}
     arch, count = config.model.architecture, config.batch_size
     fields: dict[str, tuple[tuple[int, ...], jax.typing.DTypeLike]] = {
-        "image": ((count, arch.image_size, arch.image_size, arch.in_channels), np.uint8),
+        "image": ((count, *arch.image_shape, arch.in_channels), np.uint8),
         "label": ((count,), np.int32),
     }
     if config.data.on_decode_error == "skip":
         fields["skipped"] = ((count,), np.int32)
     if config.loss.token_label > 0:
         assert isinstance(arch, Architecture)
-        maps = (count, arch.grid_size, arch.grid_size, 5)
+        maps = (count, *arch.grid, 5)
         fields |= {"map_classes": (maps, np.int32), "map_values": (maps, np.float32)}
         fields |= {"crop": ((count, 4), np.float32), "flipped": ((count,), np.bool_)}
     split = sharding.batch_sharding(mesh)

@@ -87,7 +87,7 @@ def run_predict(
 def _read(model: Model, images: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
     """Yields the pixels of each image in order, with at most `ahead` images read in advance."""
     arch = model.arch
-    transform = EvalTransform(model.data, arch.image_size, arch.in_channels)
+    transform = EvalTransform(model.data, arch.image_shape, arch.in_channels)
 
     def load(name: str) -> tuple[str, np.ndarray | ImageDecodeError]:
         try:

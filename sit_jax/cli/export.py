@@ -13,7 +13,14 @@ def add_parser(verbs: Verbs) -> None:
     add("source", metavar="MODEL", type=pathlib.Path, help=TRAINED_MODEL)
     add("dest", metavar="DEST", type=pathlib.Path, help="folder or file to write; must not exist")
     text = "folder: weights, config.json and a PyTorch module; original, timm: state dict (.safetensors or .pth)"
-    add("--format", required=True, choices=("folder", "onnx", "stablehlo", "original", "timm"), help=text)
+    text += "; source: folder in the layout of --like"
+    add("--format", required=True, choices=("folder", "onnx", "stablehlo", "original", "timm", "source"), help=text)
+    add(
+        "--like",
+        metavar="WEIGHTS",
+        type=pathlib.Path,
+        help="weights of the un-slimmed model in their own layout (source)",
+    )
     add_checkpoint(parser)
     text = "include the reverse modules (RTSM), which only training needs (folder, original)"
     add_option(parser, "--with_rtsm", "--with_reverse", action="store_true", help=text)
@@ -26,6 +33,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the model in another format."""
     from sit_jax.io.export.export import export_model
 
-    options = {name: getattr(arguments, name) for name in ("ema", "step", "dtype", "raw_input", "licence")}
+    options = {name: getattr(arguments, name) for name in ("ema", "step", "dtype", "raw_input", "licence", "like")}
     export_model(arguments.source, arguments.dest, arguments.format, with_rtsm=arguments.with_rtsm, **options)
     print(f"Written: {arguments.dest}")

@@ -148,17 +148,17 @@ class MixConfig:
 class InputSpec:
     """Parameters of the input pipeline, derived from a run's configuration (`Config.inputs`).
 
-    Image size, channels and classes are those of the model. `grid_size` is its number of patches along one side, 1 for
-    models without patches; `patch_labels` says whether the loss uses a label per patch. Batch sizes are global.
+    Image size (height, width), channels and classes are those of the model. `grid` is its rows and columns of patches,
+    1 for models without patches; `patch_labels` says whether the loss uses a label per patch. Batch sizes are global.
     """
 
     data: DataConfig
-    image_size: int
+    image_size: tuple[int, int]
     channels: int
     num_classes: int
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     mix: MixConfig = dataclasses.field(default_factory=MixConfig)
-    grid_size: int = 1
+    grid: tuple[int, int] = (1, 1)
     batch_size: int = 64
     eval_batch_size: int = 64
     seed: int = 0

@@ -111,9 +111,9 @@ class EvalExamples:
         return {**example, "mask": np.array(1, np.float32)}
 
     def _nothing(self) -> ExampleArrays:
-        size, channels = self.transform.size, self.transform.channels
+        shape = (*self.transform.size, self.transform.channels)
         label = np.zeros(_MOST_LABELS if self.source.multi_label else (), np.int32)
-        return {"image": np.zeros((size, size, channels), np.uint8), "label": label, "mask": np.array(0, np.float32)}
+        return {"image": np.zeros(shape, np.uint8), "label": label, "mask": np.array(0, np.float32)}
 
 
 def start_worker(index: int, count: int) -> None:

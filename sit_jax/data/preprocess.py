@@ -52,11 +52,11 @@ def prepare_batch(spec: InputSpec, batch: Mapping[str, jax.Array], step: jax.Arr
     per_patch = None
     if spec.patch_labels:
         maps = (batch["map_classes"], batch["map_values"], batch["crop"], batch["flipped"])
-        per_patch = patch_labels(*maps, spec.grid_size, spec.num_classes, spec.label_smoothing)
+        per_patch = patch_labels(*maps, spec.grid, spec.num_classes, spec.label_smoothing)
     if spec.mix.mix_token > 0:
         # One box on the grid of patch tokens for the whole batch (LV-ViT, section 3.3).
         box = MixConfig(cutmix=spec.mix.mix_token, probability=spec.mix.probability)
-        mix = draw_mix(key, images.shape[0], spec.grid_size, spec.grid_size, box)
+        mix = draw_mix(key, images.shape[0], *spec.grid, box)
         labels = mix_labels(labels, mix)
         prepared["token_mix"] = mix.inside.reshape(images.shape[0], -1)
         if per_patch is not None:
@@ -131,24 +131,25 @@ def patch_labels(
     values: Float[Array, "batch side side top"],
     crop: Float[Array, "batch 4"],
     flipped: Bool[Array, " batch"],
-    grid: int,
+    grid: tuple[int, int],
     num_classes: int,
     smoothing: float = 0.0,
 ) -> Float[Array, "batch patches classes"]:
-    """Returns a class distribution for every patch, in row-major order, of the `grid` x `grid` patches of a crop.
+    """Returns a class distribution for every patch, in row-major order, of the `grid` of patches of a crop.
 
     This is the token labelling of LV-ViT ('All Tokens Matter', NeurIPS 2021), aligned with two small matrix products.
-    `classes` are the top classes at each position of the whole image, `values` their probabilities; the remaining
-    probability is spread over all classes. `crop` is left, top, right, bottom as fractions of the image.
+    `grid` has rows and columns. `classes` are the top classes at each position of the whole image, `values` their
+    probabilities; the remaining probability is spread over all classes. `crop` is left, top, right, bottom as fractions
+    of the image.
     """
     side = classes.shape[1]
     rest = (1.0 - values.sum(axis=-1, keepdims=True)) / num_classes
     dense = (jax.nn.one_hot(classes, num_classes) * values[..., None]).sum(axis=-2) + rest
-    across = _alignment(crop[:, 0], crop[:, 2], side, grid)
+    across = _alignment(crop[:, 0], crop[:, 2], side, grid[1])
     across = jnp.where(flipped[:, None, None], across[:, ::-1], across)
-    down = _alignment(crop[:, 1], crop[:, 3], side, grid)
+    down = _alignment(crop[:, 1], crop[:, 3], side, grid[0])
     labels = jnp.einsum("biy,bjx,byxc->bijc", down, across, dense)
-    labels = labels.reshape(labels.shape[0], grid * grid, num_classes)
+    labels = labels.reshape(labels.shape[0], -1, num_classes)
     return labels * (1.0 - smoothing) + smoothing / num_classes
 
 

@@ -29,15 +29,17 @@ _REDUCING_GAP = 1000.0
 
 # Left, top, width, height in pixels.
 Box = tuple[int, int, int, int]
+# Height and width in pixels.
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Decodes and augments a training image; the result has `size` x `size` pixels and 1 or 3 channels."""
+    """Decodes and augments a training image; the result has `size` (height, width) and 1 or 3 channels."""
 
     data: DataConfig
     augment: AugmentConfig
-    size: int
+    size: Size
     channels: int
 
     def __call__(self, example: Example, rng: np.random.Generator) -> ExampleArrays:
@@ -70,10 +72,10 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Decodes an evaluation image, and center-crops or stretches it to `size` x `size` pixels and 1 or 3 channels."""
+    """Decodes an evaluation image, and center-crops or stretches it to `size` (height, width) and 1 or 3 channels."""
 
     data: DataConfig
-    size: int
+    size: Size
     channels: int
 
     def __call__(self, example: Example) -> ExampleArrays:
@@ -83,7 +85,7 @@ class EvalTransform:
         if self.data.resize == "crop":
             image = center_crop(image, self.size, self.data.crop_fraction, resample)
         else:
-            image = image.resize((self.size, self.size), resample, reducing_gap=_REDUCING_GAP)
+            image = image.resize(self.size[::-1], resample, reducing_gap=_REDUCING_GAP)
         return _image_and_label(image, example)
 
 
@@ -110,76 +112,79 @@ def random_crop_box(width: int, height: int, rng: np.random.Generator, augment: 
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
-def resize_box(image: Image.Image, box: Box, size: int, data: DataConfig) -> Image.Image:
-    """Crops a box and resizes it to a square of `size` pixels with antialiasing; see `DataConfig.resampler`."""
+def resize_box(image: Image.Image, box: Box, size: Size, data: DataConfig) -> Image.Image:
+    """Crops a box and resizes it to `size` with antialiasing; see `DataConfig.resampler`."""
     left, top, width, height = box
     edges = (left, top, left + width, top + height)
     if data.resampler == "pillow":
-        return image.resize((size, size), RESAMPLING[data.interpolation], edges, reducing_gap=_REDUCING_GAP)
+        return image.resize(size[::-1], RESAMPLING[data.interpolation], edges, reducing_gap=_REDUCING_GAP)
     return Image.fromarray(_resize_fast(np.asarray(image.crop(edges)), size, _OPENCV[data.interpolation]))
 
 
-def _resize_fast(pixels: np.ndarray, size: int, method: int) -> np.ndarray:
+def _resize_fast(pixels: np.ndarray, size: Size, method: int) -> np.ndarray:
     """Resizes with OpenCV after a low-pass filter, which OpenCV's resize lacks.
 
     On photographs, the result is within two levels (root mean square) of Pillow's, in a sixth of the time.
     """
     height, width = pixels.shape[:2]
-    while min(height, width) >= 2 * size:
+    while height >= 2 * size[0] and width >= 2 * size[1]:
         height, width = height // 2, width // 2
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     # The filter removes what a scale of s would alias; below 2, a 3-tap kernel represents that Gaussian.
-    sigmas = [0.5 * math.sqrt(max(0.0, (length / size) ** 2 - 1)) for length in (width, height)]
+    sigmas = [
+        0.5 * math.sqrt(max(0.0, (length / side) ** 2 - 1))
+        for length, side in zip((width, height), size[::-1], strict=True)
+    ]
     taps = [3 if sigma > 0 else 1 for sigma in sigmas]
     if max(taps) > 1:
         pixels = cv2.GaussianBlur(pixels, taps, sigmaX=max(sigmas[0], 1e-6), sigmaY=max(sigmas[1], 1e-6))
-    return cv2.resize(pixels, (size, size), interpolation=method)
+    return cv2.resize(pixels, size[::-1], interpolation=method)
 
 
-def center_crop(image: Image.Image, size: int, fraction: float, resample: Image.Resampling) -> Image.Image:
-    """Resizes the shorter side to `int(size / fraction)` and crops the centre square, as torchvision does.
+def center_crop(image: Image.Image, size: Size, fraction: float, resample: Image.Resampling) -> Image.Image:
+    """Resizes the image to cover `int(size / fraction)`, and crops its centre, as torchvision does for squares.
 
-    For very long images only the square is resized, to the same pixels within one level: resizing all of 1 x 60,000
+    For very long images only the crop is resized, to the same pixels within one level: resizing all of 1 x 60,000
     pixels to 224 pixels would take 12 GB.
     """
     scaled, left, top = _scaled_centre(*image.size, size, fraction)
-    if scaled[0] * scaled[1] > _MOST_RESIZED * size**2:
+    if scaled[0] * scaled[1] > _MOST_RESIZED * size[0] * size[1]:
         return resize_part(image, centre_box(*image.size, size, fraction), size, resample)
-    return image.resize(scaled, resample).crop((left, top, left + size, top + size))
+    return image.resize(scaled, resample).crop((left, top, left + size[1], top + size[0]))
 
 
 def resize_part(
-    image: Image.Image, box: tuple[float, float, float, float], size: int, resample: Image.Resampling
+    image: Image.Image, box: tuple[float, float, float, float], size: Size, resample: Image.Resampling
 ) -> Image.Image:
-    """Resizes a part of an image to `size` x `size`; pixels around it contribute within the support of the filter.
+    """Resizes a part of an image to `size`; pixels around it contribute within the support of the filter.
 
     `box` is left, top, right, bottom of the part in pixels, with fractions.
     """
     # Pillow stores boxes in float32, which is whole pixels far from the corner, so the part and its surroundings are
     # cropped first. No filter reaches further than Lanczos, three pixels of the image or of the result.
-    reach = [3 * max(1.0, (box[axis + 2] - box[axis]) / size) + 1 for axis in (0, 1)]
+    reach = [3 * max(1.0, (box[axis + 2] - box[axis]) / size[1 - axis]) + 1 for axis in (0, 1)]
     left, top = (max(0, math.floor(box[axis] - reach[axis])) for axis in (0, 1))
     right, bottom = (min(image.size[axis], math.ceil(box[axis + 2] + reach[axis])) for axis in (0, 1))
     inner = (box[0] - left, box[1] - top, min(box[2], right) - left, min(box[3], bottom) - top)
     part = image.crop((left, top, right, bottom))
-    return part.resize((size, size), resample, inner, reducing_gap=_REDUCING_GAP)
+    return part.resize(size[::-1], resample, inner, reducing_gap=_REDUCING_GAP)
 
 
-def centre_box(width: int, height: int, size: int, fraction: float) -> tuple[float, float, float, float]:
+def centre_box(width: int, height: int, size: Size, fraction: float) -> tuple[float, float, float, float]:
     """Returns the box that `center_crop` keeps: left, top, right, bottom in the image's own pixels, with fractions."""
     scaled, left, top = _scaled_centre(width, height, size, fraction)
     across, down = width / scaled[0], height / scaled[1]
-    return left * across, top * down, (left + size) * across, (top + size) * down
+    return left * across, top * down, (left + size[1]) * across, (top + size[0]) * down
 
 
-def _scaled_centre(width: int, height: int, size: int, fraction: float) -> tuple[tuple[int, int], int, int]:
-    """Returns the width and height to resize to, and the top left corner of the square."""
-    shorter = int(size / fraction)
-    if width <= height:
-        scaled = (shorter, max(shorter, int(shorter * height / width)))
+def _scaled_centre(width: int, height: int, size: Size, fraction: float) -> tuple[tuple[int, int], int, int]:
+    """Returns the width and height to resize to, and the top left corner of the crop."""
+    down, across = (int(side / fraction) for side in size)
+    if width * down <= height * across:
+        scaled = (across, max(down, int(across * height / width)))
     else:
-        scaled = (max(shorter, int(shorter * width / height)), shorter)
-    return scaled, round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
+        scaled = (max(across, int(down * width / height)), down)
+    return scaled, round((scaled[0] - size[1]) / 2), round((scaled[1] - size[0]) / 2)
 
 
 def random_affine(image: Image.Image, rng: np.random.Generator, augment: AugmentConfig) -> Image.Image:

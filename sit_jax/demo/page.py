@@ -1,6 +1,7 @@
 """The page of the demo, built from Gradio components."""
 
 import html
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -122,7 +123,11 @@ def _show_stage(session: Session | None, index: float) -> Updates:
     shown, maps = session[0].shown, session[1]
     place = min(int(index), len(maps.stages))
     if place < 1:
-        return f"**Stage 0**: the image, {maps.grid**2} patches of {maps.grid} x {maps.grid}.", as_rgb(shown), []
+        return (
+            f"**Stage 0**: the image, {math.prod(maps.grid)} patches, {maps.grid[0]} x {maps.grid[1]}.",
+            as_rgb(shown),
+            [],
+        )
     stage = maps.stages[place - 1]
     text = f"**Stage {place}**: {tokens_in_words((stage.kept,))} after block {stage.after_block}."
     order = maps.most_attended(place - 1, 0, _MOST_TOKENS_SHOWN)

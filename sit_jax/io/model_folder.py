@@ -22,7 +22,9 @@ from sit_jax.models.trees import Params, Variables
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # PyTorch users need nothing but the folder.
-TORCH_MODULE = pathlib.Path(__file__).with_name("export") / "torch_model.py"
+TORCH_FILES = tuple(
+    pathlib.Path(__file__).with_name("export") / name for name in ("torch_model.py", "torch_distillation.py")
+)
 FORMAT, VERSION = "sit_jax", 1
 # Entries of config.json that describe the file itself; all others are the model's `metadata`.
 _OWN = ("format", "format_version", "architecture", "kept_tokens")
@@ -48,7 +50,8 @@ def write_folder(
         part.mkdir()
         write_safetensors(part / WEIGHTS, state_dict({**variables, "rtsm": rtsm}, arch))
         (part / CONFIG).write_text(json.dumps(describe(arch, metadata), indent=2) + "\n")
-        shutil.copyfile(TORCH_MODULE, part / TORCH_MODULE.name)
+        for file in TORCH_FILES:
+            shutil.copyfile(file, part / file.name)
 
 
 def read_folder(path: pathlib.Path) -> tuple[Architecture, Variables, JsonObject, Params]:

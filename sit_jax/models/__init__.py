@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
-from sit_jax.errors import ConfigError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import find_reducer
 from sit_jax.models.regnet import RegNetArchitecture, RegNetY
@@ -37,11 +36,8 @@ def build_model(
         attention: Name of the softmax attention (transformers only); see `sit_jax.ops.attention`.
 
     Raises:
-        ConfigError: The number of classes is not set, there is no such reducer, or the device does not support the
-            attention.
+        ConfigError: There is no such reducer, or the device does not support the attention.
     """
-    if arch.num_classes == 0:
-        raise ConfigError("num_classes", "must be above 0 here: only commands that open the data set replace 0")
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
     if arch.is_slimmed:
@@ -52,7 +48,7 @@ def build_model(
 
 def abstract_variables(arch: Architecture | RegNetArchitecture) -> Variables:
     """Returns the shapes and types of a model's variables: `params`, and `batch_stats` if it has BatchNorm."""
-    images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *arch.image_shape, arch.in_channels), jnp.float32)
     return jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
 
 

@@ -1,17 +1,21 @@
 """Architectures as plain values, used by the modules, the cost counter, the converters and the configs."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 from sit_jax.errors import ConfigError, require
 
 Stem = Literal["patch", "conv4", "conv6", "conv7"]
+Pool = Literal["token", "avg", "token_avg", "map"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
 
 # The total stride of the conv stems' strided convolutions, independent of patch_size.
 CONV_STEM_STRIDE = 16
 # Upper limit of all sizes; larger values indicate damaged data.
 _LARGEST, _DEEPEST = 2**20, 2**12
+_MAY_BE_0 = ("num_classes", "registers", "projection")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,22 +28,39 @@ class Architecture:
 
     Attributes:
         family: Distinguishes this architecture from a RegNet.
-        image_size: Height and width of the input in pixels.
+        image_size: Height and width of the input in pixels: one number for a square, or both.
         in_channels: Channels of the input image.
-        num_classes: Width of the classification head. 0 means that the data determines it: a run sets it before it
-            builds a model.
+        num_classes: Width of the classification head. 0 is a backbone without a head. In the configuration of a run
+            with labels, 0 means that the data determines it.
         stem: `patch` is one strided convolution (ViT, DeiT); `conv4` and `conv6` are the 3x3 stems with BatchNorm of
             the paper's models; `conv7` is LV-ViT's, a 7x7 convolution, two 3x3 ones and a patch projection.
         stem_width: Channels of the `conv7` stem's convolutions; the other stems follow from `dim`.
         patch_size: Pixels per side of a patch. The conv stems reduce by 16 and accept nothing else.
+        patch_bias: Whether the projection of the patches has a bias (not in CLIP).
+        class_token: Whether there is a class token, the first token.
+        registers: Number of learned tokens without a position, after the class token (DINOv2 with registers, DINOv3).
+        positions: `learned`, a table that is added to the tokens, or `rope`, rotary positions of queries and keys as in
+            DINOv3. A merged token's coordinates are the mean of its patches'.
+        rope_theta: Base of the periods of `rope`.
+        pre_norm: Whether there is a LayerNorm before the first block (CLIP).
         dim: Embedding dimension (width of a token).
         depth: Number of transformer blocks.
         num_heads: Attention heads; divides `dim`.
         mlp_ratio: Hidden width of a block's MLP, relative to `dim`.
+        mlp: `plain`, two linear layers with the activation between them, or `swiglu`, whose hidden units are gated by
+            as many others (DINOv2 giant).
+        activation: Activation of the MLPs: exact GELU, its approximation `gelu_tanh` (SigLIP), or `quick_gelu`,
+            `x sigmoid(1.702 x)` (OpenAI's CLIP). `swiglu` does not use it.
         qkv_bias: Whether the query, key and value projections have a bias.
+        key_bias: Whether the key projection has a bias, if the others have one (not in DINOv3).
         residual_scale: Divisor of the residual branches (LV-ViT's `skip_lam`).
         layer_scale: Whether residual branches are multiplied by a learned scale per channel (CaiT, DeiT-III).
         norm_eps: Epsilon of every LayerNorm in the blocks and before the head.
+        pool: What the head reads: the class `token`; `avg`, the mean of the patch tokens, weighted by the patches
+            merged into each; `token_avg`, both of them side by side (DINOv2's classifier); `map`, attention of one
+            learned query (SigLIP).
+        norm_after_pool: Whether the last LayerNorm is after the `avg` pool (MAE's fine-tuning) and not before it.
+        projection: Width of the projection without bias after the pool (CLIP's embedding); 0 for none.
         distillation_token: Whether there is a second learned token with a head, trained on a CNN teacher's hard labels
             (DeiT).
         aux_head: Whether there is the per-patch head of token-labelled teachers; only token labelling trains or uses
@@ -54,20 +75,32 @@ class Architecture:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     family: Literal["vit"] = "vit"
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
     in_channels: int = 3
     num_classes: int = 1000
     stem: Stem = "patch"
     stem_width: int = 64
     patch_size: int = 16
+    patch_bias: bool = True
+    class_token: bool = True
+    registers: int = 0
+    positions: Literal["learned", "rope"] = "learned"
+    rope_theta: float = 100.0
+    pre_norm: bool = False
     dim: int = 384
     depth: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
+    mlp: Literal["plain", "swiglu"] = "plain"
+    activation: Activation = "gelu"
     qkv_bias: bool = True
+    key_bias: bool = True
     residual_scale: float = 1.0
     layer_scale: bool = False
     norm_eps: float = 1e-6
+    pool: Pool = "token"
+    norm_after_pool: bool = False
+    projection: int = 0
     distillation_token: bool = False
     aux_head: bool = False
     stage_blocks: tuple[int, ...] = ()
@@ -78,17 +111,24 @@ class Architecture:
     def __post_init__(self) -> None:
         for name in ("stage_blocks", "kept_tokens"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.image_size, int):
+            size = tuple(self.image_size)
+            require(len(size) == 2, "image_size", f"must be one number, or height and width, got {self.image_size!r}")
+            # Squares have one form, so that equal architectures compare equal.
+            object.__setattr__(self, "image_size", size[0] if size[0] == size[1] else size)
         self._check_sizes()
+        self._check_tokens()
         self._check_stages()
 
     def _check_sizes(self) -> None:
-        sizes = ("image_size", "in_channels", "num_classes", "stem_width", "patch_size", "dim", "depth", "num_heads")
-        for name in sizes:
-            value, least = getattr(self, name), 0 if name == "num_classes" else 1
-            most = _DEEPEST if name == "depth" else _LARGEST
+        sizes = ("in_channels", "stem_width", "patch_size", "dim", "depth", "num_heads")
+        values = [("image_size", size) for size in self.image_shape] + [(name, getattr(self, name)) for name in sizes]
+        values += [(name, getattr(self, name)) for name in _MAY_BE_0]
+        for name, value in values:
+            least, most = 0 if name in _MAY_BE_0 else 1, _DEEPEST if name == "depth" else _LARGEST
             problem = f"must be a whole number from {least} to {most}, got {value!r}"
             require(isinstance(value, int) and least <= value <= most, name, problem)
-        for name in ("mlp_ratio", "residual_scale", "norm_eps"):
+        for name in ("mlp_ratio", "residual_scale", "norm_eps", "rope_theta"):
             value = getattr(self, name)
             require(0 < value < _LARGEST, name, f"must be above 0 and at most {_LARGEST}, got {value!r}")
         require(int(self.dim * self.mlp_ratio) >= 1, "mlp_ratio", f"{self.mlp_ratio!r} leaves an MLP without width")
@@ -98,9 +138,27 @@ class Architecture:
             require(self.patch_size == CONV_STEM_STRIDE, "patch_size", problem)
             divides = self.dim % 8 == 0 or self.stem == "conv7"
             require(divides, "dim", f"{self.dim} does not divide by 8, as the {self.stem} stem needs")
-        problem = f"{self.image_size} does not divide by patch_size {self.patch_size}"
-        require(self.image_size % self.patch_size == 0, "image_size", problem)
+        for side in self.image_shape:
+            problem = f"{side} does not divide by patch_size {self.patch_size}"
+            require(side % self.patch_size == 0, "image_size", problem)
         require(self.dim % self.num_heads == 0, "dim", f"{self.dim} does not divide by num_heads {self.num_heads}")
+
+    def _check_tokens(self) -> None:
+        choices = {"pool": get_args(Pool), "activation": get_args(Activation)}
+        choices |= {"mlp": ("plain", "swiglu"), "positions": ("learned", "rope")}
+        for name, known in choices.items():
+            value = getattr(self, name)
+            require(value in known, name, f"must be one of {', '.join(known)}, got {value!r}")
+        reads_token = self.pool in ("token", "token_avg") or self.distillation_token
+        require(self.class_token or not reads_token, "class_token", "must be True if the head reads it: set pool=avg")
+        problem = f"needs pool=avg, got {self.pool}"
+        require(self.pool == "avg" or not self.norm_after_pool, "norm_after_pool", problem)
+        problem = "needs pool=token and no registers or pre_norm"
+        plain = self.pool == "token" and not self.registers and not self.pre_norm
+        require(plain or not self.distillation_token, "distillation_token", problem)
+        require(self.pool != "map" or not self.aux_head, "aux_head", "needs a pool other than map")
+        whole = self.dim // max(1, self.num_heads) % 4 == 0
+        require(whole or self.positions != "rope", "positions", "rope needs heads whose width divides by 4")
 
     def _check_stages(self) -> None:
         blocks, counts, ratio = self.stage_blocks, self.kept_tokens, self.keep_ratio
@@ -125,19 +183,37 @@ class Architecture:
         require(falling and counts[-1] >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
 
     @property
-    def grid_size(self) -> int:
-        """Number of patches along one side of the image."""
-        return self.image_size // self.patch_size
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches."""
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def num_patches(self) -> int:
         """Number of patch tokens before any slimming."""
-        return self.grid_size**2
+        return math.prod(self.grid)
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens that are not patches: the class token and, if there is one, the distillation token."""
-        return 2 if self.distillation_token else 1
+        """Number of tokens that are not patches: class token, distillation token and registers."""
+        return self.class_token + self.distillation_token + self.registers
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of the pooled features, which the head reads."""
+        return self.projection or self.dim * (2 if self.pool == "token_avg" else 1)
+
+    @property
+    def mlp_hidden(self) -> tuple[int, int]:
+        """Width of the first linear layer of an MLP, and of the input of the second one."""
+        hidden = int(self.dim * self.mlp_ratio)
+        return hidden * (2 if self.mlp == "swiglu" else 1), hidden
 
     @property
     def is_slimmed(self) -> bool:

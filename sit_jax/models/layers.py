@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from sit_jax.models.architecture import Architecture
+from sit_jax.models.architecture import Activation, Architecture
 from sit_jax.models.reducers.base import Cues, Reduced, ReducerFactory, reduce_patches
+from sit_jax.models.rotary import Rotation, rotary_positions, rotate
 from sit_jax.ops.attention import ATTENTION
 from sit_jax.ops.linear import dot_general, keep_kernels
 
@@ -50,6 +51,13 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return (value * (0.5 + 0.5 * jax.lax.erf(value * 0.5**0.5))).astype(x.dtype)
 
 
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "gelu": gelu,
+    "gelu_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with softmax in float32.
 
@@ -58,46 +66,67 @@ class Attention(nn.Module):
         needs: Values that a reducer needs in addition to the result; see `sit_jax.models.reducers.base`.
     """
 
-    num_heads: int
-    qkv_bias: bool
+    arch: Architecture
     dtype: DTypeLike = jnp.float32
     implementation: str = "xla"
     needs: frozenset[str] = frozenset()
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens dim"], queries: int | None = None
+        self,
+        x: Float[Array, "batch tokens dim"],
+        queries: int | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[Float[Array, "batch queries dim"], Float[Array, "batch tokens size"] | None, Array | None]:
         """Attends from the first `queries` tokens, or from all, to all tokens.
 
+        `rotation` is that of `rotary_positions`, or None.
+
         Returns:
             The result; the keys (mean over heads) and the class token's attention (batch, tokens; mean over heads),
-            each None if it is not in `needs`.
+            each None if it is not in `needs`. Without a class token, the attention is the mean over all tokens.
         """
-        batch, tokens, dim = x.shape
-        head_dim = dim // self.num_heads
-        qkv = Dense(3 * dim, self.qkv_bias, self.dtype, name="qkv")(x)
-        query, key, value = qkv.reshape(batch, tokens, 3, self.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+        arch, (batch, tokens, dim) = self.arch, x.shape
+        head_dim = dim // arch.num_heads
+        qkv = Dense(3 * dim, arch.qkv_bias and arch.key_bias, self.dtype, name="qkv")(x)
+        if arch.qkv_bias and not arch.key_bias:
+            biases = [self.param(name, nn.initializers.zeros, (dim,)) for name in ("query_bias", "value_bias")]
+            bias = jnp.concatenate([biases[0], jnp.zeros(dim), biases[1]])
+            qkv = qkv + bias[None, None].astype(self.dtype)
+        query, key, value = qkv.reshape(batch, tokens, 3, arch.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         mixed = ATTENTION[self.implementation](query[:, :, :queries], key, value)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, -1, dim)
         keys = key.mean(axis=1) if "keys" in self.needs else None
         attended = None
         if "class_attention" in self.needs:
-            scores = jnp.einsum("bhd,bhkd->bhk", query[:, :, 0], key, preferred_element_type=jnp.float32)
-            attended = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).mean(axis=1)
+            asking = query[:, :, :1] if arch.class_token else query
+            scores = jnp.einsum("bhqd,bhkd->bhqk", asking, key, preferred_element_type=jnp.float32)
+            attended = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).mean(axis=(1, 2))
         return Dense(dim, dtype=self.dtype, name="proj")(mixed), keys, attended
 
 
 class Mlp(nn.Module):
-    """Two linear layers with exact GELU between them."""
+    """Two linear layers with an activation between them.
+
+    With `gated` (SwiGLU), the first half of the hidden units, after SiLU, is multiplied by the second half.
+    """
 
     hidden_dim: int
     out_dim: int
     dtype: DTypeLike = jnp.float32
+    activation: Activation = "gelu"
+    gated: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
-        hidden = gelu(Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x))
+        hidden = Dense(self.hidden_dim, dtype=self.dtype, name="fc1")(x)
+        if self.gated:
+            gate, hidden = jnp.split(hidden, 2, axis=-1)
+            hidden = nn.silu(gate) * hidden
+        else:
+            hidden = ACTIVATIONS[self.activation](hidden)
         return Dense(self.out_dim, dtype=self.dtype, name="fc2")(hidden)
 
 
@@ -125,6 +154,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "batch tokens dim"],
         mass: Float[Array, "batch patches"],
+        coordinates: Float[Array, "_ patches 2"] | None = None,
         train: bool = False,
         used: int | None = None,
     ) -> tuple[Float[Array, "batch used dim"], Cues | None, Reduced | None]:
@@ -133,6 +163,7 @@ class Block(nn.Module):
         Args:
             x: Prefix tokens, then patch tokens.
             mass: Number of patches merged into each patch token so far, for the reducer.
+            coordinates: Row and column of each patch token, for rotary positions.
             train: Whether drop path is enabled.
             used: Number of first tokens to compute; all if None.
 
@@ -142,15 +173,18 @@ class Block(nn.Module):
         """
         arch, prefix, reducer = self.arch, self.arch.num_prefix_tokens, self.reducer
         needs = reducer.needs if reducer else frozenset()
-        attention = Attention(arch.num_heads, arch.qkv_bias, self.dtype, self.attention, needs, name="attn")
-        branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used)
+        rotation = None
+        if coordinates is not None:
+            rotation = rotary_positions(coordinates, prefix, arch.dim // arch.num_heads, arch.rope_theta)
+        attention = Attention(arch, self.dtype, self.attention, needs, name="attn")
+        branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used, rotation)
         x = x[:, :used] + self._residual(branch, "layer_scale1", train)
         reduced = None
         keys, attended = (None if cue is None else cue[:, prefix:] for cue in (keys, attended))
         if reducer is not None and reducer.place == "inside_block":
             cues = Cues(x[:, prefix:], keys, attended, mass)
             x, reduced = reduce_patches(reducer(dtype=self.dtype, name="reducer"), x, cues, self.kept)
-        mlp = Mlp(int(arch.dim * arch.mlp_ratio), arch.dim, self.dtype, name="mlp")
+        mlp = Mlp(arch.mlp_hidden[0], arch.dim, self.dtype, arch.activation, arch.mlp == "swiglu", name="mlp")
         branch = mlp(layer_norm(arch.norm_eps, self.dtype, "norm2")(x))
         x = x + self._residual(branch, "layer_scale2", train)
         after = reducer is not None and reduced is None

@@ -55,6 +55,11 @@ class RegNetArchitecture:
         problem = f"{self.image_size} does not divide by the stages' stride {stride}"
         require(self.image_size % stride == 0, "image_size", problem)
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the input in pixels."""
+        return self.image_size, self.image_size
+
 
 class _ConvNorm(nn.Module):
     features: int

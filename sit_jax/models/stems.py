@@ -84,7 +84,10 @@ class Stem(nn.Module):
                 x = BatchNorm(dtype=self.dtype, name=f"bn{index}")(x, train)
             if side or index < len(layers):
                 x = nn.relu(x) if side else gelu(x)
-        return conv(self.arch.dim, (side, side), side, "VALID", name="proj")(x) if side else x
+        if not side:
+            return x
+        bias = self.arch.patch_bias
+        return conv(self.arch.dim, (side, side), side, "VALID", use_bias=bias, name="proj")(x)
 
 
 def fold_batch_norm(params: Params, batch_stats: Params) -> Params:

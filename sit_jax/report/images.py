@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -45,7 +46,7 @@ class Example(NamedTuple):
 
 def stage_titles(maps: TokenMaps) -> list[str]:
     """Returns the titles of the stages, the first of which is the patches."""
-    count, patches = len(maps.stages) + 1, maps.grid**2
+    count, patches = len(maps.stages) + 1, math.prod(maps.grid)
     titles = [f"Stage 1 of {count}: {_count(patches, 'token')}, one per patch"]
     return titles + [
         f"Stage {index} of {count}: {_count(stage.kept, 'token')} after block {stage.after_block}"
@@ -68,7 +69,7 @@ def show_image(image: EvalImage) -> Shown:
 
 
 def _stages(maps: TokenMaps, row: int, image: EvalImage) -> list[Stage]:
-    titles, patches, what = stage_titles(maps), maps.grid**2, f"Image {image.index} ({image.label})"
+    titles, patches, what = stage_titles(maps), math.prod(maps.grid), f"Image {image.index} ({image.label})"
     first = regions(image.pixels, np.arange(patches), maps.grid)
     stages = [
         Stage(titles[0], Shown(data_uri(first, _LARGE), f"{what} as {patches} patches"), [], "Every patch is a token.")

@@ -139,7 +139,7 @@ def _data_rows(run: RunInfo) -> list[tuple[str, str]]:
         ("training split", data.train_split),
         ("evaluation split", data.eval_split + (f", {examples:,.0f} images" if examples else "")),
         ("classes", f"{arch.num_classes:,}" if arch.num_classes else "as many as the data has"),
-        ("images", f"{arch.image_size} x {arch.image_size} pixels, {colours}"),
+        ("images", f"{arch.image_shape[0]} x {arch.image_shape[1]} pixels, {colours}"),
         ("resize", f"{data.resize}, {data.interpolation}"),
         ("batch", f"{config.batch_size:,} images"),
     ]

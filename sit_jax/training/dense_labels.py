@@ -71,6 +71,6 @@ def _dense_forward(model: Model) -> tuple[Callable[[Array], Array], int]:
             raise UserError("--workdir: its model has no dense head; use one with model.aux_head=True, or a RegNet")
         return jax.nn.softmax(outputs.patch_logits)
 
-    shape = (1, arch.image_size, arch.image_size, arch.in_channels)
+    shape = (1, *arch.image_shape, arch.in_channels)
     positions = jax.eval_shape(forward, jax.ShapeDtypeStruct(shape, jnp.uint8)).shape[1]
     return jax.jit(forward), round(positions**0.5)

@@ -102,6 +102,9 @@ def make_train_spec(
         known = f"there are {', '.join(losses)}" if losses else "give it to sit_jax.train(losses=...)"
         require(name in losses, key, f"there is no such loss term; {known}")
 
+    problem = "must be above 0 here: only commands that open the data set replace 0"
+    require(config.model.architecture.num_classes > 0, "model.num_classes", problem)
+
     def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
 
@@ -161,7 +164,7 @@ def abstract_teachers(spec: TrainSpec) -> Teachers:
 def _fresh_state(spec: TrainSpec) -> TrainState:
     arch = spec.config.model.architecture
     key = stream_key(spec.config.seed, "init")
-    images = jnp.zeros((2, arch.image_size, arch.image_size, arch.in_channels))
+    images = jnp.zeros((2, *arch.image_shape, arch.in_channels))
     variables = spec.model.init(key, images)
     params: Params = {"model": variables["params"]}
     stats = dict(variables.get("batch_stats", {}))

@@ -1,5 +1,6 @@
 """Figures of token maps: print-quality ones of one image, and `slimming.png` of a run."""
 
+import math
 import pathlib
 import warnings
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ _INK, _FAINT = "#1a1a1a", "#5c5c5c"
 
 def draw_maps(
     path: pathlib.Path,
-    image: UInt8[ndarray, "side side channels"],
+    image: UInt8[ndarray, "height width channels"],
     maps: TokenMaps,
     index: int,
     title: str,
@@ -115,7 +116,7 @@ class _Sheet:
 def _draw_views(sheet: _Sheet, top: float) -> float:
     """Draws the image, the regions after each slimming module, and the effective number of patches."""
     x, side, maps = _MARGIN, sheet.view, sheet.maps
-    sheet.show(x, top, side, as_rgb(sheet.image), f"the image, {maps.grid} x {maps.grid} patches")
+    sheet.show(x, top, side, as_rgb(sheet.image), f"the image, {maps.grid[0]} x {maps.grid[1]} patches")
     for number, stage in enumerate(maps.stages, start=1):
         x += side + _GAP
         drawn = regions(sheet.image, stage.hard[sheet.index], maps.grid, stage.overlooked[sheet.index])
@@ -136,7 +137,7 @@ def _plot_effective(axes: Axes, maps: TokenMaps, index: int) -> None:
         median = float(np.median(counts))
         axes.plot([place - 0.38, place + 0.38], [median, median], color=_INK, lw=0.9)
         names.append(f"TSM {place + 1}\n{_number(median)}")
-    everything = maps.grid**2
+    everything = math.prod(maps.grid)
     axes.axhline(everything, color=_FAINT, lw=0.6, ls=":")
     axes.set(ylim=(0, 1.06 * everything), xlim=(-0.55, len(maps.stages) - 0.45))
     axes.set_xticks(range(len(maps.stages)), names)

@@ -20,12 +20,12 @@ _OVERLOOKED = 0.35
 def heat(
     image: UInt8[ndarray, "height width channels"],
     row: Float[ndarray, " patches"],
-    grid: int,
+    grid: tuple[int, int],
     top: float | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
     """Draws a heat map over a grey or RGB image: the image in grey, with each patch tinted by its weight in `row`.
 
-    `grid` is the number of patches along one side, `top` the weight of the brightest colour, the largest if None.
+    `grid` has the rows and columns of patches, `top` the weight of the brightest colour, the largest if None.
     """
     top = float(row.max()) if top is None else top
     level = np.clip(row / top, 0, 1) if top > 0 else np.zeros_like(row)
@@ -48,7 +48,7 @@ def _mix(tint: Float[ndarray, "*shape 3"], luma: Float[ndarray, "*shape"]) -> Fl
 def regions(
     image: UInt8[ndarray, "height width channels"],
     hard_map: Int[ndarray, " patches"],
-    grid: int,
+    grid: tuple[int, int],
     overlooked: Bool[ndarray, " patches"] | None = None,
 ) -> UInt8[ndarray, "height width 3"]:
     """Draws the patches of each token in `hard_map` as an outlined region in the mean colour of its pixels.
@@ -74,10 +74,10 @@ def as_rgb(image: UInt8[ndarray, "height width channels"]) -> UInt8[ndarray, "he
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
-def patch_index(shape: tuple[int, ...], grid: int) -> Int[ndarray, "height width"]:
+def patch_index(shape: tuple[int, ...], grid: tuple[int, int]) -> Int[ndarray, "height width"]:
     """Returns the index of the patch of each pixel of a (height, width, ...) image."""
-    rows, columns = (np.arange(length) * grid // length for length in shape[:2])
-    return rows[:, None] * grid + columns[None, :]
+    rows, columns = (np.arange(length) * count // length for length, count in zip(shape, grid, strict=False))
+    return rows[:, None] * grid[1] + columns[None, :]
 
 
 @functools.cache

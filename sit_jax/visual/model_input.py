@@ -17,10 +17,10 @@ _PIXELS_PER_PATCH, _SHOWN_SIDE = 16, 384
 
 
 class ModelInput(NamedTuple):
-    """The model's input, and the same part of the image in display size; its side is a multiple of the grid size."""
+    """The model's input, and the same part of the image in display size, a multiple of the grid of patches."""
 
-    pixels: UInt8[ndarray, "size size channels"]
-    shown: UInt8[ndarray, "side side channels"]
+    pixels: UInt8[ndarray, "height width channels"]
+    shown: UInt8[ndarray, "rows columns channels"]
 
 
 def preprocess(arch: Architecture, data: DataConfig, example: Example) -> ModelInput:
@@ -28,12 +28,13 @@ def preprocess(arch: Architecture, data: DataConfig, example: Example) -> ModelI
 
     Raises an ImageDecodeError if the image cannot be read, or has too many pixels.
     """
-    side = arch.grid_size * max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // arch.grid_size))
-    pixels = EvalTransform(data, arch.image_size, arch.in_channels)(example)["image"]
+    rows, columns = arch.grid
+    patch = max(_PIXELS_PER_PATCH, -(-_SHOWN_SIDE // min(arch.grid)))
+    pixels = EvalTransform(data, arch.image_shape, arch.in_channels)(example)["image"]
     whole = decode_image(example.image, arch.in_channels, example.name, data.max_pixels)
     box = (0.0, 0.0, float(whole.width), float(whole.height))
     if data.resize == "crop":
         # The exact box of the model's crop: its rounding at another size would select another part of the image.
-        box = centre_box(whole.width, whole.height, arch.image_size, data.crop_fraction)
-    shown = np.asarray(resize_part(whole, box, side, RESAMPLING[data.interpolation]))
+        box = centre_box(whole.width, whole.height, arch.image_shape, data.crop_fraction)
+    shown = np.asarray(resize_part(whole, box, (rows * patch, columns * patch), RESAMPLING[data.interpolation]))
     return ModelInput(np.ascontiguousarray(pixels), shown[:, :, None] if shown.ndim == 2 else shown)

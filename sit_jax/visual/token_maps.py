@@ -8,7 +8,7 @@ figures, the maps include only the slimming.)
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from sit_jax.io.inference import softmax
 from sit_jax.io.model import Model
 from sit_jax.models import Outputs
 from sit_jax.models.layers import Attention
-from sit_jax.models.trees import Params, Variables
+from sit_jax.models.trees import Variables
 
 
 class StageMaps(NamedTuple):
@@ -63,14 +63,14 @@ class TokenMaps(NamedTuple):
     """Token maps and outputs of a model for a batch of images.
 
     Attributes:
-        grid: Patches along one side of the image; patch `row * grid + column`.
+        grid: Rows and columns of the patches, which are in row-major order.
         stages: One per slimming module, in order; empty for a model without slimming.
         attention: One per block: the class token's attention to the block's patch tokens, (batch, tokens), mean over
             the heads. The remaining attention is to the class token itself (and the distillation token).
         logits: (batch, classes), float32.
     """
 
-    grid: int
+    grid: tuple[int, int]
     stages: tuple[StageMaps, ...]
     attention: tuple[Float[ndarray, "batch tokens"], ...]
     logits: Float[ndarray, "batch classes"]
@@ -120,7 +120,7 @@ def token_maps(
         for block, assignment, total in zip(arch.slimming, assignments, totals, strict=True)
     )
     patches = tuple(weights[:, arch.num_prefix_tokens :] for weights in attention)
-    return TokenMaps(arch.grid_size, stages, patches, logits)
+    return TokenMaps(arch.grid, stages, patches, logits)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -136,38 +136,26 @@ def apply_watched(
 ) -> tuple[Float[Array, "batch classes"], Outputs, tuple[Array, ...]]:
     """Applies a model and also returns the class token's attention.
 
-    The class query of every attention module is computed a second time; the model itself is unchanged. The attention is
-    that to all tokens of each block, prefix tokens first; mean over the heads, float32, rows sum to one.
+    A copy of every attention module computes it; the model itself is unchanged. The attention is that to all tokens of
+    each block, prefix tokens first; mean over the heads, float32, rows sum to one.
     """
     attention: list[Array] = []
 
     def intercept(
         call: Callable[..., PyTree], args: PyTree, kwargs: PyTree, context: nn.module.InterceptorContext
     ) -> PyTree:
-        if isinstance(context.module, Attention) and context.method_name == "__call__":
-            attention.append(_class_attention(context.module, args[0]))
+        module = context.module
+        # The copy has no name.
+        if isinstance(module, Attention) and module.name and context.method_name == "__call__":
+            watched = module.clone(parent=None, name=None, needs=frozenset({"class_attention"}))
+            result: Any = watched.apply(module.variables, *args, **kwargs)
+            attention.append(result[2])
         return call(*args, **kwargs)
 
     forward = nn.apply(lambda module: module(images), model.clone(remat=False))
     with nn.intercept_methods(intercept):
         logits, outputs = forward(variables)
     return logits, outputs, tuple(attention)
-
-
-def _class_attention(module: Attention, x: Float[Array, "batch tokens dim"]) -> Float[Array, "batch tokens"]:
-    """Returns the first token's attention, mean over the heads, as `Attention` computes it."""
-    batch, tokens, dim = x.shape
-    head_dim = dim // module.num_heads
-    layer: Params = module.get_variable("params", "qkv")
-    x, kernel = x.astype(module.dtype), layer["kernel"].astype(module.dtype)
-    query, key = x[:, 0] @ kernel[:, :dim], x @ kernel[:, dim : 2 * dim]
-    if module.qkv_bias:
-        bias = layer["bias"].astype(module.dtype)
-        query, key = query + bias[None, :dim], key + bias[None, None, dim : 2 * dim]
-    query = query.reshape(batch, module.num_heads, head_dim) * head_dim**-0.5
-    key = key.reshape(batch, tokens, module.num_heads, head_dim)
-    scores = jnp.einsum("bhd,bkhd->bhk", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(scores).mean(axis=1)
 
 
 def model_token_maps(model: Model, pixels: UInt8[ndarray, "batch height width channels"]) -> TokenMaps:

@@ -13,41 +13,47 @@ from sit_jax.models import HEADS
 _CUBIC = -0.75
 
 
-def resize(model: Model, image_size: int, log: Callable[[str], None]) -> Model:
+def resize(model: Model, image_size: int | tuple[int, int], log: Callable[[str], None]) -> Model:
     """Returns the weights for another image size: positions are interpolated, except for the class token's.
 
     A student keeps the numbers of tokens that its slimming modules were trained with. Reverse modules recover a fixed
     grid and are removed. Raises a ConfigError if the patches do not fill that size, or the student keeps more tokens.
     """
     arch = model.vit
-    if image_size == arch.image_size:
-        return model
     changes: dict[str, Any] = {"image_size": image_size}
     if arch.is_slimmed:
         patches = dataclasses.replace(arch.without_slimming(), image_size=image_size).num_patches
         changes |= {"kept_tokens": (patches, *arch.token_counts[1:]), "keep_ratio": None}
     new = dataclasses.replace(arch, **changes)
-    positions = model.params["positions"]
-    grid = interpolate(positions[0, 1:].reshape(arch.grid_size, arch.grid_size, arch.dim), new.grid_size)
-    table = np.concatenate([positions[:, :1], grid.reshape(1, -1, arch.dim)], axis=1)
-    variables = {**model.variables, "params": {**model.params, "positions": table}}
-    sides = f"{arch.grid_size}x{arch.grid_size} to {new.grid_size}x{new.grid_size}"
-    log(f"changed: {arch.image_size} to {image_size} px, positions interpolated from {sides} (bicubic)")
+    if new.image_size == arch.image_size:
+        return model
+    variables, old_grid, new_grid = model.variables, *("x".join(map(str, x.grid)) for x in (arch, new))
+    how = "rotary positions"
+    if arch.positions == "learned":
+        positions, first = model.params["positions"], int(arch.class_token)
+        grid = interpolate(positions[0, first:].reshape(*arch.grid, arch.dim), new.grid)
+        table = np.concatenate([positions[:, :first], grid.reshape(1, -1, arch.dim)], axis=1)
+        variables = {**variables, "params": {**model.params, "positions": table}}
+        how = f"positions interpolated from {old_grid} to {new_grid} (bicubic)"
+    sizes = (
+        str(x.image_size) if isinstance(x.image_size, int) else "x".join(map(str, x.image_size)) for x in (arch, new)
+    )
+    log(f"changed: {' to '.join(sizes)} px, {how}")
     if arch.is_slimmed:
         log(f"changed: tokens per stage are now {'/'.join(map(str, new.token_counts))}")
     if model.rtsm:
-        log(f"changed: RTSMs left out, since they recover {arch.grid_size}x{arch.grid_size} tokens")
+        log(f"changed: RTSMs left out, since they recover {old_grid} tokens")
     return dataclasses.replace(model, arch=new, variables=variables, rtsm={})
 
 
-def interpolate(grid: np.ndarray, size: int) -> np.ndarray:
-    """Interpolates a square grid bicubically, (rows, columns, dim) -> (size, size, dim), float32.
+def interpolate(grid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Interpolates a grid bicubically, (rows, columns, dim) -> (*size, dim), float32.
 
     Equals `torch.nn.functional.interpolate(mode='bicubic', align_corners=False)`, which DeiT, LV-ViT and the original
     use. Pixel centres are aligned, edges repeat, and there is no antialiasing when the grid shrinks.
     """
-    matrix = _cubic_matrix(grid.shape[0], size)
-    wide = np.einsum("ij,kl,jlc->ikc", matrix, matrix, grid.astype(np.float64), optimize=True)
+    down, across = (_cubic_matrix(old, new) for old, new in zip(grid.shape, size, strict=False))
+    wide = np.einsum("ij,kl,jlc->ikc", down, across, grid.astype(np.float64), optimize=True)
     return np.ascontiguousarray(wide, np.float32)
 
 
@@ -75,7 +81,8 @@ def replace_heads(model: Model, num_classes: int, log: Callable[[str], None]) ->
     if num_classes == arch.num_classes:
         return model
     heads = sorted(HEADS & set(model.params))
-    fresh = {name: empty_head(arch.dim, num_classes) for name in heads}
+    heads = heads or ["head"]
+    fresh = {name: empty_head(arch.feature_dim if name == "head" else arch.dim, num_classes) for name in heads}
     log(f"changed: {arch.num_classes} to {num_classes} classes, {' and '.join(heads)} replaced by zeros")
     metadata = {key: value for key, value in model.metadata.items() if key != "class_names"}
     new = dataclasses.replace(arch, num_classes=num_classes)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError
-from sit_jax.io.convert.infer_config import hidden_ratio
+from sit_jax.io.convert import hugging_face
 from sit_jax.io.convert.tensors import FileError
 from sit_jax.io.metadata import IMAGENET
 from sit_jax.io.model_folder import FORMAT, read_description
@@ -27,6 +27,7 @@ class Description(NamedTuple):
 
     `class_position` says whether the class token has a position embedding (None if not specified), `heads` maps widths
     to attention heads if a model is named by its size. If `is_own`, it is of sit_jax, and thus complete.
+    `hugging_face` are all values of a file of transformers, whose architecture `sit_jax.io.convert.hugging_face` reads.
     """
 
     fields: Mapping[str, Any] = {}
@@ -35,6 +36,7 @@ class Description(NamedTuple):
     metadata: Mapping[str, Any] = {}
     is_own: bool = False
     unused: tuple[str, ...] = ()
+    hugging_face: JsonObject | None = None
 
 
 def read_config_json(path: pathlib.Path) -> Description:
@@ -62,7 +64,7 @@ def _describe(values: JsonObject, path: pathlib.Path) -> Description:
         metadata = {"preprocessing": preprocessing} if preprocessing else {}
         return _bare(values["model"], _COMPUTATION)._replace(metadata=metadata)
     if "model_type" in values and not isinstance(values.get("architecture"), str):
-        return _hugging_face(values)
+        return _hugging_face(values, path)
     if isinstance(values.get("architecture"), Mapping):
         others = {key: value for key, value in values.items() if key != "architecture"}
         return _bare({**others, **values["architecture"]})
@@ -94,15 +96,15 @@ _COMPUTATION = ("name", "drop_path", "dtype", "remat", "scan")
 _TIMM_FIELDS = {
     **{name: name for name in ("patch_size", "num_classes", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
     **{"in_chans": "in_channels", "num_features": "dim", "embed_dim": "dim", "img_size": "image_size"},
+    **{"class_token": "class_token", "reg_tokens": "registers", "pre_norm": "pre_norm", "act_layer": "activation"},
 }
 # timm's arguments that change what a model computes, with the supported values. None is always the default.
 _TIMM_SUPPORTED: dict[str, tuple[object, ...]] = {
-    **dict.fromkeys(("class_token", "final_norm", "proj_bias"), (True,)),
-    **dict.fromkeys(("pre_norm", "fc_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm"), (False,)),
-    "global_pool": ("token",),
-    "reg_tokens": (0,),
+    **dict.fromkeys(("final_norm", "proj_bias"), (True,)),
+    **dict.fromkeys(("qk_norm", "scale_attn_norm", "scale_mlp_norm"), (False,)),
+    "global_pool": ("token", "avg", "map", ""),
+    "fc_norm": (True, False),
     "pos_embed": ("learn",),
-    "act_layer": ("gelu",),
     "norm_layer": ("layernorm",),
 }
 # timm's arguments that have no effect on a trained model at its own resolution.
@@ -126,8 +128,14 @@ _TIMM_SIZES = {
     **{"tiny": {192: 3}, "small": {384: 6}, "medium": {512: 8}, "base": {768: 12}},
     **{"large": {1024: 16}, "huge": {1280: 16}, "giant": {1408: 16}, "gigantic": {1664: 16}},
 }
-# Models whose names do not determine the positions: their tensors are not those of a plain ViT.
-_TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z]+)_(?!.*(reg\d|gap|rope))")
+_TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z0-9]+)_")
+# Parts of the names of models that are not plain ViTs, although their tensors may have the same names: rotary and
+# relative positions, hybrids with convolutions, other blocks.
+_TIMM_OTHERS = re.compile(r"rope|relpos|_r\d+_|resnet|_mci|pwee|dwee|_pe_|_pd_|_rpn|_parallel|_xp|_srelpos|_lambda")
+# timm's SigLIPs with the activation that they were trained with; the others have exact GELU there.
+_TIMM_TANH = re.compile(r"patch32_siglip|large_patch16_siglip_(gap_)?512|so400m_patch16|giantopt")
+# Models whose class position their names do not determine.
+_TIMM_OPEN = re.compile(r"reg\d|gap|dinov3")
 
 
 def _timm(values: JsonObject) -> Description:
@@ -140,9 +148,14 @@ def _timm(values: JsonObject) -> Description:
             _check_supported(key, value, _TIMM_SUPPORTED.get(key, ()))
     fields = {**_input_size(images, "img_size" in args), **_translate(values, {key: key for key in _FIELDS})}
     fields |= _translate(args, _TIMM_FIELDS)
+    if args.get("global_pool") in ("token", "avg", "map"):
+        fields["pool"] = args["global_pool"]
+    if "activation" in fields:
+        _check_supported("act_layer", fields["activation"], ("gelu", "gelu_tanh", "quick_gelu"))
     if "init_values" in args:
         fields["layer_scale"] = bool(args["init_values"])
-    class_position, heads = _named(values.get("architecture"))
+    class_position, heads, by_name = _named(values.get("architecture"))
+    fields = {**by_name, **fields}
     if "no_embed_class" in args:
         class_position = not args["no_embed_class"]
     unused = _sorted({*values, *images} - _TIMM_KEYS - _FIELDS)
@@ -182,10 +195,25 @@ def _side(key: str, value: object) -> int:
     raise ConfigError(key, f"must be one or two whole numbers above 0, got {str(value)[:50]!r}")
 
 
-def _named(name: object) -> tuple[bool | None, Mapping[int, int]]:
-    """Returns what the name of a timm model determines: whether the class token has a position, and the heads."""
-    match = _TIMM_NAME.match(name) if isinstance(name, str) else None
-    return (match[1] in ("vit", "deit"), _TIMM_SIZES.get(match[2], {})) if match else (None, {})
+def _named(name: object) -> tuple[bool | None, Mapping[int, int], JsonObject]:
+    """Returns what the name of a timm model determines: whether the class token has a position, the heads, fields.
+
+    Raises a ConfigError for the name of another architecture.
+    """
+    if not isinstance(name, str):
+        return None, {}, {}
+    match = _TIMM_NAME.match(name)
+    if match is None or _TIMM_OTHERS.search(name):
+        raise ConfigError("architecture", f"{name[:100]!r} is not supported; only plain ViTs are")
+    fields: JsonObject = {}
+    if "clip" in name:
+        fields["activation"] = "quick_gelu" if "quickgelu" in name else "gelu"
+    if "siglip" in name:
+        fields["activation"] = "gelu_tanh" if _TIMM_TANH.search(name) else "gelu"
+    if "dinov3" in name:
+        fields |= {"positions": "rope", "pool": "avg"}  # The default of timm, and not of DINOv3.
+    class_position = None if _TIMM_OPEN.search(name) else match[1] in ("vit", "deit")
+    return class_position, _TIMM_SIZES.get(match[2], {}), fields
 
 
 def _timm_metadata(values: JsonObject, images: JsonObject) -> JsonObject:
@@ -223,28 +251,14 @@ def _resize(images: JsonObject) -> str:
     return "stretch" if mode == "squash" else "crop"
 
 
-_HUGGING_FACE_FIELDS = {
-    **{name: name for name in ("image_size", "patch_size", "qkv_bias")},
-    **{"hidden_size": "dim", "num_hidden_layers": "depth", "num_attention_heads": "num_heads"},
-    **{"layer_norm_eps": "norm_eps", "num_channels": "in_channels"},
-}
-_HUGGING_FACE_HARMLESS = {
-    *("model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "initializer_range", "id2label"),
-    *("label2id", "problem_type", "encoder_stride", "pooler_act", "pooler_output_size", "intermediate_size"),
-    *("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "_name_or_path"),
-}
-
-
-def _hugging_face(values: JsonObject) -> Description:
-    _check_supported("model_type", values["model_type"], ("vit", "deit"))
-    _check_supported("hidden_act", values.get("hidden_act", "gelu"), ("gelu",))
-    fields = _translate(values, _HUGGING_FACE_FIELDS)
-    hidden, dim = values.get("intermediate_size"), values.get("hidden_size")
-    if type(hidden) is int and type(dim) is int and dim > 0:
-        fields["mlp_ratio"] = hidden_ratio(hidden, dim)
+def _hugging_face(values: JsonObject, path: pathlib.Path) -> Description:
+    hugging_face.check_model_type(values)
     metadata: JsonObject = {}
+    fields = hugging_face.describe(values)
     if values.get("id2label") is not None:
         metadata["class_names"] = _listed("id2label", values["id2label"])
         fields["num_classes"] = len(metadata["class_names"])
-    unused = set(values) - set(_HUGGING_FACE_FIELDS) - _HUGGING_FACE_HARMLESS
-    return Description(fields, metadata=metadata, unused=_sorted(unused))
+    images = path.with_name(hugging_face.PREPROCESSOR)
+    if images.is_file():
+        metadata["preprocessing"] = hugging_face.read_preprocessor(read_object(images), images)
+    return Description(fields, metadata=metadata, hugging_face=values)

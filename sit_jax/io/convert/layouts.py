@@ -1,5 +1,6 @@
 """Weight layouts: maps the tensors of a file to each tensor of the original's layout."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -59,6 +60,8 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
 
     `prefix` is how many of timm's positions belong to class and distillation tokens; see `prefix_positions`.
     """
+    for tower in (prefix for prefix in ("visual.", "") if f"{prefix}transformer.resblocks.0.ln_1.weight" in shapes):
+        return Layout("OpenCLIP layout", functools.partial(_open_clip, tower), plain=True)
     if any(name.startswith("Transformer/encoderblock_") for name in shapes):
         name = "google-research layout (vision_transformer)"
         return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_GOOGLE_PREPROCESSING)
@@ -76,20 +79,62 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
     return Layout("timm layout (ViT, DeiT)", _timm(shapes, prefix), plain=True)
 
 
+_OPEN_CLIP = {
+    **{"patch_embed.proj": "conv1", "norm_pre": "ln_pre", "norm": "ln_post"},
+    **{"norm1": "ln_1", "norm2": "ln_2", "attn.proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"},
+}
+
+
+def _open_clip(prefix: str, key: str) -> Source:
+    """Returns the source of a tensor in the vision tower of OpenCLIP's and OpenAI's CLIP models."""
+    if key.startswith(("tsm.", "reducer.")):
+        return Source((key,))
+    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+    first, rest = (f"{prefix}transformer.resblocks.{block[1]}.", block[2]) if block else (prefix, key)
+    if key in ("cls_token", "pos_embed"):
+        name = prefix + ("class_embedding" if key == "cls_token" else "positional_embedding")
+        return Source((name,), lambda x: x.reshape(1, -1, x.shape[-1]))
+    if key == "projection.weight":
+        return Source((f"{prefix}proj",), np.transpose)
+    if rest.startswith("attn.qkv."):
+        return Source((f"{first}attn.in_proj_{rest.removeprefix('attn.qkv.')}",))
+    stem, _, suffix = rest.rpartition(".")
+    return Source((f"{first}{_OPEN_CLIP.get(stem, stem)}.{suffix}",))
+
+
+# Other names of tensors of timm's layout: of DeiT, and of the original DINOv2 and DINOv3.
+_TIMM_ALTERNATIVES = (
+    (r"(blocks\.\d+)\.ls([12])\.gamma", r"\1.gamma_\2"),
+    (r"reg_token", "register_tokens"),
+    (r"reg_token", "storage_tokens"),
+    (r"(blocks\.\d+\.mlp)\.fc1\.(.*)", r"\1.w12.\2"),
+    (r"(blocks\.\d+\.mlp)\.fc2\.(.*)", r"\1.w3.\2"),
+    (r"norm\.(.*)", r"fc_norm.\1"),
+)
+
+
 def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:
-    """Returns timm's sources: the original's names, except for layer scale in DeiT's checkpoints and for positions."""
+    """Returns timm's sources: the original's names, or the alternative that is there; and those of the positions."""
+    class_token, masked = "cls_token" in shapes, any(name.endswith("qkv.bias_mask") for name in shapes)
 
     def positions(x: np.ndarray) -> np.ndarray:
         return np.delete(x, 1, axis=1) if prefix == 2 else np.concatenate([np.zeros_like(x[:, :1]), x], axis=1)
 
     def source(key: str) -> Source:
-        scale = re.fullmatch(r"(blocks\.\d+)\.ls([12])\.gamma", key)
-        if scale and key not in shapes:
-            return Source((f"{scale[1]}.gamma_{scale[2]}",))
-        if key == "pos_embed" and prefix != 1:
+        if key == "pos_embed" and prefix != 1 and class_token:
             return Source((key,), positions)
         if key == "dist_pos_embed":
             return Source(("pos_embed",), lambda x: x[:, 1:2] if prefix == 2 else np.zeros_like(x[:, :1]))
+        if bias := masked and re.fullmatch(r"(blocks\.\d+\.attn)\.(qkv\.bias|[qv]_bias)", key):
+            if bias[2] == "qkv.bias":
+                return Source((f"{bias[1]}.no_key_bias",))
+            part = 0 if bias[2] == "q_bias" else 2
+            return Source((f"{bias[1]}.qkv.bias",), lambda x: np.split(x, 3)[part])
+        if key not in shapes:
+            for pattern, other in _TIMM_ALTERNATIVES:
+                name = re.sub(f"^{pattern}$", other, key)
+                if name in shapes:
+                    return Source((name,))
         return Source((key,))
 
     return source

@@ -84,7 +84,7 @@ def expected_shapes(arch: Architecture, rtsm: bool) -> Variables:
     """Returns a model's variables as `jax.ShapeDtypeStruct`s: `params`, `batch_stats`, `rtsm`."""
     tree: Variables = {"batch_stats": {}, "rtsm": {}, **abstract_variables(arch)}
     if rtsm:
-        images = jax.ShapeDtypeStruct((1, arch.image_size, arch.image_size, arch.in_channels), jnp.float32)
+        images = jax.ShapeDtypeStruct((1, *arch.image_shape, arch.in_channels), jnp.float32)
         _, outputs = jax.eval_shape(build_model(arch).apply, tree, images)
         tree["rtsm"] = jax.eval_shape(build_rtsm(arch).init, jax.random.key(0), outputs.tokens)["params"]
     return tree

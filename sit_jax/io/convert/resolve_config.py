@@ -11,11 +11,16 @@ from sit_jax.models.architecture import Architecture, architecture_from_dict
 from sit_jax.models.variants import VARIANTS
 
 # Options for the fields that tensors do not determine; the tensors determine all other fields.
-OPTIONS = ("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio", "image_size")
+OPTIONS = (
+    *("name", "num_heads", "residual_scale", "norm_eps", "stage_blocks", "keep_ratio", "image_size", "activation"),
+    "pool",
+)
 
 # Fields that tensors do not determine, and their values in plain ViTs.
 _OPEN = ("num_heads", "residual_scale", "norm_eps")
 _PLAIN: JsonObject = {"residual_scale": 1.0, "norm_eps": 1e-6}
+# Fields of a description or of the user that most models leave at their defaults.
+_CHOICES = ("activation", "pool", "rope_theta", "registers", "class_token")
 _NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
 
 _LVVIT: JsonObject = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
@@ -68,8 +73,14 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     stages = tuple(fields.get("stage_blocks", ()))
     name = next((name for name, arch in named.items() if arch.stage_blocks == stages), "")
     known = named.get(name) or next(iter(named.values()), None)
+    fields |= {key: given[key] for key in _CHOICES if key in given and key not in fields}
     if inferred.layout.plain:
-        fields = {**_PLAIN, **fields}
+        clip_like = fields.get("pre_norm") or fields.get("positions") == "rope"
+        fields = {**_PLAIN, **({"norm_eps": 1e-5} if clip_like else {}), **fields}
+    if "activation" not in fields and (fields["pre_norm"] or fields.get("pool") == "map"):
+        raise UserError(
+            "the tensors do not determine the activation: give --model.activation gelu, gelu_tanh or quick_gelu"
+        )
     for key in _OPEN:
         if key in given:
             fields[key] = given[key]
@@ -136,9 +147,15 @@ def _named(inferred: Inferred, fields: JsonObject, name: str | None) -> dict[str
     return slimmed or {name: arch for name, arch in same.items() if not arch.is_slimmed}
 
 
+def _patches(fields: JsonObject) -> int:
+    size = fields["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height // fields["patch_size"] * (width // fields["patch_size"]))
+
+
 def _counts(fields: JsonObject, ratio: float | None, modules: int) -> tuple[int, ...]:
     """Returns the tokens that slimming modules with a keep ratio keep of this file's grid."""
-    patches = (fields["image_size"] // fields["patch_size"]) ** 2
+    patches = _patches(fields)
     return tuple(int(patches * (ratio or 1.0) ** stage) for stage in range(1, modules + 1))
 
 
@@ -158,7 +175,7 @@ def _kept(inferred: Inferred, fields: JsonObject, given: JsonObject, known: Arch
     kept, ratio = inferred.kept, given.get("keep_ratio")
     if not kept:
         return {}
-    explicit = ((fields["image_size"] // fields["patch_size"]) ** 2, *kept)
+    explicit = (_patches(fields), *kept)
     if given.get("kept_tokens"):
         if tuple(given["kept_tokens"]) != explicit:
             raise ConfigError("model.kept_tokens", f"is {given['kept_tokens']}, but the tensors keep {kept}")
@@ -208,7 +225,7 @@ def likely_fields(inferred: Inferred, like: Architecture) -> JsonObject:
     """
     if inferred.fields["dim"] != like.dim:
         raise UserError(f"is of another model: dim is {inferred.fields['dim']} there and {like.dim} here")
-    fields = {key: getattr(like, key) for key in _OPEN}
+    fields = {key: getattr(like, key) for key in (*_OPEN, "activation", "pool")}
     if inferred.kept and len(like.stage_blocks) == len(inferred.kept) + 1 and inferred.fields["depth"] == like.depth:
         fields["stage_blocks"] = like.stage_blocks
     return {key: value for key, value in fields.items() if key not in inferred.fields}

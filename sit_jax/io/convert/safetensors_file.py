@@ -8,11 +8,15 @@ import ml_dtypes  # noqa: F401 (gives NumPy the type bfloat16, which safetensors
 import numpy as np
 import safetensors
 
-from sit_jax.errors import one_line
+from sit_jax.errors import listed, one_line
 from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, unreadable
+from sit_jax.io.runs import read_object
 
 # The types that the library reads as NumPy arrays.
-_TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+_NAMES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32"},
+    **{"int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
+}
 
 
 def read_safetensors(path: pathlib.Path) -> Tensors:
@@ -27,7 +31,7 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
     except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
         raise unreadable(path, f"is not a whole safetensors file: {one_line(error, 200)}") from None
     types = {name: str(part.get_dtype()) for name, part in slices.items()}
-    unknown = sorted(set(types.values()) - set(_TYPES))
+    unknown = sorted(set(types.values()) - set(_NAMES.values()))
     if unknown:
         raise FileError(f"{path}: holds tensors of type {', '.join(unknown)}, which are not read from such files")
 
@@ -38,17 +42,39 @@ def read_safetensors(path: pathlib.Path) -> Tensors:
     return {name: tensor(name) for name in slices}
 
 
-def write_safetensors(path: pathlib.Path, state_dict: Mapping[str, np.ndarray]) -> None:
-    """Writes arrays as float32 tensors, one at a time."""
+def read_sharded(index: pathlib.Path) -> Tensors:
+    """Returns the tensors of the shards that a `model.safetensors.index.json` lists.
+
+    Raises a UserError if the index is not valid, names a file outside of its folder, or a shard or a tensor is missing.
+    """
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+        raise FileError(f"{index}: weight_map must map names of tensors to files")
+    found: Tensors = {}
+    for shard in sorted(set(names.values())):
+        if pathlib.PurePath(shard).name != shard:
+            raise FileError(f"{index}: {shard[:100]!r} is not a file of this folder")
+        if not (index.parent / shard).is_file():
+            raise FileError(f"{index}: the shard {shard[:100]} is missing")
+        found |= read_safetensors(index.parent / shard)
+    missing = sorted(names.keys() - found.keys())
+    if missing:
+        raise FileError(f"{index}: the shards lack {listed(missing)}")
+    return found
+
+
+def write_safetensors(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], same_types: bool = False) -> None:
+    """Writes arrays as float32 tensors, or with `same_types` in their own types, one at a time."""
     # Not by the library: it takes contiguous arrays, and transposed views would all be copied before it begins.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    types = {name: array.dtype if same_types else np.dtype(np.float32) for name, array in state_dict.items()}
     end = 0
     for name, array in state_dict.items():
-        start, end = end, end + 4 * array.size
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, end]}
+        start, end = end, end + types[name].itemsize * array.size
+        header[name] = {"dtype": _NAMES[types[name].name], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for array in state_dict.values():
-            file.write(np.ascontiguousarray(array, "<f4").data)
+        for name, array in state_dict.items():
+            file.write(np.ascontiguousarray(array, types[name]).tobytes())

@@ -52,7 +52,8 @@ def _stem(arch: Architecture) -> Iterator[Entry]:
     path = ("params", "stem")
     if arch.stem_projection:
         yield Entry("patch_embed.proj.weight", (*path, "proj", "kernel"), *_CONV)
-        yield Entry("patch_embed.proj.bias", (*path, "proj", "bias"))
+        if arch.patch_bias:
+            yield Entry("patch_embed.proj.bias", (*path, "proj", "bias"))
     for index in range(1, len(arch.conv_stem_layers) + 1):
         yield Entry(f"patch_embed.conv{index}.weight", (*path, f"conv{index}", "kernel"), *_CONV)
         yield from _norm(f"patch_embed.bn{index}", (*path, f"bn{index}"))
@@ -64,7 +65,10 @@ def _blocks(arch: Architecture) -> Iterator[Entry]:
     for index in range(arch.depth):
         key, path = f"blocks.{index}", ("params", f"blocks_{index}")
         yield from _norm(f"{key}.norm1", (*path, "norm1"))
-        yield from _linear(f"{key}.attn.qkv", (*path, "attn", "qkv"), arch.qkv_bias)
+        yield from _linear(f"{key}.attn.qkv", (*path, "attn", "qkv"), arch.qkv_bias and arch.key_bias)
+        if arch.qkv_bias and not arch.key_bias:
+            yield Entry(f"{key}.attn.q_bias", (*path, "attn", "query_bias"))
+            yield Entry(f"{key}.attn.v_bias", (*path, "attn", "value_bias"))
         yield from _linear(f"{key}.attn.proj", (*path, "attn", "proj"))
         yield from _norm(f"{key}.norm2", (*path, "norm2"))
         yield from _linear(f"{key}.mlp.fc1", (*path, "mlp", "fc1"))
@@ -97,22 +101,39 @@ def _reverse(arch: Architecture) -> Iterator[Entry]:
             yield from _linear(f"{key}.mlp{part}.fc2", (*path, name, "fc2"))
 
 
+def _tokens(arch: Architecture) -> Iterator[Entry]:
+    names = {"cls_token": "class_token"} if arch.class_token else {}
+    names |= {"pos_embed": "positions"} if arch.positions == "learned" else {}
+    names |= {"reg_token": "registers"} if arch.registers else {}
+    if arch.distillation_token:
+        names |= {"dist_token": "distillation_token", "dist_pos_embed": "distillation_position"}
+    yield from (Entry(key, ("params", name)) for key, name in names.items())
+
+
+def _attention_pool() -> Iterator[Entry]:
+    key, path = "attn_pool", ("params", "pool", "map")
+    yield Entry(f"{key}.latent", (*path, "latent"))
+    for name in ("q", "kv", "proj"):
+        yield from _linear(f"{key}.{name}", (*path, name))
+    yield from _norm(f"{key}.norm", (*path, "norm"))
+    for name in ("fc1", "fc2"):
+        yield from _linear(f"{key}.mlp.{name}", (*path, "mlp", name))
+
+
 def name_table(arch: Architecture, rtsm: bool = True) -> list[Entry]:
     """Returns an entry for every tensor of the original's checkpoint, including reverse modules by default."""
-    entries = [
-        Entry("cls_token", ("params", "class_token")),
-        Entry("pos_embed", ("params", "positions")),
-        *_stem(arch),
-        *_blocks(arch),
-        *_slimming(arch),
-        *_norm("norm", ("params", "norm")),
-        *_linear("head", ("params", "head")),
-    ]
+    entries = [*_tokens(arch), *_stem(arch), *_blocks(arch), *_slimming(arch), *_norm("norm", ("params", "norm"))]
+    if arch.pre_norm:
+        entries += _norm("norm_pre", ("params", "pre_norm"))
+    if arch.pool == "map":
+        entries += _attention_pool()
+    if arch.projection:
+        entries += _linear("projection", ("params", "projection"), bias=False)
+    if arch.num_classes:
+        entries += _linear("head", ("params", "head"))
     if arch.aux_head:
         entries += _linear("aux_head", ("params", "aux_head"))
-    if arch.distillation_token:
-        entries.append(Entry("dist_token", ("params", "distillation_token")))
-        entries.append(Entry("dist_pos_embed", ("params", "distillation_position")))
+    if arch.distillation_token and arch.num_classes:
         entries += _linear("head_dist", ("params", "distillation_head"))
     if rtsm:
         entries += _reverse(arch)

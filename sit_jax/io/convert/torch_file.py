@@ -5,14 +5,14 @@ import pathlib
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import UserError, one_line
-from sit_jax.io.convert.tensors import FileError, Tensor, Tensors, check_total, unreadable
+from sit_jax.io.convert.tensors import BLOCK_NORM, FileError, Tensor, Tensors, check_total, unreadable
 
 if TYPE_CHECKING:
     import torch
@@ -68,35 +68,49 @@ def require_torch(path: pathlib.Path) -> None:
         raise UserError(f"{path}: {problem}") from None
 
 
-def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None]) -> tuple[Tensors, JsonObject]:
+def read_torch(path: pathlib.Path, ema: bool, log: Callable[[str], None], key: str = "") -> tuple[Tensors, JsonObject]:
     """Returns the weights in a file of `torch.save`, or their moving average, and the arguments of the program.
 
-    Raises a UserError if the file contains no weights or cannot be read, or PyTorch is not installed.
+    `key` is that of the weights in the file, with dots for nested dictionaries; they are found if it is empty. Raises a
+    UserError if the file contains no weights, several models, or cannot be read, or PyTorch is not installed.
     """
     value = _load(path)
     if not isinstance(value, dict):
         raise FileError(f"{path}: does not contain a dictionary of weights, but a {type(value).__name__}")
-    found = {key: _tensors(value.get(key)) for key in (*_WEIGHTS, *_AVERAGES)}
-    found = {key: tensors for key, tensors in found.items() if tensors}
-    if ema and not any(key in _AVERAGES for key in found):
+    found = dict(_models(value))
+    if key and key not in found:
+        raise FileError(f"{path}: --key {key}: there are no weights; there are {', '.join(found) or 'none'}")
+    averages = [name for name in found if name.rpartition(".")[2] in _AVERAGES]
+    if ema and not averages:
         raise FileError(f"{path}: contains no moving average of the weights; leave out --ema")
-    tensors = _tensors(value)
-    if not found and not tensors:
-        found = {str(key)[:50]: tensors for key, x in value.items() if (tensors := _tensors(x))}
-        if len(found) != 1:
-            some = ", ".join(str(key)[:50] for key in list(found or value)[:8])
-            problem = f"contains no weights; its keys are {some or 'none'}"
-            raise FileError(f"{path}: {f'contains several models, under {some}' if found else problem}; {_ADVICE}")
-    key = next((key for key in found if key in _AVERAGES or not ema), "")
-    if key:
-        others = ", ".join(repr(other) for other in found if other != key)
-        log(f"read: the weights under {key!r}" + (f" (there is also {others})" if others else ""))
-        tensors = found[key]
+    usual = [name for name in ("", *_WEIGHTS) if name in found]
+    choices = averages if ema else usual or [name for name in found if name not in averages] or averages
+    chosen = key or next(iter(choices), "")
+    tensors = found.get(chosen) or _tensors(value)
+    if not tensors or (len(choices) > 1 and not (key or usual or ema)):
+        some = ", ".join(str(name)[:50] for name in list(found or value)[:8]) or "none"
+        several = f"contains several models, under {some}: give sit convert --key NAME"
+        raise FileError(f"{path}: {several if found else f'contains no weights; its keys are {some}; {_ADVICE}'}")
+    if chosen:
+        others = ", ".join(repr(other) for other in found if other != chosen)
+        log(f"read: the weights under {chosen!r}" + (f" (there is also {others})" if others else ""))
     check_total(path, sum(x.numel() * x.element_size() for x in tensors.values()))
     args = value.get("args")
     state = args.state if isinstance(args, _Ignored) else args
     read = {name: _lazy(path, name, x) for name, x in tensors.items()}
     return read, state if isinstance(state, dict) else {}
+
+
+def _models(
+    value: dict[object, object], where: str = "", depth: int = 3
+) -> "Iterator[tuple[str, dict[str, torch.Tensor]]]":
+    """Yields the keys and the tensors of the transformers in nested dictionaries, such as those of a checkpoint."""
+    tensors = _tensors(value)
+    if any(BLOCK_NORM.search(name) for name in tensors):
+        yield where, tensors
+    for name, inner in value.items():
+        if depth and isinstance(inner, dict):
+            yield from _models(inner, f"{where}.{str(name)[:50]}".lstrip("."), depth - 1)
 
 
 def _tensors(value: object) -> "dict[str, torch.Tensor]":

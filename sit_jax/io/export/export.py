@@ -13,18 +13,18 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.errors import UserError
 from sit_jax.io.convert.convert import write_state_dict
 from sit_jax.io.convert.sit_names import to_original
-from sit_jax.io.export import onnx_file, stablehlo
+from sit_jax.io.export import onnx_file, source_layout, stablehlo
 from sit_jax.io.inference import inference_model
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
 from sit_jax.io.suffixes import ONNX, SAFETENSORS, STABLEHLO, suffix_of
 
-Format = Literal["folder", "onnx", "stablehlo", "original", "timm"]
+Format = Literal["folder", "onnx", "stablehlo", "original", "timm", "source"]
 _STATE_DICT = (SAFETENSORS, ".pth")
 _SUFFIXES: dict[Format, tuple[str, ...]] = {
     **{"folder": ("",), "onnx": (ONNX,), "stablehlo": (STABLEHLO,)},
-    **{"original": _STATE_DICT, "timm": _STATE_DICT},
+    **{"original": _STATE_DICT, "timm": _STATE_DICT, "source": ("",)},
 }
 _TIMM_NORM_EPS = 1e-6
 
@@ -39,6 +39,7 @@ def export_model(
     dtype: onnx_file.Dtype = "float32",
     raw_input: bool = False,
     licence: str | None = None,
+    like: pathlib.Path | None = None,
 ) -> None:
     """Writes a run or a model folder in another format, atomically; the options are those of `sit export`.
 
@@ -52,8 +53,10 @@ def export_model(
         raise UserError(f"--dtype: {kind} is always float32; only onnx can be {dtype}")
     if raw_input and kind not in ("onnx", "stablehlo"):
         raise UserError(f"--raw_input: {kind} holds weights, not a function; it is for onnx and stablehlo")
-    if licence is not None and kind in ("original", "timm"):
+    if licence is not None and kind in ("original", "timm", "source"):
         raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
+    if (like is None) == (kind == "source"):
+        raise UserError("--like: names the weights whose layout --format source writes, and no other format")
     model = load(source, ema=ema, step=step, with_rtsm=with_rtsm)
     arch = model.vit
     if licence is not None:
@@ -64,11 +67,13 @@ def export_model(
         onnx_file.save(dest, model, dtype, raw_input)
     elif kind == "stablehlo":
         description = {**describe(arch, model.metadata), "input": "pixels" if raw_input else "images"}
-        shape = (arch.image_size, arch.image_size, arch.in_channels)
+        shape = (*arch.image_shape, arch.in_channels)
         stablehlo.save(dest, _forward(model, raw_input), shape, description)
     elif kind == "original":
         tree = {**model.variables, "rtsm": model.rtsm if with_rtsm else {}}
         write_state_dict(dest, to_original(tree, arch))
+    elif like is not None:
+        source_layout.save(dest, model, like)
     else:
         write_state_dict(dest, _to_timm(model))
 

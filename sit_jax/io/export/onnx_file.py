@@ -41,7 +41,7 @@ def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> Non
     size = sum(parameter.nbytes for parameter in served.parameters())
     if size > _LARGEST_FILE:
         raise UserError(f"{path}: the weights' {size / 1e9:.1f} GB do not fit into one ONNX file; try --dtype float16")
-    shape = (2, model.vit.image_size, model.vit.image_size, model.vit.in_channels)
+    shape = (2, *model.vit.image_shape, model.vit.in_channels)
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     images = pixels if raw_input else served.model.normalize(pixels).float().contiguous()
     description = {**describe(model.vit, model.metadata), "input": "pixels" if raw_input else "images"}
@@ -103,7 +103,7 @@ def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool) -> Any:
 
         def forward(self, images: Any) -> Any:
             """Returns the float32 logits of images."""
-            x = module.normalize(images) if raw_input else images.to(module.pos_embed.dtype)
+            x = module.normalize(images) if raw_input else images.to(module.norm.weight.dtype)
             return module(x).float()
 
     return Served().eval()

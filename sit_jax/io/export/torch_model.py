@@ -5,9 +5,11 @@
     logits, outputs = model(images, return_outputs=True)
 
 Copy this file into your project, or use the copy in the model folder. The keys of its `state_dict` are those of the
-PyTorch original. For feature recalibration distillation, see `distillation_loss` and `parameter_groups`.
+PyTorch original. For feature recalibration distillation, see `torch_distillation.py` beside this file.
 """
 
+import copy
+import importlib
 import json
 import math
 import pathlib
@@ -22,7 +24,6 @@ from torch import Tensor, nn
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # Slimming and reverse modules use PyTorch's default epsilon, independent of the blocks' epsilon.
 _SLIMMING_NORM_EPS = 1e-5
-# Default normalization if config.json has none.
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
@@ -34,11 +35,17 @@ class Outputs(NamedTuple):
         tokens: Each block's patch tokens, (batch, tokens, dim), after the block's slimming module.
         assignments: Each slimming module's assignment, (batch, tokens, kept); columns sum to one.
         distillation_logits: Logits of the distillation head, (batch, classes), or None.
+        features: Pooled features that the head reads, (batch, width).
+        prefix_tokens: Class token, distillation token and registers after the last norm, (batch, prefix, dim).
+        patch_tokens: Patch tokens after the last norm, (batch, tokens, dim).
     """
 
     tokens: list[Tensor]
     assignments: list[Tensor]
     distillation_logits: Tensor | None
+    features: Tensor
+    prefix_tokens: Tensor
+    patch_tokens: Tensor
 
 
 class Stem(nn.Module):
@@ -47,15 +54,26 @@ class Stem(nn.Module):
     With a projection (LV-ViT), ReLU follows each convolution; without (the paper's models), GELU is between them.
     """
 
-    def __init__(self, channels: int, layers: Sequence[tuple[int, int, int]], dim: int, patch: int) -> None:
-        """Creates the convolutions, (features, kernel, stride) each, and a projection of `patch` pixels (0: none)."""
+    def __init__(self, shape: Mapping[str, Any]) -> None:
         super().__init__()
+        channels, dim, patch, kind = shape["in_channels"], shape["dim"], shape["patch_size"], shape["stem"]
+        eighth, width = dim // 8, shape.get("stem_width", 64)
+        after_first = [(dim // 4, 3, 2), (dim // 2, 3, 2), (dim, 3, 2)]
+        stems = {  # (features, kernel, stride) of each convolution, and the pixels of a projection (0: none).
+            "patch": ([], patch),
+            "conv4": ([(eighth, 3, 2), *after_first], 0),
+            "conv6": ([(eighth, 3, 2), (eighth, 3, 1), (eighth, 3, 1), *after_first], 0),
+            "conv7": ([(width, 7, 2), (width, 3, 1), (width, 3, 1)], patch // 2),
+        }
+        if kind not in stems:
+            raise ValueError(f"architecture.stem: {kind!r} is not known here")
+        layers, side = stems[kind]
         self.count = len(layers)
         for index, (features, kernel, stride) in enumerate(layers, start=1):
             setattr(self, f"conv{index}", nn.Conv2d(channels, features, kernel, stride, kernel // 2, bias=False))
             setattr(self, f"bn{index}", nn.BatchNorm2d(features))
             channels = features
-        self.proj = nn.Conv2d(channels, dim, patch, patch) if patch else None
+        self.proj = nn.Conv2d(channels, dim, side, side, bias=shape.get("patch_bias", True)) if side else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, channels, height, width) to (batch, dim, rows, columns)."""
@@ -68,60 +86,82 @@ class Stem(nn.Module):
         return x if self.proj is None else self.proj(x)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention."""
+# Cosine and sine, (batch or 1, tokens, head_dim).
+Rotation = tuple[Tensor, Tensor]
 
-    def __init__(self, dim: int, heads: int, bias: bool) -> None:
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with rotary positions if `forward` gets a rotation."""
+
+    def __init__(self, dim: int, heads: int, bias: bool, key_bias: bool) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias and key_bias)
+        if bias and not key_bias:
+            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Maps (batch, tokens, dim) to the same shape."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, x.shape[-1] // self.heads))
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.qkv(x)
+        if hasattr(self, "q_bias"):
+            x = x + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        query, key, value = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if rotation is not None:
+            query, key = _rotate(query, rotation), _rotate(key, rotation)
         return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
-class Mlp(nn.Module):
-    """Two linear layers with exact GELU between them."""
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    cosine, sine = (part[:, None].to(x.dtype) for part in rotation)
+    first, second = x.chunk(2, -1)
+    return x * cosine + torch.cat([-second, first], -1) * sine
 
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
+
+_ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them; `swiglu` gates the second half of the hidden units."""
+
+    def __init__(self, dim: int, hidden: int, out: int, activation: str = "gelu", swiglu: bool = False) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.activation, self.swiglu = _ACTIVATIONS[activation], swiglu
+        self.fc1 = nn.Linear(dim, 2 * hidden if swiglu else hidden)
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (..., dim) to (..., out)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+        x = self.fc1(x)
+        if self.swiglu:
+            gate, x = x.chunk(2, -1)
+            return self.fc2(F.silu(gate) * x)
+        return self.fc2(self.activation(x))
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drops residual branches per example in training, and rescales the others."""
+class AttentionPool(nn.Module):
+    """Attention of one learned query to all tokens, then an MLP with residual branch (SigLIP)."""
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, shape: Mapping[str, Any]) -> None:
         super().__init__()
-        self.rate = rate
+        dim, self.heads = shape["dim"], shape["num_heads"]
+        self.latent = nn.Parameter(0.02 * torch.randn(1, 1, dim))
+        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, shape["norm_eps"])
+        self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim, shape.get("activation", "gelu"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = 1 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep
-
-
-class LayerScale(nn.Module):
-    """A learned scale per channel (CaiT, DeiT-III)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), 1e-4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        return x * self.gamma
+    def forward(self, x: Tensor, mass: Tensor) -> Tensor:
+        """Maps (batch, tokens, dim) to (batch, dim); `mass` (batch, tokens) is the patches merged into each token."""
+        query = self.q(self.latent).unflatten(2, (self.heads, -1)).transpose(1, 2).expand(x.shape[0], -1, -1, -1)
+        key, value = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = mass.log()[:, None, None].to(x.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, weights)
+        x = self.proj(mixed.transpose(1, 2).flatten(2))[:, 0]
+        return x + self.mlp(self.norm(x))
 
 
 class Block(nn.Module):
@@ -132,17 +172,27 @@ class Block(nn.Module):
         dim = shape["dim"]
         self.residual_scale = shape["residual_scale"]
         self.norm1 = nn.LayerNorm(dim, shape["norm_eps"])
-        self.attn = Attention(dim, shape["num_heads"], shape["qkv_bias"])
+        self.attn = Attention(dim, shape["num_heads"], shape["qkv_bias"], shape.get("key_bias", True))
         self.norm2 = nn.LayerNorm(dim, shape["norm_eps"])
-        self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim)
-        learned = shape.get("layer_scale", False)
-        self.ls1, self.ls2 = (LayerScale(dim) if learned else nn.Identity() for _ in range(2))
-        self.drop_path = DropPath(drop_path)
+        swiglu = shape.get("mlp", "plain") == "swiglu"
+        self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim, shape.get("activation", "gelu"), swiglu)
+        # Layer scale: a learned scale per channel (CaiT, DeiT-III).
+        scale = {"gamma": nn.Parameter(torch.full((dim,), 1e-4))} if shape.get("layer_scale") else {}
+        self.ls1, self.ls2 = (nn.ParameterDict(copy.deepcopy(scale)) for _ in range(2))
+        self.drop_path = drop_path
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Maps (batch, tokens, dim) to the same shape."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x)))) / self.residual_scale
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x)))) / self.residual_scale
+        x = x + self._branch(self.attn(self.norm1(x), rotation), self.ls1)
+        return x + self._branch(self.mlp(self.norm2(x)), self.ls2)
+
+    def _branch(self, x: Tensor, scale: nn.ParameterDict) -> Tensor:
+        """Scales a residual branch; in training, drops it per example (stochastic depth) and rescales the others."""
+        x = (x * scale["gamma"] if scale else x) / self.residual_scale
+        if not self.training or self.drop_path == 0:
+            return x
+        keep = 1 - self.drop_path
+        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep
 
 
 class TokenSlimming(nn.Module):
@@ -160,37 +210,16 @@ class TokenSlimming(nn.Module):
         return assignment.transpose(1, 2) @ x, assignment
 
 
-class ReverseTokenSlimming(nn.Module):
-    """RTSM: recovers N tokens from K kept ones, with an MLP over tokens, then one over channels; training only."""
-
-    def __init__(self, dim: int, kept: int, patches: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, _SLIMMING_NORM_EPS)
-        self.mlp1 = Mlp(kept, 4 * patches, patches)
-        self.norm2 = nn.LayerNorm(dim, _SLIMMING_NORM_EPS)
-        self.mlp2 = Mlp(dim, 4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, K, dim) to (batch, N, dim)."""
-        x = self.mlp1(self.norm1(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.mlp2(self.norm2(x))
-
-
 class SiT(nn.Module):
     """A vision transformer, with or without slimming.
 
-    Attributes:
-        config: The contents of `config.json`: `architecture`, `kept_tokens`, `class_names`, `preprocessing`.
-        rtsm: The reverse modules, an identity for each block before the first slimmed one; None if they are not used.
+    `config` is the contents of `config.json`, `rtsm` the reverse modules, or None.
     """
 
     def __init__(self, config: Mapping[str, Any], reverse: bool = False, drop_path: float = 0.0) -> None:
-        """Builds the model with random weights.
+        """Builds the model of a `config.json` with random weights; with reverse modules for distillation if `reverse`.
 
-        Args:
-            config: Contents of `config.json`; `architecture` is required, and `kept_tokens` for a slimmed model.
-            reverse: Whether to create the reverse modules, for distillation.
-            drop_path: Stochastic depth rate of the last block in training; it grows linearly from 0 in the first block.
+        `drop_path` is the stochastic depth rate of the last block; it grows linearly from 0 in the first block.
         """
         super().__init__()
         self.config = dict(config)
@@ -198,19 +227,31 @@ class SiT(nn.Module):
         if shape.get("reducer", "slim") != "slim":
             raise ValueError(f"architecture.reducer: {shape['reducer']!r} is not known here")
         dim, depth, classes = shape["dim"], shape["depth"], shape["num_classes"]
-        patches = (shape["image_size"] // shape["patch_size"]) ** 2
+        size = shape["image_size"]
+        self.grid = [side // shape["patch_size"] for side in ([size, size] if isinstance(size, int) else size)]
+        patches = math.prod(self.grid)
+        self.pool, self.norm_after_pool = shape.get("pool", "token"), shape.get("norm_after_pool", False)
+        self.rotary = shape.get("positions", "learned") == "rope"
         blocks = shape.get("stage_blocks") or [depth]
         ends = [sum(blocks[: i + 1]) - 1 for i in range(len(blocks) - 1)]
         kept = dict(zip(ends, config.get("kept_tokens", [patches])[1:], strict=True))
         self.tsm_index = {block: index for index, block in enumerate(kept)}
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, dim))
-        self.patch_embed = _stem(shape)
+        has_class, registers = shape.get("class_token", True), shape.get("registers", 0)
+        self.cls_token, self.pos_embed, self.reg_token = (
+            nn.Parameter(0.02 * torch.randn(1, count, dim)) if count else None
+            for count in (int(has_class), 0 if self.rotary else has_class + patches, registers)
+        )
+        self.num_prefix_tokens = has_class + shape["distillation_token"] + registers
+        self.norm_pre = nn.LayerNorm(dim, shape["norm_eps"]) if shape.get("pre_norm") else nn.Identity()
+        self.patch_embed = Stem(shape)
         self.blocks = nn.ModuleList(Block(shape, drop_path * i / max(1, depth - 1)) for i in range(depth))
         if kept:
             self.tsm = nn.ModuleList(TokenSlimming(dim, count) for count in kept.values())
         self.norm = nn.LayerNorm(dim, shape["norm_eps"])
-        self.head = nn.Linear(dim, classes)
+        self.attn_pool = AttentionPool(shape) if self.pool == "map" else None
+        width, projection = dim * (2 if self.pool == "token_avg" else 1), shape.get("projection", 0)
+        self.projection = nn.Linear(width, projection, bias=False) if projection else nn.Identity()
+        self.head = nn.Linear(projection or width, classes) if classes else None
         # Trained only by token labelling, but part of all checkpoints.
         self.aux_head = nn.Linear(dim, classes) if shape["aux_head"] else None
         self.head_dist = None
@@ -218,37 +259,37 @@ class SiT(nn.Module):
             self.dist_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
             self.dist_pos_embed = nn.Parameter(0.02 * torch.randn(1, 1, dim))
             self.head_dist = nn.Linear(dim, classes)
-        self.rtsm = nn.ModuleList(_reverse_modules(dim, depth, patches, kept)) if reverse and kept else None
+        self.rtsm = _distillation().reverse_modules(dim, depth, patches, kept) if reverse and kept else None
 
     def forward(self, images: Tensor, return_outputs: bool = False) -> Any:
-        """Runs the model.
+        """Returns the logits (batch, classes) of normalized images (batch, channels, height, width).
 
-        Args:
-            images: Normalized images, (batch, channels, height, width).
-            return_outputs: Whether to also return `Outputs`, for distillation and visualization of the tokens.
-
-        Returns:
-            Logits (batch, classes), or logits and `Outputs`. With a distillation token the logits are the class head's
-            in training and the mean of both heads' in evaluation.
+        With `return_outputs`, also returns `Outputs`, for distillation and features. With a distillation token, the
+        logits are the class head's in training, and the mean of both heads' in evaluation.
         """
-        prefix = 1 if self.head_dist is None else 2
-        x = self._embed(images)
+        prefix, x = self.num_prefix_tokens, self._embed(images)
+        mass, coordinates = x.new_ones(x.shape[0], x.shape[1] - prefix), self._coordinates(x)
         tokens, assignments = [], []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, self._rotation(coordinates) if self.rotary else None)
             if index in self.tsm_index:
                 slimmed, assignment = self.tsm[self.tsm_index[index]](x[:, prefix:])
                 x = torch.cat([x[:, :prefix], slimmed], 1)
                 assignments.append(assignment)
+                mass = (assignment * mass[:, :, None]).sum(1)
+                coordinates = (assignment / assignment.sum(1, keepdim=True)).transpose(1, 2) @ coordinates
             tokens.append(x[:, prefix:])
-        x = self.norm(x[:, :prefix])
-        logits, distillation_logits = self.head(x[:, 0]), None
+        x = x if self.norm_after_pool else self.norm(x)
+        features = self._pool(x[:, :prefix], x[:, prefix:], mass)
+        features = self.projection(self.norm(features) if self.norm_after_pool else features)
+        logits = features.new_zeros(len(x), 0) if self.head is None else self.head(features)
+        distillation_logits = None
         if self.head_dist is not None:
             distillation_logits = self.head_dist(x[:, 1])
             logits = logits if self.training else (logits + distillation_logits) / 2
         if not return_outputs:
             return logits
-        return logits, Outputs(tokens, assignments, distillation_logits)
+        return logits, Outputs(tokens, assignments, distillation_logits, features, x[:, :prefix], x[:, prefix:])
 
     def recover(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Recovers each block's patch tokens to the whole grid, (batch, patches, dim), with the reverse modules."""
@@ -262,26 +303,59 @@ class SiT(nn.Module):
         mean, std = (torch.tensor(values[name], device=pixels.device) for name in ("mean", "std"))
         if pixels.shape[-1] == 1:
             mean, std = mean.mean(), std.mean()
-        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(self.pos_embed.dtype)
+        return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).to(self.norm.weight.dtype)
 
     def _embed(self, images: Tensor) -> Tensor:
-        patches = self.patch_embed(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        prefix = self.cls_token + self.pos_embed[:, :1]
+        patches = self.patch_embed(images).flatten(2).transpose(1, 2)
+        prefix: list[Tensor] = [] if self.cls_token is None else [self.cls_token]
+        if self.pos_embed is not None:
+            prefix = [token + self.pos_embed[:, :1] for token in prefix]
+            patches = patches + self.pos_embed[:, len(prefix) :]
         if self.head_dist is not None:
-            prefix = torch.cat([prefix, self.dist_token + self.dist_pos_embed], 1)
-        return torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
+            prefix.append(self.dist_token + self.dist_pos_embed)
+        if self.reg_token is not None:
+            prefix.append(self.reg_token)
+        return self.norm_pre(torch.cat([*(x.expand(images.shape[0], -1, -1) for x in prefix), patches], 1))
+
+    def _pool(self, prefix: Tensor, patches: Tensor, mass: Tensor) -> Tensor:
+        """Pools the tokens to one feature vector per image; a token counts as the patches merged into it."""
+        if self.pool == "token":
+            return prefix[:, 0]
+        if self.attn_pool is not None:
+            return self.attn_pool(torch.cat([prefix, patches], 1), F.pad(mass, (prefix.shape[1], 0), value=1.0))
+        mean = ((mass / mass.sum(1, keepdim=True))[:, None] @ patches)[:, 0]
+        return mean if self.pool == "avg" else torch.cat([prefix[:, 0], mean], -1)
+
+    def _coordinates(self, x: Tensor) -> Tensor:
+        """Returns row and column of each patch, from -1 to 1 over the image, (1, patches, 2)."""
+        sides = [2 * (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5) / n - 1 for n in self.grid]
+        return torch.stack(torch.meshgrid(*sides, indexing="ij"), -1).reshape(1, -1, 2)
+
+    def _rotation(self, coordinates: Tensor) -> Rotation:
+        """Returns the rotation of DINOv3's rotary positions; prefix tokens are not rotated."""
+        shape = self.config["architecture"]
+        size = shape["dim"] // shape["num_heads"]
+        exponents = torch.arange(0, 1, 4 / size, device=coordinates.device, dtype=coordinates.dtype)
+        angles = 2 * math.pi * coordinates[..., None] * shape["rope_theta"] ** -exponents
+        angles = F.pad(angles.flatten(2).tile(2), (0, 0, self.num_prefix_tokens, 0))
+        return angles.cos(), angles.sin()
 
 
-_TOKENS = ("cls_token", "pos_embed", "dist_token", "dist_pos_embed")
+def _distillation() -> Any:
+    return importlib.import_module(f"{__package__}.torch_distillation" if __package__ else "torch_distillation")
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("distillation_loss", "parameter_groups"):  # Their former place.
+        return getattr(_distillation(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(folder: str | pathlib.Path, drop_path: float = 0.0) -> SiT:
     """Loads the model of a folder, in evaluation mode; with reverse modules if the folder contains them.
 
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: The weights file is damaged.
-        RuntimeError: A tensor is missing, unexpected or has another shape (raised by `load_state_dict`).
+    Raises FileNotFoundError for a missing file, ValueError for damaged weights, and RuntimeError for those of another
+    model.
     """
     folder = pathlib.Path(folder)
     config = json.loads((folder / CONFIG).read_text())
@@ -325,76 +399,3 @@ def fold_batch_norm(model: SiT) -> SiT:
         setattr(stem, f"conv{index}", nn.utils.fusion.fuse_conv_bn_eval(conv, norm))
         setattr(stem, f"bn{index}", nn.Identity())
     return model
-
-
-def distillation_loss(
-    student: SiT,
-    teacher: SiT,
-    images: Tensor,
-    labels: Tensor,
-    token: float = 2.0,
-    logits: float = 2.0,
-    temperature: float = 1.0,
-) -> dict[str, Tensor]:
-    """Returns the terms of feature recalibration distillation: soft-target cross entropy, token and logits losses.
-
-    Args:
-        student: The slimmed model with its reverse modules, in training mode.
-        teacher: The un-slimmed model of the same depth and width, in evaluation mode.
-        images: Normalized images, (batch, channels, height, width).
-        labels: Distributions over classes, (batch, classes).
-        token: Weight of the mean squared error of the tokens, at all blocks.
-        logits: Weight of the divergence of the logits.
-        temperature: Temperature of that divergence.
-
-    Returns:
-        The unweighted terms `classification`, `token` and `logits`, and `loss`, the weighted sum to minimize.
-    """
-    with torch.no_grad():
-        teacher_logits, teacher_outputs = teacher(images, return_outputs=True)
-    mine, outputs = student(images, return_outputs=True)
-    pairs = zip(student.recover(outputs.tokens), teacher_outputs.tokens, strict=True)
-    log_mine, log_theirs = (F.log_softmax(x / temperature, -1) for x in (mine, teacher_logits))
-    terms = {
-        "classification": -(labels * F.log_softmax(mine, -1)).sum(-1).mean(),
-        "token": torch.stack([F.mse_loss(recovered, target) for recovered, target in pairs]).mean(),
-        "logits": temperature**2 * F.kl_div(log_mine, log_theirs, reduction="batchmean", log_target=True),
-    }
-    return {**terms, "loss": terms["classification"] + token * terms["token"] + logits * terms["logits"]}
-
-
-def parameter_groups(model: SiT, lr: float, weight_decay: float = 0.05, rtsm_lr_scale: float = 5.0) -> list[Any]:
-    """Returns groups for `torch.optim.AdamW`: RTSMs have their own rate; norms, biases, tokens, scales do not decay."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not name.startswith("aux_head"):
-            decays = parameter.ndim > 1 and name not in _TOKENS and not name.endswith(".scale")
-            groups.setdefault((name.startswith("rtsm."), decays), []).append(parameter)
-    return [
-        {"params": members, "lr": lr * (rtsm_lr_scale if reverse else 1), "weight_decay": weight_decay * decays}
-        for (reverse, decays), members in groups.items()
-    ]
-
-
-def _stem(shape: Mapping[str, Any]) -> Stem:
-    channels, dim, patch, kind = shape["in_channels"], shape["dim"], shape["patch_size"], shape["stem"]
-    eighth, width = dim // 8, shape.get("stem_width", 64)
-    after_first = [(dim // 4, 3, 2), (dim // 2, 3, 2), (dim, 3, 2)]
-    stems = {
-        "patch": ([], patch),
-        "conv4": ([(eighth, 3, 2), *after_first], 0),
-        "conv6": ([(eighth, 3, 2), (eighth, 3, 1), (eighth, 3, 1), *after_first], 0),
-        "conv7": ([(width, 7, 2), (width, 3, 1), (width, 3, 1)], patch // 2),
-    }
-    if kind not in stems:
-        raise ValueError(f"architecture.stem: {kind!r} is not known here")
-    return Stem(channels, stems[kind][0], dim, stems[kind][1])
-
-
-def _reverse_modules(dim: int, depth: int, patches: int, kept: Mapping[int, int]) -> list[nn.Module]:
-    modules: list[nn.Module] = []
-    count = patches
-    for block in range(depth):
-        count = kept.get(block, count)
-        modules.append(ReverseTokenSlimming(dim, count, patches) if block >= min(kept) else nn.Identity())
-    return modules

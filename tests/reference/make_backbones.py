@@ -1,0 +1,176 @@
+"""Writes `tests/golden/backbones/`: small models of other libraries with random weights, an input, and their outputs.
+
+The tests read these files; they need none of the libraries. To make them anew, in an environment of its own:
+
+    python -m venv reference
+    reference/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors numpy ftfy regex tqdm
+    reference/bin/pip install --no-deps timm==1.0.31 torchvision==0.28.0 open-clip-torch==3.3.0
+    reference/bin/python tests/reference/make_backbones.py tests/golden/backbones [NAME ...]
+
+A folder per model has `model.safetensors`, `config.json` where the library writes one, and `expected.npz`: the
+`pixels` (batch, channels, height, width; normalized) and what the library computes from them: `tokens` (after the last
+norm, prefix tokens first), `pooled`, and `logits` or `embedding` where it has them.
+"""
+
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+# A torchvision without its compiled operators, whose names timm's import needs.
+OPERATORS = torch.library.Library("torchvision", "DEF")
+OPERATORS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+OPERATORS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import timm  # noqa: E402
+import transformers as hf  # noqa: E402
+
+SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
+SMALL: dict[str, Any] = {**SIZES, "intermediate_size": 32, "patch_size": 8}
+Outputs = dict[str, torch.Tensor]
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Draws every weight anew: libraries initialize biases, scales and tokens to zeros or ones, which hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    for name, value in sorted(model.named_parameters()):
+        noise = torch.randn(value.shape, generator=generator)
+        around = 1.0 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "lambda1", "gamma")) else 0.0
+        value.data = around + 0.2 * noise
+    return model.eval()
+
+
+def hugging_face(model: Any) -> tuple[Any, Callable[[Any, torch.Tensor], Outputs]]:
+    def run(model: Any, pixels: torch.Tensor) -> Outputs:
+        out = model(pixel_values=pixels, output_hidden_states=True)
+        names = {
+            "last_hidden_state": "tokens",
+            "pooler_output": "pooled",
+            "logits": "logits",
+            "image_embeds": "embedding",
+        }
+        found = {ours: out[theirs] for theirs, ours in names.items() if theirs in out and out[theirs] is not None}
+        return {"last_hidden": out.hidden_states[-1], **found}
+
+    return model, run
+
+
+def timm_model(name: str, **changes: Any) -> tuple[Any, Callable[[Any, torch.Tensor], Outputs]]:
+    sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8, "num_classes": 5}
+    model = timm.create_model(name, **{**sizes, **changes})
+    model.sit_name, model.sit_args = name, {**sizes, **changes}
+
+    def run(model: Any, pixels: torch.Tensor) -> Outputs:
+        tokens = model.forward_features(pixels)
+        return {"tokens": tokens, "pooled": model.forward_head(tokens, pre_logits=True), "logits": model(pixels)}
+
+    return model, run
+
+
+def mae() -> tuple[Any, Callable[[Any, torch.Tensor], Outputs]]:
+    """The encoder sees all patches, in order: no mask, and noise that sorts them as they are."""
+    config = hf.ViTMAEConfig(
+        **SMALL,
+        mask_ratio=0.0,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+    )
+
+    def run(model: Any, pixels: torch.Tensor) -> Outputs:
+        noise = torch.arange(16.0).expand(len(pixels), -1)
+        return {"tokens": model.vit(pixels, noise=noise).last_hidden_state}
+
+    return hf.ViTMAEForPreTraining(config), run
+
+
+def open_clip() -> tuple[Any, Callable[[Any, torch.Tensor], Outputs]]:
+    from open_clip.transformer import VisionTransformer
+
+    model = VisionTransformer(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_ratio=2.0, output_dim=12)
+    return model, lambda model, pixels: {"embedding": model(pixels)}
+
+
+def clip_text() -> dict[str, Any]:
+    return {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 9,
+    }
+
+
+MODELS: dict[str, Callable[[], tuple[Any, Callable[[Any, torch.Tensor], Outputs]]]] = {
+    "hf_vit": lambda: hugging_face(hf.ViTForImageClassification(hf.ViTConfig(**SMALL, num_labels=5))),
+    "hf_vit_model": lambda: hugging_face(hf.ViTModel(hf.ViTConfig(**SMALL), add_pooling_layer=False)),
+    "hf_deit": lambda: hugging_face(hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**SMALL, num_labels=5))),
+    "hf_vit_mae": mae,
+    "hf_vit_msn": lambda: hugging_face(hf.ViTMSNModel(hf.ViTMSNConfig(**SMALL))),
+    "hf_dinov2": lambda: hugging_face(hf.Dinov2Model(hf.Dinov2Config(**SIZES, patch_size=8, mlp_ratio=2))),
+    "hf_dinov2_classifier": lambda: hugging_face(
+        hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES, patch_size=8, mlp_ratio=2, num_labels=5))
+    ),
+    "hf_dinov2_swiglu": lambda: hugging_face(
+        hf.Dinov2Model(hf.Dinov2Config(**SIZES, patch_size=8, mlp_ratio=2, use_swiglu_ffn=True))
+    ),
+    "hf_dinov2_registers": lambda: hugging_face(
+        hf.Dinov2WithRegistersModel(
+            hf.Dinov2WithRegistersConfig(**SIZES, patch_size=8, mlp_ratio=2, num_register_tokens=3)
+        )
+    ),
+    "hf_clip": lambda: hugging_face(
+        hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**SMALL, projection_dim=12, hidden_act="quick_gelu"))
+    ),
+    "hf_siglip": lambda: hugging_face(hf.SiglipVisionModel(hf.SiglipVisionConfig(**SMALL))),
+    "hf_dinov3": lambda: hugging_face(
+        hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SMALL, num_register_tokens=4, layerscale_value=1.0))
+    ),
+    "hf_dinov3_swiglu": lambda: hugging_face(
+        hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**SMALL, num_register_tokens=4, use_gated_mlp=True, hidden_act="silu"))
+    ),
+    "timm_registers": lambda: timm_model("vit_small_patch14_reg4_dinov2", mlp_ratio=2),
+    "timm_gap": lambda: timm_model("vit_base_patch16_224", mlp_ratio=2, global_pool="avg", class_token=False),
+    "timm_gap_registers": lambda: timm_model("vit_little_patch16_reg4_gap_256", mlp_ratio=2, init_values=1e-5),
+    "timm_clip": lambda: timm_model("vit_base_patch16_clip_quickgelu_224", mlp_ratio=2, num_classes=12),
+    "timm_siglip": lambda: timm_model("vit_base_patch16_siglip_224", mlp_ratio=2, num_classes=0),
+    "timm_swiglu": lambda: timm_model("vit_giant_patch14_dinov2", mlp_ratio=4, num_classes=0),
+    "timm_dinov3": lambda: timm_model("vit_small_patch16_dinov3", mlp_ratio=2, num_classes=0),
+    "open_clip": open_clip,
+}
+
+
+def write(name: str, folder: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    model, run = MODELS[name]()
+    randomize(model)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = run(model, pixels)
+    place = folder / name
+    place.mkdir(parents=True, exist_ok=True)
+    if name.startswith("hf_"):
+        model.save_pretrained(place)
+    else:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, place / "model.safetensors")
+    if name.startswith("timm_"):
+        config = {"architecture": model.sit_name, "num_classes": model.num_classes, "model_args": model.sit_args}
+        config |= {"num_features": model.num_features, "global_pool": model.global_pool}
+        pretrained = {
+            key: model.pretrained_cfg[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        }
+        (place / "config.json").write_text(json.dumps({**config, "pretrained_cfg": pretrained}, indent=2) + "\n")
+    arrays = {key: value.numpy() for key, value in {"pixels": pixels, **expected}.items()}
+    np.savez_compressed(place / "expected.npz", allow_pickle=False, **arrays)
+    print(name, {key: value.shape for key, value in arrays.items()}, len(model.state_dict()))
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[2:] or MODELS:
+        write(wanted, pathlib.Path(sys.argv[1]))
