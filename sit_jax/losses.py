@@ -1,4 +1,4 @@
-"""The terms of feature recalibration distillation (section 3.3 of the paper), as pure float32 functions.
+"""The terms of feature recalibration distillation (section 3.3 of the paper) and others, as pure float32 functions.
 
 Every term is a mean over the batch, so that a batch split over devices or into micro-batches gives the same value.
 """
@@ -32,10 +32,18 @@ def token_distillation(
 
 
 def mean_squared_error(
-    recovered: Float[Array, "batch patches dim"], target: Float[Array, "batch patches dim"]
+    student: Float[Array, "batch *patches dim"], teacher: Float[Array, "batch *patches dim"]
 ) -> Float[Array, ""]:
-    """Mean squared error of one block's recovered tokens."""
-    return jnp.square(recovered.astype(jnp.float32) - target.astype(jnp.float32)).mean()
+    """Mean squared error of one block's recovered tokens, or of pooled features."""
+    return jnp.square(student.astype(jnp.float32) - teacher.astype(jnp.float32)).mean()
+
+
+def cosine_error(student: Float[Array, "batch dim"], teacher: Float[Array, "batch dim"]) -> Float[Array, ""]:
+    """One minus the cosine similarity of pooled features, averaged over the batch."""
+    mine, theirs = (x.astype(jnp.float32) for x in (student, teacher))
+    # The smallest square keeps the gradient of a vector of zeros finite.
+    scales = [jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(axis=-1), 1e-24)) for x in (mine, theirs)]
+    return 1.0 - ((mine * theirs).sum(axis=-1) * scales[0] * scales[1]).mean()
 
 
 def logits_distillation(

@@ -16,6 +16,7 @@ import torch
 import sit_jax
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.export import source_layout, torch_model
+from sit_jax.io.export.export import Format, export_model
 from sit_jax.io.load import read_weights
 from sit_jax.io.model_folder import WEIGHTS
 from sit_jax.models import build_model
@@ -91,6 +92,17 @@ def test_a_slimmed_backbone_goes_back_and_opens(name: str, tmp_path: pathlib.Pat
     with pytest.raises(UserError, match="image_size"):
         source_layout.save(tmp_path / "other", other, BACKBONES / name)
     assert not (tmp_path / "other").exists()
+
+
+def test_a_backbone_without_a_head_predicts_no_classes(tmp_path: pathlib.Path) -> None:
+    model = sit_jax.load(BACKBONES / "hf_dinov2")
+    with pytest.raises(UserError, match="without a head"):
+        model.logits(np.zeros((1, 32, 32, 3), np.uint8))
+    kinds: tuple[Format, ...] = ("onnx", "stablehlo")
+    for kind in kinds:
+        with pytest.raises(UserError, match="has no head"):
+            export_model(BACKBONES / "hf_dinov2", tmp_path / f"x.{kind}", kind)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slimmed_backbone_in_torch(tmp_path: pathlib.Path) -> None:

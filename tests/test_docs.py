@@ -19,6 +19,7 @@ from sit_jax.models.architecture import Architecture
 
 PAGES = [pathlib.Path("README.md"), *sorted(pathlib.Path("docs").rglob("*.md"))]
 PYPROJECT = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
+BACKBONE = "tests/golden/backbones/hf_dinov2"
 # What starts a command that only a cluster or a cloud can run; test_launch.py runs launch/'s scripts dry.
 ELSEWHERE = ("gcloud", "sbatch", "bash", "launch/")
 
@@ -48,7 +49,9 @@ def test_commands(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
             case ["sit", *rest]:
                 arguments, overrides = cli.make_parser().parse_known_args(rest)
                 if "config" in arguments:
-                    load_config(str(pages.get(arguments.config, arguments.config)), overrides)
+                    # The backbones that the pages name are not here.
+                    config = re.sub(r"^(.*\bfeatures(\.py)?):.*", rf"\1:{BACKBONE}", arguments.config)
+                    load_config(str(pages.get(config, config)), overrides)
                 else:
                     assert overrides == [], words
             case ["make", *targets]:

@@ -157,7 +157,9 @@ def test_a_file_whose_shape_no_named_model_has(tmp_path: pathlib.Path) -> None:
             check_origins(config, tmp_path / "run")
     config = starting(arch, str(tmp_path / "x.safetensors"))
     check_origins(config, tmp_path / "run")
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "x", "model_args": {"num_heads": 4}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "vit_x_patch8_32", "model_args": {"num_heads": 4}})
+    )
     with refused("x.safetensors", "num_heads", 4):
         check_origins(config, tmp_path / "run")
 

@@ -55,6 +55,8 @@ TAKEN = {
     "optim.ema_decay": 0.9,
     "loss.logits": 1.0,
     "loss.token": 1.0,
+    "loss.classification": 0.5,
+    "loss.feature": 1.0,
     "augment.flip": 0.5,
     "mix.mixup": 0.2,
     "data.on_decode_error": "skip",

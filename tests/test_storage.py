@@ -59,16 +59,17 @@ def test_full_disk_leaves_the_earlier_checkpoints(digits_dir: str, tmp_path: pat
     assert done.returncode == 0, done.stderr
 
 
-def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", ["top1", "cosine"])
+def test_best_is_never_replaced_by_a_worse_one_after_a_resume(tmp_path: pathlib.Path, name: str) -> None:
     def state(step: int) -> Any:
         params = {"model": {"w": jnp.full(3, float(step))}}
         return TrainState(step=jnp.asarray(step), params=params, batch_stats={}, opt_state={"m": jnp.ones(3)}, ema=None)
 
-    for step, top1 in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8), (5, 0.1), (6, None), (7, 0.2)):
+    for step, value in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.8), (5, 0.1), (6, None), (7, 0.2)):
         with Checkpoints(tmp_path, keep=1) as checkpoints:  # Each step by a process of its own, as it were.
-            better = checkpoints.is_best({} if top1 is None else {"top1": top1})
+            better = checkpoints.is_best({} if value is None else {name: value})
             assert better == (step in (1, 2))
-            checkpoints.save(state(step), {} if top1 is None else {"top1": top1})
+            checkpoints.save(state(step), {} if value is None else {name: value})
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert (checkpoints.best_step, checkpoints.latest_step) == (2, 7)
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [2, 7]

@@ -34,8 +34,7 @@ def make_plan(config: Config, topology: Topology, examples: int | None) -> Plan:
         if not teacher.run:
             _log("the teacher's own training is not included: plan it with its own config")
     classes = _CLASSES.get(config.data.name)
-    models = [config.model, *(teacher.model for teacher in config.teachers.values())]
-    if examples is None or (classes is None and not all(m.architecture.num_classes for m in models)):
+    if examples is None or (classes is None and config.needs_classes):
         try:
             source = open_source(config.data, config.data.train_split)
             examples, classes = examples or len(source), len(source.class_names)

@@ -1,7 +1,7 @@
 """Summarizes a finished run: summary.json, a table, curves.png and slimming.png."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -19,7 +19,7 @@ from sit_jax.io.load import load_run
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed
-from sit_jax.training.evaluate import evaluate_model
+from sit_jax.training.evaluate import evaluate_features, evaluate_model
 from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.token_maps import model_token_maps
@@ -40,7 +40,8 @@ def summarize(folder: pathlib.Path) -> JsonObject:
     Returns the contents of `summary.json`: `student` and, if there is one, `teacher`, each with `top1` (fraction of 1),
     `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
     `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is None
-    if its denominator is 0 or a value is missing.
+    if its denominator is 0 or a value is missing. Without labels, there is no accuracy; the student has the entries of
+    `feature_metrics` instead.
     """
     student = load_run(folder)
     teacher = trained_teacher(student, folder)
@@ -54,14 +55,19 @@ def summarize(folder: pathlib.Path) -> JsonObject:
     times = time_interleaved(timed, rounds=15)
     summary: JsonObject = {}
     for name, model in models.items():
-        summary[name] = {"top1": evaluate_model(model, match_names=False)["top1"]}
+        summary[name] = {}
+        if config.loss.uses_labels:
+            summary[name]["top1"] = evaluate_model(model, match_names=False)["top1"]
+        elif name == "student":
+            summary[name] |= evaluate_features(model, teacher, config.data)
         if isinstance(model.arch, Architecture):
             cost = count_cost(model.arch)
             summary[name] |= {"params": cost.params, "gmac": cost.gmac}
         summary[name]["images_per_s"] = batch / times[name].seconds
     if "teacher" in summary:
         mine, theirs = summary["student"], summary["teacher"]
-        summary["kept_accuracy"] = _ratio(mine["top1"], theirs["top1"])
+        if config.loss.uses_labels:
+            summary["kept_accuracy"] = _ratio(mine["top1"], theirs["top1"])
         summary["gmac_ratio"] = _ratio(theirs.get("gmac"), mine.get("gmac"))
         summary["speedup"] = _ratio(mine["images_per_s"], theirs["images_per_s"])
     summary["images_per_s_measured"] = f"batch of {batch}, {dtype}, {jax.devices()[0].device_kind}"
@@ -71,7 +77,7 @@ def summarize(folder: pathlib.Path) -> JsonObject:
         runs.write_json(folder / runs.SUMMARY, summary)
         folders = {name: pathlib.Path(model.source) for name, model in models.items()}
         draw_curves(folder, {name: path for name, path in folders.items() if runs.is_run(path)})
-        _draw_examples(folder, student, pixels, source.class_names)
+        _draw_examples(folder, student, pixels, source.class_names if config.loss.uses_labels else ())
     return summary
 
 
@@ -97,7 +103,7 @@ def print_summary(summary: JsonObject) -> None:
         rows.append(
             (
                 name,
-                f"{entry['top1']:.2%}",
+                cell(entry.get("top1"), "{:.2%}"),
                 cell(compared.get("kept_accuracy"), "{:.2%}"),
                 cell(entry.get("params"), "{:,}"),
                 f"{entry['gmac'] * 1e3:,.2f}" if "gmac" in entry else "",
@@ -107,6 +113,14 @@ def print_summary(summary: JsonObject) -> None:
         )
     headings = ("", "top-1", "kept accuracy", "parameters", "MMAC", "images/s", "ratio")
     print_table(headings, rows, left=("",), title=f"Images/s: {summary['images_per_s_measured']}")
+    if "cosine" in summary["student"]:
+        print(feature_line(summary["student"]))
+
+
+def feature_line(metrics: Mapping[str, float]) -> str:
+    """Returns a line that says how similar the features of a student are to its teacher's; see `feature_metrics`."""
+    shared = [f", agreement@{k} {metrics[f'agreement{k}']:.2%}" for k in (1, 5) if f"agreement{k}" in metrics]
+    return f"features: cosine {metrics['cosine']:.4f}{''.join(shared)} over {metrics['examples']:.0f} examples"
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
@@ -123,10 +137,12 @@ def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
         lines = read_metrics(place)
         losses, accuracies = axes[:, column]
         train = [line for line in lines if line["kind"] == "train"]
-        _plot(losses, train, ("loss", "classification", "token", "logits", "hard"), log=True)
+        _plot(losses, train, ("loss", "classification", "token", "feature", "logits", "hard"), log=True)
         losses.set(title=f"{name}: training loss (terms unweighted)", xlabel="step")
-        _plot(accuracies, evaluations(lines), ("top1", "ema_top1"), log=False)
-        accuracies.set(title=f"{name}: accuracy on the evaluation split", xlabel="step", ylabel="%")
+        _plot(accuracies, evaluations(lines), ("top1", "ema_top1", "cosine", "agreement1", "agreement5"), log=False)
+        accuracies.set(
+            title=f"{name}: accuracy or similarity to the teacher on the evaluation split", xlabel="step", ylabel="%"
+        )
         accuracies.grid(alpha=0.3)
     figure.savefig(folder / CURVES, dpi=110)
 
@@ -153,5 +169,7 @@ def _draw_examples(folder: pathlib.Path, model: Model, pixels: np.ndarray, class
     from sit_jax.visual.figure import draw_slimming  # Matplotlib is slow to import.
 
     maps = model_token_maps(model, pixels[:_IMAGES_SHOWN])
-    titles = [f"predicted: {class_names[index]}" for index in maps.logits.argmax(axis=1)]
+    titles = [""] * len(maps.logits)
+    if class_names:
+        titles = [f"predicted: {class_names[index]}" for index in maps.logits.argmax(axis=1)]
     draw_slimming(folder / SLIMMING, pixels[:_IMAGES_SHOWN], maps, titles)

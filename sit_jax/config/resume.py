@@ -48,10 +48,14 @@ class Change(NamedTuple):
 
 def changes(before: Config, now: Config) -> list[Change]:
     """Returns the keys in which two configurations of a run differ, sorted."""
-    # With the first token loss, the run gets reverse modules that have no optimizer state; and the reverse.
-    token: Effect = "later" if (before.recovered is None) == (now.recovered is None) else "other"
+    special: dict[str, Effect] = {
+        # With the first token loss, the run gets reverse modules that have no optimizer state; and the reverse.
+        "loss.token": "later" if (before.recovered is None) == (now.recovered is None) else "other",
+        # Runs with and without labels have other classes and other evaluations.
+        "loss.classification": "later" if before.loss.uses_labels == now.loss.uses_labels else "other",
+    }
     return [
-        Change(key, *values, token if key == "loss.token" else _effect(key))
+        Change(key, *values, special.get(key) or _effect(key))
         for key, values in _differences(to_dict(before), to_dict(now))
     ]
 

@@ -62,8 +62,7 @@ class OptimConfig:
 
     Attributes:
         lr: Peak learning rate of the model.
-        lr_batch_size: Batch size that `lr` is meant for: the rate is scaled in proportion to the run's batch size; 0
-            for no scaling.
+        lr_batch_size: Batch size that `lr` is meant for; the rate is scaled in proportion. 0 for no scaling.
         min_lr: Final learning rate of the cosine, for every parameter group.
         rtsm_lr_scale: Peak learning rate of the reverse modules, relative to that of the model.
         warmup_epochs: Epochs of linear warm-up from 0, before the cosine.
@@ -74,13 +73,10 @@ class OptimConfig:
         b2: Decay of the second moment.
         eps: Added to the square root of the second moment.
         clip_norm: Largest global norm of the gradients, which are scaled down to it; 0 for no clipping.
-        grad_dtype: Type in which devices exchange the gradients of kernels. `bfloat16` halves the communication and
-            needs `model.dtype` bfloat16; micro-batches are still summed in float32.
+        grad_dtype: Type in which devices exchange kernels' gradients; `bfloat16` needs `model.dtype` bfloat16.
         accumulate_steps: Gradient-accumulation steps: micro-batches per batch, whose gradients are averaged.
-        ema_decay: Decay of the exponential moving average of the weights, which is also stored and evaluated; 0 for
-            none.
-        decay_like_original: Whether to decay what the original decays: also the TSM scale and the norms and biases of
-            the RTSMs.
+        ema_decay: Decay of the moving average of the weights, which is stored and evaluated; 0 for none.
+        decay_like_original: Whether to also decay the TSM scale, and the norms and biases of the RTSMs.
     """
 
     lr: Positive = 4e-4
@@ -106,17 +102,23 @@ class LossConfig:
     """Weights of the loss terms; a term with weight 0 is not computed.
 
     Attributes:
+        classification: Weight of the cross entropy with the labels. With 0, labels are not used at all: the data may
+            have none, a model with `num_classes` 0 has no head, and evaluation compares features with the teacher's.
         token: Weight of token distillation (needs a teacher).
-        logits: Weight of logits distillation (needs a teacher).
+        feature: Weight of the error of the pooled features, CLIP's and SigLIP's embeddings (needs a teacher).
+        feature_error: The error of the pooled features: mean squared error, or one minus the cosine similarity.
+        logits: Weight of logits distillation (needs a teacher and a head).
         hard: Weight of the CNN teacher's hard labels (needs `cnn_teacher` and a distillation token).
-        token_label: Weight of token labelling, LV-ViT's dense labels per patch (needs `data.label_maps` and
-            `model.aux_head`).
+        token_label: Weight of LV-ViT's token labelling (needs `data.label_maps` and `model.aux_head`).
         temperature: Temperature of logits distillation.
         label_smoothing: Fraction of each label that is spread over all classes.
         extra: Weights of custom loss terms, by name; see `sit_jax.train`.
     """
 
+    classification: NonNegative = 1.0
     token: NonNegative = 0.0
+    feature: NonNegative = 0.0
+    feature_error: Literal["mse", "cosine"] = "mse"
     logits: NonNegative = 0.0
     hard: NonNegative = 0.0
     token_label: NonNegative = 0.0
@@ -127,7 +129,12 @@ class LossConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether any term uses the un-slimmed teacher."""
-        return self.token > 0 or self.logits > 0
+        return self.token > 0 or self.feature > 0 or self.logits > 0
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the labels of the data are used."""
+        return self.classification > 0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -256,7 +263,10 @@ class Config:
         arch = self.model.architecture
         _check_training(self)
         if self.loss.needs_teacher:
-            require(self.teacher is not None, "teacher", "must be set if loss.token or loss.logits is above 0")
+            problem = "must be set if loss.token, loss.feature or loss.logits is above 0"
+            require(self.teacher is not None, "teacher", problem)
+        if not self.loss.uses_labels:
+            self._check_without_labels()
         if self.loss.hard > 0:
             has_token = isinstance(arch, Architecture) and arch.distillation_token
             require(self.cnn_teacher is not None, "cnn_teacher", "must be set if loss.hard is above 0")
@@ -271,9 +281,28 @@ class Config:
         if self.teacher is not None:
             self._check_teacher(arch, self.teacher.model.architecture)
 
+    def _check_without_labels(self) -> None:
+        loss = self.loss
+        has_terms = bool(loss.needs_teacher or loss.hard or loss.token_label or loss.extra)
+        require(has_terms, "loss.classification", "is 0, and so is every other weight")
+        problem = "must be set if loss.classification is 0: evaluation compares features with the teacher's"
+        require(self.teacher is not None, "teacher", problem)
+        for name, teacher in self.teachers.items():
+            require(bool(teacher.run), f"{name}.run", "must name trained weights if loss.classification is 0")
+        if not self.model.architecture.num_classes:
+            for name in ("logits", "hard", "token_label"):
+                require(getattr(loss, name) == 0, f"loss.{name}", "needs a head, but model.num_classes is 0")
+
     def _check_teacher(self, arch: Architecture | RegNetArchitecture, teacher: object) -> None:
         is_vit = isinstance(arch, Architecture) and isinstance(teacher, Architecture) and not teacher.is_slimmed
         require(is_vit, "teacher.model", "must be an un-slimmed vision transformer, and model a vision transformer")
+        assert isinstance(arch, Architecture)
+        assert isinstance(teacher, Architecture)
+        if self.loss.feature > 0 or not self.loss.uses_labels:
+            mine, theirs = arch.feature_dim, teacher.feature_dim
+            require(
+                mine == theirs, "loss.feature", f"needs features of one width, got {mine} and the teacher's {theirs}"
+            )
         if self.loss.token > 0 or self.init == "teacher":
             for name in ("image_size", "patch_size", "dim", "depth", "num_classes", "in_channels"):
                 mine, theirs = getattr(arch, name), getattr(teacher, name)
@@ -307,8 +336,9 @@ class Config:
 
     @property
     def used_teacher(self) -> TeacherConfig | None:
-        """The teacher if the train step runs it: a loss term needs it, or custom terms may read its outputs."""
-        return self.teacher if self.loss.needs_teacher or self.loss.extra else None
+        """The teacher if a loss term or the evaluation needs it, or custom terms may read its outputs."""
+        used = self.loss.needs_teacher or self.loss.extra or not self.loss.uses_labels
+        return self.teacher if used else None
 
     @property
     def inputs(self) -> InputSpec:
@@ -326,6 +356,7 @@ class Config:
             eval_batch_size=self.eval_batch_size,
             seed=self.seed,
             label_smoothing=self.loss.label_smoothing,
+            labels=self.loss.uses_labels,
             patch_labels=self.loss.token_label > 0,
         )
 
@@ -337,8 +368,16 @@ class Config:
             return optim
         return dataclasses.replace(optim, lr=optim.lr * self.batch_size / optim.lr_batch_size, lr_batch_size=0)
 
+    @property
+    def needs_classes(self) -> bool:
+        """Whether the data determines the number of classes of a model."""
+        models = [self.model, *(teacher.model for teacher in self.teachers.values())]
+        return self.loss.uses_labels and not all(model.architecture.num_classes for model in models)
+
     def with_classes(self, num_classes: int) -> "Config":
-        """Returns the configuration with this number of classes in all models whose `num_classes` is 0."""
+        """Returns the configuration with this number of classes in all models that need one; see `needs_classes`."""
+        if not self.needs_classes:
+            return self
 
         def resolve(model: ModelConfig) -> ModelConfig:
             arch = model.architecture

@@ -32,14 +32,17 @@ class DataConfig:
     """The data set and how it is read.
 
     Attributes:
-        name: `digits` (scikit-learn's handwritten digits), `folder` (a folder of images), `synthetic` (generated noise,
-            to test a machine; `synthetic/10` has 10 classes), or the name of any tfds image classification data set,
-            such as `imagenet2012` or `cifar100`.
-        data_dir: For `folder`, the folder of images; otherwise the folder of prepared tfds data sets. Empty for the
-            default of tfds (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
+        name: `digits` (scikit-learn's handwritten digits), `folder` (a folder of images with one subfolder per class),
+            `images` (a folder of images without classes, or a text file of paths), `synthetic` (generated noise, to
+            test a machine; `synthetic/10` has 10 classes), or the name of any tfds image data set, such as
+            `imagenet2012` or `cifar100`.
+        data_dir: For `folder` and `images`, the folder of images, for `images` also a text file with one path per line,
+            relative to the file's folder; otherwise the folder of prepared tfds data sets. Empty for the default of
+            tfds (`TFDS_DATA_DIR` or `~/tensorflow_datasets`).
         train_split: Split to train on, in the syntax of tfds (`train`, `train[:99%]`).
         eval_split: Split to evaluate on.
-        val_fraction: Fraction of each class used as `val` if the folder of images has no `val` subfolder.
+        val_fraction: Fraction of each class, or of all images if there are no classes, used as `val` if the folder of
+            images has no `val` subfolder.
         resize: How an image becomes a square: `stretch` (no cropping) or `crop` (random resized crop in training,
             resize and centre crop in evaluation).
         crop_fraction: Fraction of the shorter side that the centre crop keeps.
@@ -149,7 +152,8 @@ class InputSpec:
     """Parameters of the input pipeline, derived from a run's configuration (`Config.inputs`).
 
     Image size (height, width), channels and classes are those of the model. `grid` is its rows and columns of patches,
-    1 for models without patches; `patch_labels` says whether the loss uses a label per patch. Batch sizes are global.
+    1 for models without patches; `labels` says whether labels are used, `patch_labels` whether the loss uses a label
+    per patch. Batch sizes are global.
     """
 
     data: DataConfig
@@ -163,4 +167,5 @@ class InputSpec:
     eval_batch_size: int = 64
     seed: int = 0
     label_smoothing: float = 0.0
+    labels: bool = True
     patch_labels: bool = False

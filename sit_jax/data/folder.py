@@ -1,4 +1,4 @@
-"""Image folders with one subfolder per class."""
+"""Image folders, with one subfolder per class or without classes, and lists of image files."""
 
 import collections
 import glob
@@ -8,20 +8,63 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from sit_jax.data.formats import SUFFIXES
-from sit_jax.data.layout import KINDS, Files, Layout, contents_notes, list_classes, list_files, notes
+from sit_jax.data.layout import KINDS, SKIPPED, Files, Layout, contents_notes, list_classes, list_files, notes
 from sit_jax.data.sources import Example, nfc, read_image
 from sit_jax.errors import ConfigError, UserError, listed
 
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
-class FolderSource:
-    """A split of a folder of images.
+class _Split:
+    """The part of a folder of images that a split is read from.
 
-    `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val`, or other usual names: see
-    `layout.Layout`. If the classes are in `root` itself, or there is no split but `train`, a fraction of each class,
-    spread evenly over the sorted file names, is `val`. Classes are numbered by name. Subfolders of a class belong to
-    that class.
+    `val` is held out of a lone `train` folder only if one of the `used` splits, those that the run reads, is held out.
+
+    Attributes:
+        name: Name of the split, without the part.
+        layout: The splits of the folder.
+        train: Name of the folder of `train`, if there is one.
+        own: Name of the folder of this split, if there is one.
+        base: The folder that is read.
+        is_divided: Whether a fraction of the images in `base` is held out.
+        wants_train: Whether the split is `train`.
+        is_part: Whether it is a part of a split.
+    """
+
+    def __init__(self, root: pathlib.Path, split: str, used: Sequence[str], layout: Layout) -> None:
+        """Finds a split, or a part of one, such as `train[:90%]`."""
+        match = _SPLIT.fullmatch(split)
+        if match is None:
+            raise UserError(f"split {split!r} is not understood: write train, val, train[:90%] or train[100:]")
+        self.name, self.layout, self._root, self._bounds = match[1], layout, root, (match[2], match[3])
+        if self.name.lower() not in KINDS:
+            raise UserError(f"split {self.name!r} of {root}: there are {', '.join(layout.splits) or 'train, val'}")
+        self.wants_train = KINDS[self.name.lower()] == "train"
+        self.train, self.own = layout.folder("train"), layout.folder(self.name)
+        if layout.splits and self.wants_train and self.train is None:
+            raise ConfigError("data.data_dir", f"{root} has {', '.join(layout.splits)}, but no train folder")
+        parts = [x[1] for x in map(_SPLIT.fullmatch, (split, *used)) if x]
+        self._read = {layout.folder(x) for x in parts if x.lower() in KINDS}
+        self.is_divided = not layout.splits or (self.train is not None and None in self._read)
+        self.base = root / (self.own or self.train or "")
+        self.is_part = any(self._bounds)
+
+    def slice(self, files: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Returns the part of the split's files that is read."""
+        start, stop = (_bound(x, len(files)) for x in self._bounds)
+        return files[start:stop]
+
+    def notes(self, held_out: str) -> list[str]:
+        """Returns a line for each way in which the split may be read differently than expected."""
+        own, layout = self.own, self.layout
+        found = [f"{self._root}: split {self.name} is read from {own}"] if own and own not in _usual(self.name) else []
+        if layout.splits and self.is_divided:
+            found.append(f"{self._root}: no split but {self.train}: {held_out} is held out (data.val_fraction)")
+        return [*found, *layout.notes(self._read)]
+
+
+class _Files:
+    """Images in files, with labels.
 
     Attributes:
         files: Path and label of each image.
@@ -29,6 +72,50 @@ class FolderSource:
     """
 
     multi_label = False
+    class_names: Sequence[str]
+    files: Sequence[tuple[str, int]]
+    notes: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        return read_image(*self.files[index])
+
+
+class ImagesSource(_Files):
+    """A split of a folder of images without classes: all images in it and in its subfolders, with label -1.
+
+    The splits are those of `FolderSource`. Without them, a fraction, spread evenly over the sorted paths, is `val`.
+    The root may also be a text file with the path of an image in each line, relative to the file's folder.
+    """
+
+    def __init__(
+        self, root: pathlib.Path, split: str, val_fraction: float = 0.1, used: Sequence[str] = ("train", "val")
+    ) -> None:
+        """Lists the images of a split as `FolderSource` does."""
+        self.class_names = ()
+        if not root.exists():
+            raise ConfigError("data.data_dir", f"there is no folder or text file {root}")
+        place = _Split(root, split, used, Layout(root, labelled=False))
+        found = list_files(place.base) if root.is_dir() else Files([], _read_list(root), [], [])
+        images = _part(found.images, val_fraction, not place.wants_train) if place.is_divided else found.images
+        self.files = place.slice([(str(path), -1) for path in images])
+        if not self.files:
+            raise UserError(f"split {split!r} of {root}: contains no images ({', '.join(sorted(SUFFIXES))})")
+        self.ignored = sorted(str(path) for path in (*found.skipped, *found.others))
+        skipped = [str(x.relative_to(place.base)) for x in found.skipped if not x.name.startswith(".")]
+        self.notes = [*place.notes(f"{val_fraction:g} of the images"), *notes(place.base, {SKIPPED: skipped})]
+
+
+class FolderSource(_Files):
+    """A split of a folder of images with one subfolder per class.
+
+    `root/train/CLASS/*.jpg` and `root/val/CLASS/*.jpg` are the splits `train` and `val`, or other usual names: see
+    `layout.Layout`. If the classes are in `root` itself, or there is no split but `train`, a fraction of each class,
+    spread evenly over the sorted file names, is `val`. Classes are numbered by name. Subfolders of a class belong to
+    that class.
+    """
 
     def __init__(
         self, root: pathlib.Path, split: str, val_fraction: float = 0.1, used: Sequence[str] = ("train", "val")
@@ -39,21 +126,9 @@ class FolderSource:
         """
         if not root.is_dir():
             raise ConfigError("data.data_dir", f"there is no folder {root.absolute()}")
-        match = _SPLIT.fullmatch(split)
-        if match is None:
-            raise UserError(f"split {split!r} is not understood: write train, val, train[:90%] or train[100:]")
-        name, layout = match[1], Layout(root)
-        if name.lower() not in KINDS:
-            raise UserError(f"split {name!r} of {root}: there are {', '.join(layout.splits) or 'train, val'}")
-        wants_train, train, own = KINDS[name.lower()] == "train", layout.folder("train"), layout.folder(name)
-        if layout.splits and wants_train and train is None:
-            raise ConfigError("data.data_dir", f"{root} has {', '.join(layout.splits)}, but no train folder")
-        parts = [x[1] for x in map(_SPLIT.fullmatch, (split, *used)) if x]
-        read = {layout.folder(x) for x in parts if x.lower() in KINDS}
-        is_divided = not layout.splits or (train is not None and None in read)
-
-        self._base = root / (own or train or "")
-        self.class_names: Sequence[str] = tuple(list_classes(root / (train or own or "")).folders)
+        place = _Split(root, split, used, Layout(root))
+        self._base, own, train = place.base, place.own, place.train
+        self.class_names = tuple(list_classes(root / (train or own or "")).folders)
         contents = list_classes(self._base)
         present = {nfc(x): x for x in contents.folders if x not in self.class_names}
         # By class: its folder in this split, which may have the name in another Unicode form.
@@ -64,39 +139,26 @@ class FolderSource:
             raise ConfigError("data.data_dir", f"{problem} (letter case counts)")
         found = self._list_classes(contents.folders)
         by_class = [x.images for x in found]
-        if is_divided:
-            by_class = [_part(paths, val_fraction, not wants_train) for paths in by_class]
+        if place.is_divided:
+            by_class = [_part(paths, val_fraction, not place.wants_train) for paths in by_class]
         files = [(str(path), label) for label, paths in enumerate(by_class) for path in paths]
         # Sorted by class, a slice would contain only a few classes: interleave the classes.
-        files = _interleave(by_class) if match[2] or match[3] else files
-        start, stop = (_bound(match[i], len(files)) for i in (2, 3))
-        self.files: Sequence[tuple[str, int]] = files[start:stop]
+        self.files = place.slice(_interleave(by_class) if place.is_part else files)
         if not self.files:
             why = ", ".join(sorted(SUFFIXES))
             if any(x.images for x in found) and not any(by_class):
                 why = f"data.val_fraction {val_fraction} of one image per class is none"
             raise UserError(f"split {split!r} of {root}: contains no images ({why})")
 
-        self.notes = [f"{root}: split {name} is read from {own}"] if own and own not in _usual_names(name) else []
-        if layout.splits and train is None:
-            self.notes.append(f"{root}: there is no train folder; the classes are those of {own}")
-        elif layout.splits and is_divided:
-            self.notes.append(
-                f"{root}: no split but {train}: {val_fraction:g} of each class is held out (data.val_fraction)"
-            )
         few = [len(x.images) > 1 > len(x.images) * val_fraction for x in found]
         kinds = {
-            "one image is held out of each class of few images": self._select(few) if is_divided else [],
+            "one image is held out of each class of few images": self._select(few) if place.is_divided else [],
             f"classes without images in split {split}": self._select(not x for x in by_class),
         }
-        self.notes += [*layout.notes(read), *contents_notes(self._base, contents), *self._class_notes(found)]
-        self.notes += notes(self._base, kinds)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Example:
-        return read_image(*self.files[index])
+        alone = place.layout.splits and train is None
+        self.notes = [f"{root}: there is no train folder; the classes are those of {own}"] if alone else []
+        self.notes += place.notes(f"{val_fraction:g} of each class")
+        self.notes += [*contents_notes(self._base, contents), *self._class_notes(found), *notes(self._base, kinds)]
 
     @property
     def ignored(self) -> list[str]:
@@ -117,7 +179,7 @@ class FolderSource:
         skipped = [x for files in found for x in files.skipped if not x.name.startswith(".")]
         nested = [x for files in found for x in files.folders if x.name.lower() in KINDS]
         kinds = {
-            "system folders and links to folders above, not read": self._relative(skipped),
+            SKIPPED: self._relative(skipped),
             "folders with names of splits, read as parts of their class": self._relative(nested),
             "classes that differ only in letter case": [x for x in self.class_names if counts[x.lower()] > 1],
         }
@@ -129,7 +191,7 @@ class FolderSource:
         return [str(path.relative_to(self._base)) for path in paths]
 
 
-def _usual_names(split: str) -> tuple[str, ...]:
+def _usual(split: str) -> tuple[str, ...]:
     names = ("val", "valid", "validation")
     return names if split in names else (split,)
 
@@ -140,6 +202,18 @@ def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) 
     if len(paths) > 1 and not any(crossed):
         crossed[-1] = True
     return [path for path, out in zip(paths, crossed, strict=True) if out == wants_held_out]
+
+
+def _read_list(path: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the paths in the lines of a text file, each once, in order; they are relative to the file's folder."""
+    try:
+        text = path.read_text("utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ConfigError("data.data_dir", f"{path} cannot be read: {error.strerror or error}") from None
+    if "\0" in text:
+        raise ConfigError("data.data_dir", f"{path} is not a text file; give a folder, or a text file of image paths")
+    lines = (line.rstrip("\r") for line in text.split("\n"))
+    return [path.parent / os.path.expanduser(line) for line in dict.fromkeys(lines) if line.strip()]
 
 
 def _interleave(by_class: list[list[pathlib.Path]]) -> list[tuple[str, int]]:

@@ -25,6 +25,8 @@ _SYSTEM = frozenset(
     {"@eadir", "@recycle", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "system volume information"}
     | {"lost+found", "__pycache__"}
 )
+# What is said about folders that are skipped.
+SKIPPED = "system folders and links to folders above, not read"
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 # Device and inode of a folder.
 _Id = tuple[int, int]
@@ -113,25 +115,27 @@ class Layout:
     """The splits of a folder of images.
 
     A split folder has one of the names in `KINDS` and contains class folders, at least as many as images. If there is
-    one, or if no other folder contains images, the folder has splits. Otherwise its folders are the classes.
+    one, or if no other folder contains images, the folder has splits. Otherwise its folders are the classes. If it has
+    no classes (not `labelled`), images in the folder itself count as another folder's. A file has no splits.
 
     Attributes:
         splits: Names of the split folders; empty if the classes are in the folder itself.
     """
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, labelled: bool = True) -> None:
         """Raises a ConfigError if the only folder in `root` is one with splits."""
-        self._root, self._top = root, list_folder(root)
+        self._root, self._top = root, list_folder(root) if root.is_dir() else Contents({}, [], [], [])
         folders = list(self._top.folders)
         self._named = [x for x in folders if x.lower() in KINDS]
         self._others = [x for x in folders if x not in self._named]
         inside = [list_folder(root / x) for x in self._named]
         self._has_classes = any(0 < len(x.folders) >= len(x.images) for x in inside)
-        has_splits = self._has_classes or not any(list_files(root / x).images for x in self._others)
+        is_mixed = bool(self._top.images) and not labelled
+        has_splits = self._has_classes or not (is_mixed or any(list_files(root / x).images for x in self._others))
         self.splits = self._named if has_splits else []
         if len(self._others) == len(folders) == 1:
-            inner = Layout(root / folders[0])
-            if inner._has_classes:
+            inner = Layout(root / folders[0], labelled)
+            if inner._has_classes or (inner.splits and not labelled and not is_mixed):
                 problem = f"{root} contains only {folders[0]}, which has {', '.join(inner.splits)}"
                 raise ConfigError("data.data_dir", f"{problem}; give {root / folders[0]}")
 
@@ -153,7 +157,7 @@ class Layout:
         kinds = {
             "splits that are not used": [x for x in self.splits if x not in read],
             "folders beside the splits, not read": self._others if self.splits else [],
-            "names of splits, read as classes, because they contain more images than folders": []
+            "names of splits, not read as splits, because of the images in or beside them": []
             if self.splits
             else self._named,
         }
@@ -164,8 +168,8 @@ def contents_notes(base: pathlib.Path, contents: Contents) -> list[str]:
     """Returns a line for each kind of thing that is not read in a folder whose folders are splits or classes."""
     broken = [x for x in contents.others if (base / x).is_symlink() and not (base / x).exists()]
     kinds = {
-        "images in no class folder, not read": contents.images,
-        "system folders and links to folders above, not read": [x for x in contents.skipped if not x.startswith(".")],
+        "images beside the folders, not read": contents.images,
+        SKIPPED: [x for x in contents.skipped if not x.startswith(".")],
         "links that lead nowhere, not read": broken,
     }
     return notes(base, kinds)

@@ -85,12 +85,14 @@ class TrainExamples:
 class EvalExamples:
     """Maps a position to an evaluation example with its `mask`.
 
-    `mask` is 0 for positions beyond the end of the source, and with `skip_broken` for images that cannot be read.
+    `mask` is 0 for positions beyond the end of the source, with `skip_broken` for images that cannot be read, and where
+    `labels` are used for images without one.
     """
 
     source: Source
     transform: EvalTransform
     skip_broken: bool
+    labels: bool = True
 
     def __call__(self, position: int) -> ExampleArrays:
         """Returns the example; raises an ImageDecodeError if it cannot be read."""
@@ -98,7 +100,7 @@ class EvalExamples:
             return self._nothing()
         try:
             stored = self.source[int(position)]
-            if stored.label < 0:
+            if self.labels and stored.label < 0:
                 return self._nothing()  # ReaL has images without a correct class; they are not counted.
             example = self.transform(stored)
         except ImageDecodeError:

@@ -28,8 +28,9 @@ class Mix(NamedTuple):
 def soft_labels(
     labels: Int[Array, " batch"], num_classes: int, smoothing: float = 0.0
 ) -> Float[Array, "batch classes"]:
-    """Returns one-hot labels with the fraction `smoothing` spread evenly over all classes."""
-    return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
+    """Returns one-hot labels with the fraction `smoothing` spread evenly over all classes; zeros for a label of -1."""
+    soft = jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes
+    return jnp.where(labels[:, None] >= 0, soft, 0.0)
 
 
 def draw_mix(key: Array, batch: int, height: int, width: int, config: MixConfig) -> Mix:

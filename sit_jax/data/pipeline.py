@@ -19,7 +19,7 @@ from sit_jax.data.map_fns import EvalExamples, TrainExamples, TrainOrder, start_
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
 from sit_jax.data.transforms import EvalTransform, TrainTransform
-from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError
+from sit_jax.errors import ConfigError, ImageDecodeError, RunError, UserError, require
 
 HostBatch = dict[str, np.ndarray]
 # A stream of batches; closing it stops the readers.
@@ -61,7 +61,7 @@ class TrainData:
         """
         self.source = open_source(spec.data, spec.data.train_split) if source is None else source
         check_classes(spec, self.source)
-        if self.source.multi_label:
+        if self.source.multi_label and spec.labels:
             raise ConfigError("data.name", f"{spec.data.name} has several correct classes per image: evaluate only")
         self.steps_per_epoch = len(self.source) // spec.batch_size
         if self.steps_per_epoch == 0:
@@ -109,7 +109,7 @@ def eval_batches(spec: InputSpec, source: Source, hosts: Hosts | None = None) ->
     transform = EvalTransform(spec.data, spec.image_size, spec.channels)
     # Padded to whole global batches, so that all processes take the same number of steps.
     total = -(-len(source) // spec.eval_batch_size) * spec.eval_batch_size
-    examples = EvalExamples(source, transform, spec.data.on_decode_error == "skip")
+    examples = EvalExamples(source, transform, spec.data.on_decode_error == "skip", spec.labels)
     batches = grain.MapDataset.range(total).map(examples).batch(host_batch_size, drop_remainder=True)
     return _read_ahead(batches[hosts.index :: hosts.count], spec.data)
 
@@ -159,7 +159,16 @@ def _loader_problem(error: OSError | RuntimeError) -> str | None:
 
 
 def check_classes(spec: InputSpec, source: Source) -> None:
-    """Raises a ConfigError if the model's head does not match the data set."""
+    """Raises a ConfigError if labels are used, and the data set has none or the model's head does not match them."""
+    if not spec.labels:
+        return
+    check_has_classes(spec.data, source)
     mine, theirs = spec.num_classes, len(source.class_names)
     if mine != theirs:
         raise ConfigError("model.num_classes", f"must be {theirs}, as in the data set, got {mine}")
+
+
+def check_has_classes(data: DataConfig, source: Source) -> None:
+    """Raises a ConfigError if the data set has no classes."""
+    problem = f"{data.name} has no classes; set loss.classification=0 to train without labels"
+    require(len(source.class_names) > 0, "data.name", problem)

@@ -34,13 +34,16 @@ def prepare_batch(spec: InputSpec, batch: Mapping[str, jax.Array], step: jax.Arr
     (batch,) or distributions (batch, classes); with label maps also the arguments of `patch_labels`. The seed and
     `step`, the number of optimizer steps done, determine all random choices.
 
-    Returns `image`, float32; `label` (batch, classes); with label maps `patch_label` (batch, patches, classes); with
-    MixToken `token_mix` (batch, patches), True for patches that come from the partner image.
+    Returns `image`, float32; `label` (batch, classes), zeros if labels are not used; with label maps `patch_label`
+    (batch, patches, classes); with MixToken `token_mix` (batch, patches), True for patches that come from the partner
+    image.
     """
     images, labels = batch["image"], batch["label"]
     if images.dtype == jnp.uint8:
         images = normalize(images, spec.data)
-    if labels.ndim == 1:
+    if not spec.labels:
+        labels = jnp.zeros((images.shape[0], spec.num_classes))
+    elif labels.ndim == 1:
         labels = soft_labels(labels, spec.num_classes, spec.label_smoothing)
     if spec.augment.erase > 0:
         images = random_erasing(stream_key(spec.seed, "erase", step), images, spec.augment)

@@ -44,7 +44,9 @@ def draw_examples(spec: InputSpec, path: pathlib.Path, count: int, step: int = 0
 
 
 def _title(label: np.ndarray, names: Sequence[str]) -> str:
-    """Returns the class name, or the two names and fractions of a mixed label."""
+    """Returns the class name, or the two names and fractions of a mixed label; empty without a label."""
+    if not label.any():
+        return ""
     order = np.argsort(-label)[:2]
     weights = label[order] - label.min()  # Without label smoothing.
     if weights[1] <= 1e-3:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from sit_jax.data.config import DataConfig
-from sit_jax.data.folder import FolderSource
+from sit_jax.data.folder import FolderSource, ImagesSource
 from sit_jax.data.sources import Source
 from sit_jax.data.synthetic import SyntheticSource
 from sit_jax.data.tfds_source import TfdsSource, prepared, prepared_digits
@@ -17,11 +17,11 @@ def open_source(data: DataConfig, split: str) -> Source:
     if "://" in data.data_dir:
         problem = f"{data.data_dir} is not a folder; mount the bucket, as launch/README.md says"
         raise ConfigError("data.data_dir", problem)
-    if data.name == "folder":
+    if data.name in ("folder", "images"):
         if not data.data_dir:
-            raise ConfigError("data.data_dir", "must be the folder of images if data.name=folder")
-        used = (data.train_split, data.eval_split)
-        return FolderSource(pathlib.Path(data.data_dir), split, data.val_fraction, used)
+            raise ConfigError("data.data_dir", f"must be the folder of images if data.name={data.name}")
+        kind, used = FolderSource if data.name == "folder" else ImagesSource, (data.train_split, data.eval_split)
+        return kind(pathlib.Path(data.data_dir), split, data.val_fraction, used)
     if data.name.partition("/")[0] == "synthetic":
         return SyntheticSource(data.name, split)
     builder = prepared_digits(data.data_dir) if data.name == "digits" else prepared(data.name, data.data_dir)

@@ -23,20 +23,19 @@ _DAMAGED_RECORD, _SHARD_INDEX = "Corrupted Riegeli/records file: chunk", "Riegel
 
 
 class TfdsSource:
-    """A split of a tfds image classification data set, read as ArrayRecord without TensorFlow."""
+    """A split of a tfds image data set, read as ArrayRecord without TensorFlow; without labels, it has no classes."""
 
     def __init__(self, builder: Builder, split: str) -> None:
-        """Opens a split of a prepared builder; raises a UserError if there is none or it has no images with labels."""
+        """Opens a split of a prepared builder; raises a UserError if there is none or it has no images."""
         import tensorflow_datasets as tfds
 
         features = builder.info.features
-        keys = [key for key in _LABEL_KEYS if key in features]
-        if not keys or "image" not in features:
-            problem = f"{builder.name} contains no images with class labels, but {', '.join(features)}"
-            raise ConfigError("data.name", problem)
-        self._key = keys[0]
-        self.multi_label = not isinstance(features[self._key], tfds.features.ClassLabel)
-        names = features[self._key].feature.names if self.multi_label else features[self._key].names
+        key = next((x for x in _LABEL_KEYS if x in features), "")
+        if "image" not in features:
+            raise ConfigError("data.name", f"{builder.name} contains no images, but {', '.join(features)}")
+        self._key, label = key, features[key] if key else None
+        self.multi_label = bool(key) and not isinstance(label, tfds.features.ClassLabel)
+        names = () if label is None else label.feature.names if self.multi_label else label.names
         self.class_names: Sequence[str] = tuple(names)
         self._name = f"{builder.name} {split}"
         splits = ", ".join(builder.info.splits)
@@ -70,13 +69,14 @@ class TfdsSource:
             if reason.startswith(_DAMAGED_RECORD) and _SHARD_INDEX not in reason:
                 raise ImageDecodeError(f"{name}: cannot be read: its record is damaged: {reason}") from None
             raise UserError(f"{name} cannot be read from its shard: {reason}") from None
-        if record["image"] is None or record[self._key] is None:
+        label = record[self._key] if self._key else -1
+        if record["image"] is None or label is None:
             raise UserError(f"{name} is not in its shard, which is damaged; prepare or copy the data set again")
         stored = record.get("file_name", name)
         name = stored.decode(errors="replace") if isinstance(stored, bytes) else str(stored)
         if not self.multi_label:
-            return Example(record["image"], int(record[self._key]), name)
-        labels = tuple(int(x) for x in np.asarray(record[self._key]).ravel())
+            return Example(record["image"], int(label), name)
+        labels = tuple(int(x) for x in np.asarray(label).ravel())
         return Example(record["image"], labels[0] if labels else -1, name, labels)
 
 

@@ -7,7 +7,6 @@ from tqdm import tqdm
 
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import findings
-from sit_jax.data.folder import FolderSource
 from sit_jax.data.registry import open_sources
 from sit_jax.data.sources import Example, Source
 from sit_jax.errors import ImageDecodeError
@@ -32,7 +31,7 @@ class CheckReport:
     def lines(self, on_decode_error: str, everything: bool = False) -> list[str]:
         """Returns the report as text lines; at most ten names per kind unless `everything`."""
         counts = sorted(self.per_class.values())
-        spread = f"{counts[0]} to {counts[-1]} per class" if counts else "no classes"
+        spread = f"{len(counts)} classes, {counts[0]} to {counts[-1]} per class" if counts else "no classes"
         fate = "training stops at them" if on_decode_error == "error" else "skipped, and counted"
         kinds = {
             "classes without an image": [name for name, count in self.per_class.items() if count == 0],
@@ -40,7 +39,7 @@ class CheckReport:
             "files and folders that are not read": self.ignored,
             f"broken ({fate}; data.on_decode_error={on_decode_error})": self.broken,
         }
-        lines = [f"{self.split}: {self.pictures} images, {len(counts)} classes, {spread}"]
+        lines = [f"{self.split}: {self.pictures} images, {spread}"]
         for kind, names in kinds.items():
             if names:
                 shown = names if everything else names[:_SHOWN_PER_KIND]
@@ -55,9 +54,8 @@ def check_data(data: DataConfig, threads: int) -> list[CheckReport]:
 
 
 def _check(split: str, source: Source, max_pixels: int, threads: int) -> CheckReport:
-    report = CheckReport(split, len(source), dict.fromkeys(source.class_names, 0))
-    if isinstance(source, FolderSource):
-        report.ignored = source.ignored
+    ignored = getattr(source, "ignored", [])
+    report = CheckReport(split, len(source), dict.fromkeys(source.class_names, 0), ignored=ignored)
 
     def look(index: int) -> tuple[Example | None, list[str] | ImageDecodeError]:
         example = None

@@ -20,13 +20,14 @@ from sit_jax.models.trees import Params, Variables
 FOLDER = "checkpoints"
 # The name in checkpoints of what is `rtsm` in the code.
 STORED_RTSM = "reverse"
-BEST_BY = "top1"
+# The metrics that the best checkpoint is chosen by: the first that the evaluation has.
+BEST_BY = ("top1", "cosine")
 NO_SCORE = -1.0
 DAMAGED = "is damaged (sit checkpoint verify says where)"
 
 
 def best_step(checkpoints: Iterable[Any]) -> int | None:
-    """Returns the step of the checkpoint with the best accuracy, the earliest of equals.
+    """Returns the step of the checkpoint with the best score, the earliest of equals.
 
     The argument has Orbax's checkpoint infos. The result is None if no checkpoint has a finite evaluation.
     """
@@ -35,9 +36,14 @@ def best_step(checkpoints: Iterable[Any]) -> int | None:
 
 
 def score(metrics: Mapping[str, float] | None) -> float:
-    """Returns the accuracy of an evaluation, or `NO_SCORE` if there is none or a value is not finite."""
+    """Returns the accuracy of an evaluation, or without labels the mean cosine similarity of features to the teacher's.
+
+    The result is `NO_SCORE` if there is none or a value is not finite.
+    """
     values = metrics or {}
-    return values.get(BEST_BY, NO_SCORE) if all(map(math.isfinite, values.values())) else NO_SCORE
+    if not all(map(math.isfinite, values.values())):
+        return NO_SCORE
+    return next((values[name] for name in BEST_BY if name in values), NO_SCORE)
 
 
 @contextlib.contextmanager

@@ -119,7 +119,12 @@ def run_metadata(config: Config, folder: pathlib.Path, step: int, ema: bool) -> 
 
 
 def run_class_names(config: Config, folder: pathlib.Path) -> list[str] | None:
-    """Returns the class names of a run, by index, or None, with a line that states the reason, if they are unknown."""
+    """Returns the class names of a run, by index; None if it uses no labels.
+
+    The result is also None, with a line that states the reason, if they are unknown.
+    """
+    if not config.loss.uses_labels:
+        return None
     names = read_class_names(folder)
     if names is not None:
         return names

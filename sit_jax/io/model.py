@@ -84,8 +84,11 @@ class Model:
         """Returns the logits of uint8 pixels as a NumPy array.
 
         Raises:
+            UserError: The model has no head.
             NotFiniteError: A logit is not finite.
         """
+        if not self.arch.num_classes:
+            raise UserError(f"{self.source}: is a backbone without a head, which predicts no classes")
         values = np.asarray(self(pixels))
         if not np.isfinite(values).all():
             raise NotFiniteError(f"{self.source}: the model's outputs are not finite, so they say nothing about images")

@@ -36,7 +36,7 @@ _when = ocp.training.save_decision_policies
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """Checkpoints of one run: the newest ones and the best one by evaluation accuracy.
+    """Checkpoints of one run: the newest ones and the best one; see `sit_jax.io.checkpoint.score`.
 
     Each has separate items `model` (parameters and BatchNorm statistics), `ema` if enabled, and `training` (everything
     else), so that a model can be restored without its optimizer state; also the metrics, and as metadata the
@@ -66,7 +66,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the best accuracy, the earliest of equals, or None."""
+        """Step of the checkpoint with the best score, the earliest of equals, or None."""
         return best_step(self._checkpointer.checkpoints)
 
     def is_best(self, metrics: dict[str, float]) -> bool:

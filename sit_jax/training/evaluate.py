@@ -3,9 +3,11 @@
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from sit_jax.data.classes import match_classes
@@ -13,10 +15,13 @@ from sit_jax.data.config import DataConfig, InputSpec
 from sit_jax.data.pipeline import HostBatch, Hosts, check_classes, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import log_notes, open_source
+from sit_jax.data.sources import Source
+from sit_jax.errors import UserError, require
 from sit_jax.io.model import Model
+from sit_jax.models import build_model
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
-from sit_jax.training.metrics import EvalMetrics, eval_metrics
+from sit_jax.training.metrics import EvalMetrics, eval_metrics, feature_metrics
 
 EvalStep = Callable[[Variables, dict[str, jax.Array], EvalMetrics], EvalMetrics]
 
@@ -47,6 +52,80 @@ def evaluate(
     return metrics.result(what)
 
 
+class Features(NamedTuple):
+    """Pooled features of the images of a split, (images, width) float32, and the images' labels (images, ...).
+
+    Images that cannot be read, and padding, are not `valid`, (images,).
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    valid: np.ndarray
+
+
+class FeatureExtractor:
+    """Extracts the features of a module over batches; all processes take part and return those of all images."""
+
+    def __init__(self, model: nn.Module, data: DataConfig, mesh: Mesh) -> None:
+        """Prepares the jitted step; raises a ConfigError when it is called if the model returns no features."""
+
+        def step(variables: Variables, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+            _, outputs = model.bind(variables)(normalize(batch["image"], data))
+            require(outputs.features is not None, "model", "returns no features")
+            return outputs.features, batch["label"], batch["mask"] > 0
+
+        self._mesh, self._step = mesh, jax.jit(step, out_shardings=sharding.replicated(mesh))
+
+    def __call__(self, variables: Variables, batches: Iterable[HostBatch]) -> Features:
+        """Returns the features of all batches of `eval_batches`, which are at least one."""
+        parts = [jax.device_get(self._step(variables, sharding.put_batch(self._mesh, batch))) for batch in batches]
+        return Features(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+def compare_features(student: Features, teacher: Features, what: str) -> dict[str, float]:
+    """Returns `feature_metrics` of the images that both models have read."""
+    both = student.valid & teacher.valid
+    return feature_metrics(student.values[both], teacher.values[both], what)
+
+
+def model_features(model: Model, data: DataConfig, split: str, labels: bool = False) -> Features:
+    """Returns a model's features of the images of a split; with `labels`, images without one are not valid.
+
+    Raises a UserError if the data cannot be read, or the model is an exported file, or not a vision transformer.
+    """
+    extract = FeatureExtractor(build_model(model.vit, dtype=model.dtype), data, mesh := sharding.make_mesh())
+    spec = dataclasses.replace(_inputs(model, data, mesh), labels=labels)
+    return extract(sharding.place(mesh, model.variables), eval_batches(spec, _open_split(model, data, split)))
+
+
+def evaluate_features(model: Model, teacher: Model | None, data: DataConfig) -> dict[str, float]:
+    """Compares a model's features of the evaluation split with its teacher's; returns `feature_metrics`.
+
+    Raises a UserError if there is no teacher, or as `model_features` does.
+    """
+    if teacher is None:
+        raise UserError(f"{model.source}: has no labels to evaluate with, and no teacher; --probe needs none")
+    mine, theirs = (model_features(x, data, data.eval_split) for x in (model, teacher))
+    return compare_features(mine, theirs, model.source)
+
+
+def _inputs(model: Model, data: DataConfig, mesh: Mesh) -> InputSpec:
+    """Returns the parameters of a model's evaluation: the batch size is that of its training, if there was one."""
+    arch, batch_size = model.arch, _BATCH_SIZE if model.config is None else model.config.eval_batch_size
+    return InputSpec(
+        data=data,
+        image_size=arch.image_shape,
+        channels=arch.in_channels,
+        num_classes=arch.num_classes,
+        eval_batch_size=sharding.eval_batch_size(mesh, batch_size),
+    )
+
+
+def _open_split(model: Model, data: DataConfig, split: str) -> Source:
+    # With the splits of the training: whether `val` is held out of `train` does not depend on the evaluated split.
+    return open_source(dataclasses.replace(data, eval_split=model.data.eval_split), split)
+
+
 def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bool = True) -> dict[str, float]:
     """Evaluates a model on the whole evaluation split: loss, top-1, top-5 (as `evaluate`), number of examples.
 
@@ -55,18 +134,10 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     they are matched by index. Raises a UserError if the data does not exist or has other classes than the model.
     """
     quiet = data is None or not distributed.is_process_0()  # Training has logged the notes of its own data.
-    data, arch, mesh = data or model.data, model.arch, sharding.make_mesh()
-    batch_size = _BATCH_SIZE if model.config is None else model.config.eval_batch_size
-    spec = InputSpec(
-        data=data,
-        image_size=arch.image_shape,
-        channels=arch.in_channels,
-        num_classes=arch.num_classes,
-        eval_batch_size=sharding.eval_batch_size(mesh, batch_size),
-    )
+    data, mesh = data or model.data, sharding.make_mesh()
+    spec = _inputs(model, data, mesh)
     names = model.metadata.get("class_names") if match_names else None
-    # With the splits of the training: whether `val` is held out of `train` does not depend on the evaluated split.
-    opened = open_source(dataclasses.replace(data, eval_split=model.data.eval_split), data.eval_split)
+    opened = _open_split(model, data, data.eval_split)
     if not quiet:
         log_notes([opened])
     source = match_classes(opened, names, model.source)

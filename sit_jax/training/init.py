@@ -10,8 +10,9 @@ from sit_jax.config import Config, TeacherConfig
 from sit_jax.data.classes import class_order, reorder_heads
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.checkpoint import FOLDER
+from sit_jax.io.convert.adapt import replace_heads
 from sit_jax.io.convert.initial import check_start, differences, initial_weights
-from sit_jax.io.convert.read import Options
+from sit_jax.io.convert.read import Options, silent
 from sit_jax.io.load import load_run, read_weights
 from sit_jax.io.metadata import run_class_names
 from sit_jax.io.runs import find_checkpoint, has_checkpoint, is_run, read_config
@@ -114,6 +115,8 @@ def _log(line: str) -> None:
 def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] | None = None) -> Variables:
     """Returns the variables of a trained teacher: those of a run, or any weights that `sit convert` reads.
 
+    Heads are left out if the section has no classes.
+
     `teacher` is the section `name` of the configuration. The heads are reordered to match `class_names`, those of the
     data by index; None matches by index. Raises a UserError if the weights cannot be read, or are of another model or
     of other classes.
@@ -126,6 +129,8 @@ def given_teacher(teacher: TeacherConfig, name: str, class_names: Sequence[str] 
     else:
         problem = f"{teacher.run} is not a run; teachers other than vision transformers must be runs"
         raise ConfigError(f"{name}.run", problem)
+    if isinstance(model.arch, Architecture) and not arch.num_classes:
+        model = replace_heads(model, 0, silent)
     order = _teacher_order(model.arch, model.metadata.get("class_names"), teacher, name, class_names)
     return reorder_heads(model.variables, order, HEADS)
 
@@ -138,7 +143,8 @@ def _teacher_order(
     class_names: Sequence[str] | None,
 ) -> list[int] | None:
     """Returns the order of the heads' classes; raises a ConfigError if the model is not that of the section `name`."""
-    problem = differences(theirs, teacher.model.architecture)
+    mine = teacher.model.architecture
+    problem = differences(theirs, mine, () if mine.num_classes else ("num_classes",))
     if problem:
         raise ConfigError(f"{name}.run", f"the model in {teacher.run} does not match {name}.model: {problem}")
     if teacher.match_classes == "index":

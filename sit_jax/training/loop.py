@@ -20,7 +20,7 @@ from sit_jax import __version__
 from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.config.config_dict import from_config_dict, to_dict
 from sit_jax.config.resume import changes
-from sit_jax.data.pipeline import TrainData, check_classes, eval_batches
+from sit_jax.data.pipeline import Stream, TrainData, check_classes, check_has_classes, eval_batches
 from sit_jax.data.registry import open_source, open_sources
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
@@ -30,7 +30,7 @@ from sit_jax.io.lock import locked
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
-from sit_jax.training.evaluate import evaluate, make_eval_step
+from sit_jax.training.evaluate import FeatureExtractor, compare_features, evaluate, make_eval_step
 from sit_jax.training.init import check_origins, given_teacher, initial_state
 from sit_jax.training.metrics import MetricWriter
 from sit_jax.training.progress import Progress
@@ -113,23 +113,24 @@ def run(
         data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
         eval_source = extensions.open(config.data, config.data.eval_split)
         check_classes(config.inputs, eval_source)
-        class_names = data.source.class_names
+        class_names = data.source.class_names if config.loss.uses_labels else ()
         check_origins(config, folder, class_names)
         spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
         distributed.run_on_process_0(lambda: stack.enter_context(locked(folder)))
         distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
-        distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
+        if config.loss.uses_labels:
+            distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
         teachers = {
             name: sharding.place(mesh, _teacher_variables(config, name, folder, class_names, extensions))
             for name in config.teachers
         }
         with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
             state = initial_state(spec, checkpoints, mesh, teachers, class_names)
-            evaluator = _make_evaluator(spec, eval_source, mesh)
             if checkpoints.latest_step is None and distributed.is_process_0():
                 overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
                 print(f"{label}: parameters\n{overview}", file=sys.stderr)
             teachers = freeze_teachers(spec, teachers)
+            evaluator = _make_evaluator(spec, teachers, eval_source, mesh)
             return train_loop(
                 spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
             )
@@ -141,10 +142,11 @@ def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Confi
     Raises:
         UserError: The data cannot be opened.
     """
-    models = [config.model, *(teacher.model for teacher in config.teachers.values())]
-    if all(model.architecture.num_classes for model in models):
+    if not config.needs_classes:
         return config
-    return config.with_classes(len(extensions.open(config.data, config.data.train_split).class_names))
+    source = extensions.open(config.data, config.data.train_split)
+    check_has_classes(config.data, source)
+    return config.with_classes(len(source.class_names))
 
 
 def train_loop(
@@ -299,16 +301,31 @@ def _about(config: Config, mesh: Mesh, step: int, steps_per_epoch: int) -> JsonO
     }
 
 
-def _make_evaluator(spec: TrainSpec, source: Source, mesh: Mesh) -> Evaluator:
+def _make_evaluator(spec: TrainSpec, teachers: Teachers, source: Source, mesh: Mesh) -> Evaluator:
+    """Returns the evaluation of a state: with labels, or without them by comparison with the teacher's features."""
     config = spec.config
-    step = make_eval_step(spec.model, config.data)
     size = sharding.eval_batch_size(mesh, config.eval_batch_size)
     inputs = dataclasses.replace(config.inputs, eval_batch_size=size)
 
+    def batches() -> Stream:
+        return eval_batches(inputs, source)
+
+    if spec.teacher is None or config.loss.uses_labels:
+        step = make_eval_step(spec.model, config.data)
+
+        def score(variables: Variables, what: str) -> dict[str, float]:
+            return evaluate(step, variables, batches(), mesh, what)
+    else:
+        mine, theirs = (FeatureExtractor(x, config.data, mesh) for x in (spec.model, spec.teacher))
+        targets = functools.cache(lambda: theirs(teachers["teacher"], batches()))
+
+        def score(variables: Variables, what: str) -> dict[str, float]:
+            return compare_features(mine(variables, batches()), targets(), what)
+
     def evaluator(state: TrainState) -> dict[str, float]:
-        result = evaluate(step, state.variables, eval_batches(inputs, source), mesh)
+        result = score(state.variables, "evaluation")
         if state.ema is not None:
-            averaged = evaluate(step, state.ema, eval_batches(inputs, source), mesh, "evaluation of the average")
+            averaged = score(state.ema, "evaluation of the average")
             result |= {f"ema_{name}": value for name, value in averaged.items() if name != "examples"}
         return result
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TextIO
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from clu import metrics as clu_metrics
 
 from sit_jax import losses
@@ -18,6 +19,9 @@ from sit_jax.config import JsonObject
 from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.runs import writing
+
+# Images among which neighbours are searched, at most, and queries at a time.
+_MOST_COMPARED, _ROWS = 10_000, 1024
 
 
 @flax.struct.dataclass
@@ -57,6 +61,54 @@ def eval_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalM
     loss = losses.label_cross_entropy(logits, label)
     metrics = EvalMetrics.single_from_model_output(loss=loss, top1=right[:, 0], top5=right.any(axis=1), mask=mask)
     return metrics if logits.shape[1] >= 5 else metrics.replace(top5=clu_metrics.Average.empty())
+
+
+def feature_metrics(student: np.ndarray, teacher: np.ndarray, what: str = "evaluation") -> dict[str, float]:
+    """Compares the features of a student and its teacher, both (images, width), of the same images.
+
+    Returns `cosine`, the mean cosine similarity; `agreement1` and `agreement5`, the mean fraction of the k = 1 or 5
+    nearest neighbours of an image by the student's features that are also among the k nearest by the teacher's, where
+    neighbours are the other images, by cosine similarity; and the number of `examples`. There is no `agreement` with
+    k or fewer images. Neighbours are searched among at most 10,000 images, evenly spread.
+
+    Raises a RunError without examples and a NotFiniteError for such features; they name `what` was evaluated.
+    """
+    if len(student) == 0:
+        raise RunError(f"{what}: no example to evaluate: no image of the split can be read")
+    if not (np.isfinite(student).all() and np.isfinite(teacher).all()):
+        raise NotFiniteError(f"{what}: the features of {len(student)} examples are not finite")
+    mine, theirs = unit_vectors(student), unit_vectors(teacher)
+    result = {"cosine": float((mine * theirs).sum(axis=1, dtype=np.float64).mean())}
+    chosen = np.unique(np.linspace(0, len(mine) - 1, min(len(mine), _MOST_COMPARED)).round().astype(int))
+    ks = [k for k in (1, 5) if k < len(chosen)]
+    if ks:
+        nearest = [_other_neighbours(x[chosen], max(ks)) for x in (mine, theirs)]
+        for k in ks:
+            shared = nearest[0][:, :k, None] == nearest[1][:, None, :k]
+            result[f"agreement{k}"] = float(shared.any(axis=2).mean())
+    return {**result, "examples": float(len(student))}
+
+
+def unit_vectors(features: np.ndarray) -> np.ndarray:
+    """Returns rows scaled to length 1, float32; a row of zeros stays."""
+    rows = features.astype(np.float32)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def nearest_neighbours(queries: np.ndarray, keys: np.ndarray, k: int) -> np.ndarray:
+    """Returns the indices of the k keys with the largest dot product of each query, the largest first; (queries, k)."""
+    search = jax.jit(lambda part, keys: jax.lax.top_k(part @ keys.T, k)[1])
+    parts = [np.asarray(search(queries[i : i + _ROWS], keys)) for i in range(0, len(queries), _ROWS)]
+    return np.concatenate(parts)
+
+
+def _other_neighbours(vectors: np.ndarray, k: int) -> np.ndarray:
+    """Returns the k nearest others of each vector."""
+    found = nearest_neighbours(vectors, vectors, k + 1)
+    # The vector itself is not always the first, as there may be equal ones.
+    itself = found == np.arange(len(vectors))[:, None]
+    itself[~itself.any(axis=1), -1] = True
+    return found[~itself].reshape(-1, k)
 
 
 class MetricWriter(contextlib.AbstractContextManager["MetricWriter"]):

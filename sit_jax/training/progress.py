@@ -43,7 +43,7 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             # The first step compiles; including it would distort the rate for minutes.
             self._compiled, self._bar.initial = True, step
             self._bar.unpause()
-        shown: dict[str, str] = {name: f"{values[name]:.3f}" for name in ("loss", "top1") if name in values}
+        shown: dict[str, str] = {name: f"{values[name]:.3f}" for name in ("loss", "top1", "cosine") if name in values}
         self._skipped += int(values.get("skipped", 0))
         if self._skipped:
             shown["skipped images"] = str(self._skipped)

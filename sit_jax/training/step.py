@@ -33,7 +33,8 @@ Teachers = dict[str, Variables]
 Step = Callable[[TrainState, Batch, Teachers], tuple[TrainState, Metrics]]
 
 # Names in the metrics of a step, which custom loss terms cannot have.
-_TERMS = ("classification", "token", "logits", "hard", "token_label")
+_TERMS = ("classification", "token", "feature", "logits", "hard", "token_label")
+_FEATURE_ERRORS = {"mse": losses.mean_squared_error, "cosine": losses.cosine_error}
 _BUILT_IN = {"loss", *_TERMS, "accuracy", "grad_norm", "skipped", "lr/model", "lr/rtsm"}
 
 
@@ -42,7 +43,7 @@ class LossInputs(NamedTuple):
 
     Attributes:
         images: Normalized and mixed images, (batch, height, width, channels).
-        labels: Distributions over the classes, (batch, classes).
+        labels: Distributions over the classes, (batch, classes); zeros where there is no label.
         logits: Logits of the student, (batch, classes).
         outputs: Other outputs of the student; see `sit_jax.models.Outputs`.
         teacher_logits: Logits of the teacher; None without a teacher.
@@ -103,7 +104,7 @@ def make_train_spec(
         require(name in losses, key, f"there is no such loss term; {known}")
 
     problem = "must be above 0 here: only commands that open the data set replace 0"
-    require(config.model.architecture.num_classes > 0, "model.num_classes", problem)
+    require(not config.needs_classes, "model.num_classes", problem)
 
     def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
@@ -193,8 +194,8 @@ def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
 
     `batch` is a batch of the loader; `prepare_batch` prepares it for the loss. `teachers` has the frozen variables
     under `teacher` and `cnn_teacher`, if the run has these teachers.
-    Metrics are float32 scalars: `loss`, each term by its name before weighting, `accuracy`, `grad_norm`, and the
-    learning rate of each parameter group.
+    Metrics are float32 scalars: `loss`, each term by its name before weighting, `accuracy` if labels are used,
+    `grad_norm`, and the learning rate of each parameter group.
     """
     sharded = sharding.state_shardings(mesh, abstract_state(spec))
     on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -262,15 +263,19 @@ def compute_loss(
 ) -> tuple[jax.Array, tuple[Params, Metrics]]:
     """Returns the loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
     config = spec.config.loss
-    weights = {"classification": 1.0, "token": config.token, "logits": config.logits, "hard": config.hard}
-    weights |= {"token_label": config.token_label, **config.extra}
+    weights = {name: getattr(config, name) for name in _TERMS} | dict(config.extra)
     images, labels = batch["image"], batch["label"]
     mixed: dict[str, Any] = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
     variables = {"params": params["model"], "batch_stats": batch_stats}
     (logits, outputs), updated = spec.model.apply(
         variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **mixed
     )
-    terms = {"classification": losses.soft_target_cross_entropy(logits, labels)}
+    terms: Metrics = {}
+    accuracy: Metrics = {}
+    if config.uses_labels:
+        terms["classification"] = losses.soft_target_cross_entropy(logits, labels)
+        right = logits.argmax(axis=-1) == labels.argmax(axis=-1)
+        accuracy["accuracy"] = (right & labels.any(axis=-1)).mean(dtype=jnp.float32)
     teacher_logits = teacher_outputs = None
     if spec.teacher is not None:
         teacher = spec.teacher.bind(teachers["teacher"])
@@ -281,6 +286,9 @@ def compute_loss(
             terms["token"] = jnp.stack(errors).mean()
         elif config.token > 0:
             terms["token"] = losses.token_distillation(outputs.tokens, teacher_outputs.tokens)
+        if config.feature > 0:
+            require(outputs.features is not None, "loss.feature", "the model returns no features")
+            terms["feature"] = _FEATURE_ERRORS[config.feature_error](outputs.features, teacher_outputs.features)
         if config.logits > 0:
             terms["logits"] = losses.logits_distillation(logits, teacher_logits, config.temperature)
     if config.token_label > 0:
@@ -291,5 +299,4 @@ def compute_loss(
     given = LossInputs(images, labels, logits, outputs, teacher_logits, teacher_outputs)
     terms |= {name: spec.losses[name](given) for name in config.extra}
     total = sum((weights[name] * value for name, value in terms.items()), start=jnp.zeros(()))
-    accuracy = (logits.argmax(axis=-1) == labels.argmax(axis=-1)).mean(dtype=jnp.float32)
-    return total, (updated.get("batch_stats", {}), {"loss": total, **terms, "accuracy": accuracy})
+    return total, (updated.get("batch_stats", {}), {"loss": total, **terms, **accuracy})

@@ -76,17 +76,19 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 def replace_heads(model: Model, num_classes: int, log: Callable[[str], None]) -> Model:
-    """Returns the weights for another number of classes, with all heads set to zero."""
+    """Returns the weights for another number of classes, with all heads set to zero; without heads for 0 classes."""
     arch = model.vit
     if num_classes == arch.num_classes:
         return model
-    heads = sorted(HEADS & set(model.params))
-    heads = heads or ["head"]
-    fresh = {name: empty_head(arch.feature_dim if name == "head" else arch.dim, num_classes) for name in heads}
-    log(f"changed: {arch.num_classes} to {num_classes} classes, {' and '.join(heads)} replaced by zeros")
+    heads = sorted(HEADS & set(model.params)) or ["head"]
+    wide = {name: arch.feature_dim if name == "head" else arch.dim for name in heads}
+    fresh = {name: empty_head(dim, num_classes) for name, dim in wide.items()} if num_classes else {}
+    how = "replaced by zeros" if num_classes else "left out"
+    log(f"changed: {arch.num_classes} to {num_classes} classes, {' and '.join(heads)} {how}")
+    kept = {name: value for name, value in model.params.items() if name not in heads}
     metadata = {key: value for key, value in model.metadata.items() if key != "class_names"}
     new = dataclasses.replace(arch, num_classes=num_classes)
-    variables = {**model.variables, "params": {**model.params, **fresh}}
+    variables = {**model.variables, "params": {**kept, **fresh}}
     return dataclasses.replace(model, arch=new, variables=variables, metadata=metadata)
 
 

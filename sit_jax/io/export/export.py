@@ -59,6 +59,8 @@ def export_model(
         raise UserError("--like: names the weights whose layout --format source writes, and no other format")
     model = load(source, ema=ema, step=step, with_rtsm=with_rtsm)
     arch = model.vit
+    if kind in ("onnx", "stablehlo") and not arch.num_classes:
+        raise UserError(f"{source}: has no head, so that a function of format {kind} has no output; export a folder")
     if licence is not None:
         model = dataclasses.replace(model, metadata={**model.metadata, "licence": licence})
     if kind == "folder":
