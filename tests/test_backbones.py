@@ -105,6 +105,13 @@ def test_a_backbone_without_a_head_predicts_no_classes(tmp_path: pathlib.Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "field"), [("timm_dinov3", "positions"), ("timm_clip", "pre_norm")])
+def test_what_a_state_dict_of_a_plain_vit_cannot_hold(name: str, field: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=field):
+        export_model(BACKBONES / name, tmp_path / "x.safetensors", "timm")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_slimmed_backbone_in_torch(tmp_path: pathlib.Path) -> None:
     changes: dict[str, Any] = {
         "pool": "map",

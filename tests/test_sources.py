@@ -184,7 +184,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, int] | str, dict[str, int] | str, str]] 
     "val alone": ("val/a*1 val/b*1", DIR, ONE, "train"),
     "train alone": ("train/a*20 train/b*20", {"a": 18, "b": 18}, AB, "val_fraction"),
     "beside": ("train/a*2 train/b*2 val/a*2 val/b*2 bird*3", AB, AB, "bird"),
-    "strays": ("train/a*2 train/b*2 train/x.jpg val/a*2 val/b*2 y.jpg", AB, AB, "x.jpg y.jpg"),
+    "images outside of classes": ("train/a*2 train/b*2 train/x.jpg val/a*2 val/b*2 y.jpg", AB, AB, "x.jpg y.jpg"),
     "vehicles": (
         "car*20 train*20 test*20",
         dict.fromkeys(("car", "test", "train"), 18),

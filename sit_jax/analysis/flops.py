@@ -81,13 +81,12 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
     params = stem_params + arch.depth * block_params + slimming_params
     params += heads * head_params + arch.aux_head * _linear(dim, arch.num_classes)
     if arch.projection:
-        pooled = dim * (2 if arch.pool == "token_avg" else 1)
-        head_macs, params = head_macs + pooled * arch.projection, params + pooled * arch.projection
+        head_macs, params = (x + arch.pooled_dim * arch.projection for x in (head_macs, params))
     if arch.pool == "map":
-        tokens, width = arch.token_counts[-1] + prefix, int(dim * arch.mlp_ratio)
+        tokens = arch.token_counts[-1] + prefix
         # The query is the same for every image; keys and values, scores, mixing, projection, MLP.
-        head_macs += dim**2 + tokens * (2 * dim**2 + 2 * dim) + dim**2 + 2 * dim * width
-        params += dim + 4 * _linear(dim, dim) + 2 * dim + _linear(dim, width) + _linear(width, dim)
+        head_macs += dim**2 + tokens * (2 * dim**2 + 2 * dim) + dim**2 + 2 * dim * hidden
+        params += dim + 4 * _linear(dim, dim) + 2 * dim + _linear(dim, hidden) + _linear(hidden, dim)
     # Prefix tokens, positions, last norm.
     learned = arch.positions == "learned"
     params += (prefix + learned * (arch.class_token + arch.num_patches) + arch.distillation_token) * dim

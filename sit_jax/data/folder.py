@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from sit_jax.data.formats import SUFFIXES
 from sit_jax.data.layout import KINDS, SKIPPED, Files, Layout, contents_notes, list_classes, list_files, notes
-from sit_jax.data.sources import Example, nfc, read_image
+from sit_jax.data.sources import Example, nfc, read_image, read_lines
 from sit_jax.errors import ConfigError, UserError, listed
 
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
@@ -207,12 +207,12 @@ def _part(paths: list[pathlib.Path], val_fraction: float, wants_held_out: bool) 
 def _read_list(path: pathlib.Path) -> list[pathlib.Path]:
     """Returns the paths in the lines of a text file, each once, in order; they are relative to the file's folder."""
     try:
-        text = path.read_text("utf-8-sig", errors="surrogateescape")
+        with path.open() as file:
+            lines = [line.rstrip("\r") for line in read_lines(file)]
     except OSError as error:
         raise ConfigError("data.data_dir", f"{path} cannot be read: {error.strerror or error}") from None
-    if "\0" in text:
+    if any("\0" in line for line in lines):
         raise ConfigError("data.data_dir", f"{path} is not a text file; give a folder, or a text file of image paths")
-    lines = (line.rstrip("\r") for line in text.split("\n"))
     return [path.parent / os.path.expanduser(line) for line in dict.fromkeys(lines) if line.strip()]
 
 

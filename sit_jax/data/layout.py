@@ -131,7 +131,10 @@ class Layout:
         inside = [list_folder(root / x) for x in self._named]
         self._has_classes = any(0 < len(x.folders) >= len(x.images) for x in inside)
         is_mixed = bool(self._top.images) and not labelled
-        has_splits = self._has_classes or not (is_mixed or any(list_files(root / x).images for x in self._others))
+        # Other folders are listed only if a name of a split, but not its contents, may be that of a class.
+        has_splits = self._has_classes or (
+            bool(self._named) and not (is_mixed or any(list_files(root / x).images for x in self._others))
+        )
         self.splits = self._named if has_splits else []
         if len(self._others) == len(folders) == 1:
             inner = Layout(root / folders[0], labelled)

@@ -130,7 +130,7 @@ def _read_run(path: pathlib.Path, options: Options, log: Log) -> Model:
     model = load_run(path, options.ema, with_rtsm=options.rtsm and config.recovered is not None)
     kind = f"{'student' if arch.is_slimmed else 'model'} {config.model.name}".strip()
     having = " with RTSMs" if model.rtsm else ""
-    log(f"found: a run of sit_jax, {kind}{having}, {arch.num_classes} classes, {arch.image_size} px")
+    log(f"found: a run of sit_jax, {kind}{having}, {arch.num_classes} classes, {arch.image_size_text} px")
     if config.recovered and not options.rtsm:
         log("changed: RTSMs left out")
     return model

@@ -185,14 +185,17 @@ class Architecture:
     @property
     def image_shape(self) -> tuple[int, int]:
         """Height and width of the input in pixels."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
+        return patch_grid(self.image_size, 1)
+
+    @property
+    def image_size_text(self) -> str:
+        """The image size in messages: `224`, or height and width, `224x320`."""
+        return str(self.image_size) if isinstance(self.image_size, int) else "x".join(map(str, self.image_size))
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the patches."""
-        height, width = self.image_shape
-        return height // self.patch_size, width // self.patch_size
+        return patch_grid(self.image_size, self.patch_size)
 
     @property
     def num_patches(self) -> int:
@@ -205,9 +208,14 @@ class Architecture:
         return self.class_token + self.distillation_token + self.registers
 
     @property
+    def pooled_dim(self) -> int:
+        """Width of the pool's output."""
+        return self.dim * (2 if self.pool == "token_avg" else 1)
+
+    @property
     def feature_dim(self) -> int:
-        """Width of the pooled features, which the head reads."""
-        return self.projection or self.dim * (2 if self.pool == "token_avg" else 1)
+        """Width of the features that the head reads: of the projection, if there is one, else of the pool."""
+        return self.projection or self.pooled_dim
 
     @property
     def mlp_hidden(self) -> tuple[int, int]:
@@ -271,6 +279,12 @@ class Architecture:
         return dataclasses.replace(
             self, stage_blocks=(), keep_ratio=None, kept_tokens=(), reducer="slim", distillation_token=False
         )
+
+
+def patch_grid(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Returns rows and columns of the patches of an image size: one number for a square, or height and width."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return height // patch_size, width // patch_size
 
 
 def architecture_from_dict(values: Mapping[str, Any], where: str = "") -> Architecture:

@@ -58,4 +58,4 @@ class AttentionPool(nn.Module):
         mixed = jnp.einsum("bhk,bkhd->bhd", weights, value).reshape(batch, dim)
         pooled = Dense(dim, dtype=self.dtype, name="proj")(mixed)
         normed = layer_norm(arch.norm_eps, self.dtype, "norm")(pooled)
-        return pooled + Mlp(int(dim * arch.mlp_ratio), dim, self.dtype, arch.activation, name="mlp")(normed)
+        return pooled + Mlp(arch.mlp_hidden[1], dim, self.dtype, arch.activation, name="mlp")(normed)

@@ -182,7 +182,7 @@ def is_process_0() -> bool:
     return bool(jax.process_index() == 0)
 
 
-# Those besides SIGTERM.
+# In addition to SIGTERM.
 _STOP_SIGNALS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 

@@ -205,8 +205,7 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                means = {name: sum(x[name] for x in window) / len(window) for name in values}
-                report(step, "train", means)
+                report(step, "train", {name: sum(x[name] for x in window) / len(window) for name in values})
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -218,19 +217,14 @@ def train_loop(
             scores: dict[str, float] = {}
             if last or (ends and step // epoch % config.eval_every_epochs == 0):
                 resolve()
-                try:
-                    scores = evaluation = evaluator(state)
-                except NotFiniteError as error:
-                    raise not_finite(f"step {step}: {error}", before=step) from None
+                scores = evaluation = _evaluate(evaluator, state, step, not_finite)
                 report(step, "eval", evaluation)
                 progress.note(f"epoch {step / epoch:g} " + " ".join(f"{k} {v:.4f}" for k, v in evaluation.items()))
             stopped = stop.should_stop() and not last
             if last or stopped or due.now(step) or checkpoints.is_best(scores):
                 resolve()
-                if not has_finite_weights(state):
-                    raise not_finite(f"step {step}: its weights are not finite", before=step)
                 about = {**_about(config, mesh, step, epoch), "changes": changed, "window": list(window)}
-                checkpoints.save(state, scores, about)
+                _save(checkpoints, state, scores, about, not_finite)
                 due.saved()
             if stopped:
                 raise PreemptedError(f"stopped by a signal: saved after step {step} of {total}; continue with --resume")
@@ -274,6 +268,28 @@ def _adopt_changes(
         *stored.get("changes", []),
         *({"after_step": start, "key": x.key, "before": x.before, "now": x.now} for x in new),
     ]
+
+
+def _evaluate(
+    evaluator: Evaluator, state: TrainState, step: int, not_finite: Callable[..., NotFiniteError]
+) -> dict[str, float]:
+    try:
+        return evaluator(state)
+    except NotFiniteError as error:
+        raise not_finite(f"step {step}: {error}", before=step) from None
+
+
+def _save(
+    checkpoints: Checkpoints,
+    state: TrainState,
+    scores: dict[str, float],
+    about: JsonObject,
+    not_finite: Callable[..., NotFiniteError],
+) -> None:
+    if not has_finite_weights(state):
+        step = int(state.step)
+        raise not_finite(f"step {step}: its weights are not finite", before=step)
+    checkpoints.save(state, scores, about)
 
 
 def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:

@@ -35,10 +35,7 @@ def resize(model: Model, image_size: int | tuple[int, int], log: Callable[[str],
         table = np.concatenate([positions[:, :first], grid.reshape(1, -1, arch.dim)], axis=1)
         variables = {**variables, "params": {**model.params, "positions": table}}
         how = f"positions interpolated from {old_grid} to {new_grid} (bicubic)"
-    sizes = (
-        str(x.image_size) if isinstance(x.image_size, int) else "x".join(map(str, x.image_size)) for x in (arch, new)
-    )
-    log(f"changed: {' to '.join(sizes)} px, {how}")
+    log(f"changed: {arch.image_size_text} to {new.image_size_text} px, {how}")
     if arch.is_slimmed:
         log(f"changed: tokens per stage are now {'/'.join(map(str, new.token_counts))}")
     if model.rtsm:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.layouts import Layout, Shapes, find_layout
-from sit_jax.models.architecture import CONV_STEM_STRIDE
+from sit_jax.models.architecture import CONV_STEM_STRIDE, patch_grid
 
 _BLOCK = r"blocks\.(\d+)\.|Transformer/encoderblock_(\d+)/|(?:visual\.)?transformer\.resblocks\.(\d+)\."
 
@@ -100,8 +100,7 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
         fields["num_heads"] = query[1]
     modules = len(_numbers(shapes, r"tsm\.(\d+)\.|cluster_layers\.(\d+)\.weight\.3\."))
     kept = tuple(look.shape(f"tsm.{i}.weight.3.weight", 2)[0] for i in range(modules))
-    height, width = (size, size) if isinstance(size, int) else size
-    patches = (height // patch_size) * (width // patch_size)
+    patches = math.prod(patch_grid(size, patch_size))
     stages = _stages_from_rtsm(shapes, patches, kept, fields["depth"])
     if stages:
         fields["stage_blocks"] = stages

@@ -183,9 +183,8 @@ def _identify_hugging_face(
     absent: tuple[str, ...] = ()
     if options.num_classes and not arch.num_classes:
         arch, absent = dataclasses.replace(arch, num_classes=options.num_classes), ("head",)
-    size = "x".join(map(str, arch.image_shape))
     head = f"{arch.num_classes} classes" if arch.num_classes else f"no head, features of width {arch.feature_dim}"
-    log(f"found: {found.layout.name}, width {arch.dim}, depth {arch.depth}, {size} px, {head}")
+    log(f"found: {found.layout.name}, width {arch.dim}, depth {arch.depth}, {arch.image_size_text} px, {head}")
     if found.unused:
         parts = sorted({name.split(".")[0] if "_token" not in name else name.split(".")[-1] for name in found.unused})
         log(f"not used: {len(found.unused)} tensors, of {', '.join(parts)}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.convert.infer_config import Inferred
-from sit_jax.models.architecture import Architecture, architecture_from_dict
+from sit_jax.models.architecture import Architecture, architecture_from_dict, patch_grid
 from sit_jax.models.variants import VARIANTS
 
 # Options for the fields that tensors do not determine; the tensors determine all other fields.
@@ -148,9 +148,7 @@ def _named(inferred: Inferred, fields: JsonObject, name: str | None) -> dict[str
 
 
 def _patches(fields: JsonObject) -> int:
-    size = fields["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return int(height // fields["patch_size"] * (width // fields["patch_size"]))
+    return math.prod(patch_grid(fields["image_size"], fields["patch_size"]))
 
 
 def _counts(fields: JsonObject, ratio: float | None, modules: int) -> tuple[int, ...]:
@@ -203,7 +201,7 @@ def describe(inferred: Inferred, resolved: Resolved, said: Collection[str], conf
     numbers = f"{arch.num_heads} heads, residual scale {arch.residual_scale:g}, norm epsilon {arch.norm_eps:g}"
     return (
         f"{inferred.layout.name}, {kind} {name}{f' with {having}' if having else ''}, {arch.num_classes} classes, "
-        f"{arch.image_size} px, {numbers}{_guesses(inferred, arch, said, configured)}"
+        f"{arch.image_size_text} px, {numbers}{_guesses(inferred, arch, said, configured)}"
     )
 
 

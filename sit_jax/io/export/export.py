@@ -27,6 +27,11 @@ _SUFFIXES: dict[Format, tuple[str, ...]] = {
     **{"original": _STATE_DICT, "timm": _STATE_DICT, "source": ("",)},
 }
 _TIMM_NORM_EPS = 1e-6
+# Fields of timm's plain model: other values have other tensors, or change what no tensor stores.
+_TIMM_FIELDS = {
+    **{"class_token": True, "registers": 0, "positions": "learned", "pre_norm": False, "mlp": "plain"},
+    **{"activation": "gelu", "key_bias": True, "pool": "token", "projection": 0, "patch_bias": True},
+}
 
 
 def export_model(
@@ -100,6 +105,7 @@ def _to_timm(model: Model) -> dict[str, np.ndarray]:
         f"has a {arch.stem} stem": arch.stem != "patch",
         f"divides its residual branches by {arch.residual_scale:g}": arch.residual_scale != 1,
         f"has norm_eps {arch.norm_eps:g} (timm's is {_TIMM_NORM_EPS:g})": arch.norm_eps != _TIMM_NORM_EPS,
+        **{f"has {key}={getattr(arch, key)}": getattr(arch, key) != plain for key, plain in _TIMM_FIELDS.items()},
     }
     problems = [problem for problem, there in differences.items() if there]
     if problems:

@@ -158,8 +158,7 @@ class AttentionPool(nn.Module):
         """Maps (batch, tokens, dim) to (batch, dim); `mass` (batch, tokens) is the patches merged into each token."""
         query = self.q(self.latent).unflatten(2, (self.heads, -1)).transpose(1, 2).expand(x.shape[0], -1, -1, -1)
         key, value = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = mass.log()[:, None, None].to(x.dtype)
-        mixed = F.scaled_dot_product_attention(query, key, value, weights)
+        mixed = F.scaled_dot_product_attention(query, key, value, mass.log()[:, None, None].to(x.dtype))
         x = self.proj(mixed.transpose(1, 2).flatten(2))[:, 0]
         return x + self.mlp(self.norm(x))
 
