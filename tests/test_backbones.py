@@ -12,8 +12,10 @@ import pytest
 import random_weights
 import safetensors.numpy
 import torch
+from PIL import Image
 
 import sit_jax
+from sit_jax.cli import app as cli
 from sit_jax.errors import ConfigError, UserError
 from sit_jax.io.export import source_layout, torch_model
 from sit_jax.io.export.export import Format, export_model
@@ -99,10 +101,23 @@ def test_a_backbone_without_a_head_predicts_no_classes(tmp_path: pathlib.Path) -
     with pytest.raises(UserError, match="without a head"):
         model.logits(np.zeros((1, 32, 32, 3), np.uint8))
     kinds: tuple[Format, ...] = ("onnx", "stablehlo")
+    np.testing.assert_array_equal(model(np.zeros((1, 32, 32, 3), np.uint8)).shape, (1, 16))
     for kind in kinds:
         with pytest.raises(UserError, match="has no head"):
             export_model(BACKBONES / "hf_dinov2", tmp_path / f"x.{kind}", kind)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_on_a_backbone_without_a_head(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arch = dataclasses.replace(ROTARY, num_classes=0, stage_blocks=(1, 2), keep_ratio=0.5)
+    random_weights.draw(arch).save(tmp_path / "slimmed")
+    image = tmp_path / "x.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(image)
+    assert cli.main(["predict", str(tmp_path / "slimmed"), str(image)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "without a head" in line
+    assert cli.main(["visualize", str(tmp_path / "slimmed"), str(image), "--output", str(tmp_path / "maps")]) == 0
+    assert list((tmp_path / "maps").iterdir())
 
 
 @pytest.mark.parametrize(("name", "field"), [("timm_dinov3", "positions"), ("timm_clip", "pre_norm")])

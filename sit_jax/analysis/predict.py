@@ -62,6 +62,7 @@ def run_predict(
     Stops early if `reader_gone(out)` is True, because the reader has closed the pipe, as with `| head`. Raises a
     PartialFailureError if some images could not be read.
     """
+    model.require_head()
     skipped = 0
     file_width, name_width = max(map(len, images), default=0), min(24, max(map(len, model.class_names)))
     if style == "csv":

@@ -48,7 +48,7 @@ def probe_models(models: Mapping[str, Model], data: DataConfig) -> dict[str, dic
     a UserError if the data cannot be read or has no classes, or a model is not a vision transformer.
     """
     source = open_source(data, data.eval_split)
-    check_has_classes(data, source)
+    check_has_classes(data, source, "name a data set with classes, such as --name folder --data_dir IMAGES")
     require(not source.multi_label, "data.name", f"{data.name} has several correct classes per image")
     result = {}
     for name, model in models.items():

@@ -168,7 +168,8 @@ def check_classes(spec: InputSpec, source: Source) -> None:
         raise ConfigError("model.num_classes", f"must be {theirs}, as in the data set, got {mine}")
 
 
-def check_has_classes(data: DataConfig, source: Source) -> None:
-    """Raises a ConfigError if the data set has no classes."""
-    problem = f"{data.name} has no classes; set loss.classification=0 to train without labels"
-    require(len(source.class_names) > 0, "data.name", problem)
+def check_has_classes(
+    data: DataConfig, source: Source, advice: str = "set loss.classification=0 to train without labels"
+) -> None:
+    """Raises a ConfigError, which ends with advice, if the data set has no classes."""
+    require(len(source.class_names) > 0, "data.name", f"{data.name} has no classes; {advice}")

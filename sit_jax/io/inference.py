@@ -25,8 +25,9 @@ class InferenceModel(NamedTuple):
     """A model in evaluation mode.
 
     `apply` is pure and not jitted: `(weights, images) -> logits`, from normalized images (batch, height, width,
-    channels) to float32 (batch, classes). `weights` are the model's variables with BatchNorm folded and kernels cast to
-    `dtype`, the type of the matrix products; `tokens` is the number of patch tokens of an image.
+    channels) to float32 (batch, classes); without a head, to the pooled features (batch, width). `weights` are the
+    model's variables with BatchNorm folded and kernels cast to `dtype`, the type of the matrix products; `tokens` is
+    the number of patch tokens of an image.
     """
 
     apply: Callable[[Any, Array], Array]
@@ -83,8 +84,10 @@ def inference_model(
         params = cast_kernels(params, dtype)
 
     def apply(weights: Any, images: Array) -> Array:
-        logits: Array = module.apply({"params": weights}, images, logits_only=True)[0]
-        return logits
+        found: Any = module.apply({"params": weights}, images, logits_only=True)
+        logits, outputs = found
+        result: Array = logits if arch.num_classes else outputs.features
+        return result
 
     return InferenceModel(apply, params, arch.num_patches, dtype)
 
@@ -97,6 +100,6 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Returns the probabilities (batch, classes), in float64; raises a NotFiniteError if a logit is not finite."""
     if not np.isfinite(logits).all():
         raise NotFiniteError("the model's outputs are not finite, so they say nothing about the images")
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True, initial=-np.inf)
     weights = np.exp(shifted)
     return weights / weights.sum(axis=1, keepdims=True)

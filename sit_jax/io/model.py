@@ -66,7 +66,7 @@ class Model:
     def __call__(
         self, images: Shaped[Array | np.ndarray, "batch height width channels"]
     ) -> Float[Array | np.ndarray, "batch classes"]:
-        """Returns the logits in evaluation mode, float32 (batch, classes).
+        """Returns the logits in evaluation mode, float32 (batch, classes); the pooled features without a head.
 
         Args:
             images: Of the model's size and channels (`arch.image_size`, `arch.in_channels`), channels last: uint8
@@ -87,12 +87,16 @@ class Model:
             UserError: The model has no head.
             NotFiniteError: A logit is not finite.
         """
-        if not self.arch.num_classes:
-            raise UserError(f"{self.source}: is a backbone without a head, which predicts no classes")
+        self.require_head()
         values = np.asarray(self(pixels))
         if not np.isfinite(values).all():
             raise NotFiniteError(f"{self.source}: the model's outputs are not finite, so they say nothing about images")
         return values
+
+    def require_head(self) -> None:
+        """Raises a UserError if the model has no head, and so predicts no classes."""
+        if not self.arch.num_classes:
+            raise UserError(f"{self.source}: is a backbone without a head, which predicts no classes")
 
     @property
     def params(self) -> Params:

@@ -161,11 +161,12 @@ def _read(model: Model, images: Sequence[ImageFile], progress: Progress) -> Iter
 
 
 def _describe(model: Model, maps: TokenMaps, index: int, label: str) -> str:
-    """Returns the label of an image, if known, and the top classes."""
+    """Returns the label of an image, if known, and the top classes, if there are any."""
     probabilities, names = maps.probabilities[index], model.class_names
     top = np.argsort(-probabilities, kind="stable")[:_CLASSES_SHOWN]
-    prediction = "predicted: " + ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in top)
-    return f"labelled {label}; {prediction}" if label else prediction
+    prediction = ", ".join(f"{names[i]} {probabilities[i]:.1%}" for i in top)
+    parts = {"labelled ": label, "predicted: ": prediction}
+    return "; ".join(f"{name}{text}" for name, text in parts.items() if text)
 
 
 def _write_arrays(model: Model, path: pathlib.Path, images: Sequence[tuple[str, dict[str, ndarray]]]) -> None:
