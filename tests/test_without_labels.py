@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
+import shlex
 from typing import Any
 
 import jax
@@ -337,3 +339,35 @@ def test_config_of_a_backbone(backbone: str, folder: pathlib.Path) -> None:
     assert made.teacher is not None
     assert "head" not in given_teacher(made.teacher, "teacher")["params"]
     assert count_cost(arch).gmac < count_cost(whole).gmac
+
+
+def test_the_page(
+    finished: pathlib.Path, folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(r"```(sh|python)\n(.*?)```", pathlib.Path("docs/features.md").read_text(), re.DOTALL)
+    links = {"runs/small": finished, "images": folder, "models/dinov2-small": (BACKBONES / "hf_dinov2").absolute()}
+    # The run names its teacher by a relative path.
+    links |= {name: pathlib.Path(name).absolute() for name in ("tests", "configs")}
+    monkeypatch.chdir(tmp_path)
+    for link, target in links.items():
+        (path := tmp_path / link).parent.mkdir(exist_ok=True)
+        path.symlink_to(target)
+    for index in range(8):
+        (path := tmp_path / f"photos/{'train' if index < 6 else 'val'}/{index % 2}/{index}.png").parent.mkdir(
+            parents=True, exist_ok=True
+        )
+        Image.new("RGB", (32, 32), (index, 99 * (index % 2), 0)).save(path)
+    seen = 0
+    for language, text in blocks:
+        if language == "python":
+            exec(text, {"images": np.zeros((1, 32, 32, 3), np.uint8)})
+            continue
+        for line in text.splitlines():
+            words = shlex.split(line)
+            # Training is `finished`; the other data set would be downloaded.
+            if words[1] != "train" and "cifar100" not in words:
+                assert cli.main(words[1:]) == 0, line
+                seen += 1
+    assert seen == 9
+    with np.load("small.npz") as found:
+        assert found["features"].shape == (12, 16)

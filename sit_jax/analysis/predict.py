@@ -34,7 +34,24 @@ def predict(
 ) -> Iterator[Prediction | ImageDecodeError]:
     """Yields predictions in the order of the images, or an error for an image that cannot be read.
 
-    Files are read one batch ahead, which bounds the memory. A prediction has the `top` classes, all if there are fewer.
+    Memory is bounded as in `run_batches`. A prediction has the `top` classes, all if there are fewer.
+    """
+    names = model.class_names
+    for name, row in run_batches(model, images, lambda pixels: softmax(model.logits(pixels)), batch_size):
+        if isinstance(row, ImageDecodeError):
+            yield row
+            continue
+        chosen = np.argsort(-row, kind="stable")[:top]
+        yield Prediction(name, chosen.tolist(), [names[i] for i in chosen], row[chosen].tolist())
+
+
+def run_batches(
+    model: Model, images: Sequence[str], function: Callable[[np.ndarray], np.ndarray], batch_size: int
+) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
+    """Yields the row of `function` for each image in order, or an error for an image that cannot be read.
+
+    `function` maps uint8 pixels of the model's size, (batch_size, height, width, channels), to (batch_size, ...). Files
+    are read one batch ahead, which bounds the memory.
     """
     waiting: list[tuple[str, np.ndarray | ImageDecodeError]] = []
     readable = 0
@@ -43,9 +60,9 @@ def predict(
         readable += not isinstance(pixels, ImageDecodeError)
         # Errors of a folder of unreadable files are then reported during reading.
         if readable == batch_size or len(waiting) == 4 * batch_size:
-            yield from _answer(model, waiting, top, batch_size)
+            yield from _answer(waiting, function, batch_size)
             waiting, readable = [], 0
-    yield from _answer(model, waiting, top, batch_size)
+    yield from _answer(waiting, function, batch_size)
 
 
 def run_predict(
@@ -110,23 +127,19 @@ def _read(model: Model, images: Sequence[str], ahead: int) -> Iterator[tuple[str
 
 
 def _answer(
-    model: Model, images: list[tuple[str, np.ndarray | ImageDecodeError]], top: int, batch_size: int
-) -> Iterator[Prediction | ImageDecodeError]:
+    images: list[tuple[str, np.ndarray | ImageDecodeError]],
+    function: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:
     pixels = [x for _, x in images if not isinstance(x, ImageDecodeError)]
     rows: Iterator[np.ndarray] = iter(())
     if pixels:
         # The last batch is padded, so that it needs no compilation.
         batch = np.zeros((batch_size, *pixels[0].shape), np.uint8)
         batch[: len(pixels)] = pixels
-        rows = iter(softmax(model.logits(batch))[: len(pixels)])
-    names = model.class_names
+        rows = iter(function(batch)[: len(pixels)])
     for name, read in images:
-        if isinstance(read, ImageDecodeError):
-            yield read
-            continue
-        probabilities = next(rows)
-        chosen = np.argsort(-probabilities, kind="stable")[:top]
-        yield Prediction(name, chosen.tolist(), [names[i] for i in chosen], probabilities[chosen].tolist())
+        yield name, read if isinstance(read, ImageDecodeError) else next(rows)
 
 
 def _write(out: TextIO, style: Style, prediction: Prediction, file_width: int, name_width: int) -> None:

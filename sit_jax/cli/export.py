@@ -26,6 +26,10 @@ def add_parser(verbs: Verbs) -> None:
     add_option(parser, "--with_rtsm", "--with_reverse", action="store_true", help=text)
     add("--dtype", default="float32", choices=("float32", "float16"), help="dtype of the weights (onnx)")
     add("--licence", metavar="TEXT", help="licence of the weights (folder, onnx, stablehlo)")
+    text = "leave the head out: the outputs are pooled, prefix_tokens and patch_tokens (folder, onnx, stablehlo)"
+    add("--features", action="store_true", help=text)
+    text = "bring patch_tokens back to the full grid: by the reverse module, or spread (onnx, stablehlo)"
+    add("--grid", choices=("rtsm", "spread"), help=text)
     add("--raw_input", action="store_true", help="take uint8 pixels in NHWC, not normalized images (onnx, stablehlo)")
 
 
@@ -33,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the model in another format."""
     from sit_jax.io.export.export import export_model
 
-    options = {name: getattr(arguments, name) for name in ("ema", "step", "dtype", "raw_input", "licence", "like")}
+    names = ("ema", "step", "dtype", "raw_input", "licence", "like", "features", "grid")
+    options = {name: getattr(arguments, name) for name in names}
     export_model(arguments.source, arguments.dest, arguments.format, with_rtsm=arguments.with_rtsm, **options)
     print(f"Written: {arguments.dest}")

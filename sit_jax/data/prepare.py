@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sit_jax.data.config import DataConfig
 from sit_jax.data.decode import decode
+from sit_jax.data.fashion_mnist import FashionMnist
 from sit_jax.data.folder import FolderSource
 from sit_jax.data.registry import log_notes
 from sit_jax.data.sources import writing
@@ -83,6 +84,9 @@ def prepare_named(data: DataConfig, manual_dir: str) -> pathlib.Path:
     """
     if data.name == "digits":
         return pathlib.Path(prepared_digits(data.data_dir).data_path)
+    if data.name == "fashion_mnist":
+        builder = FashionMnist(manual_dir or None, data_dir=tfds_folder(data.data_dir), file_format="array_record")
+        return _prepare(builder)
     return _prepare(find_builder(data.name, data.data_dir), manual_dir or None)
 
 

@@ -1,9 +1,10 @@
-"""Inference: converts a model and its weights to a function from images to logits."""
+"""Inference: converts a model and its weights to a function from images to logits or features."""
 
 import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import Array
@@ -11,8 +12,10 @@ from jaxtyping import Array
 from sit_jax.errors import NotFiniteError
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.features import Features, Grid, select_features
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.stems import fold_batch_norm
+from sit_jax.models.trees import Params
 from sit_jax.ops.attention import choose
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
@@ -24,28 +27,27 @@ _MANY_ROWS = 1024
 class InferenceModel(NamedTuple):
     """A model in evaluation mode.
 
-    `apply` is pure and not jitted: `(weights, images) -> logits`, from normalized images (batch, height, width,
-    channels) to float32 (batch, classes); without a head, to the pooled features (batch, width). `weights` are the
-    model's variables with BatchNorm folded and kernels cast to `dtype`, the type of the matrix products; `tokens` is
-    the number of patch tokens of an image.
+    `apply` is pure and not jitted: `(weights, images) -> outputs`, from normalized images (batch, height, width,
+    channels) to logits or to `Features`. `weights` are the model's variables with BatchNorm folded and kernels cast to
+    `dtype`, the type of the matrix products; `tokens` is the number of patch tokens of an image.
     """
 
-    apply: Callable[[Any, Array], Array]
+    apply: Callable[[Any, Array], Any]
     weights: Any
     tokens: int
     dtype: str
 
     def jitted(self, batch: int, before: Callable[[Any], Array] | None = None) -> Any:
-        """Returns the jitted `(weights, inputs) -> logits`; `before` converts the inputs to normalized images."""
+        """Returns the jitted `(weights, inputs) -> outputs`; `before` converts the inputs to normalized images."""
 
-        def run(weights: Any, inputs: Any) -> Array:
+        def run(weights: Any, inputs: Any) -> Any:
             return self.apply(weights, inputs if before is None else before(inputs))
 
         library = self.dtype != "float32" or batch * self.tokens < _MANY_ROWS
         return jax.jit(run, compiler_options=cpu_options(library) if jax.default_backend() == "cpu" else None)
 
-    def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Array]:
-        """Returns the jitted function from inputs to logits, with the weights on the device; see `jitted`."""
+    def jit(self, before: Callable[[Any], Array] | None = None) -> Callable[[Any], Any]:
+        """Returns the jitted function from inputs to outputs, with the weights on the device; see `jitted`."""
         apply, weights = self.apply, self.weights
         if not _traced(weights):
             with jax.ensure_compile_time_eval():  # The first call may be inside a trace.
@@ -68,20 +70,13 @@ def inference_model(
 ) -> InferenceModel:
     """Prepares a model, whose variables are `{'params': ..., 'batch_stats': ...}`, for inference.
 
-    `attention` is the name of the softmax attention; `auto` selects the fastest one for the default device.
+    Its outputs are the logits, float32 (batch, classes); without a head, the pooled features. `attention` is the name
+    of the softmax attention; `auto` selects the fastest one for the default device.
     """
     if isinstance(arch, RegNetArchitecture):
         module = build_model(arch, dtype=dtype)
         return InferenceModel(lambda weights, images: module.apply(weights, images)[0], variables, 1, dtype)
-    if attention == "auto":
-        # Without a backward pass, the custom derivatives are not needed.
-        fastest = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
-        attention = "plain" if fastest == "xla" else fastest
-    module = build_model(arch, dtype=dtype, attention=attention).clone(batch_norm=False)
-    # The weights outlive a trace that this may be called in.
-    with contextlib.nullcontext() if _traced(variables) else jax.ensure_compile_time_eval():
-        params = fold_batch_norm(variables["params"], variables.get("batch_stats", {}))
-        params = cast_kernels(params, dtype)
+    module = _module(arch, dtype, attention)
 
     def apply(weights: Any, images: Array) -> Array:
         found: Any = module.apply({"params": weights}, images, logits_only=True)
@@ -89,7 +84,44 @@ def inference_model(
         result: Array = logits if arch.num_classes else outputs.features
         return result
 
-    return InferenceModel(apply, params, arch.num_patches, dtype)
+    return InferenceModel(apply, _weights(variables, dtype), arch.num_patches, dtype)
+
+
+def features_model(
+    arch: Architecture,
+    variables: dict[str, Any],
+    dtype: str = "float32",
+    attention: str = "auto",
+    grid: Grid | None = None,
+    rtsm: Params | None = None,
+) -> InferenceModel:
+    """Prepares a vision transformer whose outputs are `Features`; see `inference_model` and `select_features`."""
+    module, params = _module(arch, dtype, attention), _weights(variables, dtype)
+    last = f"blocks_{arch.depth - 1}"
+    recovery = {last: cast_kernels(rtsm[last], dtype)} if grid == "rtsm" and rtsm and arch.is_slimmed else {}
+
+    def apply(weights: Any, images: Array) -> Features:
+        params, recovery = weights
+        found: Any = module.apply({"params": params}, images)
+        return select_features(arch, found[1], grid, params=params, rtsm=recovery, dtype=dtype)
+
+    return InferenceModel(apply, (params, recovery), arch.num_patches, dtype)
+
+
+def _module(arch: Architecture, dtype: str, attention: str) -> nn.Module:
+    if attention == "auto":
+        # Without a backward pass, the custom derivatives are not needed.
+        fastest = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
+        attention = "plain" if fastest == "xla" else fastest
+    return build_model(arch, dtype=dtype, attention=attention).clone(batch_norm=False)
+
+
+def _weights(variables: dict[str, Any], dtype: str) -> Params:
+    """Returns the parameters with BatchNorm folded and kernels cast."""
+    # The weights outlive a trace that this may be called in.
+    with contextlib.nullcontext() if _traced(variables) else jax.ensure_compile_time_eval():
+        params = fold_batch_norm(variables["params"], variables.get("batch_stats", {}))
+        return cast_kernels(params, dtype)
 
 
 def _traced(tree: Any) -> bool:

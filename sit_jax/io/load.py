@@ -144,5 +144,6 @@ def _load_exported(path: pathlib.Path) -> Model:
     takes = metadata.pop("input", None)
     if takes not in ("pixels", "images"):
         raise UserError(f"{path}: does not say whether it takes pixels or normalized images")
-    exported = Exported(run, takes, channels_last=not is_onnx)
+    by_name = run if is_onnx or not arch.num_classes else lambda inputs: {"logits": run(inputs)}
+    exported = Exported(by_name, takes, channels_last=not is_onnx)
     return Model(arch, {}, metadata, exported=exported, source=str(path))

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Shaped
 from sit_jax.config import Config, DataConfig, JsonObject
 from sit_jax.data.preprocess import normalize
 from sit_jax.errors import NotFiniteError, UserError
-from sit_jax.io.inference import inference_model
+from sit_jax.io.inference import features_model, inference_model
 from sit_jax.io.metadata import data_config, evaluated_on
 from sit_jax.io.model_folder import write_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.features import Features, Grid
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.trees import Params, Variables
 
@@ -28,12 +29,12 @@ class Exported(NamedTuple):
     """The function of an ONNX file or a StableHLO artifact.
 
     Attributes:
-        run: Inputs (batch, ...) -> logits (batch, classes).
+        run: Inputs (batch, ...) -> outputs by name: `logits`, or the fields of `Features` without a head.
         input: `pixels`, uint8 and channels last, or `images`, normalized float32.
         channels_last: Whether `images` are (batch, height, width, channels), and not (batch, channels, height, width).
     """
 
-    run: Callable[[np.ndarray], np.ndarray | Array]
+    run: Callable[[np.ndarray], Mapping[str, np.ndarray | Array]]
     input: Literal["pixels", "images"]
     channels_last: bool
 
@@ -76,9 +77,36 @@ class Model:
         Raises:
             ValueError: The images have another integer type, or are floats for an exported file that takes pixels.
         """
-        if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
-            raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalized floats")
+        _check_type(images)
         return self._forward(images)
+
+    def features(
+        self, images: Shaped[Array | np.ndarray, "batch height width channels"], grid: Grid | None = None
+    ) -> Features:
+        """Returns the features in evaluation mode: pooled, prefix tokens and patch tokens, float32.
+
+        Args:
+            images: As those of a call.
+            grid: How a slimmed model's patch tokens are brought back to the full grid of patches: `rtsm`, by the last
+                block's reverse module (load the model with `with_rtsm`), or `spread`: a patch gets the mean of the
+                tokens that it was merged into. None returns the kept tokens. An exported file has its own choice.
+
+        Raises:
+            ValueError: The images are not possible, as for a call, or the grid is unknown.
+            UserError: The model is not a vision transformer, has no reverse modules for `rtsm`, or is a file that was
+                exported without features.
+        """
+        if grid not in (None, *get_args(Grid)):
+            raise ValueError(f"grid must be one of {', '.join(get_args(Grid))} or None, got {grid!r}")
+        if self.exported is None and grid == "rtsm" and self.vit.is_slimmed and not self.rtsm:
+            raise UserError(f"{self.source}: has no reverse modules, or they were not loaded (with_rtsm)")
+        if self.exported is not None and (grid or self.arch.num_classes):
+            raise UserError(f"{self.source}: gives what it was exported for; see sit export --features and --grid")
+        _check_type(images)
+        if grid not in self._features:
+            model = features_model(self.vit, self.variables, self.dtype, grid=grid, rtsm=self.rtsm)
+            self._features[grid] = model.jit(before=self._normalized)
+        return self._features[grid](images)
 
     def logits(self, pixels: Shaped[np.ndarray, "batch height width channels"]) -> Float[np.ndarray, "batch classes"]:
         """Returns the logits of uint8 pixels as a NumPy array.
@@ -164,21 +192,46 @@ class Model:
 
     @cached_property
     def _forward(self) -> Callable[[Array | np.ndarray], Array | np.ndarray]:
-        data, exported = self.data, self.exported
-
-        def normalized(images: Array | np.ndarray) -> Array:
-            x = jnp.asarray(images)
-            return normalize(x, data) if x.dtype == jnp.uint8 else x.astype(jnp.float32)
-
+        exported = self._exported
         if exported is None:
-            return inference_model(self.arch, self.variables, self.dtype).jit(before=normalized)
+            return inference_model(self.arch, self.variables, self.dtype).jit(before=self._normalized)
+        name = "logits" if self.arch.num_classes else "pooled"
+        return lambda images: exported(images)[name]
 
-        def run(images: Array | np.ndarray) -> Array | np.ndarray:
+    @cached_property
+    def _features(self) -> dict[Grid | None, Callable[[Array | np.ndarray], Features]]:
+        exported = self._exported
+        if exported is None:
+            return {}
+
+        def run(images: Array | np.ndarray) -> Features:
+            found: dict[str, Any] = dict(exported(images))
+            patches = found["patch_tokens"]
+            return Features(**{"prefix_tokens": patches[:, :0], **found})  # ONNX has no empty outputs.
+
+        return {None: run}
+
+    def _normalized(self, images: Array | np.ndarray) -> Array:
+        x = jnp.asarray(images)
+        return normalize(x, self.data) if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+
+    @cached_property
+    def _exported(self) -> Callable[[Array | np.ndarray], Mapping[str, np.ndarray | Array]] | None:
+        exported = self.exported
+        if exported is None:
+            return None
+
+        def run(images: Array | np.ndarray) -> Mapping[str, np.ndarray | Array]:
             if exported.input == "pixels":
                 if images.dtype != np.uint8:
                     raise ValueError(f"{self.source}: takes uint8 pixels, got {images.dtype}")
                 return exported.run(np.asarray(images))
-            x = np.asarray(normalized(images))
+            x = np.asarray(self._normalized(images))
             return exported.run(x if exported.channels_last else np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
         return run
+
+
+def _check_type(images: Array | np.ndarray) -> None:
+    if jnp.issubdtype(images.dtype, jnp.integer) and images.dtype != jnp.uint8:
+        raise ValueError(f"pixels are {images.dtype}; give uint8 pixels or normalized floats")

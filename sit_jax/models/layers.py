@@ -40,7 +40,7 @@ class Dense(nn.Dense):
         return super().__call__(inputs).astype(self.dtype)
 
 
-def layer_norm(epsilon: float, dtype: DTypeLike, name: str) -> nn.LayerNorm:
+def layer_norm(epsilon: float, dtype: DTypeLike, name: str | None) -> nn.LayerNorm:
     """Returns a LayerNorm in float32, without the fast variance, which is inaccurate for large means."""
     return nn.LayerNorm(epsilon, dtype=dtype, use_fast_variance=False, name=name)
 

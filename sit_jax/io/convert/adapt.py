@@ -72,6 +72,14 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
     return np.where(d <= 1, near, np.where(d < 2, far, 0.0))
 
 
+def without_head(model: Model) -> Model:
+    """Returns the model without its heads and class names: a backbone, whose output is its features."""
+    arch = dataclasses.replace(model.vit, num_classes=0, aux_head=False)
+    params = {name: value for name, value in model.params.items() if name not in HEADS}
+    metadata = {name: value for name, value in model.metadata.items() if name != "class_names"}
+    return dataclasses.replace(model, arch=arch, variables={**model.variables, "params": params}, metadata=metadata)
+
+
 def replace_heads(model: Model, num_classes: int, log: Callable[[str], None]) -> Model:
     """Returns the weights for another number of classes, with all heads set to zero; without heads for 0 classes."""
     arch = model.vit

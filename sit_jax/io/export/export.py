@@ -4,21 +4,23 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Array
 
 from sit_jax.data.preprocess import normalize
 from sit_jax.errors import UserError
+from sit_jax.io.convert.adapt import without_head
 from sit_jax.io.convert.convert import write_state_dict
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file, source_layout, stablehlo
-from sit_jax.io.inference import inference_model
+from sit_jax.io.inference import features_model, inference_model
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
 from sit_jax.io.suffixes import ONNX, SAFETENSORS, STABLEHLO, suffix_of
+from sit_jax.models.features import Grid
 
 Format = Literal["folder", "onnx", "stablehlo", "original", "timm", "source"]
 _STATE_DICT = (SAFETENSORS, ".pth")
@@ -45,6 +47,8 @@ def export_model(
     raw_input: bool = False,
     licence: str | None = None,
     like: pathlib.Path | None = None,
+    features: bool = False,
+    grid: Grid | None = None,
 ) -> None:
     """Writes a run or a model folder in another format, atomically; the options are those of `sit export`.
 
@@ -60,22 +64,27 @@ def export_model(
         raise UserError(f"--raw_input: {kind} holds weights, not a function; it is for onnx and stablehlo")
     if licence is not None and kind in ("original", "timm", "source"):
         raise UserError(f"--licence: {kind} holds tensors only; folder, onnx and stablehlo say what their licence is")
+    if features and kind not in ("folder", "onnx", "stablehlo"):
+        raise UserError(f"--features: {kind} is the layout of a whole model; it is for folder, onnx and stablehlo")
+    if grid is not None and kind not in ("onnx", "stablehlo"):
+        raise UserError(f"--grid: {kind} holds weights, not a function; it is for onnx and stablehlo")
     if (like is None) == (kind == "source"):
         raise UserError("--like: names the weights whose layout --format source writes, and no other format")
-    model = load(source, ema=ema, step=step, with_rtsm=with_rtsm)
+    model = load(source, ema=ema, step=step, with_rtsm=with_rtsm or grid == "rtsm")
+    model = without_head(model) if features else model
     arch = model.vit
-    if kind in ("onnx", "stablehlo") and not arch.num_classes:
-        raise UserError(f"{source}: has no head, so that a function of format {kind} has no output; export a folder")
+    if grid is not None and (arch.num_classes or not arch.is_slimmed):
+        raise UserError("--grid: is for the patch tokens of a slimmed model without a head; give --features")
     if licence is not None:
         model = dataclasses.replace(model, metadata={**model.metadata, "licence": licence})
     if kind == "folder":
         model.save(dest, with_rtsm)
     elif kind == "onnx":
-        onnx_file.save(dest, model, dtype, raw_input)
+        onnx_file.save(dest, model, dtype, raw_input, grid)
     elif kind == "stablehlo":
         description = {**describe(arch, model.metadata), "input": "pixels" if raw_input else "images"}
         shape = (*arch.image_shape, arch.in_channels)
-        stablehlo.save(dest, _forward(model, raw_input), shape, description)
+        stablehlo.save(dest, _forward(model, raw_input, grid), shape, description)
     elif kind == "original":
         tree = {**model.variables, "rtsm": model.rtsm if with_rtsm else {}}
         write_state_dict(dest, to_original(tree, arch))
@@ -85,11 +94,23 @@ def export_model(
         write_state_dict(dest, _to_timm(model))
 
 
-def _forward(model: Model, raw_input: bool) -> Callable[[Array], Array]:
-    """Returns the function from uint8 pixels, or else from normalized images, to logits, including its weights."""
+def _forward(model: Model, raw_input: bool, grid: Grid | None) -> Callable[[Array], Any]:
+    """Returns the function from uint8 pixels, or else from normalized images, to logits or, without a head, features.
+
+    It includes the weights.
+    """
     # Unlike `auto`, which depends on this machine, for any platform.
-    prepared = inference_model(model.arch, model.variables, attention="plain")
-    return lambda images: prepared.apply(prepared.weights, normalize(images, model.data) if raw_input else images)
+    arch, how = model.vit, {"attention": "plain"}
+    if arch.num_classes:
+        prepared = inference_model(arch, model.variables, **how)
+    else:
+        prepared = features_model(arch, model.variables, **how, grid=grid, rtsm=model.rtsm)
+
+    def forward(images: Array) -> Any:
+        found = prepared.apply(prepared.weights, normalize(images, model.data) if raw_input else images)
+        return found if arch.num_classes else found._asdict()
+
+    return forward
 
 
 def _to_timm(model: Model) -> dict[str, np.ndarray]:

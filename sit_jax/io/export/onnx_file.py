@@ -16,6 +16,7 @@ from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
+from sit_jax.models.features import Grid
 
 Dtype = Literal["float32", "float16"]
 # The first opset with Gelu as one operator.
@@ -24,20 +25,22 @@ OPSET = 20
 PROPERTY = "sit_jax"
 # Size limit of protocol buffers.
 _LARGEST_FILE = 2**31 - 2**20
-# Largest accepted difference from PyTorch's logits, relative to the largest logit.
+# Largest accepted difference from PyTorch's outputs, relative to the largest value.
 _TOLERANCE = {"float32": 1e-4, "float16": 5e-2}
 
 
-def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> None:
+def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool, grid: Grid | None = None) -> None:
     """Writes a model with BatchNorm folded, for any batch size, after checking it with onnx and onnxruntime.
 
     The input is `pixels`, uint8 (batch, height, width, channels), or `images`, normalized float32 (batch, channels,
-    height, width); the output is `logits`, float32 (batch, classes), for all types of weights. Raises a UserError if
-    the optional packages are missing, the model is too large for a file, the file exists or cannot be written, or its
-    output differs from the model's.
+    height, width). The output is `logits`, float32 (batch, classes), for all types of weights. Without a head, it is
+    `pooled`, `prefix_tokens` (if there are any) and `patch_tokens`, those of the full grid if `grid` is given.
+
+    Raises a UserError if the optional packages are missing, the model is too large for a file, the file exists or
+    cannot be written, or its output differs from the model's.
     """
     torch, *_ = map(_import, ("torch", "onnx", "onnxruntime", "onnxscript"))
-    served = _served(torch, model, dtype, raw_input)
+    served = _served(torch, model, dtype, raw_input, grid)
     size = sum(parameter.nbytes for parameter in served.parameters())
     if size > _LARGEST_FILE:
         raise UserError(f"{path}: the weights' {size / 1e9:.1f} GB do not fit into one ONNX file; try --dtype float16")
@@ -53,7 +56,7 @@ def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> Non
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 input_names=[description["input"]],
-                output_names=["logits"],
+                output_names=list(served.names),
                 opset_version=OPSET,
                 verbose=False,
             )
@@ -63,8 +66,8 @@ def save(path: pathlib.Path, model: Model, dtype: Dtype, raw_input: bool) -> Non
         _check(path, part, served, images, dtype)
 
 
-def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]]:
-    """Returns the function from a file's input to logits, and its description.
+def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarray]], dict[str, Any]]:
+    """Returns the function from a file's input to its outputs by name, and its description.
 
     Raises a UserError if onnxruntime is missing, or the file is damaged or was not written by `save`.
     """
@@ -80,19 +83,22 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict[s
     if not isinstance(description, dict):
         raise UserError(f"{path}: was not written by sit export: it does not say what model it holds")
 
-    def run(images: np.ndarray) -> np.ndarray:
+    outputs = [output.name for output in session.get_outputs()]
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
         with _told_in_one_line(path, "cannot be run"):
-            return session.run(None, {name: images})[0]
+            return dict(zip(outputs, session.run(outputs, {name: images}), strict=True))
 
     return run, description
 
 
-def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool) -> Any:
-    """Returns the PyTorch module for deployment."""
+def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool, grid: Grid | None) -> Any:
+    """Returns the PyTorch module for deployment; `names` are those of its outputs."""
     from sit_jax.io.export import torch_model
 
-    state = to_original(model.variables, model.vit)
-    module = torch_model.SiT(describe(model.vit, model.metadata))
+    rtsm = model.rtsm if grid == "rtsm" else {}
+    state = to_original({**model.variables, "rtsm": rtsm}, model.vit)
+    module = torch_model.SiT(describe(model.vit, model.metadata), reverse=bool(rtsm))
     module.load_state_dict({key: torch.from_numpy(np.array(x, np.float32)) for key, x in state.items()}, strict=True)
     module = torch_model.fold_batch_norm(module.eval()).to(getattr(torch, dtype))
 
@@ -100,11 +106,15 @@ def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.model = module
+            has_prefix = model.vit.num_prefix_tokens > 0
+            features = ("pooled", "prefix_tokens", "patch_tokens") if has_prefix else ("pooled", "patch_tokens")
+            self.names = ("logits",) if model.vit.num_classes else features
 
-        def forward(self, images: Any) -> Any:
-            """Returns the float32 logits of images."""
+        def forward(self, images: Any) -> tuple[Any, ...]:
+            """Returns the float32 outputs of images, in the order of `names`."""
             x = module.normalize(images) if raw_input else images.to(module.norm.weight.dtype)
-            return module(x).float()
+            found = {"logits": module(x)} if model.vit.num_classes else module.features(x, grid)
+            return tuple(found[name].float() for name in self.names)
 
     return Served().eval()
 
@@ -125,10 +135,12 @@ def _check(path: pathlib.Path, part: pathlib.Path, served: Any, images: Any, dty
     run, _ = load(part)
     for batch in (images, images[:1], images.repeat(2, 1, 1, 1)[:3]):
         with torch.no_grad():
-            expected = served(batch).numpy()
-        error = np.abs(run(batch.numpy()) - expected).max() / max(1e-6, np.abs(expected).max())
-        if not error <= _TOLERANCE[dtype]:
-            raise UserError(f"{path}: the exported model's logits differ by {error:.1e}; it was not written")
+            expected = dict(zip(served.names, (x.numpy() for x in served(batch)), strict=True))
+        found = run(batch.numpy())
+        for name, values in expected.items():
+            error = np.abs(found[name] - values).max() / max(1e-6, np.abs(values).max())
+            if not error <= _TOLERANCE[dtype]:
+                raise UserError(f"{path}: the exported model's {name} differ by {error:.1e}; it was not written")
 
 
 def _import(name: str) -> Any:

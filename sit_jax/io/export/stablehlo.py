@@ -26,10 +26,11 @@ class Loaded(NamedTuple):
     """A loaded artifact.
 
     `run` is a function of images (batch, height, width, channels), for any batch size; the description's `input` says
-    whether they are `pixels` (uint8) or `images` (normalized float32).
+    whether they are `pixels` (uint8) or `images` (normalized float32). It returns the logits, or features by name
+    without a head.
     """
 
-    run: Callable[[Any], jax.Array]
+    run: Callable[[Any], Any]
     description: dict[str, Any]
 
 
@@ -41,7 +42,7 @@ def description_path(path: pathlib.Path) -> pathlib.Path:
 def save(
     path: pathlib.Path, forward: Callable[..., Any], shape: tuple[int, int, int], description: dict[str, Any]
 ) -> None:
-    """Writes a function from images to logits, including the arrays in its closure, for every platform and batch size.
+    """Writes a function of images, including the arrays in its closure, for every platform and batch size.
 
     `shape` is the height, width and channels of an image; `input` of the description determines its type. Raises a
     UserError if the file exists or cannot be written.

@@ -66,6 +66,32 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.05, rt
     ]
 
 
+def features(model: Any, images: Tensor, grid: str | None = None) -> dict[str, Tensor]:
+    """Returns the features of normalized images, (batch, channels, height, width), after the last norm.
+
+    Args:
+        model: The model, in evaluation mode.
+        images: Normalized images.
+        grid: How the patch tokens of a slimmed model are brought back to the full grid: `rtsm`, by the last block's
+            reverse module, or `spread`: a patch gets the mean of the tokens that it was merged into. None leaves them.
+
+    Returns:
+        `pooled` (batch, width), `prefix_tokens` (batch, prefix, dim) and `patch_tokens` (batch, tokens, dim).
+    """
+    outputs = model(images, return_outputs=True)[1]
+    patches = outputs.patch_tokens
+    if grid == "spread":
+        for assignment in reversed(outputs.assignments):
+            total = assignment.sum(2, keepdim=True)
+            patches = torch.where(total > 0, assignment / total.clamp_min(1e-30), 0) @ patches
+    elif grid == "rtsm" and outputs.assignments:
+        if model.rtsm is None:
+            raise ValueError("the model has no reverse modules")
+        patches = model.rtsm[-1](outputs.tokens[-1])
+        patches = patches if model.norm_after_pool else model.norm(patches)
+    return {"pooled": outputs.features, "prefix_tokens": outputs.prefix_tokens, "patch_tokens": patches}
+
+
 class ReverseTokenSlimming(nn.Module):
     """RTSM: recovers N tokens from K kept ones, with an MLP over tokens, then one over channels; training only."""
 

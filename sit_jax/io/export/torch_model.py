@@ -3,6 +3,7 @@
     model = load('folder').eval()
     logits = model(model.normalize(pixels))  # pixels: uint8 (batch, height, width, channels), of the model's size
     logits, outputs = model(images, return_outputs=True)
+    features = model.features(images)  # `pooled`, `prefix_tokens`, `patch_tokens`
 
 Copy this file into your project, or use the copy in the model folder. The keys of its `state_dict` are those of the
 PyTorch original. For feature recalibration distillation, see `torch_distillation.py` beside this file.
@@ -216,7 +217,7 @@ class SiT(nn.Module):
     """
 
     def __init__(self, config: Mapping[str, Any], reverse: bool = False, drop_path: float = 0.0) -> None:
-        """Builds the model of a `config.json` with random weights; with reverse modules for distillation if `reverse`.
+        """Builds the model of a `config.json` with random weights, and with reverse modules if `reverse`.
 
         `drop_path` is the stochastic depth rate of the last block; it grows linearly from 0 in the first block.
         """
@@ -235,12 +236,12 @@ class SiT(nn.Module):
         ends = [sum(blocks[: i + 1]) - 1 for i in range(len(blocks) - 1)]
         kept = dict(zip(ends, config.get("kept_tokens", [patches])[1:], strict=True))
         self.tsm_index = {block: index for index, block in enumerate(kept)}
-        has_class, registers = shape.get("class_token", True), shape.get("registers", 0)
-        self.cls_token, self.pos_embed, self.reg_token = (
-            nn.Parameter(0.02 * torch.randn(1, count, dim)) if count else None
-            for count in (int(has_class), 0 if self.rotary else has_class + patches, registers)
-        )
-        self.num_prefix_tokens = has_class + shape["distillation_token"] + registers
+        has_class, distils = shape.get("class_token", True), shape["distillation_token"]
+        registers, positions = shape.get("registers", 0), 0 if self.rotary else has_class + patches
+        counts = (has_class, positions, registers, distils, distils)
+        tokens = (nn.Parameter(0.02 * torch.randn(1, int(count), dim)) if count else None for count in counts)
+        self.cls_token, self.pos_embed, self.reg_token, self.dist_token, self.dist_pos_embed = tokens
+        self.num_prefix_tokens = has_class + distils + registers
         self.norm_pre = nn.LayerNorm(dim, shape["norm_eps"]) if shape.get("pre_norm") else nn.Identity()
         self.patch_embed = Stem(shape)
         self.blocks = nn.ModuleList(Block(shape, drop_path * i / max(1, depth - 1)) for i in range(depth))
@@ -252,12 +253,8 @@ class SiT(nn.Module):
         self.projection = nn.Linear(width, projection, bias=False) if projection else nn.Identity()
         self.head = nn.Linear(projection or width, classes) if classes else None
         # Trained only by token labelling, but part of all checkpoints.
-        self.aux_head = nn.Linear(dim, classes) if shape["aux_head"] else None
-        self.head_dist = None
-        if shape["distillation_token"]:
-            self.dist_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-            self.dist_pos_embed = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-            self.head_dist = nn.Linear(dim, classes)
+        self.aux_head = nn.Linear(dim, classes) if shape["aux_head"] and classes else None
+        self.head_dist = nn.Linear(dim, classes) if distils and classes else None
         self.rtsm = _distillation().reverse_modules(dim, depth, patches, kept) if reverse and kept else None
 
     def forward(self, images: Tensor, return_outputs: bool = False) -> Any:
@@ -268,7 +265,7 @@ class SiT(nn.Module):
         """
         prefix, x = self.num_prefix_tokens, self._embed(images)
         mass, coordinates = x.new_ones(x.shape[0], x.shape[1] - prefix), self._coordinates(x)
-        tokens, assignments = [], []
+        tokens, assignments, distillation_logits = [], [], None
         for index, block in enumerate(self.blocks):
             x = block(x, self._rotation(coordinates) if self.rotary else None)
             if index in self.tsm_index:
@@ -281,14 +278,17 @@ class SiT(nn.Module):
         x = x if self.norm_after_pool else self.norm(x)
         features = self._pool(x[:, :prefix], x[:, prefix:], mass)
         features = self.projection(self.norm(features) if self.norm_after_pool else features)
-        logits = features.new_zeros(len(x), 0) if self.head is None else self.head(features)
-        distillation_logits = None
+        logits = features[:, :0] if self.head is None else self.head(features)
         if self.head_dist is not None:
             distillation_logits = self.head_dist(x[:, 1])
             logits = logits if self.training else (logits + distillation_logits) / 2
         if not return_outputs:
             return logits
         return logits, Outputs(tokens, assignments, distillation_logits, features, x[:, :prefix], x[:, prefix:])
+
+    def features(self, images: Tensor, grid: str | None = None) -> dict[str, Tensor]:
+        """Returns the features by name; see `features` in `torch_distillation.py`."""
+        return _distillation().features(self, images, grid)
 
     def recover(self, tokens: Sequence[Tensor]) -> list[Tensor]:
         """Recovers each block's patch tokens to the whole grid, (batch, patches, dim), with the reverse modules."""
@@ -310,7 +310,7 @@ class SiT(nn.Module):
         if self.pos_embed is not None:
             prefix = [token + self.pos_embed[:, :1] for token in prefix]
             patches = patches + self.pos_embed[:, len(prefix) :]
-        if self.head_dist is not None:
+        if self.dist_token is not None and self.dist_pos_embed is not None:
             prefix.append(self.dist_token + self.dist_pos_embed)
         if self.reg_token is not None:
             prefix.append(self.reg_token)
@@ -359,9 +359,9 @@ def load(folder: str | pathlib.Path, drop_path: float = 0.0) -> SiT:
     folder = pathlib.Path(folder)
     config = json.loads((folder / CONFIG).read_text())
     state = read_safetensors(folder / WEIGHTS)
-    model = SiT(config, any(key.startswith("rtsm.") for key in state), drop_path)
+    model = SiT(config, any(key.startswith("rtsm.") for key in state), drop_path).eval()
     model.load_state_dict(state, strict=True)
-    return model.eval()
+    return model
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, Tensor]:
