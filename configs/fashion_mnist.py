@@ -13,8 +13,9 @@ from sit_jax.config import AugmentConfig, CheckpointConfig, DataConfig, LossConf
 from sit_jax.config.config_dict import defaults, model_section
 from sit_jax.models.architecture import Architecture
 
+# The images are enlarged to 112 pixels, for the convolutional stem and 7 x 7 tokens.
 TEACHER = Architecture(
-    image_size=28, in_channels=1, num_classes=10, patch_size=4, dim=96, depth=8, num_heads=3, mlp_ratio=3.0
+    image_size=112, in_channels=1, num_classes=10, stem="conv4", dim=96, depth=8, num_heads=3, mlp_ratio=3.0
 )
 
 
@@ -22,7 +23,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.data = defaults(DataConfig, name="fashion_mnist", mean=(0.286,) * 3, std=(0.353,) * 3)
-    config.augment = defaults(AugmentConfig, flip=0.5, max_shift=0.08)
+    config.augment = defaults(AugmentConfig, flip=0.5)
 
     # The teacher, trained first.
     config.teacher = ConfigDict()

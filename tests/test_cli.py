@@ -195,7 +195,7 @@ def test_values_with_spaces_and_booleans_without_values() -> None:
         ("--config.epochs=1e3", "epochs"),
         ("--config.epochs=1.0", "epochs"),
         ("--config.data.data_dir", "data.data_dir"),
-        ("--config.model.image_size=64,64", "model.image_size"),
+        ("--config.model.image_size=64,64,3", "model.image_size"),
         ("--config.model.remat=yes", "model.remat"),
         ("--config.data.mean=0.5 0.5 0.5", "data.mean"),
         ("--config.optim=1", "optim"),

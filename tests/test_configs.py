@@ -84,6 +84,15 @@ def test_arguments_of_pages() -> None:
     assert load_config("configs/imagenet_lvvit_small.py").init == "runs/lvvit_small_pretrained"
 
 
+@pytest.mark.parametrize("text", ["32x48", "(32, 48)", "32,48"])
+def test_height_and_width_replace_one_number(text: str) -> None:
+    overrides = [f"--config.{section}.image_size={text}" for section in ("model", "teacher.model")]
+    config = load_config("configs/fashion_mnist.py", overrides)
+    architecture = config.model.architecture
+    assert isinstance(architecture, Architecture)
+    assert architecture.image_shape == (32, 48)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("augment.rand_augment", "rand-x9"), ("augment.flip", "1.5"), ("data.std.1", "(0.2,0.0,0.2)")],

@@ -34,8 +34,8 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluates the model and prints its metrics."""
-    first = join(arguments)
     keep_memory()
+    first = join(arguments)
     from sit_jax.analysis.probe import probe_models
     from sit_jax.analysis.summary import feature_line, trained_teacher
     from sit_jax.io.load import load

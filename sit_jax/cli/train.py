@@ -4,7 +4,7 @@ import argparse
 import pathlib
 
 from sit_jax.cli.config_file import add_config, load_config
-from sit_jax.cli.runtime import enable_compilation_cache, join
+from sit_jax.cli.runtime import enable_compilation_cache, join, keep_memory
 from sit_jax.cli.verb import Verbs, add_processes, add_verb, folder
 
 
@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     name = pathlib.PurePath(split_argument(arguments.config)[0]).name.removesuffix(".py")
     workdir = arguments.workdir or pathlib.Path("runs", name)
     enable_compilation_cache(arguments.compilation_cache)
+    keep_memory()
     first = join(arguments)
     from sit_jax.analysis.summary import print_summary, summarize
     from sit_jax.training import loop

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -130,6 +131,11 @@ def check_overrides(known: ConfigDict, overrides: Sequence[str]) -> list[str]:
             # A section cannot be assigned to an existing key, nor None to a number, so the key is deleted first.
             del section[last]
             section[last] = config_dict.placeholder(float) if last == "keep_ratio" else None
+        elif equals and last == "image_size" and (sides := re.fullmatch(r"\(?(\d+) *[x,] *(\d+)\)?", value)):
+            # One number or two: ml_collections accepts only the type that is there.
+            section = _section_of(known, key)
+            del section[last]
+            section[last] = tuple(map(int, sides.groups()))
         elif equals and start == "--config":
             rest.append((key, value, False))
         else:

@@ -28,7 +28,8 @@ class Architecture:
 
     Attributes:
         family: Distinguishes this architecture from a RegNet.
-        image_size: Height and width of the input in pixels: one number for a square, or both.
+        image_size: Height and width of the input in pixels: one number for a square, or both (`32,48` or `32x48` on
+            the command line).
         in_channels: Channels of the input image.
         num_classes: Width of the classification head. 0 is a backbone without a head. In the configuration of a run
             with labels, 0 means that the data determines it.
