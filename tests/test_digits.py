@@ -8,27 +8,53 @@ import sys
 
 import pytest
 
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": ""}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory, digits_dir: str) -> pathlib.Path:
+    """The run of `make demo`."""
+    folder = tmp_path_factory.mktemp("demo") / "digits"
+    train("configs/digits.py", folder, [f"--config.data.data_dir={digits_dir}"])
+    return folder
+
+
+def train(config: str, folder: pathlib.Path, overrides: list[str]) -> None:
+    words = ["--config", config, "--workdir", str(folder), *overrides]
+    subprocess.run([sys.executable, "-m", "sit_jax", "train", *words], check=True, env=ENVIRONMENT)
+
 
 @pytest.mark.slow
-def test_digits_demo(tmp_path: pathlib.Path, digits_dir: str) -> None:
-    folder = tmp_path / "digits"
-    words = ["--config", "configs/digits.py", "--workdir", str(folder), f"--config.data.data_dir={digits_dir}"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    subprocess.run([sys.executable, "-m", "sit_jax", "train", *words], check=True, env=environment)
-    summary = json.loads((folder / "summary.json").read_text())
+def test_digits_demo(demo: pathlib.Path) -> None:
+    summary = json.loads((demo / "summary.json").read_text())
     assert summary["teacher"]["top1"] >= 0.975
     assert summary["kept_accuracy"] >= 0.97
     assert summary["gmac_ratio"] >= 3.0
     assert summary["student"]["params"] < 1.02 * summary["teacher"]["params"]
     for name in ("curves.png", "slimming.png"):
-        assert (folder / name).stat().st_size > 10_000
-    check_strokes(folder)
+        assert (demo / name).stat().st_size > 10_000
+    check_strokes(demo)
+
+
+@pytest.mark.slow
+def test_its_teacher_is_slimmed_without_labels(demo: pathlib.Path, digits_dir: str, tmp_path: pathlib.Path) -> None:
+    values = {"data.name": "digits", "data.eval_split": "test", "data.data_dir": digits_dir, "epochs": 4}
+    overrides = [f"--config.{key}={value}" for key, value in (values | {"optim.lr": 1e-3}).items()]
+    train(f"configs/features.py:{demo / 'teacher'}", tmp_path / "run", overrides)
+    command = [sys.executable, "benchmarks/features.py", str(tmp_path / "run")]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT).stdout)
+    teacher, student, random = (found[name] for name in ("teacher", "student", "random"))
+    assert student["gmac"] < 0.4 * teacher["gmac"]
+    assert student["cosine"] >= 0.98
+    for measure in ("cosine", "agreement5"):
+        assert student[measure] > random[measure]
+    assert student["knn"] >= teacher["knn"] - 0.015
 
 
 def check_strokes(folder: pathlib.Path) -> None:
     """What docs/visualize.md says of where this student looks."""
     command = [sys.executable, "benchmarks/strokes.py", str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=ENVIRONMENT)
     found = json.loads(done.stdout)
     area = found["area"]
     assert found["pictures"] == 359
@@ -42,6 +68,6 @@ def check_strokes(folder: pathlib.Path) -> None:
     assert found["class_attention"][0] > 1.15 * area
     # The teacher has no slimming modules to ask.
     command[-1] = str(folder / "teacher")
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("has no slimming modules; give a student's run")
