@@ -49,17 +49,9 @@ def get_config(backbone: str = "") -> ConfigDict:
     config.batch_size = 64
     config.eval_batch_size = 64
     config.checkpoint = defaults(CheckpointConfig)
-    config.optim = defaults(OptimConfig)
-    config.optim.lr = 2e-4
-    config.optim.lr_batch_size = 64
-    config.optim.min_lr = 1e-6
-    config.optim.warmup_epochs = 1.0
-    config.optim.clip_norm = 1.0
-    config.loss = defaults(LossConfig)
-    config.loss.classification = 0.0
-    # The paper's weight is 2, for teachers that divide their residual branches; see configs/digits.py.
-    config.loss.token = 0.1
-    config.loss.feature = 1.0
+    config.optim = defaults(OptimConfig, lr=2e-4, lr_batch_size=64, min_lr=1e-6, warmup_epochs=1.0, clip_norm=1.0)
+    # The paper's weight of the tokens is 2, for teachers that divide their residual branches; see configs/digits.py.
+    config.loss = defaults(LossConfig, classification=0.0, token=0.1, feature=1.0)
     # Embeddings of CLIP and SigLIP are compared by their direction.
     config.loss.feature_error = "cosine" if teacher.projection or teacher.pool == "map" else "mse"
     return config
