@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.io.convert.layouts import Layout, Shapes, find_layout
+from sit_jax.io.convert.layouts import SCANNED, Layout, Shapes, find_layout
 from sit_jax.models.architecture import CONV_STEM_STRIDE, patch_grid
 
 _BLOCK = r"blocks\.(\d+)\.|Transformer/encoderblock_(\d+)/|(?:visual\.)?transformer\.resblocks\.(\d+)\."
@@ -58,8 +58,8 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
     patch_size = kernel[2] if stem["stem"] == "patch" else CONV_STEM_STRIDE
     tokens = _tokens(look)
     layer_scale = look.has("blocks.0.ls1.gamma")
-    if layout.prefixes:  # The layouts of google-research, whose class token always has a position.
-        known = known._replace(class_position=True)
+    if layout.class_position is not None:
+        known = known._replace(class_position=layout.class_position)
     if look.has("pos_embed"):
         # OpenCLIP's has no axis for the batch.
         count, usual = look.shape("pos_embed")[-2], tokens["class_token"] + tokens["distillation_token"]
@@ -70,7 +70,7 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
         prefix, tokens["positions"] = 0, "rope"
         if known.image_size is None:
             raise UserError("rotary positions do not determine the image size: give --model.image_size")
-        size = _sides(known.image_size, known.source)
+        size = sides(known.image_size, known.source)
     else:
         raise UserError("there are no positions: rotary ones are in no tensor, and only a config.json tells of them")
     narrow, wide = (look.shape(f"blocks.0.mlp.{name}.weight", 2) for name in ("fc2", "fc1"))
@@ -83,7 +83,7 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
         "patch_size": patch_size,
         "patch_bias": stem["stem"] not in ("patch", "conv7") or look.has("patch_embed.proj.bias"),
         "dim": dim,
-        "depth": len(_numbers(shapes, _BLOCK)),
+        "depth": _depth(look),
         "mlp": "swiglu" if wide[0] == 2 * narrow[1] else "plain",
         "mlp_ratio": hidden_ratio(narrow[1], dim),
         "qkv_bias": qkv_bias or parts,
@@ -95,9 +95,8 @@ def infer(shapes: Shapes, known: Positions | None = None) -> Inferred:
     }
     if look.has("head.weight"):
         fields["num_classes"] = look.shape("head.weight", 2)[0]
-    query = shapes.get("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel", ())
-    if len(query) == 3:
-        fields["num_heads"] = query[1]
+    if layout.prefixes:  # The layouts of google-research, where heads are an axis.
+        fields["num_heads"] = look.shape("blocks.0.attn.qkv.weight", 3)[1]
     modules = len(_numbers(shapes, r"tsm\.(\d+)\.|cluster_layers\.(\d+)\.weight\.3\."))
     kept = tuple(look.shape(f"tsm.{i}.weight.3.weight", 2)[0] for i in range(modules))
     patches = math.prod(patch_grid(size, patch_size))
@@ -137,7 +136,7 @@ def prefix_positions(count: int, patch_size: int, usual: int, layer_scale: bool,
     )
 
 
-def _sides(size: object, source: str) -> int | tuple[int, int]:
+def sides(size: object, source: str) -> int | tuple[int, int]:
     """Returns an image size that a user or a description gives: one number, or height and width."""
     match list(size) if isinstance(size, tuple) else size:
         case int(side):
@@ -150,7 +149,7 @@ def _sides(size: object, source: str) -> int | tuple[int, int]:
 def _image_size(patches: int, patch_size: int, known: Positions) -> int | tuple[int, int]:
     """Returns the image size for a number of patches: the known one, or that of a square."""
     if isinstance(known.image_size, list | tuple):
-        return _sides(known.image_size, known.source)
+        return sides(known.image_size, known.source)
     if not _is_square(patches):
         raise UserError(f"positions for {patches} patches, which are not a square grid")
     return round(patches**0.5) * patch_size
@@ -170,6 +169,11 @@ def _tokens(look: "_Look") -> JsonObject:
     elif not fields["class_token"]:
         fields["pool"] = "avg"
     return fields
+
+
+def _depth(look: "_Look") -> int:
+    scanned = look.shapes.get(f"{SCANNED}LayerNorm_0/scale")
+    return scanned[0] if scanned else len(_numbers(look.shapes, _BLOCK))
 
 
 def _projection(look: "_Look") -> int:
@@ -197,7 +201,7 @@ class _Look(NamedTuple):
         name = self.layout.source(key).names[0]
         if name not in self.shapes:
             raise UserError(f"missing {name}, without which the model's size is not known")
-        shape = self.shapes[name]
+        shape = self.shapes[name][1 if name.startswith(SCANNED) else 0 :]
         if rank is not None and len(shape) != rank:
             raise UserError(f"{name} has shape {shape}, not {rank} axes")
         if not self.layout.prefixes or rank in (None, 3):  # As in PyTorch; those of google-research are transposed.

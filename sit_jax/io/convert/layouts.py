@@ -20,6 +20,7 @@ class Source(NamedTuple):
 
 
 _GOOGLE_PREFIXES = ("cls", "embedding/", "head/", "Transformer/")
+_BIG_VISION_PREFIXES = (*_GOOGLE_PREFIXES, "pos_embedding", "MAPHead_0/")
 # Evaluation as in vit_jax/input_pipeline.py of google-research: the whole image is stretched, pixels are in [-1, 1].
 _GOOGLE_PREPROCESSING: JsonObject = {
     **{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
@@ -32,7 +33,8 @@ class Layout(NamedTuple):
 
     `source` maps keys of the original's layout to their sources. If `plain`, the blocks are those of plain ViTs, with
     residual scale 1 and LayerNorm epsilon 1e-6. `prefixes` are the possible first parts of tensor names; empty if any
-    name is possible. `preprocessing` is that of all its models; None if it differs between models.
+    name is possible. `preprocessing` is that of all its models; None if it differs between models. `class_position`
+    says whether the class token has a position (None if it differs), `fields` has defaults of architecture fields.
     """
 
     name: str
@@ -40,6 +42,8 @@ class Layout(NamedTuple):
     plain: bool = False
     prefixes: tuple[str, ...] = ()
     preprocessing: JsonObject | None = None
+    class_position: bool | None = None
+    fields: Mapping[str, object] = {}
 
     def knows(self, name: str) -> bool:
         """Returns whether a tensor's name may belong to this layout; other names are unknown names."""
@@ -62,9 +66,17 @@ def find_layout(shapes: Shapes, prefix: int = 1) -> Layout | None:
     """
     for tower in (prefix for prefix in ("visual.", "") if f"{prefix}transformer.resblocks.0.ln_1.weight" in shapes):
         return Layout("OpenCLIP layout", functools.partial(_open_clip, tower), plain=True)
-    if any(name.startswith("Transformer/encoderblock_") for name in shapes):
-        name = "google-research layout (vision_transformer)"
-        return Layout(name, _google, plain=True, prefixes=_GOOGLE_PREFIXES, preprocessing=_GOOGLE_PREPROCESSING)
+    if any(name.startswith("Transformer/encoderblock") for name in shapes):
+        big_vision = "pos_embedding" in shapes
+        return Layout(
+            f"google-research layout ({'big_vision' if big_vision else 'vision_transformer'})",
+            functools.partial(_google, shapes),
+            plain=True,
+            prefixes=_BIG_VISION_PREFIXES if big_vision else _GOOGLE_PREFIXES,
+            preprocessing=_GOOGLE_PREPROCESSING,
+            class_position=not big_vision,
+            fields={"activation": "gelu_tanh"} if big_vision else {},
+        )
     if not any(name.startswith("blocks.0.") for name in shapes):
         return None
     if any(name.startswith(("tsm.", "rtsm.")) for name in shapes):
@@ -140,42 +152,81 @@ def _timm(shapes: Shapes, prefix: int) -> Callable[[str], Source]:
     return source
 
 
-def _heads_kernel(*parts: np.ndarray) -> np.ndarray:
-    """Concatenates kernels (dim, heads, width) of query, key and value -> (3 x heads x width, dim)."""
-    return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
+def _linear(key: str, name: str, kernel: Callable[..., np.ndarray] = np.transpose) -> dict[str, Source]:
+    return {f"{key}.weight": Source((f"{name}/kernel",), kernel), f"{key}.bias": Source((f"{name}/bias",))}
+
+
+def _norm(key: str, name: str) -> dict[str, Source]:
+    return {f"{key}.weight": Source((f"{name}/scale",)), f"{key}.bias": Source((f"{name}/bias",))}
+
+
+def _mlp(key: str, name: str) -> dict[str, Source]:
+    return {**_linear(f"{key}.fc1", f"{name}/Dense_0"), **_linear(f"{key}.fc2", f"{name}/Dense_1")}
+
+
+def _to_heads(key: str, *names: str) -> dict[str, Source]:
+    """Returns the sources of one projection from Flax's, with kernels (dim, heads, width) and biases (heads, width)."""
+
+    def kernel(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate([part.reshape(part.shape[0], -1).T for part in parts])
+
+    def bias(*parts: np.ndarray) -> np.ndarray:
+        return np.concatenate(parts, axis=None)
+
+    kernels, biases = (tuple(f"{name}/{part}" for name in names) for part in ("kernel", "bias"))
+    return {f"{key}.weight": Source(kernels, kernel), f"{key}.bias": Source(biases, bias)}
+
+
+def _from_heads(key: str, name: str) -> dict[str, Source]:
+    return _linear(key, name, lambda x: x.reshape(-1, x.shape[-1]).T)
+
+
+def _google_block(attention: str, norm: str, mlp: str) -> dict[str, Source]:
+    """Returns the sources of a block; Flax numbers its modules by class, or as in `vision_transformer` all together."""
+    return {
+        **_norm("norm1", "LayerNorm_0"),
+        **_to_heads("attn.qkv", *(f"{attention}/{x}" for x in ("query", "key", "value"))),
+        **_from_heads("attn.proj", f"{attention}/out"),
+        **_norm("norm2", norm),
+        **_mlp("mlp", mlp),
+    }
 
 
 _GOOGLE = {
     "cls_token": Source(("cls",)),
     "pos_embed": Source(("Transformer/posembed_input/pos_embedding",)),
-    "patch_embed.proj.weight": Source(("embedding/kernel",), lambda x: x.transpose(3, 2, 0, 1)),
-    "patch_embed.proj.bias": Source(("embedding/bias",)),
-    "norm.weight": Source(("Transformer/encoder_norm/scale",)),
-    "norm.bias": Source(("Transformer/encoder_norm/bias",)),
-    "head.weight": Source(("head/kernel",), np.transpose),
-    "head.bias": Source(("head/bias",)),
+    **_linear("patch_embed.proj", "embedding", lambda x: x.transpose(3, 2, 0, 1)),
+    **_norm("norm", "Transformer/encoder_norm"),
+    **_linear("head", "head"),
 }
-_QKV, _ATTENTION = ("query", "key", "value"), "MultiHeadDotProductAttention_1"
-_GOOGLE_BLOCK = {
-    "norm1.weight": Source(("LayerNorm_0/scale",)),
-    "norm1.bias": Source(("LayerNorm_0/bias",)),
-    "attn.qkv.weight": Source(tuple(f"{_ATTENTION}/{x}/kernel" for x in _QKV), _heads_kernel),
-    "attn.qkv.bias": Source(tuple(f"{_ATTENTION}/{x}/bias" for x in _QKV), lambda *x: np.concatenate(x, axis=None)),
-    "attn.proj.weight": Source((f"{_ATTENTION}/out/kernel",), lambda x: x.reshape(-1, x.shape[-1]).T),
-    "attn.proj.bias": Source((f"{_ATTENTION}/out/bias",)),
-    "norm2.weight": Source(("LayerNorm_2/scale",)),
-    "norm2.bias": Source(("LayerNorm_2/bias",)),
-    "mlp.fc1.weight": Source(("MlpBlock_3/Dense_0/kernel",), np.transpose),
-    "mlp.fc1.bias": Source(("MlpBlock_3/Dense_0/bias",)),
-    "mlp.fc2.weight": Source(("MlpBlock_3/Dense_1/kernel",), np.transpose),
-    "mlp.fc2.bias": Source(("MlpBlock_3/Dense_1/bias",)),
+_GOOGLE_BLOCK = _google_block("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+_ATTENTION = "MultiHeadDotProductAttention_0"
+_BIG_VISION_BLOCK = _google_block(_ATTENTION, "LayerNorm_1", "MlpBlock_0")
+_BIG_VISION_POOL = {
+    "attn_pool.latent": Source(("MAPHead_0/probe",)),
+    **_to_heads("attn_pool.q", f"MAPHead_0/{_ATTENTION}/query"),
+    **_to_heads("attn_pool.kv", *(f"MAPHead_0/{_ATTENTION}/{x}" for x in ("key", "value"))),
+    **_from_heads("attn_pool.proj", f"MAPHead_0/{_ATTENTION}/out"),
+    **_norm("attn_pool.norm", "MAPHead_0/LayerNorm_0"),
+    **_mlp("attn_pool.mlp", "MAPHead_0/MlpBlock_0"),
 }
+# Blocks that `nn.scan` runs: one tensor holds a parameter of all of them, along its first axis.
+SCANNED = "Transformer/encoderblock/"
 
 
-def _google(key: str) -> Source:
+def _google(shapes: Shapes, key: str) -> Source:
     """Returns the source of a tensor; its own name, which no file of this layout has, if the layout lacks it."""
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
-    if block and block[2] in _GOOGLE_BLOCK:
-        names, combine = _GOOGLE_BLOCK[block[2]]
-        return Source(tuple(f"Transformer/encoderblock_{block[1]}/{name}" for name in names), combine)
-    return _GOOGLE.get(key, Source((key,)))
+    big_vision = "pos_embedding" in shapes
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+    block = (_BIG_VISION_BLOCK if big_vision else _GOOGLE_BLOCK).get(match[2]) if match else None
+    if match and block:
+        index = int(match[1])
+        if any(name.startswith(SCANNED) for name in shapes):
+            names = tuple(SCANNED + name for name in block.names)
+            return Source(names, lambda *parts: block.combine(*(part[index] for part in parts)))
+        return Source(tuple(f"Transformer/encoderblock_{index}/{name}" for name in block.names), block.combine)
+    if big_vision and key == "pos_embed":
+        # The class token is concatenated after the positions are added.
+        missing = int("cls" in shapes)
+        return Source(("pos_embedding",), lambda x: np.pad(x, ((0, 0), (missing, 0), (0, 0))))
+    return {**_GOOGLE, **(_BIG_VISION_POOL if big_vision else {})}.get(key, Source((key,)))

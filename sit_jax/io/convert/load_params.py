@@ -3,6 +3,7 @@
 Every tensor must be used once and every parameter must be set; otherwise an error lists all mismatches.
 """
 
+import collections
 import functools
 import sys
 from collections.abc import Collection
@@ -33,7 +34,13 @@ def load_params(
     """
     table = [entry for entry in name_table(arch, rtsm) if entry.path[1] not in absent]
     sources = {entry.key: layout.source(entry.key) for entry in table}
-    wanted = {name for source in sources.values() for name in source.names}
+    uses = collections.Counter(name for source in sources.values() for name in source.names)
+    wanted = set(uses)
+    # A tensor that holds a parameter of all blocks is read once.
+    tensors = {
+        name: tensor._replace(read=functools.cache(tensor.read)) if uses[name] > 2 else tensor
+        for name, tensor in tensors.items()
+    }
     problems = {
         "missing": sorted(wanted - set(tensors)),
         "left over": sorted(

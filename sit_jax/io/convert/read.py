@@ -40,6 +40,7 @@ _UNUSED = re.compile(
     r"mask_token$|decoder_|rope_embed\.periods$|(dino|ibot)_head\.|.*\.qkv\.bias_mask$|logit_scale$|logit_bias$"
     r"|text_projection|token_embedding\.|ln_final\.|text\.|(input_resolution|context_length|vocab_size)$"
 )
+    r"|params/(txt/|[tb]$)"
 # Names of CLIP's text tower that are those of the vision tower without its prefix.
 _TEXT = re.compile(r"transformer\.resblocks\.|positional_embedding$")
 

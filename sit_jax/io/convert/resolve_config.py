@@ -76,7 +76,7 @@ def resolve(inferred: Inferred, config: Mapping[str, Any], options: Mapping[str,
     fields |= {key: given[key] for key in _CHOICES if key in given and key not in fields}
     if inferred.layout.plain:
         clip_like = fields.get("pre_norm") or fields.get("positions") == "rope"
-        fields = {**_PLAIN, **({"norm_eps": 1e-5} if clip_like else {}), **fields}
+        fields = {**_PLAIN, **({"norm_eps": 1e-5} if clip_like else {}), **inferred.layout.fields, **fields}
     if "activation" not in fields and (fields["pre_norm"] or fields.get("pool") == "map"):
         raise UserError(
             "the tensors do not determine the activation: give --model.activation gelu, gelu_tanh or quick_gelu"

@@ -40,7 +40,7 @@ def unreadable(path: pathlib.Path, reason: str, zipped: bool = False) -> FileErr
 
 
 # A tensor that every model has once, after the prefixes that wrappers and programs add to every name.
-_FIRST_NORM = re.compile(r"((?:.*[./])?)(?:blocks\.0\.norm1\.weight|Transformer/encoderblock_0/LayerNorm_0/scale)")
+_FIRST_NORM = re.compile(r"((?:.*[./])?)(?:blocks\.0\.norm1\.weight|Transformer/encoderblock(?:_0)?/LayerNorm_0/scale)")
 # The first norm of a block in any layout: weights without one are no transformer's.
 BLOCK_NORM = re.compile(r"\.(norm1|layernorm_before|layer_norm1|ln_1)\.weight$")
 # Parts that wrappers of PyTorch add within names.
