@@ -20,7 +20,7 @@ from sit_jax.models.architecture import Architecture
 def golden_weights(name: str) -> dict[str, np.ndarray]:
     """A golden file's student in the original's layout, reverse modules included.
 
-    Without BatchNorm's batch counters, which are no weights: PyTorch starts them anew where a file lacks them.
+    Without BatchNorm's batch counters, which are no weights.
     """
     golden = golden_files.load(name)
     weights = {**golden_files.part(golden.data, "teacher/"), **golden_files.part(golden.data, "student_own/")}

@@ -27,6 +27,7 @@ from sit_jax.io.convert.infer_config import infer
 from sit_jax.io.convert.read import Options
 from sit_jax.io.convert.resolve_config import resolve
 from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.export import source_layout
 from sit_jax.io.load import load, read_weights
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.variants import VARIANTS
@@ -52,14 +53,18 @@ def assert_same(mine: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
 def test_golden_round_trips_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
     golden = golden_files.load(name)
     theirs = original_models.golden_weights(name)
-    source = original_models.save_torch(tmp_path / "theirs.pth", theirs)
+    means = [key for key in theirs if key.endswith("running_mean")]
+    counters = {  # More than float32 holds.
+        key.replace("running_mean", "num_batches_tracked"): np.array(2**40 + index) for index, key in enumerate(means)
+    }
+    source = original_models.save_torch(tmp_path / "theirs.pth", {**theirs, **counters})
     folder, back, other = tmp_path / "folder", tmp_path / "back.pth", tmp_path / "back.safetensors"
     assert cli.main(["convert", str(source), str(folder), *words(golden.arch)]) == 0
     for dest in (back, other):
         assert cli.main(["convert", str(folder), str(dest)]) == 0
     loaded = torch.load(back, weights_only=True)
-    assert_same({key: value.numpy() for key, value in loaded.items()}, theirs)
-    assert_same(safetensors.numpy.load_file(other), theirs)
+    assert_same({key: value.numpy() for key, value in loaded.items()}, {**theirs, **counters})
+    assert_same(safetensors.numpy.load_file(other), {**theirs, **counters})
     assert_same(safetensors.numpy.load_file(folder / "model.safetensors"), theirs)
     assert read_weights(folder).vit.token_counts == golden.arch.token_counts
     assert read_weights(folder).vit.stage_blocks == golden.arch.stage_blocks
@@ -162,15 +167,22 @@ def test_token_reduction(args: dict[str, Any], tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_types(kind: str, dtype: torch.dtype, tmp_path: pathlib.Path) -> None:
-    state = {key: value.to(dtype) for key, value in torch_model(SCALED).state_dict().items()}
+    state = {key: (1.1 * value.double()).to(dtype) for key, value in torch_model(SCALED).state_dict().items()}
     path = tmp_path / f"x.{kind}"
     if kind == "safetensors":
         safetensors.torch.save_file(state, path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "pth")
-    kernel = read_weights(path, HEADS).params["blocks_1"]["mlp"]["fc1"]["kernel"]
+    model = read_weights(path, HEADS)
+    kernel = model.params["blocks_1"]["mlp"]["fc1"]["kernel"]
     assert kernel.dtype == np.float32
     np.testing.assert_array_equal(kernel, state["blocks.1.mlp.fc1.weight"].float().numpy().T)
+    source_layout.save(tmp_path / "back", model, path)
+    back = safetensors.torch.load_file(tmp_path / "back" / "model.safetensors")
+    for key, value in state.items():
+        expected = value.float() if value.itemsize == 1 else value
+        assert back[key].dtype == expected.dtype
+        assert torch.equal(back[key], expected)
 
 
 def test_lvvit_of_token_labelling(tmp_path: pathlib.Path) -> None:

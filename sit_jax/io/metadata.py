@@ -37,12 +37,15 @@ _SMALLEST_STD = 1e-9
 
 
 def check_metadata(metadata: JsonObject, num_classes: int, where: object) -> None:
-    """Raises a UserError, whose message begins with `where`, if class names or preprocessing are not valid."""
+    """Raises a UserError, whose message begins with `where`, if an entry that is used is not valid."""
     names = metadata.get("class_names")
     if names is not None:
         whole = isinstance(names, list) and len(names) == num_classes
         if not whole or not all(isinstance(name, str) for name in names):
             raise UserError(f"{where}: class_names must be a list of {num_classes} names")
+    counters = metadata.get("num_batches_tracked", {})
+    if not isinstance(counters, dict) or not all(type(x) is int and 0 <= x < 2**63 for x in counters.values()):
+        raise UserError(f"{where}: num_batches_tracked must be an object of whole numbers")
     preprocessing = metadata.get("preprocessing")
     if preprocessing is None:
         return

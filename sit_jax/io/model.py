@@ -47,7 +47,7 @@ class Model:
         arch: The architecture.
         variables: `{'params': ...}`, and `batch_stats` where it has BatchNorm; float32. Empty for an exported file.
         metadata: JSON values: `class_names`, `preprocessing` (`mean`, `std`, `interpolation`, `crop_fraction`,
-            `resize`), `provenance`, `licence`; each is optional.
+            `resize`), `provenance`, `licence`, `num_batches_tracked` (of BatchNorm in PyTorch); each is optional.
         rtsm: Parameters of the reverse modules, which only training needs; empty if there are none.
         dtype: Type of the matrix products, `float32` or `bfloat16`.
         config: The configuration of the run that trained it; None for other models.

@@ -6,14 +6,17 @@ import numpy as np
 
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
+from sit_jax.io.convert.batch_counters import with_counters
 from sit_jax.io.convert.read import Log, Options
 from sit_jax.io.convert.safetensors_file import write_safetensors
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.convert.torch_file import require_torch, write_torch
 from sit_jax.io.load import read_weights
 from sit_jax.io.metadata import assumptions
+from sit_jax.io.model import Model
 from sit_jax.io.model_folder import is_model_folder, write_folder
 from sit_jax.io.suffixes import SAFETENSORS, TORCH, suffix_of
+from sit_jax.models.trees import Params
 
 
 def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: bool, log: Log) -> None:
@@ -33,9 +36,14 @@ def convert(source: pathlib.Path, dest: pathlib.Path, options: Options, force: b
     if assumed:
         log(f"assumed, as for ImageNet, since the file does not say how images are read: {assumed}")
     if suffix:
-        write_state_dict(dest, to_original({**model.variables, "rtsm": model.rtsm}, model.vit), replace=True)
+        write_state_dict(dest, original_state(model, model.rtsm), replace=True)
     else:
         write_folder(dest, model.vit, model.variables, model.rtsm, model.metadata, replace=True)
+
+
+def original_state(model: Model, rtsm: Params) -> dict[str, np.ndarray]:
+    """Returns a model's state dict in the original's layout, with the reverse modules `rtsm` and batch counters."""
+    return with_counters(to_original({**model.variables, "rtsm": rtsm}, model.vit), model.metadata)
 
 
 def write_state_dict(path: pathlib.Path, state_dict: dict[str, np.ndarray], replace: bool = False) -> None:

@@ -14,6 +14,7 @@ from sit_jax.data.formats import ZIP
 from sit_jax.errors import ConfigError, UserError, listed
 from sit_jax.io.convert import hugging_face
 from sit_jax.io.convert.adapt import empty_head
+from sit_jax.io.convert.batch_counters import read_counters
 from sit_jax.io.convert.config_json import Description, read_config_json
 from sit_jax.io.convert.infer_config import Inferred, Positions, infer
 from sit_jax.io.convert.layouts import Layout
@@ -96,7 +97,7 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         metadata["provenance"] = {"converted_from": path.name, "layout": layout.name}
     if layout.preprocessing is not None:
         metadata["preprocessing"] = layout.preprocessing
-    metadata |= config.metadata
+    metadata |= read_counters(tensors) | config.metadata
     if found.absent or not arch.num_classes:
         metadata.pop("class_names", None)
     check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))

@@ -64,10 +64,13 @@ def read_sharded(index: pathlib.Path) -> Tensors:
 
 
 def write_safetensors(path: pathlib.Path, state_dict: Mapping[str, np.ndarray], same_types: bool = False) -> None:
-    """Writes arrays as float32 tensors, or with `same_types` in their own types, one at a time."""
+    """Writes arrays as float32 tensors, and integers or with `same_types` all in their own types, one at a time."""
     # Not by the library: it takes contiguous arrays, and transposed views would all be copied before it begins.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    types = {name: array.dtype if same_types else np.dtype(np.float32) for name, array in state_dict.items()}
+    types = {
+        name: array.dtype if same_types or array.dtype.kind == "i" else np.dtype(np.float32)
+        for name, array in state_dict.items()
+    }
     end = 0
     for name, array in state_dict.items():
         start, end = end, end + types[name].itemsize * array.size

@@ -8,6 +8,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
 
 from sit_jax.config import JsonObject
@@ -28,6 +29,8 @@ _IGNORED = (
     *("builtins.object", "copyreg._reconstructor"),
 )
 
+# The types that NumPy and `.safetensors` have as well.
+_NUMPY = {f"torch.{x}" for x in ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool")}
 # Keys under which training programs store weights and their moving averages, in search order.
 _WEIGHTS = ("state_dict", "model", "model_state_dict", "module")
 _AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
@@ -128,9 +131,12 @@ def _lazy(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> Tensor:
         raise FileError(f"{path}: {name[:200]} is sparse, nested, quantized or without data; dense tensors are read")
 
     def read() -> np.ndarray:
-        """Returns a copy in float32, from bfloat16 and the float8 types as well, which NumPy does not have."""
+        """Returns a copy, in float32 if NumPy has no such type."""
         try:
-            return tensor.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).numpy()
+            copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+            if copy.dtype == torch.bfloat16:
+                return copy.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return (copy if str(copy.dtype) in _NUMPY else copy.to(torch.float32)).numpy()
         except RuntimeError as error:
             raise FileError(f"{path}: {name[:200]} cannot be read: {one_line(error, 200)}") from None
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from sit_jax.data.preprocess import normalize
 from sit_jax.errors import UserError
 from sit_jax.io.convert.adapt import without_head
-from sit_jax.io.convert.convert import write_state_dict
+from sit_jax.io.convert.convert import original_state, write_state_dict
 from sit_jax.io.convert.sit_names import to_original
 from sit_jax.io.export import onnx_file, source_layout, stablehlo
 from sit_jax.io.inference import features_model, inference_model
@@ -86,8 +86,7 @@ def export_model(
         shape = (*arch.image_shape, arch.in_channels)
         stablehlo.save(dest, _forward(model, raw_input, grid), shape, description)
     elif kind == "original":
-        tree = {**model.variables, "rtsm": model.rtsm if with_rtsm else {}}
-        write_state_dict(dest, to_original(tree, arch))
+        write_state_dict(dest, original_state(model, model.rtsm if with_rtsm else {}))
     elif like is not None:
         source_layout.save(dest, model, like)
     else:
