@@ -128,7 +128,7 @@ _TIMM_SIZES = {
     **{"tiny": {192: 3}, "small": {384: 6}, "medium": {512: 8}, "base": {768: 12}},
     **{"large": {1024: 16}, "huge": {1280: 16}, "giant": {1408: 16}, "gigantic": {1664: 16}},
 }
-_TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z0-9]+)_")
+_TIMM_NAME = re.compile(r"(vit|deit3?|flexivit)_([a-z0-9]+)(_|$)")
 # Parts of the names of models that are not plain ViTs, although their tensors may have the same names: rotary and
 # relative positions, hybrids with convolutions, other blocks.
 _TIMM_OTHERS = re.compile(r"rope|relpos|_r\d+_|resnet|_mci|pwee|dwee|_pe_|_pd_|_rpn|_parallel|_xp|_srelpos|_lambda")

@@ -2,14 +2,14 @@
 
 import itertools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.io.convert.infer_config import hidden_ratio
+from sit_jax.io.convert.infer_config import hidden_ratio, sides
 from sit_jax.io.convert.layouts import Layout, Shapes, Source
 from sit_jax.models.architecture import Architecture, architecture_from_dict
 
@@ -20,7 +20,7 @@ class _Family(NamedTuple):
     Attributes:
         names: Names of the original's layout -> names here, both with or without the suffixes `weight` and `bias`.
             `a + b` is a concatenation, `a | b` whichever is there. A `/` begins a name outside of the backbone.
-        blocks: The part of the names of a block before its number.
+        blocks: The part of the names of a block before its number, or `a | b`.
         block: The same as `names` for the tensors of a block, without their first part.
         anchor: The tensor that tells the prefix of the backbone's names.
         defaults: Values of the keys that a `config.json` may lack.
@@ -50,12 +50,13 @@ _VIT = _Family(
         "head": "/classifier | /cls_classifier",
         "head_dist": "/distillation_classifier",
     },
-    blocks="encoder.layer.",
+    blocks="encoder.layer. | layers.",
     block={
         "norm1": "layernorm_before | norm1",
         "norm2": "layernorm_after | norm2",
-        "attn.qkv": "attention.attention.query + attention.attention.key + attention.attention.value",
-        "attn.proj": "attention.output.dense",
+        "attn.qkv": "attention.attention.query + attention.attention.key + attention.attention.value"
+        " | attention.q_proj + attention.k_proj + attention.v_proj",
+        "attn.proj": "attention.output.dense | attention.o_proj",
         "ls1.gamma": "layer_scale1.lambda1",
         "ls2.gamma": "layer_scale2.lambda1",
         "mlp.fc1": "intermediate.dense | mlp.fc1 | mlp.weights_in",
@@ -70,10 +71,8 @@ _DINOV3 = _VIT._replace(
     blocks="layer.",
     block={
         **_VIT.block,
-        "attn.qkv": "attention.q_proj + attention.k_proj + attention.v_proj",
         "attn.q_bias": "attention.q_proj.bias",
         "attn.v_bias": "attention.v_proj.bias",
-        "attn.proj": "attention.o_proj",
         "mlp.fc1": "mlp.gate_proj + mlp.up_proj | mlp.up_proj",
         "mlp.fc2": "mlp.down_proj",
     },
@@ -130,6 +129,10 @@ _FIELDS = {
     **{"image_size": "image_size", "patch_size": "patch_size", "num_channels": "in_channels", "qkv_bias": "qkv_bias"},
     **{"layer_norm_eps": "norm_eps", "rope_theta": "rope_theta", "key_bias": "key_bias"},
 }
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("layer_norm_eps", "rope_theta"), ((int, float), "a number")),
+    **dict.fromkeys(("qkv_bias", "key_bias"), ((bool,), "true or false")),
+}
 PREPROCESSOR = "preprocessor_config.json"
 # Pillow's numbers of filters.
 _RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -165,13 +168,23 @@ def find(values: JsonObject, shapes: Shapes) -> Found:
     prefix = next((name.removesuffix(family.anchor) for name in shapes if name.endswith(family.anchor)), None)
     if prefix is None:
         raise UserError(f"is not of the type {kind}: there is no {family.anchor}")
-    unused = tuple(name for name in shapes if _UNUSED.match(name))
+    unused = tuple(name for name, shape in shapes.items() if _UNUSED.match(name) or 0 in shape)
     shapes = {name: shape for name, shape in shapes.items() if name not in unused}
-    values = {**family.defaults, **inner}
+    values = {**family.defaults, **{key: value for key, value in inner.items() if value is not None}}
     described = describe({**values, "model_type": kind})
-    table = _table(family, prefix, shapes, values["num_hidden_layers"])
+    blocks = _blocks(family, prefix, shapes)
+    if values["num_hidden_layers"] != len(blocks):
+        problem = f"is {str(values['num_hidden_layers'])[:50]}, but the tensors are those of {len(blocks)} blocks"
+        raise ConfigError("num_hidden_layers", problem)
+    table = _table(family, prefix, blocks, shapes)
     layout = Layout(f"Hugging Face layout ({kind})", lambda key: table.get(key, Source((key,))))
     fields = _fields(values, {key: _shape(source, shapes) for key, source in table.items()})
+    # The gate of DINOv3 has any activation, that of DINOv2 has SiLU whatever its configuration says.
+    gated, silu = fields["mlp"] == "swiglu", values["hidden_act"] == "silu"
+    if silu > gated or (family is _DINOV3 and gated > silu):
+        raise ConfigError(
+            "hidden_act", f"{values['hidden_act']!r} is not supported {'with' if gated else 'without'} a gate"
+        )
     return Found(architecture_from_dict({**family.fields, **described, **fields}, "model."), layout, unused)
 
 
@@ -184,10 +197,10 @@ def describe(values: JsonObject) -> JsonObject:
     for key in _ALWAYS:
         if not values.get(key, True):
             raise ConfigError(key, f"{values[key]!r} is not supported; only True is")
-    fields = {ours: values[key] for key, ours in _FIELDS.items() if values.get(key) is not None}
+    fields = {ours: _checked(key, values[key]) for key, ours in _FIELDS.items() if values.get(key) is not None}
     activation = values.get("hidden_act")
     if activation not in (None, "silu"):
-        if activation not in _ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in _ACTIVATIONS:
             known = ", ".join(_ACTIVATIONS)
             raise ConfigError("hidden_act", f"{str(activation)[:50]!r} is not supported; there are {known}")
         fields["activation"] = _ACTIVATIONS[activation]
@@ -195,6 +208,18 @@ def describe(values: JsonObject) -> JsonObject:
     if type(hidden) is int and type(dim) is int and dim > 0:
         fields["mlp_ratio"] = hidden_ratio(hidden, dim)
     return fields
+
+
+def _checked(key: str, value: object) -> object:
+    """Returns the value of a key that becomes a field; raises a ConfigError if it is of another type."""
+    if key == "patch_size" and isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        value = value[0]
+    if key == "image_size":
+        return sides(value, key)
+    types, name = _TYPES.get(key, ((int,), "a whole number"))
+    if type(value) not in types:
+        raise ConfigError(key, f"must be {name}, got {str(value)[:50]!r}")
+    return value
 
 
 def is_known_layout(names: Collection[str]) -> bool:
@@ -257,11 +282,26 @@ def _fields(values: JsonObject, shapes: Shapes) -> JsonObject:
     return fields
 
 
-def _table(family: _Family, prefix: str, shapes: Shapes, depth: int) -> dict[str, Source]:
+def _blocks(family: _Family, prefix: str, shapes: Shapes) -> list[str]:
+    """Returns the first parts of the names of the blocks, in order."""
+    # transformers 5 leaves the prefix out for some classes.
+    starts = [start + blocks for start in (prefix, "") for blocks in family.blocks.split(" | ")]
+    numbers = {
+        start: {
+            int(name.removeprefix(start).split(".")[0])
+            for name in shapes
+            if re.match(rf"{re.escape(start)}\d{{1,6}}\.", name)
+        }
+        for start in starts
+    }
+    start = max(starts, key=lambda start: len(numbers[start]))
+    return [f"{start}{number}." for number in range(len(numbers[start]))]
+
+
+def _table(family: _Family, prefix: str, blocks: Sequence[str], shapes: Shapes) -> dict[str, Source]:
     """Returns the sources of all tensors of the original's layout that are there."""
     templates = {key: (prefix, names) for key, names in family.names.items()}
-    for index in range(depth):
-        first = f"{prefix}{family.blocks}{index}."
+    for index, first in enumerate(blocks):
         templates |= {f"blocks.{index}.{key}": (first, names) for key, names in family.block.items()}
     table: dict[str, Source] = {}
     for key, (first, text) in templates.items():
@@ -277,7 +317,12 @@ def _table(family: _Family, prefix: str, shapes: Shapes, depth: int) -> dict[str
     if "dist_token" in table:
         names = table["pos_embed"].names
         table["pos_embed"] = Source(names, lambda x: np.delete(x, 1, axis=1))
-        table["dist_pos_embed"] = Source(names, lambda x: x[:, 1:2])
+        if "head.weight" in table and "head_dist.weight" not in table:
+            # A token without a head is a register; registers have no position, so it is added here.
+            names = (*table.pop("dist_token").names, *names)
+            table["reg_token"] = Source(names, lambda token, x: token + x[:, 1:2])
+        else:
+            table["dist_pos_embed"] = Source(names, lambda x: x[:, 1:2])
     for suffix in ("weight", "bias"):  # torch's attention: query, key and value in one tensor.
         packed = f"{prefix}head.attention.in_proj_{suffix}"
         if packed in shapes:

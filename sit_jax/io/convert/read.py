@@ -40,8 +40,8 @@ _READERS = {SAFETENSORS: read_safetensors, NPZ: read_npz}
 _UNUSED = re.compile(
     r"mask_token$|decoder_|rope_embed\.periods$|(dino|ibot)_head\.|.*\.qkv\.bias_mask$|logit_scale$|logit_bias$"
     r"|text_projection|token_embedding\.|ln_final\.|text\.|(input_resolution|context_length|vocab_size)$"
-)
     r"|params/(txt/|[tb]$)"
+)
 # Names of CLIP's text tower that are those of the vision tower without its prefix.
 _TEXT = re.compile(r"transformer\.resblocks\.|positional_embedding$")
 
@@ -135,7 +135,8 @@ def identify(
             found = found._replace(arch=dataclasses.replace(found.arch, **fields))
             log(f"found: reducers, tokens per stage {'/'.join(map(str, found.arch.token_counts))}")
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        by_config = config.hugging_face is not None and isinstance(error, ConfigError)
+        raise UserError(f"{file.with_name(CONFIG) if by_config else path}: {error}") from None
     return file, tensors, config, found._replace(names=names)
 
 

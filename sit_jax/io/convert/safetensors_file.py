@@ -48,7 +48,7 @@ def read_sharded(index: pathlib.Path) -> Tensors:
     Raises a UserError if the index is not valid, names a file outside of its folder, or a shard or a tensor is missing.
     """
     names = read_object(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
+    if not names or not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
         raise FileError(f"{index}: weight_map must map names of tensors to files")
     found: Tensors = {}
     for shard in sorted(set(names.values())):
@@ -56,10 +56,11 @@ def read_sharded(index: pathlib.Path) -> Tensors:
             raise FileError(f"{index}: {shard[:100]!r} is not a file of this folder")
         if not (index.parent / shard).is_file():
             raise FileError(f"{index}: the shard {shard[:100]} is missing")
-        found |= read_safetensors(index.parent / shard)
-    missing = sorted(names.keys() - found.keys())
-    if missing:
-        raise FileError(f"{index}: the shards lack {listed(missing)}")
+        tensors = read_safetensors(index.parent / shard)
+        missing = sorted(name for name, where in names.items() if where == shard and name not in tensors)
+        if missing:
+            raise FileError(f"{index}: the shard {shard[:100]} lacks {listed(missing, most=8)}")
+        found |= {name: tensor for name, tensor in tensors.items() if names.get(name, shard) == shard}
     return found
 
 

@@ -46,6 +46,8 @@ BLOCK_NORM = re.compile(r"\.(norm1|layernorm_before|layer_norm1|ln_1)\.weight$")
 # Parts that wrappers of PyTorch add within names.
 _WRAPPERS = re.compile(r"\b_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 _LONGEST_AXIS = 2**31
+# transformers' DINOv3 without registers.
+_MAY_BE_EMPTY = "embeddings.register_tokens"
 # Weights compress little, and few tensors share memory, but zeros compress a thousandfold and a tensor can be expanded
 # to any size: a file that claims a larger ratio is rejected.
 _MOST_COMPRESSED = 20
@@ -58,7 +60,8 @@ def check_axes(path: pathlib.Path, tensors: Tensors) -> None:
     The message does not repeat the sizes: they may have thousands of digits, which Python does not print.
     """
     for name, tensor in tensors.items():
-        if not all(0 < size <= _LONGEST_AXIS for size in tensor.shape):
+        least = 0 if name.endswith(_MAY_BE_EMPTY) else 1
+        if not all(least <= size <= _LONGEST_AXIS for size in tensor.shape):
             raise FileError(f"{path}: {name[:200]} claims an axis that is empty or longer than {_LONGEST_AXIS:,}")
 
 
