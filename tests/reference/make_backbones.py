@@ -105,10 +105,20 @@ def big_vision(name: str, prefix: str, scanned: bool, **others: tuple[int, ...])
     """A `.npz` of Google's big_vision, which timm reads; `others` are tensors outside of the encoder, by name."""
     attention = {f"{x}/{part}": shape for x in ("query", "key", "value") for part, shape in TO_HEADS.items()}
     attention |= {"out/kernel": (2, 8, 16), "out/bias": (16,)}
-    mlp = {"Dense_0/kernel": (16, 64), "Dense_0/bias": (64,), "Dense_1/kernel": (64, 16), "Dense_1/bias": (16,)}
-    norm = {"scale": (16,), "bias": (16,)}
-    parts = {"MultiHeadDotProductAttention_0": attention, "LayerNorm_0": norm, "LayerNorm_1": norm, "MlpBlock_0": mlp}
-    inner = {f"{part}/{key}": shape for part, shapes in parts.items() for key, shape in shapes.items()}
+    mlp: dict[str, tuple[int, ...]] = {
+        "Dense_0/kernel": (16, 64),
+        "Dense_0/bias": (64,),
+        "Dense_1/kernel": (64, 16),
+        "Dense_1/bias": (16,),
+    }
+    norm: dict[str, tuple[int, ...]] = {"scale": (16,), "bias": (16,)}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {
+        "MultiHeadDotProductAttention_0": attention,
+        "LayerNorm_0": norm,
+        "LayerNorm_1": norm,
+        "MlpBlock_0": mlp,
+    }
+    inner = {f"{part}/{key}": shape for part, held in parts.items() for key, shape in held.items()}
     shapes: dict[str, tuple[int, ...]] = {"embedding/kernel": (8, 8, 3, 16), "embedding/bias": (16,)}
     shapes |= {"pos_embedding": (1, 16, 16), **{f"Transformer/encoder_norm/{key}": x for key, x in norm.items()}}
     if scanned:

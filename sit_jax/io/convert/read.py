@@ -97,7 +97,7 @@ def read_file(path: pathlib.Path, options: Options, log: Log = silent) -> Model:
         metadata["provenance"] = {"converted_from": path.name, "layout": layout.name}
     if layout.preprocessing is not None:
         metadata["preprocessing"] = layout.preprocessing
-    metadata |= read_counters(tensors) | config.metadata
+    metadata |= {**read_counters(tensors), **config.metadata}
     if found.absent or not arch.num_classes:
         metadata.pop("class_names", None)
     check_metadata(metadata, arch.num_classes, file.with_name(CONFIG))

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
@@ -21,6 +23,7 @@ _OPEN = ("num_heads", "residual_scale", "norm_eps")
 _PLAIN: JsonObject = {"residual_scale": 1.0, "norm_eps": 1e-6}
 # Fields of a description or of the user that most models leave at their defaults.
 _CHOICES = ("activation", "pool", "rope_theta", "registers", "class_token")
+_TYPES = get_type_hints(Architecture)
 _NUMBERS = ("mlp_ratio", "residual_scale", "norm_eps", "keep_ratio")
 
 _LVVIT: JsonObject = {"stem": "conv7", "mlp_ratio": 3.0, "qkv_bias": False, "norm_eps": 1e-5, "aux_head": True}
@@ -119,11 +122,15 @@ def _differs(key: str, value: Any, fields: JsonObject) -> bool:
 
 
 def _is_possible(key: str, value: Any) -> bool:
-    """Returns whether the fields that are computed with have the right types, and are positive and finite."""
+    """Returns whether a field has its type, and numbers that are computed with are positive and finite."""
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        TypeAdapter(_TYPES[key]).validate_python(value, strict=True)
+    except ValidationError:
+        return False
     if key in ("stage_blocks", "kept_tokens"):
-        return isinstance(value, list | tuple) and all(type(count) is int and count > 0 for count in value)
-    types = {"num_heads": (int,), **dict.fromkeys(_NUMBERS, (int, float))}.get(key)
-    return types is None or (type(value) in types and 0 < value < math.inf)
+        return all(count > 0 for count in value)
+    return key not in ("num_heads", *_NUMBERS) or 0 < value < math.inf
 
 
 def _named(inferred: Inferred, fields: JsonObject, name: str | None) -> dict[str, Architecture]:
