@@ -20,6 +20,7 @@ from sit_jax.visual.token_maps import (
 )
 
 THREE = dataclasses.replace(tiny.TEACHER, image_size=64, stage_blocks=(1, 1, 1, 1), kept_tokens=(16, 8, 4, 2))
+WIDE = dataclasses.replace(THREE, image_size=(32, 96), kept_tokens=(12, 8, 4, 2), class_token=False, pool="avg")
 DISTILLED = dataclasses.replace(THREE, distillation_token=True, qkv_bias=False, in_channels=3, num_heads=4)
 
 
@@ -69,7 +70,10 @@ def test_the_maps_are_the_models() -> None:
 
 
 def attention_by_hand(model: Any, variables: Any, images: jax.Array) -> list[np.ndarray]:
-    """Class attention per block (batch, tokens), in NumPy, from what enters the attention modules."""
+    """Attention per block (batch, tokens), in NumPy, from what enters the attention modules.
+
+    It is the class token's, or the mean over all tokens.
+    """
     arch, params = model.arch, jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
     seen: list[np.ndarray] = []
 
@@ -85,18 +89,19 @@ def attention_by_hand(model: Any, variables: Any, images: jax.Array) -> list[np.
         width, heads = arch.dim // arch.num_heads, []
         for head in range(arch.num_heads):
             part = slice(head * width, (head + 1) * width)
-            scores = np.einsum("bd,bkd->bk", query[:, 0, part], key[:, :, part]) / np.sqrt(width)
-            weights = np.exp(scores)
-            heads.append(weights / weights.sum(axis=1, keepdims=True))
+            asking = query[:, :1, part] if arch.class_token else query[:, :, part]
+            weights = np.exp(np.einsum("bqd,bkd->bqk", asking, key[:, :, part]) / np.sqrt(width))
+            heads.append((weights / weights.sum(axis=2, keepdims=True)).mean(axis=1))
         seen.append(np.mean(heads, axis=0))
     return seen
 
 
-@pytest.mark.parametrize("arch", [THREE, DISTILLED, tiny.TEACHER], ids=["three", "distilled", "plain"])
+@pytest.mark.parametrize("arch", [THREE, DISTILLED, tiny.TEACHER, WIDE], ids=["three", "distilled", "plain", "wide"])
 def test_attention(arch: Architecture) -> None:
     model, variables, images = drawn(arch, seed=1)
     maps, expected = token_maps(model, variables, images), attention_by_hand(model, variables, images)
-    prefix = 2 if arch.distillation_token else 1
+    prefix = arch.class_token + arch.distillation_token
+    assert maps.attending == ("the class token" if prefix else "all tokens")
     assert len(maps.attention) == arch.depth == 4
     for block, (found, wanted) in enumerate(zip(maps.attention, expected, strict=True), start=1):
         np.testing.assert_allclose(found, wanted[:, prefix:], atol=1e-5)

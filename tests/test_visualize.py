@@ -124,6 +124,27 @@ def test_a_model_without_slimming(
         assert found["class_attention"].shape == (1, 4, 64)
 
 
+@pytest.mark.parametrize(("size", "class_token"), [((32, 48), True), ((48, 32), False)])
+def test_a_backbone_without_a_head_of_another_form(
+    size: tuple[int, int], class_token: bool, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool = {} if class_token else {"class_token": False, "pool": "avg"}
+    arch = tiny.plain(image_size=size, num_classes=0, in_channels=3, stem="patch", patch_size=8, depth=2, **pool)
+    random_weights.draw(arch).save(tmp_path / "model")
+    Image.new("RGB", (48, 48), (0, 255, 0)).save(tmp_path / "green.png")
+    words = [str(tmp_path / "model"), str(tmp_path / "green.png"), "--arrays", str(tmp_path / "x.npz")]
+    assert cli.main(["visualize", *words, "--output", str(tmp_path), "--dpi", "100"]) == 0
+    whose = "the class token" if class_token else "all tokens"
+    assert capsys.readouterr().err.splitlines()[0].endswith(f"the attention of {whose}")
+    with Image.open(tmp_path / "green.maps.png") as figure:
+        rows, columns = np.nonzero((np.asarray(figure.convert("RGB")) == (0, 255, 0)).all(axis=2))
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    assert height / width == pytest.approx(size[0] / size[1], rel=0.02)
+    with np.load(tmp_path / "x.npz") as found:
+        assert found["probabilities"].shape == (1, 0)
+        assert found["class_attention"].shape == (1, 2, 24)
+
+
 @pytest.mark.parametrize("text", ["US$$", "$\\frac$", os.fsdecode(b"caf\xe9")])
 def test_texts_that_are_no_formulas_and_not_utf8(text: str, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     pixels = np.zeros((1, 64, 64, 3), np.uint8)

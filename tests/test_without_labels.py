@@ -4,9 +4,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -19,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from unlabelled import BACKBONES, command, write_images
 
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.probe import knn_accuracy, linear_probe
@@ -43,18 +48,8 @@ from sit_jax.training.loop import resolve_num_classes
 from sit_jax.training.metrics import feature_metrics, read_metrics
 from sit_jax.training.step import init_state, make_train_spec, make_train_step
 
-BACKBONES = pathlib.Path("tests/golden/backbones")
 HEADLESS = dataclasses.replace(tiny.SLIMMED, num_classes=0)
 WITHOUT = LossConfig(classification=0.0, feature=1.0)
-
-
-def write_images(folder: pathlib.Path, count: int) -> None:
-    """Noise, every third image in a subfolder."""
-    rng = np.random.default_rng(count)
-    (folder / "more").mkdir(parents=True)
-    for index in range(count):
-        image = Image.fromarray(rng.integers(0, 256, (5, 4, 3), np.uint8)).resize((40, 36))
-        image.save(folder / ("more" if index % 3 == 0 else "") / f"{index:02d}.png")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +57,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("unlabelled") / "images"
     write_images(root, 12)
     return root
-
-
-def command(folder: pathlib.Path, run: pathlib.Path, epochs: int = 2) -> list[str]:
-    values = {"data.data_dir": folder, "data.val_fraction": 0.33, "epochs": epochs, "batch_size": 8}
-    values |= {"eval_batch_size": 8, "optim.warmup_epochs": 0.0, "optim.ema_decay": 0.5, "log.every_steps": 1}
-    overrides = [f"--config.{key}={value}" for key, value in values.items()]
-    return ["train", "--config", f"features:{BACKBONES / 'hf_dinov2'}", "--workdir", str(run), *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +315,25 @@ def test_probe_of_a_run(finished: pathlib.Path, tmp_path: pathlib.Path, capsys: 
     assert result == {name: {"knn": 1.0, "linear": 1.0} for name in ("teacher", "student")}
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "plan --topology cpu:2",
+        "train --print_sharding --workdir none --coordinator=localhost:PORT --num_processes=1 --process_id=0",
+    ],
+)
+def test_devices_are_set_up_before_the_backbone_is_read(words: str, folder: pathlib.Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    given = [*words.replace("PORT", port).split(), *command(folder, folder)[1:3], f"--config.data.data_dir={folder}"]
+    given += ["--config.data.val_fraction=0.33", "--config.batch_size=8"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sit_jax", *given], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("backbone", ["hf_clip", "hf_siglip", "hf_dinov2_classifier", "timm_gap"])
 def test_config_of_a_backbone(backbone: str, folder: pathlib.Path) -> None:
     made = load_config(f"features:{BACKBONES / backbone}", [f"--config.data.data_dir={folder}"])
@@ -368,6 +375,6 @@ def test_the_page(
             if words[1] != "train" and "cifar100" not in words:
                 assert cli.main(words[1:]) == 0, line
                 seen += 1
-    assert seen == 9
+    assert seen == 11
     with np.load("small.npz") as found:
         assert found["features"].shape == (12, 16)

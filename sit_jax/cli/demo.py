@@ -14,6 +14,9 @@ def add_parser(verbs: Verbs) -> None:
     add("--student", metavar="MODEL", type=pathlib.Path, action="append", required=True, help=text)
     text = "model to compare with, may be repeated as well; the teacher of the student's run if not given"
     add("--teacher", metavar="MODEL", type=pathlib.Path, action="append", default=[], help=text)
+    text = "for models without a head: images to search for similar ones, up to 200 of these files, folders or glob"
+    text += " patterns; the evaluation split of the student's run if not given"
+    add("--images", metavar="IMAGE", nargs="+", default=[], help=text)
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all interfaces")
     add("--port", type=integer(1, 65535), default=7860, help="port to listen on")
     add("--max_mb", metavar="MB", type=positive, default=20, help="maximum size of an upload in MB")
@@ -23,4 +26,5 @@ def run(arguments: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
     from sit_jax.demo.serve import serve
 
-    serve(arguments.student, arguments.teacher, arguments.host, arguments.port, arguments.max_mb)
+    places = arguments.student, arguments.teacher, arguments.images
+    serve(*places, arguments.host, arguments.port, arguments.max_mb)

@@ -25,8 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.analysis.chips import parse_topology
 
     topology = parse_topology(arguments.topology)
-    config = load_config(arguments.config, arguments.overrides)
     force_cpu(topology.devices if topology.chip is None else 1)
+    config = load_config(arguments.config, arguments.overrides)
     from sit_jax.analysis.plan_table import make_plan, print_plan
 
     result = make_plan(config, topology, arguments.examples)

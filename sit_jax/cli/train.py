@@ -23,14 +23,15 @@ def add_parser(verbs: Verbs) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains, and prints a summary of the run."""
+    keep_memory()
+    enable_compilation_cache(arguments.compilation_cache)
+    first = join(arguments)
+    # After `join`: a config may compute with JAX, such as one that reads a backbone.
     config = load_config(arguments.config, arguments.overrides)
     from sit_jax.config.files import split_argument
 
     name = pathlib.PurePath(split_argument(arguments.config)[0]).name.removesuffix(".py")
     workdir = arguments.workdir or pathlib.Path("runs", name)
-    enable_compilation_cache(arguments.compilation_cache)
-    keep_memory()
-    first = join(arguments)
     from sit_jax.analysis.summary import print_summary, summarize
     from sit_jax.training import loop
 

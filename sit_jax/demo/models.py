@@ -7,24 +7,30 @@ import pathlib
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, UInt8
+from numpy import ndarray
 
+from sit_jax.analysis.summary import trained_teacher
 from sit_jax.data.sources import Example
-from sit_jax.errors import UserError
+from sit_jax.demo.similar import Gallery, open_gallery
+from sit_jax.errors import NotFiniteError, UserError
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Params
+from sit_jax.training.metrics import nearest_neighbours, unit_vectors
 from sit_jax.visual.model_input import ModelInput, preprocess
 from sit_jax.visual.token_maps import TokenMaps, model_token_maps
 
 # Images with more pixels are not decoded, independent of the models' configurations, since the page takes any file.
 MAX_PIXELS = 40_000_000
 _ROUNDS, _SECONDS = 9, 2.0
+_BATCH = 16
 # Selectable factors of the keep ratio.
 _FACTORS = (0.8, 0.6, 0.4)
 
@@ -67,11 +73,12 @@ class DemoModel:
     """A model of the page.
 
     `keeps` are the selectable token counts of its slimming modules, the trained ones first, and empty without such
-    modules. `labels` are its class names; duplicates have their index appended.
+    modules. `labels` are its class names; duplicates have their index appended. With a `gallery`, the model shows the
+    most similar of its images instead of classes.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, gallery: Gallery | None = None) -> None:
+        self.model, self.gallery = model, gallery
         self.keeps = keeps(model.vit) if model.vit.is_slimmed and model.vit.reducer == "slim" else {}
         times = collections.Counter(model.class_names)
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(model.class_names)]
@@ -87,7 +94,7 @@ class DemoModel:
         return model_token_maps(self._with(counts), seen.pixels[None])
 
     def forward(self, seen: ModelInput, counts: Counts | None) -> Callable[[], object]:
-        """Returns a function that runs the forward pass on one image, from pixels to logits, as in deployment."""
+        """Returns a function that runs the forward pass on one image, from pixels to what a call returns."""
         model, pixels = self._with(counts), seen.pixels[None]
         return lambda: jax.block_until_ready(model(pixels))
 
@@ -95,6 +102,33 @@ class DemoModel:
         """Returns label -> probability of the top classes, most likely first."""
         values = maps.probabilities[0]
         return {self.labels[index]: float(values[index]) for index in np.argsort(-values, kind="stable")[:top]}
+
+    def most_similar(self, seen: ModelInput, counts: Counts | None, top: int = 6) -> list[tuple[ndarray, str]]:
+        """Returns the images of the gallery with the most similar features, with the cosine similarity as caption.
+
+        Raises a NotFiniteError if features are not finite.
+        """
+        gallery, keys = self.gallery, self.gallery_vectors(counts)
+        assert gallery is not None
+        query = self._vectors(seen.pixels[None], counts)
+        nearest = nearest_neighbours(query, keys, min(top, len(keys)))[0]
+        return [(gallery.small[index], f"{query[0] @ keys[index]:.4f}") for index in nearest.tolist()]
+
+    @functools.cache  # noqa: B019 - models live as long as the page
+    def gallery_vectors(self, counts: Counts | None) -> Float[ndarray, "images features"]:
+        """Returns the features of the images of the gallery, scaled to length 1."""
+        assert self.gallery is not None
+        pixels = np.stack([self.preprocess(example).pixels for example in self.gallery.examples])
+        # The last batch is padded, so that it needs no compilation.
+        padded = np.pad(pixels, ((0, -len(pixels) % _BATCH), (0, 0), (0, 0), (0, 0)))
+        parts = [self._vectors(padded[i : i + _BATCH], counts) for i in range(0, len(padded), _BATCH)]
+        return np.concatenate(parts)[: len(pixels)]
+
+    def _vectors(self, pixels: UInt8[ndarray, "batch height width channels"], counts: Counts | None) -> ndarray:
+        features = np.asarray(self._with(counts).features(pixels).pooled)
+        if not np.isfinite(features).all():
+            raise NotFiniteError(f"{self.model.source}: the features are not finite, so they say nothing about images")
+        return unit_vectors(features)
 
     @functools.cache  # noqa: B019 - models live as long as the page
     def _with(self, counts: Counts | None) -> Model:
@@ -105,25 +139,49 @@ class DemoModel:
 
 
 class DemoModels(NamedTuple):
-    """All models of a page, by folder."""
+    """All models of a page, by folder; without heads, there may be no teacher."""
 
     students: dict[str, DemoModel]
     teachers: dict[str, DemoModel]
 
 
-def open_demo_models(students: Sequence[pathlib.Path], teachers: Sequence[pathlib.Path]) -> DemoModels:
-    """Opens slimmed models and transformers to compare them with, by default those in the students' run directories.
+def open_demo_models(
+    students: Sequence[pathlib.Path], teachers: Sequence[pathlib.Path], images: Sequence[str] = ()
+) -> DemoModels:
+    """Opens slimmed models and transformers to compare them with, by default the teachers of the students' runs.
 
-    Raises a UserError if a model cannot be opened, a student is not slimmed, or there is no teacher.
+    If a model has no head, all of them show similar images: of `images`, or of the first student's evaluation split.
+    Raises a UserError if a model cannot be opened, a student is not slimmed, or there is no teacher or image.
     """
-    teachers = teachers or [own for own in (path / "teacher" for path in students) if own.is_dir()]
-    if not teachers:
+    opened = {str(path): load(path) for path in students}
+    given = {str(path): load(path) for path in teachers} or _own_teachers(opened)
+    headless = not all(model.arch.num_classes for model in (*opened.values(), *given.values()))
+    if not given and not headless:
         raise UserError("--teacher: which model are the students compared with? Their folders contain no teacher")
-    models = DemoModels(*({str(path): DemoModel(load(path)) for path in paths} for paths in (students, teachers)))
+    if images and not headless:
+        raise UserError("--images: is for models without a head; these models predict classes")
+    gallery = open_gallery(images, next(iter(opened.values())), MAX_PIXELS) if headless else None
+    models = DemoModels(*({name: DemoModel(x, gallery) for name, x in group.items()} for group in (opened, given)))
     for name, student in models.students.items():
         if not student.keeps:
             raise UserError(f"--student: {name} has no slimming modules; give it as --teacher")
+    for model in (*models.students.values(), *models.teachers.values()) if gallery else ():
+        model.gallery_vectors(None)  # The first image would wait for them.
     return models
+
+
+def _own_teachers(students: Mapping[str, Model]) -> dict[str, Model]:
+    """Returns the teachers in the students' folders, or that their runs name."""
+    found = {}
+    for name, student in students.items():
+        own, config = pathlib.Path(name) / "teacher", student.config
+        if own.is_dir():
+            found[str(own)] = load(own)
+        elif config is not None and config.teacher is not None and config.teacher.run:
+            teacher = trained_teacher(student, pathlib.Path(name))
+            assert teacher is not None
+            found[teacher.source] = teacher
+    return found
 
 
 def milliseconds(runs: Sequence[Callable[[], object]]) -> list[float]:

@@ -14,7 +14,12 @@ from sit_jax.errors import UserError
 
 
 def serve(
-    students: Sequence[pathlib.Path], teachers: Sequence[pathlib.Path], host: str, port: int, max_mb: int
+    students: Sequence[pathlib.Path],
+    teachers: Sequence[pathlib.Path],
+    images: Sequence[str],
+    host: str,
+    port: int,
+    max_mb: int,
 ) -> None:
     """Serves the page until it is interrupted; see `open_demo_models`.
 
@@ -22,7 +27,7 @@ def serve(
     start.
     """
     _check_address(host, port)
-    models = open_demo_models(students, teachers)
+    models = open_demo_models(students, teachers, images)
     # By default, SIGTERM ends the process at once, which would leave the uploaded files.
     former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:

@@ -149,7 +149,9 @@ class Model:
             UserError: The model is an exported file, or not a vision transformer.
         """
         if self.exported is not None:
-            raise UserError(f"{self.source}: gives logits only; give the run or model folder that it was exported from")
+            raise UserError(
+                f"{self.source}: is an exported file; give the run or model folder that it was exported from"
+            )
         if not isinstance(self.arch, Architecture):
             raise UserError(f"{self.source}: is a {self.arch.family}; only vision transformers have tokens")
         return self.arch

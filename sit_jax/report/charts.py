@@ -15,8 +15,9 @@ Scale = Literal["log", "percent"]
 Curves = dict[str, dict[int, float]]
 
 # Order of the loss terms; keys of the metrics that are neither listed here nor below are not shown.
-LOSS_TERMS = ("loss", "classification", "token", "logits", "hard", "token_label")
+LOSS_TERMS = ("loss", "classification", "token", "feature", "logits", "hard", "token_label")
 ACCURACIES = ("top1", "top5", "ema_top1", "ema_top5")
+SIMILARITIES = tuple(f"{part}{name}" for part in ("", "ema_") for name in ("cosine", "agreement1", "agreement5"))
 # More points than pixels would slow the page down without being visible.
 _MOST_POINTS, _MOST_ROWS = 4000, 100
 _FEW_POINTS = 60
@@ -41,12 +42,13 @@ class Chart(NamedTuple):
 
 
 def run_charts(run: RunInfo, key: str) -> list[Chart]:
-    """Returns charts of loss terms, accuracy, learning rates and gradient norm of one run."""
+    """Returns charts of loss terms, accuracy or similarity, learning rates and gradient norm of one run."""
     losses = _curves(run.train, LOSS_TERMS) | _curves(run.scores, ["loss"], "{} (evaluation)")
     accuracies = _curves(run.scores, ACCURACIES) | _curves(run.train, ["accuracy"], "training {}")
     charts = [
         _chart(f"{key}-loss", "Loss, and its terms before weighting", losses, "log"),
         _chart(f"{key}-accuracy", "Accuracy", accuracies, "percent"),
+        _chart(f"{key}-similarity", "Similarity to the teacher", _curves(run.scores, SIMILARITIES), "percent"),
         _chart(f"{key}-rate", "Learning rates", _curves(run.train, _learning_rates(run.train)), "log"),
         _chart(f"{key}-norm", "Gradient norm", _curves(run.train, ["grad_norm"]), "log"),
     ]
@@ -63,7 +65,7 @@ def comparing_charts(runs: Sequence[RunInfo], key: str) -> list[Chart]:
     titles = {name: f"Training: {name} term, before weighting" for name in LOSS_TERMS} | {"loss": "Training: loss"}
     titles |= {name: f"Learning rate: {name[3:]}" for run in runs for name in _learning_rates(run.train)}
     charts = [
-        *(compare("scores", name, f"Evaluation: {name}", "percent") for name in ACCURACIES),
+        *(compare("scores", name, f"Evaluation: {name}", "percent") for name in (*ACCURACIES, *SIMILARITIES)),
         compare("scores", "loss", "Evaluation: loss", "log", part="evaluation-loss"),
         *(compare("train", name, title, "log") for name, title in titles.items()),
     ]

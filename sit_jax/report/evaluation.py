@@ -1,7 +1,8 @@
-"""Evaluates a run's models for its report: accuracy per class, images that the student lost, and token maps."""
+"""Evaluates a run's models for its report: accuracy per class or similar images, lost images, and token maps."""
 
 import collections
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,15 +15,20 @@ from sit_jax.config import Config
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Source
-from sit_jax.errors import ImageDecodeError
+from sit_jax.errors import ImageDecodeError, NotFiniteError
 from sit_jax.io.inference import softmax
 from sit_jax.io.load import load_run
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.report.load_run import RunInfo, attempt
+from sit_jax.training.evaluate import model_features
+from sit_jax.training.metrics import other_neighbours, unit_vectors
 from sit_jax.training.progress import Progress
 from sit_jax.visual.model_input import ModelInput, preprocess
 from sit_jax.visual.token_maps import TokenMaps, model_token_maps
+
+# Neighbours of each image that are shown.
+_NEIGHBOURS = 4
 
 
 class Verdict(NamedTuple):
@@ -37,7 +43,8 @@ class Verdict(NamedTuple):
 class EvalImage:
     """An image of the evaluation split in display size, with the predictions of the `student` and the `teacher`.
 
-    `file` is the image's file or record, `label` the name of its class.
+    `file` is the image's file or record, `label` the name of its class; without labels, the name of the file, and there
+    are no predictions.
     """
 
     index: int
@@ -61,6 +68,25 @@ class ClassScore(NamedTuple):
         return self.student - (self.student if self.teacher is None else self.teacher)
 
 
+class Neighbour(NamedTuple):
+    """An image of the evaluation split that is similar to another one.
+
+    `cosine` is the cosine similarity of their features. The image is `shared` if it is also a neighbour by the other
+    model's features.
+    """
+
+    image: EvalImage
+    cosine: float
+    shared: bool
+
+
+class SimilarImages(NamedTuple):
+    """An image, and its nearest neighbours by the features of the `student` and the `teacher`, the nearest first."""
+
+    image: EvalImage
+    neighbours: dict[str, list[Neighbour]]
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalReport:
     """Evaluation of the newest checkpoint of a run on its evaluation split.
@@ -68,7 +94,7 @@ class EvalReport:
     `classes` are those with images, in the data's order; `outcomes` is the number of images by (student correct,
     teacher correct), empty without a teacher; `lost` are images that only the teacher classifies correctly, the most
     confident mistakes first; `examples` are from the whole split, and `maps` the student's token maps of them, None for
-    a model without slimming.
+    a model without slimming. A run without labels has `similar` instead of classes, outcomes and lost images.
     """
 
     classes: list[ClassScore]
@@ -76,6 +102,7 @@ class EvalReport:
     lost: list[EvalImage]
     examples: list[EvalImage]
     maps: TokenMaps | None
+    similar: list[SimilarImages] = dataclasses.field(default_factory=list)
 
 
 class _Top1(NamedTuple):
@@ -99,17 +126,63 @@ def evaluate(run: RunInfo, examples: int) -> EvalReport:
     if teacher is not None:
         models["teacher"] = teacher
     source = open_source(config.data, config.data.eval_split)
+    if not config.loss.uses_labels:
+        return _compare(models, config, source, examples)
     check_classes(config.inputs, source)
     labels, top1 = _predict(run.name, models, config, source)
     classes, outcomes = _per_class(labels, top1, source.class_names), _outcomes(labels, top1)
     if not isinstance(student.arch, Architecture):  # A model without tokens.
         return EvalReport(classes, outcomes, [], [], None)
-    spread = np.linspace(0, len(source) - 1, min(examples, len(source))).round().astype(int)
-    shown, inputs = _load(source, student, labels, top1, np.unique(spread))
-    slimmed = student.arch.is_slimmed and inputs
-    maps = model_token_maps(student, np.stack([x.pixels for x in inputs])) if slimmed else None
-    lost, _ = _load(source, student, labels, top1, _lost(top1)[:examples])
-    return EvalReport(classes, outcomes, lost, shown, maps)
+    spread, lost = _spread(np.arange(len(source)), examples), _lost(top1)[:examples]
+    shown, maps = _with_maps(student, _load(source, student, top1, spread[labels[spread] >= 0]))
+    lost_images = [image for image, _ in _load(source, student, top1, lost)]
+    return EvalReport(classes, outcomes, lost_images, shown, maps)
+
+
+def _compare(models: dict[str, Model], config: Config, source: Source, examples: int) -> EvalReport:
+    """Returns the report of a run without labels: which images are similar by the features of each model."""
+    student, split = models["student"], config.data.eval_split
+    features = {name: model_features(model, config.data, split) for name, model in models.items()}
+    readable = np.flatnonzero(np.all([x.valid for x in features.values()], axis=0))
+    vectors = {name: unit_vectors(x.values[readable]) for name, x in features.items()}
+    for name, x in vectors.items():
+        if not np.isfinite(x).all():
+            raise NotFiniteError(f"the features of the {name} are not finite")
+    rows = _spread(np.arange(len(readable)), examples)
+    shown, maps = _with_maps(student, _load(source, student, {}, readable[rows]))
+    k = min(_NEIGHBOURS, len(readable) - 1)
+    if k < 1:
+        return EvalReport([], collections.Counter(), [], shown, maps)
+    nearest = {name: other_neighbours(x, k, rows) for name, x in vectors.items()}
+    used = np.unique(np.concatenate([rows, *(x.ravel() for x in nearest.values())]))
+    images = {image.index: image for image, _ in _load(source, student, {}, readable[used])}
+    similar = []
+    for query, *found in zip(rows, *nearest.values(), strict=True):
+        by_model = dict(zip(nearest, found, strict=True))
+        shared = set.intersection(*(set(x.tolist()) for x in found)) if len(found) > 1 else set()
+        neighbours = {
+            name: [
+                Neighbour(images[int(readable[i])], float(vectors[name][query] @ vectors[name][i]), int(i) in shared)
+                for i in indices
+            ]
+            for name, indices in by_model.items()
+        }
+        similar.append(SimilarImages(images[int(readable[query])], neighbours))
+    return EvalReport([], collections.Counter(), [], shown, maps, similar)
+
+
+def _spread(values: Int[ndarray, " values"], count: int) -> Int[ndarray, " chosen"]:
+    """Returns up to `count` of the values, evenly spread."""
+    return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
+
+
+def _with_maps(
+    student: Model, loaded: Sequence[tuple[EvalImage, ModelInput]]
+) -> tuple[list[EvalImage], TokenMaps | None]:
+    """Returns the images, and their token maps if the student is slimmed."""
+    pixels = [inputs.pixels for _, inputs in loaded]
+    maps = model_token_maps(student, np.stack(pixels)) if student.vit.is_slimmed and pixels else None
+    return [image for image, _ in loaded], maps
 
 
 def _predict(
@@ -160,19 +233,20 @@ def _lost(top1: dict[str, _Top1]) -> Int[ndarray, " lost"]:
 
 
 def _load(
-    source: Source, student: Model, labels: ndarray, top1: dict[str, _Top1], indices: Int[ndarray, " chosen"]
-) -> tuple[list[EvalImage], list[ModelInput]]:
-    """Returns the images at these indices of the split, and their model inputs; unreadable ones are skipped."""
-    images, inputs, names = [], [], source.class_names
-    for index in indices[labels[indices] >= 0].tolist():
+    source: Source, student: Model, top1: dict[str, _Top1], indices: Int[ndarray, " chosen"]
+) -> list[tuple[EvalImage, ModelInput]]:
+    """Returns the images at these indices of the split, with their model inputs; unreadable ones are skipped."""
+    loaded, names = [], source.class_names
+    for index in indices.tolist():
         try:
             example = source[index]
-            inputs.append(preprocess(student.vit, student.data, example))
+            inputs = preprocess(student.vit, student.data, example)
         except ImageDecodeError:
             continue
         verdicts = {
             model: Verdict(str(names[x.classes[index]]), float(x.probabilities[index]), bool(x.right[index]))
             for model, x in top1.items()
         }
-        images.append(EvalImage(index, example.name, str(names[example.label]), verdicts, inputs[-1].shown))
-    return images, inputs
+        label = str(names[example.label]) if top1 else pathlib.PurePath(example.name).name
+        loaded.append((EvalImage(index, example.name, label, verdicts, inputs.shown), inputs))
+    return loaded

@@ -10,11 +10,11 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import Image
 
-from sit_jax.report.evaluation import EvalImage, EvalReport
+from sit_jax.report.evaluation import EvalImage, EvalReport, Neighbour, SimilarImages
 from sit_jax.visual.images import as_rgb, heat, regions
 from sit_jax.visual.token_maps import TokenMaps
 
-# Number of tokens per stage with their own map: those with the most class attention.
+# Number of tokens per stage with their own map: those with the most attention.
 _TOKENS_SHOWN = 4
 _LARGE, _SMALL = 288, 144
 _QUALITY = 82
@@ -44,6 +44,30 @@ class Example(NamedTuple):
     stages: list[Stage]
 
 
+class ShownNeighbour(NamedTuple):
+    """A neighbour of an image, as it is shown."""
+
+    neighbour: Neighbour
+    shown: Shown
+
+
+class ShownSimilar(NamedTuple):
+    """An image and its neighbours by each model's features, as they are shown."""
+
+    image: EvalImage
+    shown: Shown
+    neighbours: dict[str, list[ShownNeighbour]]
+
+
+def show_similar(similar: SimilarImages) -> ShownSimilar:
+    """Returns an image and its neighbours as images of the page."""
+    neighbours = {
+        model: [ShownNeighbour(x, show_image(x.image, _SMALL)) for x in found]
+        for model, found in similar.neighbours.items()
+    }
+    return ShownSimilar(similar.image, show_image(similar.image, _SMALL), neighbours)
+
+
 def stage_titles(maps: TokenMaps) -> list[str]:
     """Returns the titles of the stages, the first of which is the patches."""
     count, patches = len(maps.stages) + 1, math.prod(maps.grid)
@@ -63,9 +87,9 @@ def show_examples(evaluation: EvalReport) -> list[Example]:
     ]
 
 
-def show_image(image: EvalImage) -> Shown:
+def show_image(image: EvalImage, side: int = _LARGE) -> Shown:
     """Returns an image of the page without token maps."""
-    return Shown(data_uri(image.pixels, _LARGE), f"Image {image.index} of the split: {image.label}")
+    return Shown(data_uri(image.pixels, side), f"Image {image.index} of the split: {image.label}")
 
 
 def _stages(maps: TokenMaps, row: int, image: EvalImage) -> list[Stage]:

@@ -68,6 +68,29 @@ class RunInfo:
         epochs = self.config.epochs + self.config.optim.cooldown_epochs
         return round(self.checkpoints[-1].step / epoch * epochs)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the run is trained and evaluated with labels; True if the configuration is not known."""
+        return self.config is None or self.config.loss.uses_labels
+
+    @property
+    def similarity(self) -> dict[str, float | None]:
+        """Cosine similarity and agreements with the teacher, None if unknown; empty for a run with labels.
+
+        They are those of the summary; without one, of the last evaluation.
+        """
+        if self.has_labels:
+            return {}
+        stored = self.summary.get("student")
+        known = stored if isinstance(stored, dict) else self.scores[-1] if self.scores else {}
+        return {key: finite(known.get(key)) for key in ("cosine", "agreement1", "agreement5")}
+
+    def architecture(self, name: str) -> Architecture | None:
+        """Returns the architecture of the `student` (or only model) or `teacher`, if it is a vision transformer."""
+        config = self.config if name == "student" else self.teacher_config
+        arch = config.model.architecture if config else None
+        return arch if isinstance(arch, Architecture) else None
+
     def entry(self, name: str) -> dict[str, float | None]:
         """Returns top-1, parameters, GMAC and images/s of the `student` (or only model) or `teacher`; None if unknown.
 
@@ -75,12 +98,12 @@ class RunInfo:
         """
         stored = self.summary.get(name)
         known = {key: finite(value) for key, value in stored.items()} if isinstance(stored, dict) else {}
-        run, config = (self, self.config) if name == "student" else (self.teachers.get(name), self.teacher_config)
+        run, arch = self if name == "student" else self.teachers.get(name), self.architecture(name)
         scores = run.scores if run else []
         if known.get("top1") is None and scores:
             known["top1"] = scores[-1].get("top1")
-        arch = config.model.architecture if config else None
-        if isinstance(arch, Architecture) and arch.num_classes and known.get("gmac") is None:
+        # With labels, 0 classes are as many as the data has.
+        if arch is not None and (arch.num_classes or not self.has_labels) and known.get("gmac") is None:
             cost = count_cost(arch)
             known |= {"params": cost.params, "gmac": cost.gmac}
         return {key: known.get(key) for key in ("top1", "params", "gmac", "images_per_s")}
@@ -128,7 +151,7 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
     whole = evaluations(evaluated)
     wrong = [str(line["step"]) for line in evaluated if line not in whole]
     if wrong:
-        missing.append(f"The evaluation of step {', '.join(wrong)} is not finite; its accuracy is left out.")
+        missing.append(f"The evaluation of step {', '.join(wrong)} is not finite; it is left out.")
     if wrong and str(evaluated[-1]["step"]) in wrong and isinstance(summary.get("student"), dict):
         summary["student"]["top1"] = None  # Older versions counted correct predictions differently.
     metadata: JsonObject = {}

@@ -20,7 +20,7 @@ from sit_jax.analysis.table import cell
 from sit_jax.config import JsonObject
 from sit_jax.report.charts import Chart, class_chart, comparing_charts, run_charts
 from sit_jax.report.evaluation import EvalReport
-from sit_jax.report.images import show_examples, show_image, stage_titles
+from sit_jax.report.images import show_examples, show_image, show_similar, stage_titles
 from sit_jax.report.load_run import RunInfo, finite
 
 # Maximum number of rows in the table of classes; otherwise, only the largest losses and gains are shown.
@@ -33,7 +33,8 @@ class RunView:
     """A run in the form that the template uses, with all charts, images and texts.
 
     `key` is unique within the page: `run-1`. `evaluation` is None if the model was not evaluated. `lost` are images
-    that only the teacher classifies correctly. `class_rows` have the largest losses first; for many classes, only both
+    that only the teacher classifies correctly; `similar` are images with their nearest neighbours.
+    `class_rows` have the largest losses first; for many classes, only both
     ends. `data` and `environment` are pairs of name and value, `sections` is the configuration.
     """
 
@@ -50,6 +51,7 @@ class RunView:
         self.examples = show_examples(evaluation) if evaluation else []
         self.stages = stage_titles(evaluation.maps) if evaluation and evaluation.maps else []
         self.lost = [(image, show_image(image)) for image in evaluation.lost] if evaluation else []
+        self.similar = [show_similar(x) for x in evaluation.similar] if evaluation else []
         self.data = _data_rows(run)
         self.environment = _environment_rows(run)
         self.sections = _sections(run.values)
@@ -97,6 +99,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters.update(
         percent=lambda value: cell(value, "{:.2%}") or ABSENT,
+        cosine=lambda value: cell(value, "{:.4f}") or ABSENT,
         count=lambda value: cell(value, "{:,.0f}") or ABSENT,
         mac=mac,
         ratio=ratio,
@@ -133,12 +136,14 @@ def _data_rows(run: RunInfo) -> list[tuple[str, str]]:
     noted = run.metadata.get("data")
     position = finite(noted.get("epoch")) if isinstance(noted, dict) else None
     colours = "grey" if arch.in_channels == 1 else f"{arch.in_channels} channels"
+    classes = f"{arch.num_classes:,}" if arch.num_classes else "as many as the data has"
+    classes = classes if run.has_labels else "labels are not used"
     rows = [
         ("data set", data.name),
         ("folder", data.data_dir or "tfds's own"),
         ("training split", data.train_split),
         ("evaluation split", data.eval_split + (f", {examples:,.0f} images" if examples else "")),
-        ("classes", f"{arch.num_classes:,}" if arch.num_classes else "as many as the data has"),
+        ("classes", classes),
         ("images", f"{arch.image_shape[0]} x {arch.image_shape[1]} pixels, {colours}"),
         ("resize", f"{data.resize}, {data.interpolation}"),
         ("batch", f"{config.batch_size:,} images"),

@@ -82,7 +82,7 @@ def feature_metrics(student: np.ndarray, teacher: np.ndarray, what: str = "evalu
     chosen = np.unique(np.linspace(0, len(mine) - 1, min(len(mine), _MOST_COMPARED)).round().astype(int))
     ks = [k for k in (1, 5) if k < len(chosen)]
     if ks:
-        nearest = [_other_neighbours(x[chosen], max(ks)) for x in (mine, theirs)]
+        nearest = [other_neighbours(x[chosen], max(ks)) for x in (mine, theirs)]
         for k in ks:
             shared = nearest[0][:, :k, None] == nearest[1][:, None, :k]
             result[f"agreement{k}"] = float(shared.any(axis=2).mean())
@@ -102,11 +102,12 @@ def nearest_neighbours(queries: np.ndarray, keys: np.ndarray, k: int) -> np.ndar
     return np.concatenate(parts)
 
 
-def _other_neighbours(vectors: np.ndarray, k: int) -> np.ndarray:
-    """Returns the k nearest others of each vector."""
-    found = nearest_neighbours(vectors, vectors, k + 1)
+def other_neighbours(vectors: np.ndarray, k: int, rows: np.ndarray | None = None) -> np.ndarray:
+    """Returns the indices of the k nearest other vectors of each vector, or of those in `rows`; k < len(vectors)."""
+    rows = np.arange(len(vectors)) if rows is None else rows
+    found = nearest_neighbours(vectors[rows], vectors, k + 1)
     # The vector itself is not always the first, as there may be equal ones.
-    itself = found == np.arange(len(vectors))[:, None]
+    itself = found == rows[:, None]
     itself[~itself.any(axis=1), -1] = True
     return found[~itself].reshape(-1, k)
 

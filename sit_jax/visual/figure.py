@@ -25,7 +25,7 @@ _HEADER, _HEADING, _CAPTION, _BETWEEN = 0.62, 0.26, 0.2, 0.16
 _LARGEST_CELL, _LARGEST_VIEW = 1.25, 2.25
 # Below narrower heat maps, only a number fits.
 _CAPTIONED = 0.95
-_PLOT = (1.9, 0.5)
+_PLOT, _LOWEST_PLOT = (1.9, 0.5), 1.2
 _TITLE_SIZE, _HEADING_SIZE, _CAPTION_SIZE = 12, 9, 6.5
 _LONGEST = 110
 # Columns of `slimming.png`; more would be too small to see.
@@ -46,7 +46,7 @@ def draw_maps(
     """Draws the token maps of one image, given in display size, of a batch.
 
     The figure has the image and its regions after each slimming module; for each module, heat maps of the tokens with
-    the most class attention; the class token's attention by block; and the effective number of patches of the tokens.
+    the most attention; the attention by block; and the effective number of patches of the tokens.
     For a model without slimming modules, it has the image and the attention. `tokens` is the largest number of tokens
     per slimming module, and of blocks.
     """
@@ -68,7 +68,8 @@ def draw_maps(
 class _Sheet:
     """The figure, with coordinates in inches from the lower left corner.
 
-    `tokens` is the largest number of heat maps in a row, `cell` the side of one, `view` that of the image.
+    `tokens` is the largest number of heat maps in a row, `cell` the longer side of one, `view` that of the image,
+    `views` the height of the row with the image.
     """
 
     def __init__(self, image: ndarray, maps: TokenMaps, index: int, tokens: int) -> None:
@@ -77,9 +78,15 @@ class _Sheet:
         width, plot = _WIDTH - 2 * _MARGIN, sum(_PLOT) if stages else 0.0
         self.cell = min(_LARGEST_CELL, (width - _BAR_ROOM - (tokens - 1) * _GAP) / tokens)
         self.view = min(_LARGEST_VIEW, (width - plot - stages * _GAP) / (stages + 1))
-        rows = (stages + 1) * (_HEADING + self.cell + _CAPTION + _BETWEEN)
-        self.height = 2 * _MARGIN + _HEADER + self.view + _CAPTION + _BETWEEN + rows - _BETWEEN
+        rows = (stages + 1) * (_HEADING + self.size(self.cell)[1] + _CAPTION + _BETWEEN)
+        self.views = max(self.size(self.view)[1], _LOWEST_PLOT if stages else 0.0)
+        self.height = 2 * _MARGIN + _HEADER + self.views + _CAPTION + rows
         self.figure = Figure(figsize=(_WIDTH, self.height), facecolor="white")
+
+    def size(self, side: float) -> tuple[float, float]:
+        """Returns width and height of an image with this longer side."""
+        rows, columns = self.maps.grid
+        return side * columns / max(rows, columns), side * rows / max(rows, columns)
 
     def caption(self, name: str, number: int, what: str) -> str:
         return f"{name} {number}: {what}" if self.cell >= _CAPTIONED else f"{number}"
@@ -94,20 +101,22 @@ class _Sheet:
         return self.figure.add_axes((x / _WIDTH, y / self.height, width / _WIDTH, height / self.height))
 
     def show(self, x: float, top: float, side: float, pixels: ndarray, caption: str) -> None:
-        """Draws an image with its caption below."""
-        axes = self.axes(x, top - side, side, side)
+        """Draws an image, whose longer side is `side`, with its caption below."""
+        width, height = self.size(side)
+        axes = self.axes(x + (side - width) / 2, top - height, width, height)
         axes.imshow(pixels, aspect="auto", interpolation="antialiased")
         axes.set_axis_off()
-        self.write(x + side / 2, top - side - 0.05, caption, _CAPTION_SIZE, ha="center", va="top", color=_INK)
+        self.write(x + side / 2, top - height - 0.05, caption, _CAPTION_SIZE, ha="center", va="top", color=_INK)
 
     def bar(self, top: float, largest: float, label: str) -> None:
         """Draws the colour bar of a row of heat maps, on its right."""
-        axes = self.axes(_WIDTH - _MARGIN - _BAR_ROOM + 0.08, top - self.cell, _BAR, self.cell)
+        height = self.size(self.cell)[1]
+        axes = self.axes(_WIDTH - _MARGIN - _BAR_ROOM + 0.08, top - height, _BAR, height)
         scale = ScalarMappable(Normalize(0, largest), ListedColormap(bar_colours()))
         bar = self.figure.colorbar(scale, cax=axes)
         bar.outline.set_linewidth(0.4)
         bar.ax.tick_params(labelsize=_CAPTION_SIZE, width=0.4, length=2, colors=_INK)
-        if self.cell >= _CAPTIONED:
+        if height >= _CAPTIONED:
             bar.set_label(label, size=_CAPTION_SIZE, color=_FAINT)
         else:  # Next to the bar it would overlap the bar of the next row.
             self.write(_WIDTH - _MARGIN, top + _HEADING, label, _CAPTION_SIZE, ha="right", va="top")
@@ -123,9 +132,9 @@ def _draw_views(sheet: _Sheet, top: float) -> float:
         sheet.show(x, top, side, drawn, f"regions of the {stage.kept} tokens of TSM {number}")
     if maps.stages:
         left = _WIDTH - _MARGIN - _PLOT[0]
-        _plot_effective(sheet.axes(left, top - side + 0.05, _PLOT[0], side - 0.25), maps, sheet.index)
+        _plot_effective(sheet.axes(left, top - sheet.views + 0.05, _PLOT[0], sheet.views - 0.25), maps, sheet.index)
         sheet.write(left, top, "patches that tokens are made of; median", _CAPTION_SIZE, va="top", color=_INK)
-    return top - side - _CAPTION - _BETWEEN
+    return top - sheet.views - _CAPTION - _BETWEEN
 
 
 def _plot_effective(axes: Axes, maps: TokenMaps, index: int) -> None:
@@ -149,7 +158,7 @@ def _plot_effective(axes: Axes, maps: TokenMaps, index: int) -> None:
 def _draw_tokens(sheet: _Sheet, top: float, number: int) -> float:
     stage, index = sheet.maps.stages[number], sheet.index
     chosen = sheet.maps.most_attended(number, index, sheet.tokens)
-    some = f"the {len(chosen)} that the class token attends to most"
+    some = f"the {len(chosen)} with the most attention"
     text = f"TSM {number + 1}, after block {stage.after_block}: {stage.assignment.shape[1]} to {stage.kept} tokens"
     text += f" ({some if len(chosen) < stage.kept else 'all, by attention'})"
     effective = stage.effective_patches[index]
@@ -164,7 +173,7 @@ def _draw_attention(sheet: _Sheet, top: float) -> float:
     blocks = np.unique(np.round(np.linspace(1, depth, min(depth, sheet.tokens))).astype(int))
     rows = np.stack([maps.attention_on_patches(int(block))[sheet.index] for block in blocks])
     captions = [sheet.caption("block", int(b), f"{maps.attention[b - 1].shape[1]} tokens") for b in blocks]
-    heading = "Attention of the class token, distributed to the patches of its tokens (mean over heads)"
+    heading = f"Attention of {maps.attending}, distributed to the patches of the tokens (mean over heads)"
     # Early blocks can be much sharper than those after the slimming, whose maps would be black on a common scale.
     peaks = rows / np.maximum(rows.max(axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return _draw_row(sheet, top, heading, peaks, captions, (1.0, "of each map's largest"))
@@ -181,7 +190,7 @@ def _draw_row(
         x = _MARGIN + place * (sheet.cell + _GAP)
         sheet.show(x, top, sheet.cell, heat(sheet.image, row, sheet.maps.grid, largest), caption)
     sheet.bar(top, *scale)
-    return top - sheet.cell - _CAPTION - _BETWEEN
+    return top - sheet.size(sheet.cell)[1] - _CAPTION - _BETWEEN
 
 
 def _short(text: str) -> str:

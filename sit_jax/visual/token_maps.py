@@ -21,6 +21,7 @@ from sit_jax.data.preprocess import normalize
 from sit_jax.io.inference import softmax
 from sit_jax.io.model import Model
 from sit_jax.models import Outputs
+from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import Attention
 from sit_jax.models.trees import Variables
 
@@ -66,14 +67,16 @@ class TokenMaps(NamedTuple):
         grid: Rows and columns of the patches, which are in row-major order.
         stages: One per slimming module, in order; empty for a model without slimming.
         attention: One per block: the class token's attention to the block's patch tokens, (batch, tokens), mean over
-            the heads. The remaining attention is to the class token itself (and the distillation token).
-        logits: (batch, classes), float32.
+            the heads; without a class token, the mean over all tokens. The remaining attention is to the prefix tokens.
+        logits: (batch, classes), float32; no classes without a head.
+        attending: Whose attention it is, in words: `the class token` or `all tokens`.
     """
 
     grid: tuple[int, int]
     stages: tuple[StageMaps, ...]
     attention: tuple[Float[ndarray, "batch tokens"], ...]
     logits: Float[ndarray, "batch classes"]
+    attending: str = "the class token"
 
     @property
     def probabilities(self) -> Float[ndarray, "batch classes"]:
@@ -86,7 +89,7 @@ class TokenMaps(NamedTuple):
         return before[-1] if before else None
 
     def attention_on_patches(self, block: int) -> Float[ndarray, "batch patches"]:
-        """Returns the class token's attention in a block (counted from 1), distributed to the patches of its tokens.
+        """Returns the attention in a block (counted from 1), distributed to the patches of the block's tokens.
 
         It sums to the total attention to the block's patch tokens.
         """
@@ -94,13 +97,13 @@ class TokenMaps(NamedTuple):
         return weights if stage is None else np.einsum("bk,bkp->bp", weights, stage.cumulative)
 
     def token_attention(self, stage: int) -> Float[ndarray, "batch kept"]:
-        """Returns the class token's attention to each token of `stages[stage]`: the mean over the stage's blocks."""
+        """Returns the attention to each token of `stages[stage]`: the mean over the stage's blocks."""
         first = self.stages[stage].after_block
         last = self.stages[stage + 1].after_block if stage + 1 < len(self.stages) else len(self.attention)
         return np.mean(self.attention[first:last], axis=0)
 
     def most_attended(self, stage: int, index: int, count: int) -> tuple[int, ...]:
-        """Returns the `count` tokens of `stages[stage]` to which image `index`'s class token attends most, in order."""
+        """Returns the `count` tokens of `stages[stage]` with the most attention in image `index`, in order."""
         order = np.argsort(-self.token_attention(stage)[index], kind="stable")
         return tuple(int(token) for token in order[:count])
 
@@ -120,7 +123,12 @@ def token_maps(
         for block, assignment, total in zip(arch.slimming, assignments, totals, strict=True)
     )
     patches = tuple(weights[:, arch.num_prefix_tokens :] for weights in attention)
-    return TokenMaps(arch.grid, stages, patches, logits)
+    return TokenMaps(arch.grid, stages, patches, logits, attending_in_words(arch))
+
+
+def attending_in_words(arch: Architecture) -> str:
+    """Returns whose attention the maps of a model have: that of the class token, or the mean over all tokens."""
+    return "the class token" if arch.class_token else "all tokens"
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -134,7 +142,7 @@ def _forward(
 def apply_watched(
     model: nn.Module, variables: Variables, images: Float[Array, "batch height width channels"]
 ) -> tuple[Float[Array, "batch classes"], Outputs, tuple[Array, ...]]:
-    """Applies a model and also returns the class token's attention.
+    """Applies a model and also returns the class token's attention; without a class token, the mean over all tokens.
 
     A copy of every attention module computes it; the model itself is unchanged. The attention is that to all tokens of
     each block, prefix tokens first; mean over the heads, float32, rows sum to one.

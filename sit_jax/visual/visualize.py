@@ -21,7 +21,7 @@ from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
 from sit_jax.visual.figure import draw_maps
 from sit_jax.visual.model_input import ModelInput, preprocess
-from sit_jax.visual.token_maps import TokenMaps, model_token_maps
+from sit_jax.visual.token_maps import TokenMaps, attending_in_words, model_token_maps
 
 # Default folder of the figures.
 FIGURES = pathlib.Path("maps")
@@ -74,7 +74,8 @@ def command(
     files = _from_files(find_images(paths, read_lines(sys.stdin))) if paths else []
     model = load(source, ema=ema, step=step)
     if not model.vit.is_slimmed:
-        print(f"{source}: has no token slimming; what is shown is the class token's attention", file=sys.stderr)
+        shown = attending_in_words(model.vit)
+        print(f"{source}: has no token slimming; what is shown is the attention of {shown}", file=sys.stderr)
     images = files[:limit] if paths else _from_split(model, data, FEW if limit is None else limit)
     done = _visualize(model, images, output)
     for place in (output.figures, output.arrays):
@@ -185,7 +186,7 @@ def _write_arrays(model: Model, path: pathlib.Path, images: Sequence[tuple[str, 
 def arrays_of(pixels: ndarray, maps: TokenMaps, index: int) -> dict[str, ndarray]:
     """Returns all arrays of one image of a batch, without the batch axis.
 
-    `pixels` (size, size, channels) is the model's input; `logits` and `probabilities` (classes,); `class_attention`
+    `pixels` (height, width, channels) is the model's input; `logits` and `probabilities` (classes,); `class_attention`
     (blocks, patches), distributed to the patches; `token_counts` (blocks,), the patch tokens of each block. For each
     slimming module n from 1: `assignment_n` (tokens, kept); `cumulative_n` (kept, patches); `hard_n` (patches,);
     `overlooked_n` (patches,); `effective_patches_n` (kept,); `token_attention_n` (kept,). See `StageMaps`.
