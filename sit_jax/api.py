@@ -19,7 +19,7 @@ from sit_jax.config.config_dict import from_config_dict, with_defaults
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError
 from sit_jax.io.model import Model
-from sit_jax.models import build_model
+from sit_jax.models import build_model, reducer_params
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Variables
 from sit_jax.models.variants import get_architecture
@@ -78,7 +78,8 @@ def slim(
         raise ConfigError("keep_ratio", "give only one of keep_ratio, kept_tokens and r")
     student = dataclasses.replace(arch, **_stages(arch, keep_ratio, after, kept_tokens, r), reducer=reducer)
     given = flatten_dict(teacher.variables["params"])
-    params = {**flatten_dict(_draw(student, seed, given)["params"]), **given}
+    new = flatten_dict(_draw(student, seed, given)["params"]) if reducer_params(student) else {}
+    params = {**new, **given}
     return Model(
         student, {**teacher.variables, "params": unflatten_dict(params)}, teacher.metadata, dtype=teacher.dtype
     )
@@ -97,9 +98,9 @@ def _stages(
     if r:
         if r < 0:
             raise ConfigError("r", f"must be at least 1, got {r}")
-        kept_tokens = [arch.num_patches]
-        for _ in after:
-            kept_tokens.append(max(kept_tokens[-1] - r, kept_tokens[-1] - kept_tokens[-1] // 2))
+        kept_tokens = tuple(
+            itertools.accumulate(after, lambda count, _: max(count - r, count - count // 2), initial=arch.num_patches)
+        )
     stages = tuple(later - earlier for earlier, later in itertools.pairwise(ends))
     ratio = 0.5 if keep_ratio is None and not kept_tokens else keep_ratio
     return {"stage_blocks": stages, "keep_ratio": ratio, "kept_tokens": tuple(kept_tokens)}

@@ -1,6 +1,7 @@
 """The registered reducers and the forward pass of a small ViT in NumPy, in loops and float64, from the papers."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,7 +75,7 @@ def evit(x: Values, attention: Values, mass: Values, kept: int) -> Result:
     )
 
 
-REDUCERS = {"tome": tome, "topk": topk, "evit": evit}
+REDUCERS: dict[str, Callable[..., Result]] = {"tome": tome, "topk": topk, "evit": evit}
 
 
 def norm(x: Values, values: Any, epsilon: float) -> Values:

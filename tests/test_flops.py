@@ -77,9 +77,8 @@ def traced(arch: Architecture) -> dict[str, int]:
         dataclasses.replace(tiny.STUDENT, stem="conv7", stem_width=6, distillation_token=True, kept_tokens=(4, 3)),
         dataclasses.replace(PATCHES, reducer="tome"),
         dataclasses.replace(PATCHES, reducer="evit"),
-        dataclasses.replace(PATCHES, reducer="topk", class_token=False, pool="avg"),
     ],
-    ids=["conv4", "conv6", "teacher", "conv7", "tome", "evit", "topk without class token"],
+    ids=["conv4", "conv6", "teacher", "conv7", "tome", "evit"],
 )
 def test_each_part_is_the_products_that_are_traced(arch: Architecture) -> None:
     cost = count_cost(arch)

@@ -43,8 +43,11 @@ def test_every_attention_agrees_with_jax(name: str, dtype: str, tolerance: float
 
 
 # cuDNN's attention has the bias in channels of the keys, which works with any attention.
-BIASED = {"xla": ops.attention, "plain": ops.plain_attention}
-BIASED["cudnn"] = functools.partial(ops.cudnn_attention, implementation="xla")
+BIASED: dict[str, Callable[..., jax.Array]] = {
+    "xla": ops.attention,
+    "plain": ops.plain_attention,
+    "cudnn": functools.partial(ops.cudnn_attention, implementation="xla"),
+}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
@@ -56,9 +59,9 @@ def test_a_bias_of_the_keys_is_added_to_the_scores(name: str, dtype: str, tolera
     result, back = jax.vjp(BIASED[name], *heads, bias)
 
     def reference(*arguments: jax.Array) -> jax.Array:
-        *heads, bias = (x.astype(jnp.float32) for x in arguments)
-        heads_last = (x.swapaxes(1, 2) for x in heads)
-        return jax.nn.dot_product_attention(*heads_last, bias=bias[:, None, None]).swapaxes(1, 2)
+        query, key, value, bias = (x.astype(jnp.float32) for x in arguments)
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        return jax.nn.dot_product_attention(query, key, value, bias=bias[:, None, None]).swapaxes(1, 2)
 
     expected, reference_back = jax.vjp(reference, *heads, bias)
     grad = normal(7, *expected.shape)

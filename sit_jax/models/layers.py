@@ -97,8 +97,8 @@ class Attention(nn.Module):
         query, key, value = qkv.reshape(batch, tokens, 3, arch.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        bias = None if mass is None else jnp.log(mass)
-        mixed = ATTENTION[self.implementation](query[:, :, :queries], key, value, bias)
+        log_mass = None if mass is None else jnp.log(mass)
+        mixed = ATTENTION[self.implementation](query[:, :, :queries], key, value, log_mass)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, -1, dim)
         keys = key.mean(axis=1) if "keys" in self.needs else None
         attended = None
@@ -106,8 +106,8 @@ class Attention(nn.Module):
             asking = query[:, :, :1] if arch.class_token else query
             scores = jnp.einsum("bhqd,bhkd->bhqk", asking, key, preferred_element_type=jnp.float32)
             scores = scores * head_dim**-0.5
-            if bias is not None:
-                scores = scores + bias[:, None, None]
+            if log_mass is not None:
+                scores = scores + log_mass[:, None, None]
             attended = jax.nn.softmax(scores, axis=-1).mean(axis=(1, 2))
         return Dense(dim, dtype=self.dtype, name="proj")(mixed), keys, attended
 

@@ -111,7 +111,9 @@ class SiT(nn.Module):
         """
         prefix, x = self.num_prefix_tokens, self._embed(images)
         mass, coordinates = x.new_ones(x.shape[0], x.shape[1] - prefix, dtype=torch.float32), self._coordinates(x)
-        tokens, assignments, distillation_logits = [], [], None
+        tokens: list[Tensor] = []
+        assignments: list[Tensor] = []
+        distillation_logits = None
         for index, block in enumerate(self.blocks):
             rotation = self._rotation(coordinates) if self.rotary else None
             x, reduced = self._step(index, block, x, rotation, mass, weighs=bool(assignments))
@@ -136,20 +138,19 @@ class SiT(nn.Module):
         self, index: int, block: nn.Module, x: Tensor, rotation: Rotation | None, mass: Tensor, weighs: bool
     ) -> tuple[Tensor, Reduced | None]:
         """Applies a block and its reducer, if it has one."""
-        prefix, results = self.num_prefix_tokens, []
-        reducer = self.tsm[self.tsm_index[index]] if index in self.tsm_index else None
+        prefix = self.num_prefix_tokens
+        masses = F.pad(mass, (prefix, 0), value=1.0) if weighs and self.tsm[0].weighs_attention else None
+        if index not in self.tsm_index:
+            return block(x, rotation, masses), None
+        reducer: Any = self.tsm[self.tsm_index[index]]
+        results: list[Reduced] = []
 
         def reduce(x: Tensor, cue: Tensor | None) -> Tensor:
             results.append(reducer(x[:, prefix:], mass, None if cue is None else cue[:, prefix:]))
             return torch.cat([x[:, :prefix], results[0].tokens], 1)
 
-        masses = F.pad(mass, (prefix, 0), value=1.0) if weighs and self.tsm[0].weighs_attention else None
-        if reducer is None:
-            return block(x, rotation, masses), None
-        needs = reducer.needs
-        if needs == "class_attention" and self.cls_token is None:
-            needs = "attention"
-        x = block(x, rotation, masses, needs, reduce if reducer.inside else None)
+        by_all = reducer.needs == "class_attention" and self.cls_token is None
+        x = block(x, rotation, masses, "attention" if by_all else reducer.needs, reduce if reducer.inside else None)
         return x if reducer.inside else reduce(x, None), results[0]
 
     def features(self, images: Tensor, grid: str | None = None) -> dict[str, Tensor]:
