@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from sit_jax.config.config_dict import from_config_dict, with_defaults
 from sit_jax.data.sources import Source
 from sit_jax.errors import ConfigError
 from sit_jax.io.model import Model
-from sit_jax.models import build_model
+from sit_jax.models import build_model, reducer_params
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Variables
 from sit_jax.models.variants import get_architecture
@@ -43,39 +44,66 @@ def create_model(name: str, seed: int = 0, **changes: object) -> Model:
 
 def slim(
     teacher: Model,
-    keep_ratio: float = 0.5,
-    after: Sequence[int] = (3, 6, 9),
+    keep_ratio: float | None = None,
+    after: Sequence[int] | None = None,
     seed: int = 0,
     reducer: str = "slim",
+    *,
+    kept_tokens: Sequence[int] = (),
+    r: int = 0,
 ) -> Model:
-    """A student: the teacher with token slimming modules between its blocks, ready to be distilled.
+    """Makes a student: the teacher with token reducers between its blocks.
 
-    It has the teacher's weights; those of the slimming modules are random. For N patch tokens, the stages work on
-    N, `int(N * keep_ratio)`, `int(N * keep_ratio**2)`, ... of them.
+    It has the teacher's weights. Reducers with parameters, such as `slim`, are random until the student is distilled;
+    `tome`, `topk` and `evit` have none. The number of tokens follows from one of `keep_ratio`, `kept_tokens` and `r`.
 
     Args:
         teacher: A model without slimming.
-        keep_ratio: Fraction of the patch tokens that each slimming module keeps.
-        after: The slimming modules stand behind these blocks, counted from 1.
-        seed: Decides the slimming modules' weights.
-        reducer: What reduces the tokens: `slim`, another registered name, or `MODULE:CLASS`.
+        keep_ratio: Fraction of the patch tokens that each reducer keeps: for N patch tokens, the stages have N,
+            `int(N * keep_ratio)`, `int(N * keep_ratio**2)`, ...; 0.5 if nothing else is given.
+        after: Blocks, counted from 1, that the reducers are after, or in (`inside_block`). By default, after each
+            quarter of the blocks (3, 6 and 9 of 12); with `r`, every block except the last.
+        seed: Seed of the random parameters.
+        reducer: Name of the reducer: `slim`, `tome`, `topk`, `evit`, another registered name, or `MODULE:CLASS`.
+        kept_tokens: Patch tokens of each stage; the first is the whole grid.
+        r: Number of tokens that each reducer removes, at most half of them (ToMe's r).
 
     Raises:
-        ConfigError: The teacher is slimmed already, or it has no such blocks.
+        ConfigError: The teacher is slimmed already, there is no such block, or the numbers of tokens are not possible.
     """
     arch = teacher.vit
-    ends = [0, *after, arch.depth]
     if arch.is_slimmed:
-        raise ConfigError("teacher", "is slimmed already")
-    if len(after) == 0 or any(later <= earlier for earlier, later in itertools.pairwise(ends)):
-        raise ConfigError("after", f"{tuple(after)} must be rising block numbers from 1 to {arch.depth - 1}")
-    stages = tuple(later - earlier for earlier, later in itertools.pairwise(ends))
-    student = dataclasses.replace(arch, stage_blocks=stages, keep_ratio=keep_ratio, reducer=reducer)
+        raise ConfigError("teacher", f"{teacher.source} is slimmed already; give the model that it was made from")
+    if (keep_ratio is not None) + (len(kept_tokens) > 0) + (r != 0) > 1:
+        raise ConfigError("keep_ratio", "give only one of keep_ratio, kept_tokens and r")
+    student = dataclasses.replace(arch, **_stages(arch, keep_ratio, after, kept_tokens, r), reducer=reducer)
     given = flatten_dict(teacher.variables["params"])
-    params = {**flatten_dict(_draw(student, seed, given)["params"]), **given}
+    new = flatten_dict(_draw(student, seed, given)["params"]) if reducer_params(student) else {}
+    params = {**new, **given}
     return Model(
         student, {**teacher.variables, "params": unflatten_dict(params)}, teacher.metadata, dtype=teacher.dtype
     )
+
+
+def _stages(
+    arch: Architecture, keep_ratio: float | None, after: Sequence[int] | None, kept_tokens: Sequence[int], r: int
+) -> dict[str, Any]:
+    """Returns the fields of `Architecture` for the arguments of `slim`."""
+    depth = arch.depth
+    if after is None:
+        after = range(1, depth) if r else sorted({depth * quarter // 4 for quarter in (1, 2, 3)} - {0})
+    ends = [0, *after, depth]
+    if len(after) == 0 or any(later <= earlier for earlier, later in itertools.pairwise(ends)):
+        raise ConfigError("after", f"{tuple(after)} must be rising block numbers from 1 to {depth - 1}")
+    if r:
+        if r < 0:
+            raise ConfigError("r", f"must be at least 1, got {r}")
+        kept_tokens = tuple(
+            itertools.accumulate(after, lambda count, _: max(count - r, count - count // 2), initial=arch.num_patches)
+        )
+    stages = tuple(later - earlier for earlier, later in itertools.pairwise(ends))
+    ratio = 0.5 if keep_ratio is None and not kept_tokens else keep_ratio
+    return {"stage_blocks": stages, "keep_ratio": ratio, "kept_tokens": tuple(kept_tokens)}
 
 
 def train(

@@ -23,6 +23,7 @@ from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import CONFIG, WEIGHTS
 
+TORCH = ("torch_model.py", "torch_layers.py", "torch_distillation.py")
 SHAPES = {
     "student": tiny.STUDENT,
     "teacher": tiny.TEACHER,
@@ -45,7 +46,7 @@ def test_a_folder_returns_what_was_put_in(shape: str, tmp_path: pathlib.Path) ->
     folder = tmp_path / "deep" / "model"
     weights.save(folder, with_rtsm=bool(weights.rtsm))
     equal(load(folder), weights)
-    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, "torch_model.py", "torch_distillation.py"}
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS, CONFIG, *TORCH}
     assert list(folder.parent.iterdir()) == [folder]
     config = json.loads((folder / CONFIG).read_text())
     assert (config["format"], config["format_version"], config["licence"]) == ("sit_jax", 1, "Apache-2.0")

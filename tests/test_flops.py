@@ -21,6 +21,13 @@ from sit_jax.models.variants import VARIANTS
 
 # Part -> where its products lie among the modules' names.
 PARTS = {"stem": "stem", "attention": "attn", "mlp": "mlp", "slimming": "slimming_", "head": "head", "rtsm": "rtsm"}
+INSIDE = "/reducer"
+
+
+# Up to a fifth of the tokens at a time, which ToMe merges in rounds.
+PATCHES = dataclasses.replace(
+    tiny.TEACHER, stem="patch", patch_size=4, depth=3, stage_blocks=(1, 1, 1), kept_tokens=(64, 13, 7)
+)
 
 
 def products(jaxpr: Any, place: str = "") -> Iterator[tuple[str, int]]:
@@ -56,7 +63,7 @@ def traced(arch: Architecture) -> dict[str, int]:
 
     found: collections.Counter[str] = collections.Counter()
     for place, macs in products(jax.make_jaxpr(run)(variables, tree["rtsm"], images).jaxpr):
-        inside = [part for part, name in PARTS.items() if name in place]
+        inside = [part for part, name in PARTS.items() if name in place or (part == "slimming" and INSIDE in place)]
         found["rtsm" if "rtsm" in inside else "".join(inside)] += macs
     return dict(found)
 
@@ -68,8 +75,10 @@ def traced(arch: Architecture) -> dict[str, int]:
         dataclasses.replace(VARIANTS["sit_large"], depth=4, stage_blocks=(1, 1, 1, 1)),
         tiny.TEACHER,
         dataclasses.replace(tiny.STUDENT, stem="conv7", stem_width=6, distillation_token=True, kept_tokens=(4, 3)),
+        dataclasses.replace(PATCHES, reducer="tome"),
+        dataclasses.replace(PATCHES, reducer="evit"),
     ],
-    ids=["conv4", "conv6", "teacher", "conv7"],
+    ids=["conv4", "conv6", "teacher", "conv7", "tome", "evit"],
 )
 def test_each_part_is_the_products_that_are_traced(arch: Architecture) -> None:
     cost = count_cost(arch)

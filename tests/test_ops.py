@@ -42,6 +42,36 @@ def test_every_attention_agrees_with_jax(name: str, dtype: str, tolerance: float
         np.testing.assert_allclose(ours.astype(jnp.float32), exact.astype(jnp.float32), atol=tolerance)
 
 
+# cuDNN's attention has the bias in channels of the keys, which works with any attention.
+BIASED: dict[str, Callable[..., jax.Array]] = {
+    "xla": ops.attention,
+    "plain": ops.plain_attention,
+    "cudnn": functools.partial(ops.cudnn_attention, implementation="xla"),
+}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.03)])
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_of_the_keys_is_added_to_the_scores(name: str, dtype: str, tolerance: float) -> None:
+    shapes = ((2, 3, 7, 16), (2, 3, 9, 16), (2, 3, 9, 16))
+    heads = [normal(i, *shape).astype(dtype) for i, shape in enumerate(shapes)]
+    bias = jnp.log(jnp.arange(1.0, 19).reshape(2, 9))
+    result, back = jax.vjp(BIASED[name], *heads, bias)
+
+    def reference(*arguments: jax.Array) -> jax.Array:
+        query, key, value, bias = (x.astype(jnp.float32) for x in arguments)
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        return jax.nn.dot_product_attention(query, key, value, bias=bias[:, None, None]).swapaxes(1, 2)
+
+    expected, reference_back = jax.vjp(reference, *heads, bias)
+    grad = normal(7, *expected.shape)
+    mine, theirs = (result, *back(grad.astype(dtype))), (expected, *reference_back(grad))
+    assert [x.dtype for x in mine] == [dtype] * 4 + ["float32"]
+    for ours, exact in zip(mine, theirs, strict=True):
+        scale = max(1.0, float(jnp.abs(exact).max()))
+        np.testing.assert_allclose(ours.astype(jnp.float32), exact.astype(jnp.float32), atol=tolerance * scale)
+
+
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = (normal(i, 1, 1, 6, 4) for i in range(3))
     result, back = jax.vjp(ops.attention, 1e4 * query, key, value)

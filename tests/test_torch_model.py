@@ -178,6 +178,18 @@ assert not {{"sit_jax", "jax", "safetensors"}} & set(sys.modules)
     close(logits, np.asarray(expected))
 
 
+def test_the_files_may_be_part_of_a_package(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from mine import torch_model
+assert torch_model.load({str(folder)!r}).rtsm is not None
+assert not {{"sit_jax", "jax", "torch_layers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-I", "-c", program], check=True, cwd=tmp_path)
+
+
 @pytest.mark.parametrize("kept", [slice(0), slice(200), slice(-4)], ids=["empty", "header", "data"])
 def test_truncated_weights(kept: slice, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

@@ -1,7 +1,8 @@
 """Counts multiply-accumulates and parameters of a model from its architecture.
 
-Convolutions, linear layers and the matrix products of attention and slimming are counted. Norms, softmax, GELU and
-additions are not, as in the paper and in common counters. The counts are per image, independent of the batch size.
+Convolutions, linear layers and the matrix products of attention and slimming are counted; of reducers these are the
+product with the assignment, the layers of `slim`, the similarities of `tome`, and class attention. Norms, softmax, GELU
+and additions are not, as in the paper and in common counters. The counts are per image, independent of the batch size.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ from sit_jax.config import Config
 from sit_jax.errors import ConfigError
 from sit_jax.models import reducer_params
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.reducers.base import find_reducer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +60,24 @@ def count_cost(arch: Architecture, tiles: Tiles = Tiles()) -> Cost:
     dim, prefix = arch.dim, arch.num_prefix_tokens
     wide, hidden = arch.mlp_hidden
     attention = mlp = 0
-    for patches in arch.block_input_tokens:
+    reducer = find_reducer(arch.reducer) if arch.is_slimmed else None
+    inside = reducer is not None and reducer.place == "inside_block"
+    counts = arch.block_input_tokens
+    for patches, later in zip(counts, arch.block_output_tokens if inside else counts, strict=True):
         rows, lanes = tiles.pad(patches + prefix, patches + prefix)
         attention += rows * 4 * dim**2 + 2 * rows * lanes * dim
-        mlp += rows * dim * (wide + hidden)
+        mlp += tiles.pad(later + prefix, dim)[0] * dim * (wide + hidden)
     slimming_macs = slimming_params = 0
-    own_reducer = arch.reducer != "slim"
-    if own_reducer:
+    if arch.reducer != "slim":
         slimming_params = sum(math.prod(leaf.shape) for leaf in reducer_params(arch).values())
     for block, kept in arch.slimming.items():
-        rows, lanes = tiles.pad(arch.block_input_tokens[block], kept)
-        slimming_macs += rows * lanes * dim  # The product with the assignment.
-        if own_reducer:
-            continue  # What else it computes is not known.
-        slimming_macs += rows * (dim * (dim // 2) + (dim // 2) * lanes)
-        slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
+        patches = counts[block]
+        slimming_macs += _reduction(arch, patches, kept, tiles)
+        if reducer is not None and "class_attention" in reducer.needs:
+            queries = 1 if arch.class_token else patches + prefix
+            attention += math.prod(tiles.pad(queries, patches + prefix)) * dim
+        if arch.reducer == "slim":
+            slimming_params += 2 * dim + _linear(dim, dim // 2) + _linear(dim // 2, kept) + 1
     block_params = 4 * dim + _linear(dim, 3 * dim, arch.qkv_bias) + _linear(dim, dim)
     block_params -= dim * (arch.qkv_bias and not arch.key_bias)
     block_params += _linear(dim, wide) + _linear(hidden, dim) + 2 * dim * arch.layer_scale
@@ -116,6 +121,8 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The images need no gradient.
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
+        inside = arch.is_slimmed and find_reducer(arch.reducer).place == "inside_block"
+        total += inside * cost.macs["slimming"]
     if config.recovered:
         total += 3 * cost.rtsm_macs
     if config.used_teacher:
@@ -145,6 +152,21 @@ def fuller_token_counts(arch: Architecture, tiles: Tiles = TPU_TILES) -> dict[in
 
     stages = range(1, len(counts))
     return {counts[stage]: tuple(candidates(stage)) for stage in stages if (counts[stage] + prefix) % rows}
+
+
+def _reduction(arch: Architecture, patches: int, kept: int, tiles: Tiles) -> int:
+    """Returns the MAC of a reducer: those of the product with the assignment, and those of computing it, if known."""
+    dim, (rows, lanes) = arch.dim, tiles.pad(patches, kept)
+    macs = rows * lanes * dim
+    if arch.reducer == "slim":
+        macs += rows * (dim * (dim // 2) + (dim // 2) * lanes)
+    while arch.reducer == "tome" and patches > kept:
+        # Similarities of the keys of two sets, in rounds; between rounds, the keys are merged.
+        size, count = dim // arch.num_heads, max(kept, patches // 2)
+        macs += math.prod(tiles.pad(patches - patches // 2, patches // 2)) * size
+        macs += math.prod(tiles.pad(patches, count)) * size * (count > kept)
+        patches = count
+    return macs
 
 
 def _first_layer(arch: Architecture) -> int:

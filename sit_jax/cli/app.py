@@ -18,8 +18,8 @@ from sit_jax.errors import MissingProcessError, UserError, one_line
 
 # In the order of `sit --help`.
 VERBS = (
-    "train", "plan", "evaluate", "convert", "export", "predict", "visualize", "demo", "report", "benchmark", "models",
-    "checkpoint", "data",
+    "train", "plan", "evaluate", "convert", "slim", "export", "predict", "visualize", "demo", "report", "benchmark",
+    "models", "checkpoint", "data",
 )  # fmt: skip
 
 INTERRUPTED = 130

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.verb import Verbs, add_option, add_verb, positive
+from sit_jax.cli.verb import Verbs, add_option, add_verb, integers, positive
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -33,7 +33,7 @@ def add_parser(verbs: Verbs) -> None:
     add("--model.image_size", metavar="PX[xPX]", type=_image_size, help=text)
     add("--model.activation", metavar="NAME", help="activation of the MLPs: gelu, gelu_tanh or quick_gelu")
     add("--model.pool", metavar="NAME", help="what the head reads: token, avg, token_avg or map")
-    add("--model.stage_blocks", metavar="N,N,...", type=_counts, help="blocks per stage")
+    add("--model.stage_blocks", metavar="N,N,...", type=integers, help="blocks per stage")
     text = "fraction of tokens that each slimming module keeps"
     add("--model.keep_ratio", metavar="NUMBER", type=float, help=text)
 
@@ -56,7 +56,3 @@ def _image_size(text: str) -> int | tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"must be PX or HEIGHTxWIDTH, got {text!r}")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(positive(count) for count in text.split(","))

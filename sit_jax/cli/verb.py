@@ -42,6 +42,11 @@ def above_0(below: float) -> Callable[[str], float]:
     return _number(float, "a number", lambda value: 0 < value < below, f"above 0 and below {below:g}, got {{}}")
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """The type of integers above 0, separated by commas."""
+    return tuple(positive(number) for number in text.split(","))
+
+
 def folder(text: str) -> pathlib.Path:
     """A local folder, not the address of a bucket."""
     if not text:  # As from an unset variable of the shell; a path would be the current folder.

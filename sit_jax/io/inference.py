@@ -10,13 +10,12 @@ import numpy as np
 from jaxtyping import Array
 
 from sit_jax.errors import NotFiniteError
-from sit_jax.models import build_model
+from sit_jax.models import build_model, choose_attention
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.features import Features, Grid, select_features
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.stems import fold_batch_norm
 from sit_jax.models.trees import Params
-from sit_jax.ops.attention import choose
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
 
@@ -111,7 +110,7 @@ def features_model(
 def _module(arch: Architecture, dtype: str, attention: str) -> nn.Module:
     if attention == "auto":
         # Without a backward pass, the custom derivatives are not needed.
-        fastest = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
+        fastest = choose_attention(attention, arch, dtype)
         attention = "plain" if fastest == "xla" else fastest
     return build_model(arch, dtype=dtype, attention=attention).clone(batch_norm=False)
 

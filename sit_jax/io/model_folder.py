@@ -23,7 +23,8 @@ from sit_jax.models.trees import Params, Variables
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 # PyTorch users need nothing but the folder.
 TORCH_FILES = tuple(
-    pathlib.Path(__file__).with_name("export") / name for name in ("torch_model.py", "torch_distillation.py")
+    pathlib.Path(__file__).with_name("export") / name
+    for name in ("torch_model.py", "torch_layers.py", "torch_distillation.py")
 )
 FORMAT, VERSION = "sit_jax", 1
 # Entries of config.json that describe the file itself; all others are the model's `metadata`.

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.reducers.base import find_reducer
+from sit_jax.models.reducers.base import find_reducer, weighs_attention
 from sit_jax.models.regnet import RegNetArchitecture, RegNetY
 from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.trees import Variables
 from sit_jax.models.vit import Outputs, ViT
 from sit_jax.ops.attention import choose
 
-__all__ = ["HEADS", "Outputs", "abstract_variables", "build_model", "build_rtsm", "reducer_params"]
+__all__ = ["HEADS", "Outputs", "abstract_variables", "build_model", "build_rtsm", "choose_attention", "reducer_params"]
 
 # Parameters whose width is the number of classes.
 HEADS = frozenset({"head", "distillation_head", "aux_head"})
@@ -40,10 +40,14 @@ def build_model(
     """
     if isinstance(arch, RegNetArchitecture):
         return RegNetY(arch, dtype=jnp.dtype(dtype))
-    if arch.is_slimmed:
-        find_reducer(arch.reducer)
-    attention = choose(attention, dtype, arch.num_heads, arch.dim // arch.num_heads)
+    attention = choose_attention(attention, arch, dtype)
     return ViT(arch, drop_path=drop_path, dtype=jnp.dtype(dtype), remat=remat, attention=attention)
+
+
+def choose_attention(name: str, arch: Architecture, dtype: str) -> str:
+    """Returns the name of the softmax attention that a model uses; see `sit_jax.ops.attention.choose`."""
+    weighs = arch.is_slimmed and weighs_attention(find_reducer(arch.reducer))
+    return choose(name, dtype, arch.num_heads, arch.dim // arch.num_heads, weighs)
 
 
 def abstract_variables(arch: Architecture | RegNetArchitecture) -> Variables:

@@ -77,10 +77,11 @@ class Attention(nn.Module):
         x: Float[Array, "batch tokens dim"],
         queries: int | None = None,
         rotation: Rotation | None = None,
+        mass: Float[Array, "batch tokens"] | None = None,
     ) -> tuple[Float[Array, "batch queries dim"], Float[Array, "batch tokens size"] | None, Array | None]:
         """Attends from the first `queries` tokens, or from all, to all tokens.
 
-        `rotation` is that of `rotary_positions`, or None.
+        `rotation` is that of `rotary_positions`, or None. The logarithm of `mass`, if given, is added to the scores.
 
         Returns:
             The result; the keys (mean over heads) and the class token's attention (batch, tokens; mean over heads),
@@ -96,14 +97,18 @@ class Attention(nn.Module):
         query, key, value = qkv.reshape(batch, tokens, 3, arch.num_heads, head_dim).transpose(2, 0, 3, 1, 4)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        mixed = ATTENTION[self.implementation](query[:, :, :queries], key, value)
+        log_mass = None if mass is None else jnp.log(mass)
+        mixed = ATTENTION[self.implementation](query[:, :, :queries], key, value, log_mass)
         mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, -1, dim)
         keys = key.mean(axis=1) if "keys" in self.needs else None
         attended = None
         if "class_attention" in self.needs:
             asking = query[:, :, :1] if arch.class_token else query
             scores = jnp.einsum("bhqd,bhkd->bhqk", asking, key, preferred_element_type=jnp.float32)
-            attended = jax.nn.softmax(scores * head_dim**-0.5, axis=-1).mean(axis=(1, 2))
+            scores = scores * head_dim**-0.5
+            if log_mass is not None:
+                scores = scores + log_mass[:, None, None]
+            attended = jax.nn.softmax(scores, axis=-1).mean(axis=(1, 2))
         return Dense(dim, dtype=self.dtype, name="proj")(mixed), keys, attended
 
 
@@ -140,6 +145,7 @@ class Block(nn.Module):
         drop_path: Stochastic depth: the probability of dropping an example's residual branch in training.
         reducer: Class of the token reducer after the block or inside it, or None.
         kept: Number of patch tokens that the reducer keeps.
+        weigh_attention: Whether attention scores are weighted with the mass of the tokens.
     """
 
     arch: Architecture
@@ -148,6 +154,7 @@ class Block(nn.Module):
     drop_path: float = 0.0
     reducer: ReducerFactory | None = None
     kept: int = 0
+    weigh_attention: bool = False
 
     @nn.compact
     def __call__(
@@ -162,7 +169,7 @@ class Block(nn.Module):
 
         Args:
             x: Prefix tokens, then patch tokens.
-            mass: Number of patches merged into each patch token so far, for the reducer.
+            mass: Number of patches merged into each patch token so far.
             coordinates: Row and column of each patch token, for rotary positions.
             train: Whether drop path is enabled.
             used: Number of first tokens to compute; all if None.
@@ -177,7 +184,8 @@ class Block(nn.Module):
         if coordinates is not None:
             rotation = rotary_positions(coordinates, prefix, arch.dim // arch.num_heads, arch.rope_theta)
         attention = Attention(arch, self.dtype, self.attention, needs, name="attn")
-        branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used, rotation)
+        masses = jnp.pad(mass, ((0, 0), (prefix, 0)), constant_values=1) if self.weigh_attention else None
+        branch, keys, attended = attention(layer_norm(arch.norm_eps, self.dtype, "norm1")(x), used, rotation, masses)
         x = x[:, :used] + self._residual(branch, "layer_scale1", train)
         reduced = None
         keys, attended = (None if cue is None else cue[:, prefix:] for cue in (keys, attended))

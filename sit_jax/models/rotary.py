@@ -43,5 +43,5 @@ def merge_coordinates(
     assignment: Float[Array, "batch tokens kept"], coordinates: Float[Array, "_ tokens 2"]
 ) -> Float[Array, "batch kept 2"]:
     """Returns the coordinates of merged tokens: a convex combination of those of the tokens that each consists of."""
-    weights = assignment / assignment.sum(axis=1, keepdims=True)
+    weights = assignment / jnp.maximum(assignment.sum(axis=1, keepdims=True), 1e-30)
     return jnp.einsum("bnk,bnc->bkc", weights, jnp.broadcast_to(coordinates, (*assignment.shape[:2], 2)))

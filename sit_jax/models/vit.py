@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.layers import TOKEN_INIT, Block, Dense, layer_norm
 from sit_jax.models.pool import Pool
-from sit_jax.models.reducers import slim as _slim  # noqa: F401 (registers it)
-from sit_jax.models.reducers.base import find_reducer, reduce_patches
+from sit_jax.models.reducers import evit, slim, tome, topk  # noqa: F401 (registers them)
+from sit_jax.models.reducers.base import find_reducer, reduce_patches, weighs_attention
 from sit_jax.models.rotary import grid_coordinates, merge_coordinates
 from sit_jax.models.stems import Stem
 
@@ -96,7 +96,8 @@ class ViT(nn.Module):
         block_class = nn.remat(Block, static_argnums=(4, 5)) if self.remat and train else Block
         for block, rate in enumerate(np.linspace(0.0, self.drop_path, arch.depth, dtype=np.float32)):
             kept = slimming.get(block, 0)
-            settings = (self.dtype, self.attention, float(rate), reducer if kept else None, kept)
+            weighs = reducer is not None and bool(assignments) and weighs_attention(reducer)
+            settings = (self.dtype, self.attention, float(rate), reducer if kept else None, kept, weighs)
             used = prefix if pools_prefix and block == arch.depth - 1 else None
             x, cues, reduced = block_class(arch, *settings, name=f"blocks_{block}")(x, mass, coordinates, train, used)
             if reducer is not None and cues is not None:

@@ -31,7 +31,8 @@ class StageMaps(NamedTuple):
 
     Attributes:
         after_block: The block, counted from 1, that the module follows.
-        assignment: Weight of each input token in each output token, (batch, tokens, kept); columns sum to one.
+        assignment: Weight of each input token in each output token, (batch, tokens, kept); columns sum to one, except
+            that of EViT's fused token.
         cumulative: Weight of each patch of the image in each token, (batch, kept, patches); rows sum to one.
     """
 
@@ -176,9 +177,10 @@ def cumulative_maps(
 ) -> list[Float[ndarray, "batch _kept patches"]]:
     """Returns the weight of each patch in each token after each slimming module: the product of the assignments so far.
 
-    The columns of an assignment sum to one, and so do the rows of a map, which is float32.
+    The rows of a map, which is float32, sum to one; columns of an assignment that do not are scaled.
     """
-    own = (np.swapaxes(np.asarray(assignment, np.float64), 1, 2) for assignment in assignments)
+    own = [np.swapaxes(np.asarray(assignment, np.float64), 1, 2) for assignment in assignments]
+    own = [weights / np.maximum(weights.sum(axis=2, keepdims=True), 1e-30) for weights in own]
     return [total.astype(np.float32) for total in itertools.accumulate(own, lambda total, maps: maps @ total)]
 
 

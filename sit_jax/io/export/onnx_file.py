@@ -13,7 +13,7 @@ import numpy as np
 
 from sit_jax.errors import UserError, one_line
 from sit_jax.io.atomic_write import atomic_create
-from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.convert.sit_names import state_dict
 from sit_jax.io.model import Model
 from sit_jax.io.model_folder import describe
 from sit_jax.models.features import Grid
@@ -94,10 +94,12 @@ def load(path: pathlib.Path) -> tuple[Callable[[np.ndarray], dict[str, np.ndarra
 
 def _served(torch: Any, model: Model, dtype: Dtype, raw_input: bool, grid: Grid | None) -> Any:
     """Returns the PyTorch module for deployment; `names` are those of its outputs."""
-    from sit_jax.io.export import torch_model
+    from sit_jax.io.export import torch_layers, torch_model
 
-    rtsm = model.rtsm if grid == "rtsm" else {}
-    state = to_original({**model.variables, "rtsm": rtsm}, model.vit)
+    rtsm, reducer = model.rtsm if grid == "rtsm" else {}, model.vit.reducer
+    if reducer not in torch_layers.REDUCERS:
+        raise UserError(f"PyTorch does not support the reducer {reducer}; StableHLO and model folders take any")
+    state = state_dict({**model.variables, "rtsm": rtsm}, model.vit)
     module = torch_model.SiT(describe(model.vit, model.metadata), reverse=bool(rtsm))
     module.load_state_dict({key: torch.from_numpy(np.array(x, np.float32)) for key, x in state.items()}, strict=True)
     module = torch_model.fold_batch_norm(module.eval()).to(getattr(torch, dtype))

@@ -14,7 +14,7 @@ from sit_jax.io.convert.initial import differences
 from sit_jax.io.convert.layouts import Layout, Shapes, Source
 from sit_jax.io.convert.read import SLIMMED, SLIMMING, Options, identify
 from sit_jax.io.convert.safetensors_file import write_safetensors
-from sit_jax.io.convert.sit_names import to_original
+from sit_jax.io.convert.sit_names import state_dict
 from sit_jax.io.model import Model
 
 _LARGEST = 2**20
@@ -35,7 +35,7 @@ def save(dest: pathlib.Path, model: Model, like: pathlib.Path) -> None:
     problem = differences(found.arch, arch, SLIMMED)
     if problem:
         raise UserError(f"--like {like}: is of another model: {problem}")
-    state = to_original(model.variables, arch)
+    state = state_dict(model.variables, arch)
     own = {key: state.pop(key) for key in list(state) if key.startswith(("tsm.", "reducer."))}
     try:
         written = to_layout(state, found.layout, {name: tensor.shape for name, tensor in tensors.items()})

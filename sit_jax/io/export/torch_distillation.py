@@ -1,5 +1,6 @@
 """Feature recalibration distillation in PyTorch, of the models of `torch_model.py`; needs only torch."""
 
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -7,10 +8,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (its customary name)
 from torch import Tensor, nn
 
-if TYPE_CHECKING or __package__:
-    from sit_jax.io.export.torch_model import Mlp
+if TYPE_CHECKING:
+    from sit_jax.io.export.torch_layers import Mlp
 else:
-    from torch_model import Mlp
+    Mlp = importlib.import_module(f"{__package__}.torch_layers" if __package__ else "torch_layers").Mlp
 
 # PyTorch's default, independent of the blocks' epsilon.
 _NORM_EPS = 1e-5
@@ -83,7 +84,8 @@ def features(model: Any, images: Tensor, grid: str | None = None) -> dict[str, T
     if grid == "spread":
         for assignment in reversed(outputs.assignments):
             total = assignment.sum(2, keepdim=True)
-            patches = torch.where(total > 0, assignment / total.clamp_min(1e-30), 0) @ patches
+            weights = torch.where(total > 0, assignment / total.clamp_min(1e-30), 0)
+            patches = weights.to(patches.dtype) @ patches
     elif grid == "rtsm" and outputs.assignments:
         if model.rtsm is None:
             raise ValueError("the model has no reverse modules")

@@ -5,26 +5,32 @@
     logits, outputs = model(images, return_outputs=True)
     features = model.features(images)  # `pooled`, `prefix_tokens`, `patch_tokens`
 
-Copy this file into your project, or use the copy in the model folder. The keys of its `state_dict` are those of the
-PyTorch original. For feature recalibration distillation, see `torch_distillation.py` beside this file.
+Copy this file and `torch_layers.py` into your project, or use the copies in the model folder. The keys of its
+`state_dict` are those of the PyTorch original. For feature recalibration distillation, see `torch_distillation.py`
+beside this file.
 """
 
-import copy
 import importlib
 import json
 import math
 import pathlib
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its customary name)
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from sit_jax.io.export.torch_layers import REDUCERS, AttentionPool, Block, Reduced, Rotation, Stem
+else:
+    _layers = importlib.import_module(f"{__package__}.torch_layers" if __package__ else "torch_layers")
+    REDUCERS, AttentionPool, Block, Reduced, Rotation, Stem = (
+        getattr(_layers, name) for name in ("REDUCERS", "AttentionPool", "Block", "Reduced", "Rotation", "Stem")
+    )
+
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-# Slimming and reverse modules use PyTorch's default epsilon, independent of the blocks' epsilon.
-_SLIMMING_NORM_EPS = 1e-5
 _IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 
@@ -33,8 +39,8 @@ class Outputs(NamedTuple):
     """Outputs of a forward pass in addition to the logits.
 
     Attributes:
-        tokens: Each block's patch tokens, (batch, tokens, dim), after the block's slimming module.
-        assignments: Each slimming module's assignment, (batch, tokens, kept); columns sum to one.
+        tokens: Each block's patch tokens, (batch, tokens, dim), after the block's reducer.
+        assignments: Each reducer's assignment, (batch, tokens, kept); TSM's columns sum to one.
         distillation_logits: Logits of the distillation head, (batch, classes), or None.
         features: Pooled features that the head reads, (batch, width).
         prefix_tokens: Class token, distillation token and registers after the last norm, (batch, prefix, dim).
@@ -47,167 +53,6 @@ class Outputs(NamedTuple):
     features: Tensor
     prefix_tokens: Tensor
     patch_tokens: Tensor
-
-
-class Stem(nn.Module):
-    """The stem, from an image to a grid of tokens: convolutions with BatchNorm, a patch projection, or both.
-
-    With a projection (LV-ViT), ReLU follows each convolution; without (the paper's models), GELU is between them.
-    """
-
-    def __init__(self, shape: Mapping[str, Any]) -> None:
-        super().__init__()
-        channels, dim, patch, kind = shape["in_channels"], shape["dim"], shape["patch_size"], shape["stem"]
-        eighth, width = dim // 8, shape.get("stem_width", 64)
-        after_first = [(dim // 4, 3, 2), (dim // 2, 3, 2), (dim, 3, 2)]
-        stems = {  # (features, kernel, stride) of each convolution, and the pixels of a projection (0: none).
-            "patch": ([], patch),
-            "conv4": ([(eighth, 3, 2), *after_first], 0),
-            "conv6": ([(eighth, 3, 2), (eighth, 3, 1), (eighth, 3, 1), *after_first], 0),
-            "conv7": ([(width, 7, 2), (width, 3, 1), (width, 3, 1)], patch // 2),
-        }
-        if kind not in stems:
-            raise ValueError(f"architecture.stem: {kind!r} is not known here")
-        layers, side = stems[kind]
-        self.count = len(layers)
-        for index, (features, kernel, stride) in enumerate(layers, start=1):
-            setattr(self, f"conv{index}", nn.Conv2d(channels, features, kernel, stride, kernel // 2, bias=False))
-            setattr(self, f"bn{index}", nn.BatchNorm2d(features))
-            channels = features
-        self.proj = nn.Conv2d(channels, dim, side, side, bias=shape.get("patch_bias", True)) if side else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, channels, height, width) to (batch, dim, rows, columns)."""
-        for index in range(1, self.count + 1):
-            x = getattr(self, f"bn{index}")(getattr(self, f"conv{index}")(x))
-            if self.proj is not None:
-                x = F.relu(x)
-            elif index < self.count:
-                x = F.gelu(x)
-        return x if self.proj is None else self.proj(x)
-
-
-# Cosine and sine, (batch or 1, tokens, head_dim).
-Rotation = tuple[Tensor, Tensor]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, with rotary positions if `forward` gets a rotation."""
-
-    def __init__(self, dim: int, heads: int, bias: bool, key_bias: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias and key_bias)
-        if bias and not key_bias:
-            self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        x = self.qkv(x)
-        if hasattr(self, "q_bias"):
-            x = x + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        query, key, value = x.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        if rotation is not None:
-            query, key = _rotate(query, rotation), _rotate(key, rotation)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    cosine, sine = (part[:, None].to(x.dtype) for part in rotation)
-    first, second = x.chunk(2, -1)
-    return x * cosine + torch.cat([-second, first], -1) * sine
-
-
-_ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an activation between them; `swiglu` gates the second half of the hidden units."""
-
-    def __init__(self, dim: int, hidden: int, out: int, activation: str = "gelu", swiglu: bool = False) -> None:
-        super().__init__()
-        self.activation, self.swiglu = _ACTIVATIONS[activation], swiglu
-        self.fc1 = nn.Linear(dim, 2 * hidden if swiglu else hidden)
-        self.fc2 = nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., dim) to (..., out)."""
-        x = self.fc1(x)
-        if self.swiglu:
-            gate, x = x.chunk(2, -1)
-            return self.fc2(F.silu(gate) * x)
-        return self.fc2(self.activation(x))
-
-
-class AttentionPool(nn.Module):
-    """Attention of one learned query to all tokens, then an MLP with residual branch (SigLIP)."""
-
-    def __init__(self, shape: Mapping[str, Any]) -> None:
-        super().__init__()
-        dim, self.heads = shape["dim"], shape["num_heads"]
-        self.latent = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, shape["norm_eps"])
-        self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim, shape.get("activation", "gelu"))
-
-    def forward(self, x: Tensor, mass: Tensor) -> Tensor:
-        """Maps (batch, tokens, dim) to (batch, dim); `mass` (batch, tokens) is the patches merged into each token."""
-        query = self.q(self.latent).unflatten(2, (self.heads, -1)).transpose(1, 2).expand(x.shape[0], -1, -1, -1)
-        key, value = self.kv(x).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value, mass.log()[:, None, None].to(x.dtype))
-        x = self.proj(mixed.transpose(1, 2).flatten(2))[:, 0]
-        return x + self.mlp(self.norm(x))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block whose residual branches are divided by the residual scale."""
-
-    def __init__(self, shape: Mapping[str, Any], drop_path: float) -> None:
-        super().__init__()
-        dim = shape["dim"]
-        self.residual_scale = shape["residual_scale"]
-        self.norm1 = nn.LayerNorm(dim, shape["norm_eps"])
-        self.attn = Attention(dim, shape["num_heads"], shape["qkv_bias"], shape.get("key_bias", True))
-        self.norm2 = nn.LayerNorm(dim, shape["norm_eps"])
-        swiglu = shape.get("mlp", "plain") == "swiglu"
-        self.mlp = Mlp(dim, int(dim * shape["mlp_ratio"]), dim, shape.get("activation", "gelu"), swiglu)
-        # Layer scale: a learned scale per channel (CaiT, DeiT-III).
-        scale = {"gamma": nn.Parameter(torch.full((dim,), 1e-4))} if shape.get("layer_scale") else {}
-        self.ls1, self.ls2 = (nn.ParameterDict(copy.deepcopy(scale)) for _ in range(2))
-        self.drop_path = drop_path
-
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        x = x + self._branch(self.attn(self.norm1(x), rotation), self.ls1)
-        return x + self._branch(self.mlp(self.norm2(x)), self.ls2)
-
-    def _branch(self, x: Tensor, scale: nn.ParameterDict) -> Tensor:
-        """Scales a residual branch; in training, drops it per example (stochastic depth) and rescales the others."""
-        x = (x * scale["gamma"] if scale else x) / self.residual_scale
-        if not self.training or self.drop_path == 0:
-            return x
-        keep = 1 - self.drop_path
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep
-
-
-class TokenSlimming(nn.Module):
-    """TSM: softly merges N patch tokens into K; each kept token is a convex combination of the input tokens."""
-
-    def __init__(self, dim: int, kept: int) -> None:
-        super().__init__()
-        norm = nn.LayerNorm(dim, _SLIMMING_NORM_EPS)
-        self.weight = nn.Sequential(norm, nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, kept))
-        self.scale = nn.Parameter(torch.ones(1, 1, 1))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps (batch, N, dim) to the kept tokens (batch, K, dim) and the assignment (batch, N, K)."""
-        assignment = (self.weight(x) * self.scale).softmax(1)
-        return assignment.transpose(1, 2) @ x, assignment
 
 
 class SiT(nn.Module):
@@ -224,8 +69,9 @@ class SiT(nn.Module):
         super().__init__()
         self.config = dict(config)
         shape = config["architecture"]
-        if shape.get("reducer", "slim") != "slim":
-            raise ValueError(f"architecture.reducer: {shape['reducer']!r} is not known here")
+        reducer = shape.get("reducer", "slim")
+        if reducer not in REDUCERS:
+            raise ValueError(f"architecture.reducer: {reducer!r} is not known here")
         dim, depth, classes = shape["dim"], shape["depth"], shape["num_classes"]
         size = shape["image_size"]
         self.grid = [side // shape["patch_size"] for side in ([size, size] if isinstance(size, int) else size)]
@@ -246,7 +92,7 @@ class SiT(nn.Module):
         self.patch_embed = Stem(shape)
         self.blocks = nn.ModuleList(Block(shape, drop_path * i / max(1, depth - 1)) for i in range(depth))
         if kept:
-            self.tsm = nn.ModuleList(TokenSlimming(dim, count) for count in kept.values())
+            self.tsm = nn.ModuleList(REDUCERS[reducer](dim, count) for count in kept.values())
         self.norm = nn.LayerNorm(dim, shape["norm_eps"])
         self.attn_pool = AttentionPool(shape) if self.pool == "map" else None
         width, projection = dim * (2 if self.pool == "token_avg" else 1), shape.get("projection", 0)
@@ -264,16 +110,18 @@ class SiT(nn.Module):
         logits are the class head's in training, and the mean of both heads' in evaluation.
         """
         prefix, x = self.num_prefix_tokens, self._embed(images)
-        mass, coordinates = x.new_ones(x.shape[0], x.shape[1] - prefix), self._coordinates(x)
-        tokens, assignments, distillation_logits = [], [], None
+        mass, coordinates = x.new_ones(x.shape[0], x.shape[1] - prefix, dtype=torch.float32), self._coordinates(x)
+        tokens: list[Tensor] = []
+        assignments: list[Tensor] = []
+        distillation_logits = None
         for index, block in enumerate(self.blocks):
-            x = block(x, self._rotation(coordinates) if self.rotary else None)
-            if index in self.tsm_index:
-                slimmed, assignment = self.tsm[self.tsm_index[index]](x[:, prefix:])
-                x = torch.cat([x[:, :prefix], slimmed], 1)
+            rotation = self._rotation(coordinates) if self.rotary else None
+            x, reduced = self._step(index, block, x, rotation, mass, weighs=bool(assignments))
+            if reduced is not None:
+                mass, assignment = reduced.mass, reduced.assignment
                 assignments.append(assignment)
-                mass = (assignment * mass[:, :, None]).sum(1)
-                coordinates = (assignment / assignment.sum(1, keepdim=True)).transpose(1, 2) @ coordinates
+                weights = assignment / assignment.sum(1, keepdim=True).clamp_min(1e-30)
+                coordinates = weights.transpose(1, 2).to(x.dtype) @ coordinates
             tokens.append(x[:, prefix:])
         x = x if self.norm_after_pool else self.norm(x)
         features = self._pool(x[:, :prefix], x[:, prefix:], mass)
@@ -285,6 +133,25 @@ class SiT(nn.Module):
         if not return_outputs:
             return logits
         return logits, Outputs(tokens, assignments, distillation_logits, features, x[:, :prefix], x[:, prefix:])
+
+    def _step(
+        self, index: int, block: nn.Module, x: Tensor, rotation: Rotation | None, mass: Tensor, weighs: bool
+    ) -> tuple[Tensor, Reduced | None]:
+        """Applies a block and its reducer, if it has one."""
+        prefix = self.num_prefix_tokens
+        masses = F.pad(mass, (prefix, 0), value=1.0) if weighs and self.tsm[0].weighs_attention else None
+        if index not in self.tsm_index:
+            return block(x, rotation, masses), None
+        reducer: Any = self.tsm[self.tsm_index[index]]
+        results: list[Reduced] = []
+
+        def reduce(x: Tensor, cue: Tensor | None) -> Tensor:
+            results.append(reducer(x[:, prefix:], mass, None if cue is None else cue[:, prefix:]))
+            return torch.cat([x[:, :prefix], results[0].tokens], 1)
+
+        by_all = reducer.needs == "class_attention" and self.cls_token is None
+        x = block(x, rotation, masses, "attention" if by_all else reducer.needs, reduce if reducer.inside else None)
+        return x if reducer.inside else reduce(x, None), results[0]
 
     def features(self, images: Tensor, grid: str | None = None) -> dict[str, Tensor]:
         """Returns the features by name; see `features` in `torch_distillation.py`."""
@@ -322,7 +189,7 @@ class SiT(nn.Module):
             return prefix[:, 0]
         if self.attn_pool is not None:
             return self.attn_pool(torch.cat([prefix, patches], 1), F.pad(mass, (prefix.shape[1], 0), value=1.0))
-        mean = ((mass / mass.sum(1, keepdim=True))[:, None] @ patches)[:, 0]
+        mean = ((mass / mass.sum(1, keepdim=True))[:, None].to(patches.dtype) @ patches)[:, 0]
         return mean if self.pool == "avg" else torch.cat([prefix[:, 0], mean], -1)
 
     def _coordinates(self, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from sit_jax.errors import ConfigError, one_line
 
@@ -58,6 +59,9 @@ class Reducer(Protocol):
     Attributes:
         needs: Cues that it reads in addition to `tokens` and `mass`: `keys`, `class_attention`.
         place: `behind_block` (after a block), or `inside_block` (between a block's attention and its MLP).
+
+    A reducer with `weighs_attention = True` has the logarithm of each token's mass added to the scores of the attention
+    in all later blocks, so that a merged token counts as the patches in it (ToMe's proportional attention).
     """
 
     needs: ClassVar[frozenset[str]]
@@ -108,6 +112,11 @@ def find_reducer(name: str) -> ReducerFactory:
     return reducer
 
 
+def weighs_attention(reducer: ReducerFactory) -> bool:
+    """Returns whether the blocks after a reducer add the logarithm of a token's mass to its attention scores."""
+    return bool(getattr(reducer, "weighs_attention", False))
+
+
 def _import_reducer(name: str) -> object:
     module, colon, attribute = name.partition(":")
     if not colon:
@@ -131,6 +140,38 @@ def merge(cues: Cues, assignment: Float[Array, "batch tokens kept"]) -> Reduced:
     weights = assignment.astype(cues.tokens.dtype)
     tokens = jnp.einsum("bnk,bnc->bkc", weights, cues.tokens)
     return Reduced(tokens, (assignment * cues.mass[:, :, None]).sum(axis=1), assignment)
+
+
+def merge_groups(
+    cues: Cues,
+    groups: Int[Array, "batch tokens"],
+    kept: int,
+    weights: Float[Array, "batch tokens"] | None = None,
+) -> Reduced:
+    """Merges each group of tokens into one token, whose mass is the sum of theirs.
+
+    Args:
+        cues: Cues of the block.
+        groups: Index of the kept token that each token is merged into; -1 for a token that is dropped.
+        kept: Number of groups.
+        weights: Weight of each token in the sum; if None, its part of the group's mass, for a weighted mean.
+    """
+    members = jax.nn.one_hot(groups, kept)
+    masses = members * cues.mass[:, :, None]
+    mass = masses.sum(axis=1)
+    assignment = masses / mass[:, None] if weights is None else members * weights[:, :, None]
+    return merge(cues, assignment)._replace(mass=mass)
+
+
+def is_among_largest(scores: Float[Array, "batch tokens"], count: int) -> Bool[Array, "batch tokens"]:
+    """Returns whether a score is among the `count` largest of its row; of equal scores, the first are.
+
+    It compares all pairs, which needs no sorting and is the same on every device and in every exported format.
+    """
+    mine, others = scores[:, :, None], scores[:, None]
+    position = jnp.arange(scores.shape[1])
+    is_first = (position[None] < position[:, None])[None]
+    return ((others > mine) | ((others == mine) & is_first)).sum(axis=2) < count
 
 
 def reduce_patches(
