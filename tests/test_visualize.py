@@ -85,7 +85,8 @@ def check_arrays(model: pathlib.Path, path: pathlib.Path, source: pathlib.Path) 
     assert found["probabilities"].sum() == pytest.approx(1)
     first, second = found["assignment_1"][0], found["assignment_2"][0]
     assert (first.shape, second.shape) == ((64, 12), (12, 5))
-    np.testing.assert_array_equal(found["cumulative_1"][0], first.T)
+    # The float32 columns sum to one only nearly; the rows of a map exactly.
+    np.testing.assert_allclose(found["cumulative_1"][0], (first / first.sum(axis=0, dtype=np.float64)).T, rtol=1e-7)
     np.testing.assert_allclose(found["cumulative_2"][0], (first @ second).T, atol=1e-6)
     np.testing.assert_array_equal(found["hard_2"], found["cumulative_2"].argmax(axis=1))
     np.testing.assert_array_equal(found["overlooked_2"], found["cumulative_2"].max(axis=1) < 0.5 / 64)
