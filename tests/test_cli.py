@@ -220,6 +220,7 @@ def test_overrides_that_name_their_key(override: str, key: str) -> None:
         "convert ~/x y",
         "benchmark ~/x",
         "report --no_model ~/x",
+        "compare --config=~/x.py --workdir=none",
         "checkpoint list --workdir=~/x",
         "data prepare --name x --from_folder=~/x",
         "data check --config digits --config.data.name folder --config.data.data_dir=~/x",

@@ -14,7 +14,7 @@ from sit_jax.parallel.sharding import make_mesh
 from sit_jax.training.step import make_train_spec, train_step
 
 # One of each architecture and loss; test_cli.py loads every page.
-PAGES = ["digits", "folder", "imagenet_sit_tiny", "imagenet_sit_large", "imagenet_deit_small_sit"]
+PAGES = ["digits", "folder", "imagenet_sit_tiny", "imagenet_sit_large", "imagenet_deit_small_sit", "compare_imagenet"]
 IMAGENET_TRAIN = 1_281_167
 
 

@@ -73,7 +73,7 @@ def test_every_verb_is_shown() -> None:
 
 def test_snippets_are_run_somewhere() -> None:
     # Here, as doctests (test_readme.py), and page by page in the tests of what they show.
-    tested = {"README.md", "deploy.md", "extend.md", "features.md", "own_images.md", "visualize.md"}
+    tested = {"README.md", "compare.md", "deploy.md", "extend.md", "features.md", "own_images.md", "visualize.md"}
     assert {page.name for page in PAGES if "```python" in page.read_text()} <= tested
 
 

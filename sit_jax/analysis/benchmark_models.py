@@ -86,10 +86,15 @@ class BenchmarkModel:
 def open_benchmark_model(name: str) -> BenchmarkModel:
     """Opens a named model (with random weights), or whatever `load` opens; raises a UserError for other names."""
     if name in VARIANTS:
-        return BenchmarkModel(name, Model(VARIANTS[name], _random_variables(VARIANTS[name]), source=name))
+        return random_benchmark_model(name, VARIANTS[name])
     if not pathlib.Path(name).exists():
         raise UserError(f"{name}: is not a named model (see `sit models`), and there is no such file or folder")
     return BenchmarkModel(name, load(name))
+
+
+def random_benchmark_model(name: str, arch: Architecture) -> BenchmarkModel:
+    """Returns a model of an architecture with random weights, which are as fast as trained ones."""
+    return BenchmarkModel(name, Model(arch, _random_variables(arch), source=name))
 
 
 def _compile(forward: JitWrapped, weights: PyTree, images: list[np.ndarray]) -> Compiled:

@@ -6,6 +6,7 @@ import pathlib
 from sit_jax.cli.config_file import add_config, load_config
 from sit_jax.cli.runtime import enable_compilation_cache, join, keep_memory
 from sit_jax.cli.verb import Verbs, add_processes, add_verb, folder
+from sit_jax.errors import ConfigError
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -17,6 +18,8 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in --workdir, if there is one")
     text = "folder of the persistent compilation cache, or `none` to disable it; ~/.cache/sit_jax if not given"
     parser.add_argument("--compilation_cache", metavar="FOLDER", default="", help=text)
+    text = "train only the teacher, in --workdir/teacher; students then name it in teacher.run"
+    parser.add_argument("--only_teacher", action="store_true", help=text)
     parser.add_argument("--print_sharding", action="store_true", help="print the sharding of every array, and exit")
     add_processes(parser)
 
@@ -40,7 +43,13 @@ def run(arguments: argparse.Namespace) -> None:
 
         print_sharding(config, quiet=not first)
         return
-    loop.run(config, workdir, arguments.resume, label="student" if config.teacher else "model")
+    label = "student" if config.teacher else "model"
+    if arguments.only_teacher:
+        teacher = config.teacher
+        if teacher is None or teacher.run:
+            raise ConfigError("--only_teacher", "needs a teacher section in the config, without teacher.run")
+        config, workdir, label = config.teacher_run(teacher), workdir / "teacher", "teacher"
+    loop.run(config, workdir, arguments.resume, label=label)
     summary = summarize(workdir)
     if first:
         print_summary(summary)

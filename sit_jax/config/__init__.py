@@ -9,6 +9,8 @@ from sit_jax.config.schema import MeshConfig as MeshConfig
 from sit_jax.config.schema import ModelConfig as ModelConfig
 from sit_jax.config.schema import OptimConfig as OptimConfig
 from sit_jax.config.schema import TeacherConfig as TeacherConfig
+from sit_jax.config.sweep import Reported as Reported
+from sit_jax.config.sweep import Sweep as Sweep
 from sit_jax.data.config import AugmentConfig as AugmentConfig
 from sit_jax.data.config import DataConfig as DataConfig
 from sit_jax.data.config import MixConfig as MixConfig

@@ -12,6 +12,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from sit_jax.config.config_dict import with_defaults
+from sit_jax.config.sweep import Sweep
 from sit_jax.errors import ConfigError, UserError, did_you_mean, one_line
 
 _MOVED = {"sit_jax.config_dict": "sit_jax.config.config_dict", "sit_jax.recipe": "sit_jax.config.recipe"}
@@ -33,6 +34,22 @@ def get_config(path: str) -> ConfigDict:
     Raises:
         ConfigError: There is no such config, or its file raises an error.
     """
+    config = _call(path, "get_config")
+    if not isinstance(config, ConfigDict):
+        raise ConfigError("--config", f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
+    return with_defaults(config)
+
+
+def get_sweep(path: str) -> Sweep:
+    """Returns the `Sweep` of a config file's `get_sweep`; takes the path and raises the errors of `get_config`."""
+    sweep = _call(path, "get_sweep")
+    if not isinstance(sweep, Sweep):
+        raise ConfigError("--config", f"{path}: get_sweep must return a Sweep, not {type(sweep).__name__}")
+    return sweep
+
+
+def _call(path: str, function: str) -> object:
+    """Calls a function of a config file with the argument that follows the file."""
     file, argument = split_argument(os.path.expanduser(path))
     spec = importlib.util.spec_from_file_location("config", _find(file))
     if spec is None or spec.loader is None:
@@ -41,14 +58,13 @@ def get_config(path: str) -> ConfigDict:
     try:
         with _old_names():
             spec.loader.exec_module(module)
-        config = module.get_config(*([argument] if argument else []))
+        if function == "get_sweep" and not hasattr(module, function):
+            raise ValueError("has no get_sweep(), which says what to compare; see docs/compare.md")
+        return getattr(module, function)(*([argument] if argument else []))
     except Exception as error:  # A user's Python file may raise any error.
         usual = isinstance(error, UserError | TypeError | ValueError)
         where = path if usual else f"{path} raises {type(error).__name__}"
         raise ConfigError("--config", f"{where}: {one_line(error)}") from None
-    if not isinstance(config, ConfigDict):
-        raise ConfigError("--config", f"{path}: get_config must return a ConfigDict, not {type(config).__name__}")
-    return with_defaults(config)
 
 
 def _find(config: str) -> pathlib.Path:

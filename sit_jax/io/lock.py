@@ -44,3 +44,13 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                 file.truncate(0)
                 file.write(mine)
         yield
+
+
+def lock_holder(workdir: pathlib.Path) -> str | None:
+    """Returns the process that holds the lock of a run directory, as `process 12 on host`; None if it is free."""
+    with contextlib.suppress(OSError), (workdir / LOCK).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().decode(errors="replace").strip() or "another process"
+    return None

@@ -9,6 +9,8 @@
 - summary.json, curves.png, slimming.png   written at the end (`analysis/summary.py`)
 - report.html        written by `sit report`
 - .lock              held by the trainer (`io/lock.py`)
+
+The folder of a comparison has compare.json and index.html, and one run directory for each training (`sit compare`).
 """
 
 import contextlib
@@ -29,6 +31,8 @@ from sit_jax.io.checkpoint import FOLDER
 CONFIG = "config.json"
 CLASS_NAMES = "class_names.json"
 SUMMARY = "summary.json"
+COMPARE = "compare.json"
+COMPARE_PAGE = "index.html"
 
 
 def create_or_verify(workdir: pathlib.Path, config: Config, resume: bool) -> None:
@@ -99,6 +103,11 @@ def is_run(path: pathlib.Path) -> bool:
         return "optim" in read_object(folder / CONFIG)
     except RunError:
         return False
+
+
+def is_comparison(path: pathlib.Path) -> bool:
+    """Returns whether a path is the folder of a comparison of token reducers that has a result."""
+    return (path / COMPARE).is_file()
 
 
 def read_config(workdir: pathlib.Path) -> Config:

@@ -53,7 +53,8 @@ def choose_attention(name: str, arch: Architecture, dtype: str) -> str:
 def abstract_variables(arch: Architecture | RegNetArchitecture) -> Variables:
     """Returns the shapes and types of a model's variables: `params`, and `batch_stats` if it has BatchNorm."""
     images = jax.ShapeDtypeStruct((1, *arch.image_shape, arch.in_channels), jnp.float32)
-    return jax.eval_shape(build_model(arch).init, jax.random.key(0), images)
+    # The key is made in the trace, which needs no device: a process that only counts must not occupy one.
+    return jax.eval_shape(lambda images: build_model(arch).init(jax.random.key(0), images), images)
 
 
 def reducer_params(arch: Architecture) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:

@@ -85,18 +85,18 @@ def class_chart(evaluation: EvalReport, key: str) -> Chart | None:
         bars = {"teacher": teacher, "student": student} if teacher else {"student": student}
         hover = "%{x}: %{y:.1f}%"
         data = [{"type": "bar", "x": names, "y": y, "name": name, "hovertemplate": hover} for name, y in bars.items()]
-        layout = {"barmode": "group", "xaxis": _axis("class", type="category")}
-        layout["yaxis"] = _axis("accuracy in %", range=[0, 103])
+        layout = {"barmode": "group", "xaxis": axis("class", type="category")}
+        layout["yaxis"] = axis("accuracy in %", range=[0, 103])
     else:
         hover = "%{text}: teacher %{x:.1f}%, student %{y:.1f}%<extra></extra>"
         points = {"x": teacher, "y": student, "text": names, "mode": "markers", "name": "classes"}
         diagonal = {"x": [0, 100], "y": [0, 100], "mode": "lines", "name": "equal", "hoverinfo": "skip"}
         data = [{**points, "hovertemplate": hover}, diagonal]
-        layout = {"xaxis": _axis("teacher's accuracy in %"), "yaxis": _axis("student's accuracy in %")}
+        layout = {"xaxis": axis("teacher's accuracy in %"), "yaxis": axis("student's accuracy in %")}
     worst, best = min(scores, key=lambda x: x.student), max(scores, key=lambda x: x.student)
     summary = f"{len(scores)} classes; the student's accuracy is from {worst.student:.1%} ({worst.name})"
     summary += f" to {best.student:.1%} ({best.name})."
-    return Chart(key, "Accuracy of each class", summary, _figure(data, layout))
+    return Chart(key, "Accuracy of each class", summary, figure(data, layout))
 
 
 def _chart(key: str, title: str, curves: Curves, scale: Scale) -> Chart | None:
@@ -120,8 +120,8 @@ def _chart(key: str, title: str, curves: Curves, scale: Scale) -> Chart | None:
         )
         first, last = (f"{form.format(points[step])} at step {step:,}" for step in (min(points), max(points)))
         ends.append(f"{name} from {first} to {last}")
-    layout: JsonObject = {"xaxis": _axis("step"), "hovermode": "x unified"}
-    layout["yaxis"] = _axis("%" if scale == "percent" else "", **(_log_axis(curves) if scale == "log" else {}))
+    layout: JsonObject = {"xaxis": axis("step"), "hovermode": "x unified"}
+    layout["yaxis"] = axis("%" if scale == "percent" else "", **(_log_axis(curves) if scale == "log" else {}))
     steps = sorted(set().union(*curves.values()))
     # The last step is always included, since it is the most relevant.
     kept = list(dict.fromkeys([*steps[:: -(-len(steps) // _MOST_ROWS)], steps[-1]]))
@@ -132,7 +132,7 @@ def _chart(key: str, title: str, curves: Curves, scale: Scale) -> Chart | None:
     thinned = any(len(points) > _MOST_POINTS for points in curves.values())
     note = f"The chart shows at most {_MOST_POINTS:,} points of each curve. " if thinned else ""
     note += f"The table shows {len(kept)} of {len(steps):,} steps." if len(kept) < len(steps) else ""
-    return Chart(key, title, "; ".join(ends) + ".", _figure(data, layout), ["step", *curves], rows, note)
+    return Chart(key, title, "; ".join(ends) + ".", figure(data, layout), ["step", *curves], rows, note)
 
 
 def _log_axis(curves: Curves) -> JsonObject:
@@ -143,7 +143,8 @@ def _log_axis(curves: Curves) -> JsonObject:
     return {"type": "log", "tickformat": "~g", **ticks}
 
 
-def _axis(title: str, **values: Any) -> JsonObject:
+def axis(title: str, **values: Any) -> JsonObject:
+    """Returns an axis of a Plotly layout."""
     return {"title": {"text": title}, **values}
 
 
@@ -159,7 +160,11 @@ def _learning_rates(lines: list[Line]) -> list[str]:
     return list(dict.fromkeys(key for line in lines for key in line if key.startswith("lr/")))
 
 
-def _figure(data: list[JsonObject], layout: JsonObject) -> JsonObject:
+def figure(data: list[JsonObject], layout: JsonObject) -> JsonObject:
+    """Returns a Plotly figure in the layout of all charts, except for the values of `layout`.
+
+    A trace's `meta` may have `series`, the number of its color and dashes, if not its index, and `muted`, for grey.
+    """
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}
     margin = {"l": 55, "r": 12, "t": 12, "b": 48}
     common = {"margin": margin, "height": 340, "legend": legend, "showlegend": len(data) > 1}

@@ -63,22 +63,40 @@ class RunView:
         return [chart for chart in own if chart is not None]
 
 
-def render(views: Sequence[RunView], made: datetime.datetime) -> str:
-    """Returns the HTML page, created at the time `made`."""
+def render(views: Sequence[RunView], made: datetime.datetime, overview: bool = False) -> str:
+    """Returns the HTML page, created at the time `made`; `overview` links to `../index.html`, of `sit compare`."""
     runs = [view.run for view in views]
     several = len(views) > 1
     comparing = comparing_charts(runs, "compared") if several else []
-    charts = [*comparing, *(chart for view in views for chart in view.all_charts)]
-    plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
-    template = _environment().get_template("page.html")
-    versions = [(name, importlib.metadata.version(name)) for name in ("jax", "plotly", "Jinja2")]
-    return template.render(
+    return fill(
+        "page.html",
+        made,
+        [*comparing, *(chart for view in views for chart in view.all_charts)],
         title=f"{len(views)} runs compared" if several else runs[0].name,
+        verb="sit report",
         views=views,
         several=several,
         comparing=comparing,
         differences=differences(runs) if several else {},
         unread=[run.name for run in runs if not run.values],
+        overview=overview,
+    )
+
+
+def fill(template: str, made: datetime.datetime, charts: Sequence[Chart], **values: object) -> str:
+    """Returns the page of a template that extends `base.html`, with all resources inline.
+
+    Args:
+        template: The template's file name.
+        made: The time at which the page was created.
+        charts: The charts that the template shows, a variable of it as well.
+        **values: The variables of the template: `title`, `verb` (the command that makes the page), and its own.
+    """
+    plotly_code, own_code = _script(plotly.offline.get_plotlyjs()), _script(_source("page.js"))
+    versions = [(name, importlib.metadata.version(name)) for name in ("jax", "plotly", "Jinja2")]
+    page = _environment().get_template(template)
+    return page.render(
+        charts=charts,
         figures={chart.key: chart.figure for chart in charts},
         style=Markup(_source("style.css")),
         plotly_code=plotly_code if charts else Markup(""),
@@ -86,6 +104,7 @@ def render(views: Sequence[RunView], made: datetime.datetime) -> str:
         script_hashes=" ".join(_hash(code) for code in (plotly_code, own_code)),
         made=made.strftime(_TIME),
         maker=[("sit_jax", __version__), ("python", platform.python_version()), *versions],
+        **values,
     )
 
 

@@ -16,11 +16,17 @@
     const line = colour("line");
     const axis = { gridcolor: line, linecolor: line, zerolinecolor: line, automargin: true };
     const data = figure.data.map((trace, index) => {
-      const own = colour(`series-${(index % 6) + 1}`);
-      const dash = dashes[index % dashes.length];
+      const { series = index, muted = false } = trace.meta ?? {};
+      const own = colour(muted ? "muted" : `series-${(series % 6) + 1}`);
+      const dash = dashes[series % dashes.length];
       return trace.type === "bar"
         ? { ...trace, marker: { color: own } }
-        : { ...trace, line: { color: own, dash, width: 2 }, marker: { color: own, size: 6 } };
+        : {
+            ...trace,
+            line: { dash, width: 2, ...trace.line, color: own },
+            marker: { size: 6, ...trace.marker, color: own },
+            error_y: { ...trace.error_y, color: own },
+          };
     });
     const layout = {
       ...figure.layout,
