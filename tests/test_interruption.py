@@ -119,10 +119,12 @@ def test_a_file_is_no_folder(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture
 def terminal_signals() -> Iterator[None]:
-    """SIGHUP ends processes, also if the tests are run under `nohup`."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """SIGHUP and SIGINT end processes, also if the tests are run under `nohup` or in the background."""
+    ours = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("terminal_signals")
