@@ -1,7 +1,7 @@
 """Fashion-MNIST: a ViT of 49 tokens is trained, then slimmed to half of its cost.
 
-The teacher's 12 epochs reach 92.1% of the 10,000 test images, in 45 minutes on two busy CPU cores. Hardware: one GPU, or
-two CPU cores.
+The teacher's 12 epochs reach 92.1% of the 10,000 test images, in 45 minutes on two busy CPU cores. Hardware: one GPU,
+or two CPU cores.
 
     sit data prepare --name fashion_mnist --manual_dir /usr/share/datasets/fashion-mnist
     sit train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
