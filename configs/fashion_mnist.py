@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
 
     # The student: the same model with three slimming modules, started from the teacher's weights.
     config.model = model_section(TEACHER)
-    config.model.stage_blocks = (2, 2, 2, 2)
-    config.model.keep_ratio = 0.65
+    config.model.stage_blocks = (1, 1, 3, 3)
+    config.model.keep_ratio = 0.6
     config.init = "teacher"
     config.epochs = 5
     config.batch_size = 128
