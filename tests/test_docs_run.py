@@ -97,7 +97,7 @@ def test_quick_start(place: pathlib.Path, digits_dir: str) -> None:
         sit_jax.create_model(model).save(f"random/{model}")
         assert cli.main(["export", f"random/{model}", f"{name}.pth", "--format", layout]) == 0
     verbs = ("benchmark", "evaluate", "predict", "visualize", "report", "convert", "slim", "checkpoint", "models")
-    assert len(follow("../README.md", [], verbs)) == 9
+    assert len(follow("../README.md", [], verbs)) == 10
     assert len(follow("imagenet.md", [], ("convert",))) == 1
 
 
