@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.registry import open_source
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

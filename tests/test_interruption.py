@@ -119,12 +119,10 @@ def test_a_file_is_no_folder(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture
 def terminal_signals() -> Iterator[None]:
-    """SIGHUP and SIGINT end processes, also if the tests are run under `nohup` or in the background."""
-    ours: dict[signal.Signals, Any] = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in ours.items()}
+    """SIGHUP ends processes, also if the tests are run under `nohup`."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("terminal_signals")
