@@ -48,6 +48,14 @@ class PartialFailureError(UserError):
     exit_code = 1
 
 
+def check_all_read(read: int, images: int) -> None:
+    """Raises a PartialFailureError if fewer images were read than there are."""
+    if read < images:
+        raise PartialFailureError(
+            f"{images - read} of {images} images could not be read and were skipped; all others were processed"
+        )
+
+
 class PreemptedError(RunError):
     """A run saved its state and stopped, after a signal or a preemption notice; `--resume` continues it."""
 

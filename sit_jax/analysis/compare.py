@@ -10,6 +10,7 @@ from sit_jax.analysis.benchmark_models import random_benchmark_model
 from sit_jax.analysis.benchmark_table import Settings, benchmark
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.jobs import Failure, Job, devices_of_slots, log, run_jobs
+from sit_jax.analysis.summary import named_teacher
 from sit_jax.analysis.table import cell, print_table
 from sit_jax.config import Config, JsonObject, Sweep
 from sit_jax.config.resume import changes
@@ -23,7 +24,6 @@ from sit_jax.models import reducer_params
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import find_reducer
 from sit_jax.training.evaluate import evaluate_model
-from sit_jax.training.init import given_teacher
 
 TEACHER = "teacher"
 _ROUNDS = 9
@@ -194,7 +194,7 @@ def _measure(plan: Plan, sweep: Sweep, workdir: pathlib.Path, seconds: float) ->
     first = next(iter(plan.configs.values()))
     names = open_source(first.data, first.data.eval_split).class_names
     configs = {point: config.with_classes(len(names)) for point, config in plan.configs.items()}
-    teacher = _open_teacher(next(iter(configs.values())), names)
+    teacher = named_teacher(next(iter(configs.values())), names)
     grouped: dict[tuple[str, float, str], dict[Point, Config]] = {}
     for point, config in configs.items():
         grouped.setdefault((point.reducer, point.keep_ratio, point.objective), {})[point] = config
@@ -231,13 +231,6 @@ def _measure(plan: Plan, sweep: Sweep, workdir: pathlib.Path, seconds: float) ->
     for row in rows:
         row["images_per_s"] = speeds[f"{row['reducer']} {row['keep_ratio']}"]
     return {"teacher": {**entry, "images_per_s": speeds[TEACHER]}, "rows": rows, "measured": measured}
-
-
-def _open_teacher(config: Config, names: Sequence[str]) -> Model:
-    assert config.teacher is not None
-    variables = given_teacher(config.teacher, "teacher", names)
-    own = config.teacher_run(config.teacher)
-    return Model(own.model.architecture, variables, dtype=own.model.dtype, config=own, source=config.teacher.run)
 
 
 def _evaluate(model: Model) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sit_jax.data.sources import read_image
 from sit_jax.data.transforms import EvalTransform
-from sit_jax.errors import ImageDecodeError, PartialFailureError
+from sit_jax.errors import ImageDecodeError, check_all_read
 from sit_jax.io.inference import softmax
 from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
@@ -96,10 +96,7 @@ def run_predict(
                 out.flush()
                 if reader_gone(out):
                     return
-    if skipped:
-        raise PartialFailureError(
-            f"{skipped} of {len(images)} images could not be read and were skipped; all others were processed"
-        )
+    check_all_read(len(images) - skipped, len(images))
 
 
 def _read(model: Model, images: Sequence[str], ahead: int) -> Iterator[tuple[str, np.ndarray | ImageDecodeError]]:

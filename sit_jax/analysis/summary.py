@@ -11,7 +11,7 @@ from sit_jax.analysis.benchmark import time_interleaved
 from sit_jax.analysis.benchmark_models import BenchmarkModel
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.table import cell, print_table
-from sit_jax.config import JsonObject
+from sit_jax.config import Config, JsonObject
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.io import runs
@@ -88,11 +88,16 @@ def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
         return None
     if not config.teacher.run:
         return load_run(folder / "teacher")
-    variables = given_teacher(config.teacher, "teacher", student.metadata.get("class_names"))
+    return named_teacher(config, student.metadata.get("class_names"))
+
+
+def named_teacher(config: Config, class_names: Sequence[str] | None) -> Model:
+    """Returns the teacher in `teacher.run` of a configuration, with the heads in the order of the classes, if given."""
+    assert config.teacher is not None
+    variables = given_teacher(config.teacher, "teacher", class_names)
     # The teacher is evaluated on the student's data, independent of its own training data.
     own = config.teacher_run(config.teacher)
-    arch, dtype = own.model.architecture, own.model.dtype
-    return Model(arch, variables, dtype=dtype, config=own, source=config.teacher.run)
+    return Model(own.model.architecture, variables, dtype=own.model.dtype, config=own, source=config.teacher.run)
 
 
 def print_summary(summary: JsonObject) -> None:

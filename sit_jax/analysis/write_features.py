@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sit_jax.analysis.predict import run_batches
-from sit_jax.errors import ImageDecodeError, NotFiniteError, PartialFailureError, UserError, valid_text
+from sit_jax.errors import ImageDecodeError, NotFiniteError, UserError, check_all_read, valid_text
 from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.model import Model
 from sit_jax.training.progress import Progress
@@ -45,10 +45,7 @@ def write_features(model: Model, images: Sequence[str], path: pathlib.Path, batc
         if not rows:
             raise UserError(f"--features {path}: none of {len(images)} images could be read; nothing was written")
         _write(part, suffix, names, np.stack(rows))
-    if skipped := len(images) - len(rows):
-        raise PartialFailureError(
-            f"{skipped} of {len(images)} images could not be read and were skipped; all others were processed"
-        )
+    check_all_read(len(rows), len(images))
 
 
 def _write(path: pathlib.Path, suffix: str, names: list[str], features: np.ndarray) -> None:

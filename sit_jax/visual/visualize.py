@@ -14,7 +14,7 @@ from numpy import ndarray
 from sit_jax.data.folder import find_images
 from sit_jax.data.registry import open_source
 from sit_jax.data.sources import Example, read_image, read_lines, writing
-from sit_jax.errors import ImageDecodeError, PartialFailureError, UserError
+from sit_jax.errors import ImageDecodeError, UserError, check_all_read
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
@@ -81,9 +81,7 @@ def command(
     for place in (output.figures, output.arrays):
         if place is not None and done:
             print(f"Written: {place} ({done} images)")
-    if done < len(images):
-        skipped = f"{len(images) - done} of {len(images)} images could not be read and were skipped"
-        raise PartialFailureError(f"{skipped}; all others were processed")
+    check_all_read(done, len(images))
 
 
 def _from_files(names: Sequence[str]) -> list[ImageFile]:

@@ -211,15 +211,17 @@ class TokenSlimming(nn.Module):
         return Reduced(assignment.transpose(1, 2) @ x, (assignment * mass[:, :, None]).sum(1), assignment)
 
 
-class TokenMerging(nn.Module):
-    """ToMe: merges the pairs of tokens with the most similar keys, in rounds of at most half of the tokens."""
-
-    needs, inside, weighs_attention = "keys", True, True
-
+class _WithoutParameters(nn.Module):
     def __init__(self, dim: int, kept: int) -> None:
         super().__init__()
         del dim
         self.kept = kept
+
+
+class TokenMerging(_WithoutParameters):
+    """ToMe: merges the pairs of tokens with the most similar keys, in rounds of at most half of the tokens."""
+
+    needs, inside, weighs_attention = "keys", True, True
 
     def forward(self, x: Tensor, mass: Tensor, cue: Tensor) -> Reduced:
         """Reduces (batch, N, dim) to K tokens; `cue` are the keys."""
@@ -232,15 +234,10 @@ class TokenMerging(nn.Module):
         return _merge(x, mass, groups, self.kept)
 
 
-class TopK(nn.Module):
+class TopK(_WithoutParameters):
     """Top-K: keeps the tokens to which the class token attends most, in the order of their indices."""
 
     needs, inside, weighs_attention = "class_attention", True, False
-
-    def __init__(self, dim: int, kept: int) -> None:
-        super().__init__()
-        del dim
-        self.kept = kept
 
     def forward(self, x: Tensor, mass: Tensor, cue: Tensor) -> Reduced:
         """Reduces (batch, N, dim) to K tokens; `cue` is the class attention."""
