@@ -24,7 +24,7 @@ from sit_jax.analysis.summary import trained_teacher
 from sit_jax.data.registry import open_source
 from sit_jax.io.model import Model
 from sit_jax.models.features import Features, Grid
-from sit_jax.training.evaluate import evaluate_features
+from sit_jax.training.evaluate import feature_comparison
 from sit_jax.training.metrics import unit_vectors
 from sit_jax.visual.model_input import preprocess
 
@@ -46,10 +46,11 @@ def main() -> None:
     changes = {key: value for key in ("name", "data_dir") if (value := getattr(arguments, key))}
     data = dataclasses.replace(student.data, **changes)
     probes = probe_models(models, data) if data.name != "images" else {}
+    compare = feature_comparison(teacher, student.data, student.source)
     result = {
         name: {
             "gmac": count_cost(model.vit).gmac,
-            **({} if model is teacher else evaluate_features(model, teacher, student.data)),
+            **({} if model is teacher else compare(model)),
             **probes.get(name, {}),
         }
         for name, model in models.items()

@@ -44,7 +44,7 @@ def digits_config(digits_dir: str) -> Any:
 
     from sit_jax.config import CheckpointConfig, LogConfig, OptimConfig
 
-    return tiny.config(
+    return tiny.small(
         data=DataConfig(data_dir=digits_dir),
         batch_size=128,
         eval_batch_size=96,
@@ -61,6 +61,22 @@ def digits_run(digits_config: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 
     folder = tmp_path_factory.mktemp("runs") / "digits"
     run(digits_config, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def elastic_run(digits_config: Any, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A student for several token schedules, `tiny.CHOICES`; tests leave the folder as it is, but for a summary."""
+    import dataclasses
+
+    import tiny
+
+    from sit_jax.config import ModelConfig
+    from sit_jax.training.loop import run
+
+    arch = dataclasses.replace(tiny.SLIMMED, keep_ratio=None, kept_tokens_choices=tiny.CHOICES)
+    folder = tmp_path_factory.mktemp("runs") / "elastic"
+    run(dataclasses.replace(digits_config, model=ModelConfig(architecture=arch)), folder)
     return folder
 
 

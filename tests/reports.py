@@ -55,7 +55,7 @@ BREAKAGES = {
     "damaged metrics": Breakage(damage_metrics, ("metrics.jsonl: 4 ", "(2, 3, 4, 5)")),
     "no metrics": Breakage(lambda folder: (folder / "metrics.jsonl").unlink(), ("metrics.jsonl",)),
     "no checkpoints": Breakage(lambda folder: shutil.rmtree(folder / "checkpoints"), ("no checkpoint",)),
-    "damaged checkpoint": Breakage(damage_checkpoint, ("The checkpoints cannot be read: ",)),
+    "damaged checkpoint": Breakage(damage_checkpoint, ("the metrics of a checkpoint are damaged",)),
     "no teacher": Breakage(lambda folder: shutil.rmtree(folder / "teacher"), ("The teacher's training has not begun",)),
     "no configuration": Breakage(lambda folder: (folder / "config.json").unlink(), ("no config.json",)),
     "damaged configuration": Breakage(cut, ("config.json", "JSON")),

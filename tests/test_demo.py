@@ -16,23 +16,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import browser
-import flax.linen as nn
 import httpx
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_weights
 import tiny
 from PIL import Image
 
+import sit_jax
 from sit_jax.cli import app as cli
 from sit_jax.demo.middleware import Guard
-from sit_jax.demo.models import keeps, open_demo_models, with_fewer_tokens
-from sit_jax.models import build_model
+from sit_jax.demo.models import keeps, open_demo_models
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.reducers.base import Reduced
-from sit_jax.models.reducers.slim import TokenSlimming
+from sit_jax.visual.model_input import ModelInput
 
 STUDENT = tiny.plain(image_size=64, stage_blocks=(1, 1, 2), keep_ratio=0.5)
 SINGLE = tiny.plain(image_size=64, stage_blocks=(1, 3), kept_tokens=(16, 1))
@@ -48,34 +45,11 @@ def test_the_numbers_of_tokens_follow_the_ratio() -> None:
         "keep ratio 0.2: 3/1/1 tokens",
     ]
     assert keeps(SINGLE) == {"as trained: 1 token": (1,)}
+    assert list(keeps(digits, fewer=False)) == ["as trained: 8/4/2 tokens"]
     by_counts = tiny.plain(image_size=64, stage_blocks=(2, 2), kept_tokens=(16, 10))
     assert keeps(by_counts)["80% per module: 8 tokens"] == (8,)
-
-
-@pytest.mark.parametrize("counts", [(6, 2), (1, 1)])
-def test_fewer_tokens_are_the_same_tokens(counts: tuple[int, ...]) -> None:
-    # The reference is the whole model, whose modules' tokens are thrown away as they come out.
-    weights = random_weights.draw(STUDENT)
-    variables = jax.tree.map(jnp.asarray, random_weights.variables(weights))
-    images = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64, 64, 1)).astype(np.float32))
-    left = iter(counts)
-
-    def cut(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        result = call(*args, **kwargs)
-        if isinstance(context.module, TokenSlimming) and context.method_name == "__call__":
-            count = next(left)
-            return Reduced(result.tokens[:, :count], result.mass[:, :count], result.assignment[:, :, :count])
-        return result
-
-    with nn.intercept_methods(cut):
-        expected = build_model(STUDENT).bind(variables)(images)
-    arch, params = with_fewer_tokens(STUDENT, variables["params"], counts)
-    logits, outputs = build_model(arch).bind({**variables, "params": params})(images)
-    np.testing.assert_allclose(logits, expected[0], rtol=1e-5, atol=1e-5)
-    assert [assignment.shape[2] for assignment in outputs.assignments] == list(counts)
-    for mine, theirs in zip(outputs.assignments, expected[1].assignments, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-6)
-    assert jax.tree.map(jnp.shape, weights.params["slimming_0"]["fc2"])["kernel"][1] == 8  # The trained ones stay.
+    elastic = dataclasses.replace(by_counts, kept_tokens=(), kept_tokens_choices=((16, 10), (16, 3)))
+    assert keeps(elastic) == {"as trained: 10 tokens": (10,), "as trained: 3 tokens": (3,)}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +60,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
         weights = random_weights.draw(shape)
         dataclasses.replace(weights, metadata={**weights.metadata, "class_names": NAMES}).save(place / name)
     return {name: place / name for name in shapes}
+
+
+@pytest.mark.parametrize(("reducer", "selectable"), [("topk", True), ("own_reducers:Weighted", False)])
+def test_students_of_other_reducers(
+    reducer: str, selectable: bool, folders: dict[str, pathlib.Path], tmp_path: pathlib.Path
+) -> None:
+    teacher = sit_jax.load(folders["teacher"])
+    sit_jax.slim(teacher, keep_ratio=0.5, after=(1, 2), reducer=reducer).save(tmp_path / "student")
+    student = open_demo_models([tmp_path / "student"], [folders["teacher"]]).students[str(tmp_path / "student")]
+    assert (len(student.keeps) > 1) == selectable
+    pixels = np.zeros((64, 64, 1), np.uint8)
+    seen = ModelInput(pixels, pixels)
+    for counts in student.keeps.values():
+        assert [stage.kept for stage in student.maps(seen, counts).stages] == list(counts)
 
 
 def test_classes_of_the_same_name_stay_apart(folders: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:

@@ -48,6 +48,8 @@ def test_commands(page: pathlib.Path, tmp_path: pathlib.Path) -> None:
         match words:
             case ["sit", *rest]:
                 arguments, overrides = cli.make_parser().parse_known_args(rest)
+                if arguments.verb == "tune" and arguments.output:
+                    pages[str(arguments.output)] = pathlib.Path("configs/digits.py")  # The command writes one.
                 if "config" in arguments:
                     # The backbones that the pages name are not here.
                     config = re.sub(r"^(.*\bfeatures(\.py)?):.*", rf"\1:{BACKBONE}", arguments.config)
@@ -73,8 +75,8 @@ def test_every_verb_is_shown() -> None:
 
 def test_snippets_are_run_somewhere() -> None:
     # Here, as doctests (test_readme.py), and page by page in the tests of what they show.
-    tested = {"README.md", "compare.md", "deploy.md", "extend.md", "features.md", "own_images.md", "visualize.md"}
-    assert {page.name for page in PAGES if "```python" in page.read_text()} <= tested
+    tested = {"compare", "deploy", "extend", "features", "own_images", "speed", "visualize", "README"}
+    assert {page.stem for page in PAGES if "```python" in page.read_text()} <= tested
 
 
 def test_overrides() -> None:

@@ -37,7 +37,9 @@ def follow(
     With `verbs`, only commands of these that do not need ImageNet.
     """
     done = []
-    further = {"train": extra, "show": ["--config.batch_size=8"], "benchmark": ["--seconds=0.1", "--rounds=1"]}
+    quick = ["--seconds=0.1"]
+    tune = [*quick, "--between=0"]
+    further = {"train": extra, "show": ["--config.batch_size=8"], "benchmark": [*quick, "--rounds=1"], "tune": tune}
     text = (ROOT / "docs" / page).resolve().read_text()
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)[first : first + times]:
         for line in block.replace("\\\n", " ").splitlines():
@@ -51,7 +53,9 @@ def follow(
                 words = shlex.split(recipe[1].replace("$(WORKDIR)", "runs/digits"))
             assert words[0] == "sit", line
             verb = words[2] if words[1] == "data" else words[1]
-            assert cli.main([*words[1:], *further.get(verb, [])]) == 0, line
+            # The page's teacher is larger: half of this one's cost.
+            more = ["--gmac=0.00016"] if "--before_training" in words else further.get(verb, [])
+            assert cli.main([*words[1:], *more]) == 0, line
             done.append(words)
     return done
 
@@ -107,6 +111,17 @@ def test_training(place: pathlib.Path, digits_dir: str) -> None:
     verbs = ("models", "train", "evaluate", "checkpoint", "data", "plan")
     assert len(follow("training.md", small_digits(digits_dir), verbs)) == 13
     assert pathlib.Path("data/mine").is_dir()
+
+
+@pytest.mark.slow
+def test_choosing_a_speed(place: pathlib.Path, digits_dir: str) -> None:
+    words = [word for word in small_digits(digits_dir) if "stage_blocks" not in word]
+    assert len(follow("speed.md", [*words, "--config.model.stage_blocks=(1,1,1,1)"], times=3)) == 7
+    (snippet,) = code("speed.md")
+    exec(snippet)
+    # The proposal has the sizes of its teacher.
+    assert len(follow("speed.md", SHORT, times=1, first=3)) == 2
+    assert sit_jax.load("runs/proposed").vit.is_slimmed
 
 
 def crops(classes: int) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from sit_jax.cli import app as cli
 from sit_jax.errors import UserError
-from sit_jax.io.export import onnx_file
+from sit_jax.io.export import onnx_file, torch_model
 from sit_jax.io.load import load, read_weights
 from sit_jax.models import build_model
 from sit_jax.training.evaluate import evaluate_model
@@ -184,11 +184,39 @@ def test_the_digits_student_scores_the_same_in_every_format(
     weights = load(tmp_path / "model")
     assert weights.metadata["class_names"] == [str(digit) for digit in range(10)]
     assert weights.metadata["provenance"]["step"] == 2 * (1438 // 128)
-    assert set(weights.rtsm) == {f"blocks_{block}" for block in range(4)}
+    assert set(weights.rtsm) == {f"blocks_{block}" for block in range(2)}
     assert cli.main(["export", str(digits_run), str(tmp_path / "ema"), "--format", "folder", "--ema"]) == 0
     averaged = load(tmp_path / "ema")
     assert averaged.metadata["provenance"]["ema"] is True
     assert not np.allclose(averaged.params["head"]["kernel"], weights.params["head"]["kernel"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [(16, 6, 2), (16, 3, 1)])
+def test_token_schedules(kept: tuple[int, ...], tmp_path: pathlib.Path) -> None:
+    choices = ((16, 8, 4), (16, 6, 2), (16, 3, 1))
+    weights = random_weights.draw(
+        tiny.plain(image_size=64, stage_blocks=(1, 1, 2), kept_tokens_choices=choices), rtsm=True
+    )
+    weights.save(tmp_path / "whole", with_rtsm=True)
+    pixels = random_weights.pixels(weights.vit)
+    expected = np.asarray(weights.cut(kept)(pixels))
+    assert np.abs(expected - np.asarray(weights(pixels))).max() > 1e-2
+    for kind, place in {"folder": "model", "onnx": "m.onnx", "stablehlo": "m.stablehlo"}.items():
+        words = ["export", str(tmp_path / "whole"), str(tmp_path / place), "--format", kind]
+        assert cli.main([*words, "--kept_tokens", ",".join(map(str, kept))]) == 0
+        opened = load(tmp_path / place)
+        assert opened.arch.token_counts == kept  # type: ignore[union-attr]
+        np.testing.assert_allclose(opened(pixels), expected, atol=1e-4)
+    model = torch_model.load(tmp_path / "model")
+    with torch.inference_mode():
+        logits = model(model.normalize(torch.from_numpy(pixels)))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    # The folder of the whole model opens in PyTorch as well, and has the largest schedule.
+    whole = torch_model.load(tmp_path / "whole")
+    with torch.inference_mode():
+        logits = whole(whole.normalize(torch.from_numpy(pixels)))
+    np.testing.assert_allclose(logits, weights(pixels), atol=1e-4)
 
 
 @pytest.mark.slow

@@ -154,3 +154,11 @@ def test_refusals(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> Non
     for task in ("show", "verify"):
         text = refused(capsys, "checkpoint", task, "--workdir", run, "--step", "3")
         assert text.endswith("has no checkpoint 3; there are 2, 6, 8")
+
+
+def test_damaged_metrics(run: pathlib.Path, tmp_path: pathlib.Path, capsys: Any) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("*/metrics/*"):
+        path.write_text('{"x')
+    for task in ("list", "show", "verify"):
+        assert "damaged" in refused(capsys, "checkpoint", task, "--workdir", tmp_path / "run")

@@ -27,9 +27,10 @@ from sit_jax.config import Config
 from sit_jax.errors import PreemptedError, RunError
 from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.load import load_run
-from sit_jax.io.lock import locked
+from sit_jax.io.lock import lock_holder, locked
 from sit_jax.parallel.distributed import PreemptionMonitor
 from sit_jax.training.checkpoint import Checkpoints
+from sit_jax.training.loop import Extensions
 from sit_jax.training.loop import run as train
 from sit_jax.training.metrics import read_metrics
 
@@ -78,7 +79,7 @@ def kill(run: pathlib.Path, process: "subprocess.Popen[str]", whole: int, moment
 
 HOLDER = """
 import pathlib, sys
-from sit_jax.io.lock import locked
+from sit_jax.io.lock import lock_holder, locked
 with locked(pathlib.Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()
@@ -99,6 +100,12 @@ def test_one_trainer_in_a_folder(digits_config: Config, tmp_path: pathlib.Path) 
         other.kill()
     with locked(tmp_path), locked(tmp_path / "teacher"):  # The failed run and the killed process left no lock.
         pass
+    holders: list[str | None] = []
+    finish = Extensions(finish=lambda: holders.append(lock_holder(tmp_path / "teacher")))
+    assert digits_config.teacher is not None
+    train(digits_config.teacher_run(digits_config.teacher), tmp_path / "teacher", resume=True, extensions=finish)
+    assert holders == [f"process {os.getpid()} on {socket.gethostname()}"]
+    assert lock_holder(tmp_path / "teacher") is None
 
 
 @pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EROFS])

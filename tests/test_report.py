@@ -161,7 +161,7 @@ def test_run_that_goes_on(finished: pathlib.Path, tmp_path: pathlib.Path) -> Non
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 20, "kind": "tr')
     run = read_run(folder)
     assert ["15 of 22" in run.missing[0], run.missing[1].startswith("metrics.jsonl: ")] == [True, True]
-    cost = count_cost(tiny.STUDENT)
+    cost = count_cost(tiny.SLIMMED)
     expected = {"top1": json.loads(lines[2])["top1"], "params": cost.params, "gmac": cost.gmac, "images_per_s": None}
     assert run.entry("student") == expected
     text = report(folder, "--no_model")

@@ -157,7 +157,7 @@ def test_cnn_teacher_through_a_whole_run(config: Config, finished: pathlib.Path,
     assert config.teacher is not None
     cnn = TeacherConfig(model=ModelConfig(architecture=tiny.CNN), batch_size=128)
     given = dataclasses.replace(config.teacher, run=str(finished / "teacher"))
-    model = ModelConfig(architecture=dataclasses.replace(tiny.STUDENT, distillation_token=True))
+    model = ModelConfig(architecture=dataclasses.replace(tiny.SLIMMED, distillation_token=True))
     changed = dataclasses.replace(config, model=model, loss=Loss(hard=1.0), teacher=given, cnn_teacher=cnn, epochs=1)
     result = run(changed, tmp_path / "run")
     assert result["examples"] == 359
@@ -216,7 +216,7 @@ def test_refusals(finished: pathlib.Path, config: Config, tmp_path: pathlib.Path
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match="--resume"):
         run(config, finished)
-    other = dataclasses.replace(tiny.TEACHER, num_heads=4)
+    other = dataclasses.replace(tiny.TWO_BLOCKS, num_heads=4)
     teacher = TeacherConfig(model=ModelConfig(architecture=other), run=str(finished / "teacher"))
     with pytest.raises(ConfigError) as caught:
         run(dataclasses.replace(config, teacher=teacher), tmp_path / "other")

@@ -17,6 +17,8 @@ STUDENT = dataclasses.replace(TEACHER, stage_blocks=(1, 3), keep_ratio=0.5)
 # What compiles fastest: two blocks, and no BatchNorm.
 TWO_BLOCKS = dataclasses.replace(TEACHER, stem="patch", depth=2)
 SLIMMED = dataclasses.replace(TWO_BLOCKS, stage_blocks=(1, 1), keep_ratio=0.5)
+# Token schedules of an elastic student.
+CHOICES = ((4, 3), (4, 2), (4, 1))
 CNN = RegNetArchitecture(
     image_size=32, in_channels=1, num_classes=10, stem_width=4, widths=(8, 8), depths=(1, 1), group_width=4
 )
@@ -45,7 +47,7 @@ def folder_config(data: DataConfig, num_classes: int = 8, **changes: Any) -> Con
 
 def small(dtype: Any = "float32", student: Any = SLIMMED, teacher: Any = TWO_BLOCKS, **changes: Any) -> Config:
     """The same of two blocks."""
-    section = TeacherConfig(model=ModelConfig(architecture=teacher, dtype=dtype))
+    section = TeacherConfig(model=ModelConfig(architecture=teacher, dtype=dtype), batch_size=128)
     return config(**{"model": ModelConfig(architecture=student, dtype=dtype), "teacher": section, **changes})
 
 

@@ -3,15 +3,18 @@
 The protocol is documented in docs/benchmarks.md. `sit benchmark` and a run's summary use this module for all timings.
 """
 
+import contextlib
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
+
+from sit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +93,14 @@ def _all(timed: Timed, calls: int) -> float:
         result = timed.run(timed.buffers[index % len(timed.buffers)])
     jax.block_until_ready(result)
     return (time.perf_counter() - begun) / calls
+
+
+@contextlib.contextmanager
+def memory_errors(option: str, batch: int, device: str) -> Iterator[None]:
+    """Turns the error of a batch that does not fit a device's memory into a UserError that names the option."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        raise UserError(f"{option}: {batch} does not fit the memory of {device}") from None

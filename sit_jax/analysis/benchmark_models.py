@@ -12,6 +12,7 @@ from jax.stages import Wrapped as JitWrapped
 from jaxtyping import PyTree
 
 from sit_jax.analysis.benchmark import Timed
+from sit_jax.analysis.compilation import without_cache
 from sit_jax.analysis.flops import count_cost
 from sit_jax.errors import UserError
 from sit_jax.io.convert.load_params import expected_shapes
@@ -22,6 +23,7 @@ from sit_jax.io.runs import find_checkpoint
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Params, Variables
 from sit_jax.models.variants import VARIANTS
+from sit_jax.training.elastic import metric_key
 from sit_jax.training.metrics import evaluations, read_metrics
 
 _BUFFERS = 4
@@ -58,8 +60,19 @@ class BenchmarkModel:
         if self.model.config is None:
             return None
         folder, _ = find_checkpoint(pathlib.Path(self.model.source))
-        scores = [line["top1"] for line in evaluations(read_metrics(folder)) if "top1" in line]
+        trained, arch, key = self.model.config.model.architecture, self.model.arch, "top1"
+        if isinstance(arch, Architecture) and isinstance(trained, Architecture):
+            key = metric_key(key, trained.token_counts, arch.token_counts)
+        scores = [line[key] for line in evaluations(read_metrics(folder)) if key in line]
         return float(scores[-1]) if scores else None
+
+    def schedules(self) -> "list[BenchmarkModel]":
+        """Returns the model at each of the token schedules that it was trained for; the model itself if at one only."""
+        arch = self.model.arch
+        choices = arch.kept_tokens_choices if isinstance(arch, Architecture) and self.model.exported is None else ()
+        return [
+            BenchmarkModel(f"{self.name} {'/'.join(map(str, kept))}", self.model.cut(kept)) for kept in choices
+        ] or [self]
 
     def compile(self, batch: int, dtype: str) -> Compiled:
         """Compiles the model for a batch size and type of the matrix products; exported files keep their own type."""
@@ -100,7 +113,8 @@ def random_benchmark_model(name: str, arch: Architecture) -> BenchmarkModel:
 def _compile(forward: JitWrapped, weights: PyTree, images: list[np.ndarray]) -> Compiled:
     buffers = [jax.device_put(image) for image in images]
     begun = time.perf_counter()
-    compiled = forward.lower(weights, buffers[0]).compile()
+    with without_cache():
+        compiled = forward.lower(weights, buffers[0]).compile()
     seconds = time.perf_counter() - begun
     needs = compiled.memory_analysis()
     memory = None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
-from sit_jax.analysis.benchmark import Times, product_rate, time_interleaved
+from sit_jax.analysis.benchmark import Times, memory_errors, product_rate, time_interleaved
 from sit_jax.analysis.benchmark_models import BenchmarkModel, Compiled, open_benchmark_model
 from sit_jax.analysis.chips import PUBLISHED_FLOPS
 from sit_jax.analysis.table import cell, print_table
@@ -29,7 +29,12 @@ class Settings:
 
 
 def command(
-    names: Sequence[str], teacher: str | None, settings: Settings, as_json: bool, plot: pathlib.Path | None
+    names: Sequence[str],
+    teacher: str | None,
+    settings: Settings,
+    as_json: bool,
+    plot: pathlib.Path | None,
+    all_schedules: bool = False,
 ) -> None:
     """Times models and prints the result; implements `sit benchmark`.
 
@@ -41,7 +46,10 @@ def command(
     ordered = [first, *(name for name in names if name != first)]
     if len(set(names)) < len(names):
         raise UserError("MODEL: a model is named twice")
-    result = benchmark([open_benchmark_model(name) for name in ordered], settings)
+    models = [open_benchmark_model(name) for name in ordered]
+    if all_schedules:
+        models = [each for model in models for each in model.schedules()]
+    result = benchmark(models, settings)
     if plot is not None:
         draw(plot, result["rows"])
     if as_json:
@@ -63,17 +71,13 @@ def benchmark(models: Sequence[BenchmarkModel], settings: Settings) -> JsonObjec
     rows: list[JsonObject] = []
     for batch in settings.batch_sizes:
         compiled: dict[str, Compiled] = {}
-        try:
+        with memory_errors("--batch_sizes", batch, device.device_kind):
             for model in models:
                 _log(f"batch {batch}: compiling {model.name}")
                 compiled[model.name] = model.compile(batch, settings.dtype)
             _log(f"batch {batch}: {settings.rounds} rounds")
             timed = {name: each.timed for name, each in compiled.items()}
             times = time_interleaved(timed, settings.rounds, settings.seconds / settings.rounds)
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
-                raise
-            raise UserError(f"--batch_sizes: {batch} does not fit the memory of {device.device_kind}") from None
         rows += [_row(x, models[0], batch, compiled[x.name], times, peak, published) for x in models]
     return {
         "device": device.device_kind,

@@ -144,7 +144,7 @@ def verify(folder: pathlib.Path, step: int | None = None) -> Verdict:
     problems += [f"metrics: {name} is {x}" for name, x in contents.metrics.items() if not math.isfinite(x)]
     total = sum(array.bytes for array in contents.arrays)
     with (
-        silent_threads(),
+        silent_threads(),  # An error that `_read` catches may free its futures after the block there.
         open_checkpoints(folder, contents.step) as checkpointer,
         tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
     ):
@@ -171,7 +171,8 @@ def _read(
         for index, leaf in enumerate(leaves)
     ]
     try:
-        loaded = checkpointer.load_checkpointables(step, {part: jax.tree.unflatten(structure, wanted)})
+        with silent_threads():
+            loaded = checkpointer.load_checkpointables(step, {part: jax.tree.unflatten(structure, wanted)})
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if len(group) == 1:
             return {group[0]: f"cannot be read: {one_line(error)}"}

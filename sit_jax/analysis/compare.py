@@ -74,9 +74,10 @@ def compare(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path, parallel: int, 
         seconds: Measuring time of each model and batch size.
 
     Returns:
-        The contents of `compare.json`: `page`, `overrides`, `teacher`, `rows`, `measured`, `reported`, `notes` and
-        `failed`. A row is one reducer, keep ratio and objective, with `gmac`, `top1` (mean over the seeds, fraction of
-        1, None if all failed), `least`, `most`, `seeds` (seed -> top-1) and `images_per_s` (batch size -> images/s).
+        The contents of `compare.json`: `page`, `overrides`, `trained` (what the models are trained on, and how long),
+        `teacher`, `rows`, `measured`, `reported`, `notes` and `failed`. A row is one reducer, keep ratio and objective,
+        with `gmac`, `top1` (mean over the seeds, fraction of 1, None if all failed), `least`, `most`, `seeds` (seed ->
+        top-1) and `images_per_s` (batch size -> images/s).
 
     Raises:
         ConfigError: A value does not fit, or a run in the workdir has another configuration.
@@ -90,6 +91,7 @@ def compare(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path, parallel: int, 
         result = {
             "page": recipe.page,
             "overrides": list(recipe.overrides),
+            "trained": _training(next(iter(plan.configs.values()))),
             **_measure(plan, sweep, workdir, seconds),
             "reported": [entry._asdict() for entry in sweep.reported],
             "notes": plan.notes,
@@ -98,6 +100,12 @@ def compare(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path, parallel: int, 
         with runs.writing(workdir):
             runs.write_json(workdir / runs.COMPARE, result)
     return result
+
+
+def _training(config: Config) -> str:
+    """Returns a text about the training of a recipe: `digits, train, 4 epochs, batch 64`."""
+    epochs = "1 epoch" if config.epochs == 1 else f"{config.epochs} epochs"
+    return f"{config.data.name}, {config.data.train_split}, {epochs}, batch {config.batch_size}"
 
 
 def _train(recipe: Recipe, plan: Plan, workdir: pathlib.Path, slots: Sequence[str | None]) -> list[Failure]:

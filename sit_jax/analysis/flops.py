@@ -13,7 +13,9 @@ from sit_jax.config import Config
 from sit_jax.errors import ConfigError
 from sit_jax.models import reducer_params
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.cut import cut_architecture
 from sit_jax.models.reducers.base import find_reducer
+from sit_jax.training.elastic import largest_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,24 +114,29 @@ def count_step_macs(config: Config, tiles: Tiles = Tiles()) -> int:
     They are those of the student's forward pass and twice that for the backward pass, once more for recomputed parts
     (`remat`), the same for the reverse modules (never recomputed), and the teachers' forward passes.
 
-    Convolutional teachers are not included; see `plan`.
+    Convolutional teachers are not included; see `plan`. With several token schedules, it is the most expensive step.
     """
     arch = config.model.architecture
     if not isinstance(arch, Architecture):
         raise ConfigError("model", "only vision transformers can be counted")
+    trained = [cut_architecture(arch, kept) for kept in largest_step(config)] or [arch]
+    total = sum(_student_macs(config, each, tiles) for each in trained)
+    if config.used_teacher:
+        teacher = config.used_teacher.model.architecture
+        assert isinstance(teacher, Architecture)
+        total += sum(count_cost(teacher, tiles).macs.values())
+    return total
+
+
+def _student_macs(config: Config, arch: Architecture, tiles: Tiles) -> int:
+    """Returns the multiply-accumulates of the student and its reverse modules, forward and backward."""
     cost = count_cost(arch, tiles)
     total = 3 * sum(cost.macs.values()) - _first_layer(arch)  # The images need no gradient.
     if config.model.remat:
         total += cost.macs["attention"] + cost.macs["mlp"]
         inside = arch.is_slimmed and find_reducer(arch.reducer).place == "inside_block"
         total += inside * cost.macs["slimming"]
-    if config.recovered:
-        total += 3 * cost.rtsm_macs
-    if config.used_teacher:
-        teacher = config.used_teacher.model.architecture
-        assert isinstance(teacher, Architecture)
-        total += sum(count_cost(teacher, tiles).macs.values())
-    return total
+    return total + (3 * cost.rtsm_macs if config.recovered else 0)
 
 
 def padding(config: Config, tiles: Tiles = TPU_TILES) -> float:

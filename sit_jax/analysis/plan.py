@@ -3,20 +3,20 @@
 TPU slices use the compiler of libtpu, which needs no TPU; virtual devices use XLA's for CPUs.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from sit_jax.analysis.chips import Chip, Topology
+from sit_jax.analysis.compilation import without_cache
 from sit_jax.analysis.flops import count_step_macs, fuller_token_counts, padding
 from sit_jax.analysis.hlo import Collective, Traffic, read_traffic
 from sit_jax.config import Config
@@ -24,6 +24,7 @@ from sit_jax.errors import ConfigError, UserError, one_line
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import sharding
+from sit_jax.training.elastic import Schedule, largest_step
 from sit_jax.training.state import TrainState
 from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec, make_train_step
 
@@ -39,7 +40,9 @@ _NO_CHIP = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 # The two cores of a v4 chip are one device, as on a real slice; later chips are described so by default.
-_CHIP_CONFIG = {"v4": {"chip_config_name": "megacore"}}
+_MEGACORE: dict[str, object] = {"chip_config_name": "megacore"}
+# Hosts have four chips by default; a slice of one chip is a part of a host.
+_ONE_CHIP: dict[str, object] = {"chips_per_host_bounds": (1, 1, 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +88,9 @@ class Plan:
     `steps` is the total number, None if the number of examples is not known. `flops` (two per multiply-accumulate,
     counted from the architectures) and `memory_bytes` (transferred from and to the memory) are per device and step.
     `padding` is the fraction of the products on TPUs that fills tiles, `fuller_token_counts` as in analysis/flops.py.
-    If the step does not fit, `needed_bytes` is what the compiler requested, `largest_batch` the largest batch found to
-    fit in a few tries, and the fields from `memory` on are empty; virtual devices have no `bound`.
+    `token_schedules` are those of an elastic student's planned step, the most expensive one; all values are for it, the
+    days too. If the step does not fit, `needed_bytes` is what the compiler requested, `largest_batch` the largest batch
+    found to fit in a few tries, and the fields from `memory` on are empty; virtual devices have no `bound`.
     """
 
     topology: str
@@ -97,6 +101,7 @@ class Plan:
     flops: float
     padding: float | None
     fuller_token_counts: dict[int, tuple[int, ...]]
+    token_schedules: tuple[Schedule, ...] = ()
     fits: bool = False
     largest_batch: int | None = None
     needed_bytes: int | None = None
@@ -131,6 +136,7 @@ def plan(
     result = Plan(
         topology.name, topology.devices, dict(mesh.shape), config.batch_size, steps, flops,
         padding(config) if topology.chip else None, fuller_token_counts(arch) if topology.chip else {},
+        largest_step(config),
     )  # fmt: skip
     begun = time.monotonic()
     try:
@@ -178,7 +184,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
     from jax.experimental import topologies
 
     try:
-        options = _CHIP_CONFIG.get(topology.chip.name, {})
+        options = (_MEGACORE if topology.chip.name == "v4" else {}) | (_ONE_CHIP if topology.devices == 1 else {})
         slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
         return list(slice_.devices)
     except (RuntimeError, NotImplementedError, ValueError) as error:
@@ -187,12 +193,12 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
 
 
 def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
-    """Compiles the train step of a run for a mesh, whose devices may be absent."""
+    """Compiles the train step of a run for a mesh, whose devices may be absent; of several, the most expensive one."""
     spec = make_train_spec(config, steps_per_epoch=1000)
     state, batch, teachers = abstract_arguments(config, mesh)
-    lowered = make_train_step(spec, mesh).lower(state, batch, teachers)  # type: ignore[attr-defined]
+    lowered = make_train_step(spec, mesh, largest_step(config)).lower(state, batch, teachers)  # type: ignore[attr-defined]
     try:
-        with _without_cache():
+        with without_cache():
             compiled: jax.stages.Compiled = lowered.compile()
             return compiled
     except jax.errors.JaxRuntimeError as error:
@@ -202,21 +208,6 @@ def compile_step(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         leaves = jax.tree.leaves((state, teachers))
         fixed = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
         raise _TooLargeError(_requested_bytes(str(error), fixed), fixed) from None
-
-
-@contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """Keeps programs for unavailable devices out of JAX's persistent cache, which could not load them again."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # The cache reads the setting only once.
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
 
 
 def _cnn_teacher_flops(config: Config) -> float:

@@ -14,6 +14,7 @@ from sit_jax.errors import ConfigError, UserError
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import path_names
 from sit_jax.parallel import sharding
+from sit_jax.training.elastic import schedule_name
 from sit_jax.training.loop import resolve_num_classes
 from sit_jax.training.step import abstract_state, abstract_teachers, make_train_spec
 
@@ -70,7 +71,11 @@ def _rows(result: Plan) -> list[tuple[str, str, str]]:
     times = (bound.compute_s, bound.memory_s, bound.network_s) if bound else (None, None, None)
     compute, transfers, network = (cell(x and 1e3 * x, "at least {:.1f} ms") for x in times)
     available = f"of {memory.available / _GIB:.0f}" if memory.available else ""
-    rows = [
+    rows: list[tuple[str, str, str]] = []
+    if result.token_schedules:
+        names = ", ".join(map(schedule_name, result.token_schedules))
+        rows.append(("token schedules of the step", names, "the most expensive step; all values are its"))
+    rows += [
         ("memory per device, GiB", f"{memory.peak / _GIB:.2f}", available),
         ("  arguments", f"{memory.arguments / _GIB:.2f}", "state, teachers, batch"),
         ("  temporaries", f"{memory.temporaries / _GIB:.2f}", "activations, gradients"),

@@ -15,11 +15,13 @@ from sit_jax.config import Config, JsonObject
 from sit_jax.data.pipeline import eval_batches
 from sit_jax.data.registry import open_source
 from sit_jax.io import runs
+from sit_jax.io.checkpoint import stored_evaluation
 from sit_jax.io.load import load_run
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
 from sit_jax.parallel import distributed
-from sit_jax.training.evaluate import evaluate_features, evaluate_model
+from sit_jax.training.elastic import choices, metric_key, schedule_name
+from sit_jax.training.evaluate import evaluate_model, feature_comparison
 from sit_jax.training.init import given_teacher
 from sit_jax.training.metrics import evaluations, read_metrics
 from sit_jax.visual.token_maps import model_token_maps
@@ -41,29 +43,39 @@ def summarize(folder: pathlib.Path) -> JsonObject:
     `params`, `gmac` and `images_per_s`; with a teacher also `kept_accuracy` (student's top-1 over the teacher's),
     `gmac_ratio` (teacher's over the student's) and `speedup` (student's images/s over the teacher's); a ratio is None
     if its denominator is 0 or a value is missing. Without labels, there is no accuracy; the student has the entries of
-    `feature_metrics` instead.
+    `feature_metrics` instead. A student for several token schedules has `schedules`, the entries of each with its
+    `kept_tokens`.
     """
     student = load_run(folder)
     teacher = trained_teacher(student, folder)
     models = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     config = student.config
     assert config is not None
+    models |= {schedule_name(kept): student.cut(kept) for kept in choices(config)[1:]}
     source = open_source(config.data, config.data.eval_split)
     pixels = next(iter(eval_batches(config.inputs, source)))["image"]
     batch, dtype = len(pixels), config.model.dtype
     timed = {name: BenchmarkModel(name, model).compile(batch, dtype).timed for name, model in models.items()}
     times = time_interleaved(timed, rounds=15)
-    summary: JsonObject = {}
+    entries: JsonObject = {}
+    compare = None if config.loss.uses_labels else feature_comparison(teacher, config.data, student.source)
     for name, model in models.items():
-        summary[name] = {}
-        if config.loss.uses_labels:
-            summary[name]["top1"] = evaluate_model(model, match_names=False)["top1"]
-        elif name == "student":
-            summary[name] |= evaluate_features(model, teacher, config.data)
+        entries[name] = {}
+        if compare is None:
+            is_cut = name not in ("teacher", "student")
+            key = metric_key("top1", student.vit.token_counts, model.vit.token_counts) if is_cut else "top1"
+            entries[name]["top1"] = _top1(model, key)
+        elif name != "teacher":
+            entries[name] |= compare(model)
         if isinstance(model.arch, Architecture):
             cost = count_cost(model.arch)
-            summary[name] |= {"params": cost.params, "gmac": cost.gmac}
-        summary[name]["images_per_s"] = batch / times[name].seconds
+            entries[name] |= {"params": cost.params, "gmac": cost.gmac}
+        entries[name]["images_per_s"] = batch / times[name].seconds
+    summary: JsonObject = {name: entry for name, entry in entries.items() if name in ("teacher", "student")}
+    if choices(config):
+        students = {name: model for name, model in models.items() if name != "teacher"}
+        found = [{"kept_tokens": list(model.vit.token_counts), **entries[name]} for name, model in students.items()]
+        summary["schedules"] = found
     if "teacher" in summary:
         mine, theirs = summary["student"], summary["teacher"]
         if config.loss.uses_labels:
@@ -75,10 +87,24 @@ def summarize(folder: pathlib.Path) -> JsonObject:
         return summary
     with runs.writing(folder):
         runs.write_json(folder / runs.SUMMARY, summary)
-        folders = {name: pathlib.Path(model.source) for name, model in models.items()}
+        folders = {name: pathlib.Path(model.source) for name, model in models.items() if name in summary}
         draw_curves(folder, {name: path for name, path in folders.items() if runs.is_run(path)})
         _draw_examples(folder, student, pixels, source.class_names if config.loss.uses_labels else ())
     return summary
+
+
+def _top1(model: Model, key: str) -> float:
+    """Returns a model's accuracy: as the training has stored it for a run's newest checkpoint, if by the same data.
+
+    `key` is its name among the metrics of the checkpoint.
+    """
+    folder, step = runs.find_checkpoint(pathlib.Path(model.source))
+    is_newest = step is None and runs.is_run(folder)
+    if is_newest and model.config is not None and runs.read_config(folder).data == model.config.data:
+        stored = stored_evaluation(folder)
+        if key in stored:
+            return stored[key]
+    return evaluate_model(model, match_names=False)["top1"]
 
 
 def trained_teacher(student: Model, folder: pathlib.Path) -> Model | None:
@@ -102,9 +128,12 @@ def named_teacher(config: Config, class_names: Sequence[str] | None) -> Model:
 
 def print_summary(summary: JsonObject) -> None:
     """Prints a summary as a table on standard output."""
-    rows = []
-    for name in [name for name in ("teacher", "student") if name in summary]:
-        entry, compared = summary[name], summary if name == "student" else {}
+    rows: list[tuple[str, ...]] = []
+    named: JsonObject = {name: entry for name, entry in summary.items() if name in ("teacher", "student")}
+    for entry in summary.get("schedules", [])[1:]:
+        named[f"student, {'/'.join(map(str, entry['kept_tokens']))} tokens"] = entry
+    for name, entry in named.items():
+        compared = summary if name == "student" else {}
         rows.append(
             (
                 name,
@@ -144,7 +173,11 @@ def draw_curves(folder: pathlib.Path, folders: dict[str, pathlib.Path]) -> None:
         train = [line for line in lines if line["kind"] == "train"]
         _plot(losses, train, ("loss", "classification", "token", "feature", "logits", "hard"), log=True)
         losses.set(title=f"{name}: training loss (terms unweighted)", xlabel="step")
-        _plot(accuracies, evaluations(lines), ("top1", "ema_top1", "cosine", "agreement1", "agreement5"), log=False)
+        scores = evaluations(lines)
+        # `top1/4-2-1` is of an elastic student that is cut.
+        cut = dict.fromkeys(key for line in scores for key in line if key.startswith(("top1/", "cosine/")))
+        names = ("top1", "ema_top1", "cosine", "agreement1", "agreement5", *cut)
+        _plot(accuracies, scores, names, log=False)
         accuracies.set(
             title=f"{name}: accuracy or similarity to the teacher on the evaluation split", xlabel="step", ylabel="%"
         )

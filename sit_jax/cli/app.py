@@ -19,7 +19,7 @@ from sit_jax.errors import MissingProcessError, UserError, one_line
 # In the order of `sit --help`.
 VERBS = (
     "train", "plan", "evaluate", "convert", "slim", "export", "predict", "visualize", "demo", "report", "benchmark",
-    "compare", "models", "checkpoint", "data",
+    "compare", "tune", "models", "checkpoint", "data",
 )  # fmt: skip
 
 INTERRUPTED = 130

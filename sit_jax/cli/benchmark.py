@@ -18,6 +18,8 @@ def add_parser(verbs: Verbs) -> None:
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help=text)
     add("--seconds", type=above_0(1e6), default=3.0, help="measuring time of each model and batch size, in seconds")
     add("--rounds", metavar="N", type=positive, default=9, help="number of rounds; each times every model once")
+    text = "time models for several token schedules (model.kept_tokens_choices) at each of them"
+    add("--all_schedules", action="store_true", help=text)
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=pathlib.Path, metavar="FILE.png", help="plot accuracy (GMAC if unknown) over throughput")
 
@@ -28,4 +30,5 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.analysis.benchmark_table import Settings, command
 
     settings = Settings(arguments.batch_sizes, arguments.dtype, arguments.seconds, arguments.rounds)
-    command(arguments.models, arguments.teacher, settings, arguments.json, arguments.plot)
+    options = (arguments.json, arguments.plot, arguments.all_schedules)
+    command(arguments.models, arguments.teacher, settings, *options)

@@ -6,7 +6,16 @@ import pathlib
 from typing import Any
 
 from sit_jax.cli.runtime import join, keep_memory
-from sit_jax.cli.verb import ANY_MODEL, Verbs, above_0, add_checkpoint, add_option, add_processes, add_verb
+from sit_jax.cli.verb import (
+    ANY_MODEL,
+    Verbs,
+    above_0,
+    add_checkpoint,
+    add_kept_tokens,
+    add_option,
+    add_processes,
+    add_verb,
+)
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -17,6 +26,7 @@ def add_parser(verbs: Verbs) -> None:
     which.add_argument("source", nargs="?", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
     which.add_argument("--workdir", type=pathlib.Path, help="run folder, instead of MODEL")
     add_checkpoint(parser)
+    add_kept_tokens(parser)
     add("--name", help="another data set with the same classes, such as imagenet_v2; data.name of the run if not given")
     add("--split", dest="eval_split", metavar="SPLIT", help="split; data.eval_split of the run if not given")
     add("--data_dir", metavar="FOLDER", help="folder of the data set; data.data_dir of the run if not given")
@@ -40,16 +50,15 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.analysis.summary import feature_line, trained_teacher
     from sit_jax.io.load import load
     from sit_jax.io.runs import find_checkpoint
-    from sit_jax.training.evaluate import evaluate_features, evaluate_model
+    from sit_jax.training.evaluate import evaluate_model, feature_comparison
 
     keys = ("name", "eval_split", "data_dir", "val_fraction", "on_decode_error")
     changes = {key: value for key in keys if (value := getattr(arguments, key)) is not None}
     match_names = arguments.match_classes == "names"
     path = arguments.workdir or arguments.source
-    model = load(path, ema=arguments.ema, step=arguments.step)
+    model = load(path, ema=arguments.ema, step=arguments.step, kept_tokens=arguments.kept_tokens)
     data = model.evaluation_data(changes)
-    # A head that was trained without labels is evaluated on a data set that is named.
-    is_labelled = model.arch.num_classes and (model.config is None or model.config.loss.uses_labels or arguments.name)
+    is_labelled = model.is_labelled(named=arguments.name is not None)
     teacher = None if is_labelled and not arguments.probe else trained_teacher(model, find_checkpoint(path)[0])
     result: Any
     if arguments.probe:
@@ -57,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     elif is_labelled:
         result = evaluate_model(model, data, match_names)
     else:
-        result = evaluate_features(model, teacher, data)
+        result = feature_comparison(teacher, data, model.source)(model)
     if first and arguments.json:
         print(json.dumps(result))
     elif first and arguments.probe:

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_option, add_verb
+from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_kept_tokens, add_option, add_verb
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -22,6 +22,7 @@ def add_parser(verbs: Verbs) -> None:
         help="weights of the un-slimmed model in their own layout (source)",
     )
     add_checkpoint(parser)
+    add_kept_tokens(parser)
     text = "include the reverse modules (RTSM), which only training needs (folder, original)"
     add_option(parser, "--with_rtsm", "--with_reverse", action="store_true", help=text)
     add("--dtype", default="float32", choices=("float32", "float16"), help="dtype of the weights (onnx)")
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Writes the model in another format."""
     from sit_jax.io.export.export import export_model
 
-    names = ("ema", "step", "dtype", "raw_input", "licence", "like", "features", "grid")
+    names = ("ema", "step", "dtype", "raw_input", "licence", "like", "features", "grid", "kept_tokens")
     options = {name: getattr(arguments, name) for name in names}
     export_model(arguments.source, arguments.dest, arguments.format, with_rtsm=arguments.with_rtsm, **options)
     print(f"Written: {arguments.dest}")

@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from sit_jax.cli.runtime import keep_memory, reader_gone
-from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_images, add_verb, positive
+from sit_jax.cli.verb import ANY_MODEL, Verbs, add_checkpoint, add_images, add_kept_tokens, add_verb, positive
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -14,6 +14,7 @@ def add_parser(verbs: Verbs) -> None:
     parser.add_argument("source", metavar="MODEL", type=pathlib.Path, help=ANY_MODEL)
     add_images(parser, "+")
     add_checkpoint(parser)
+    add_kept_tokens(parser)
     parser.add_argument("--top", metavar="N", type=positive, default=5, help="classes printed per image, top-1 first")
     parser.add_argument("--format", default="table", choices=("table", "jsonl", "csv"), help="output format")
     parser.add_argument("--batch_size", metavar="N", type=positive, default=32, help="batch size")
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     from sit_jax.io.load import load
 
     images = find_images(arguments.images, read_lines(sys.stdin))
-    model = load(arguments.source, ema=arguments.ema, step=arguments.step)
+    model = load(arguments.source, ema=arguments.ema, step=arguments.step, kept_tokens=arguments.kept_tokens)
     if arguments.features is not None:
         write_features(model, images, arguments.features, arguments.batch_size)
         print(f"Written: {arguments.features}")

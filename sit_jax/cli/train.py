@@ -49,8 +49,11 @@ def run(arguments: argparse.Namespace) -> None:
         if teacher is None or teacher.run:
             raise ConfigError("--only_teacher", "needs a teacher section in the config, without teacher.run")
         config, workdir, label = config.teacher_run(teacher), workdir / "teacher", "teacher"
-    loop.run(config, workdir, arguments.resume, label=label)
-    summary = summarize(workdir)
-    if first:
-        print_summary(summary)
-        print(f"Written: summary.json, curves.png and the checkpoints, in {workdir}")
+
+    def finish() -> None:
+        summary = summarize(workdir)
+        if first:
+            print_summary(summary)
+            print(f"Written: summary.json, curves.png and the checkpoints, in {workdir}")
+
+    loop.run(config, workdir, arguments.resume, label, loop.Extensions(finish=finish))

@@ -71,7 +71,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Appends defaults to the help texts, except those that mean 'not given'."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default not in (None, False, "", 0, -1, [])
+        shown = action.default not in (None, False, "", 0, -1, [], ())
         return super()._get_help_string(action) if shown else action.help
 
 
@@ -99,6 +99,12 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that select a run's weights."""
     parser.add_argument("--ema", action="store_true", help="use the moving average of the weights (runs only)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (runs only); the newest if not given")
+
+
+def add_kept_tokens(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument that cuts a slimmed model to fewer tokens."""
+    text = "patch tokens of each stage, at most the model's; the first is the whole grid, as in 196,98,49,24"
+    parser.add_argument("--kept_tokens", metavar="N,N,...", type=integers, default=(), help=text)
 
 
 def add_images(parser: argparse.ArgumentParser, nargs: str) -> None:

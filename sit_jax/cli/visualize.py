@@ -3,7 +3,16 @@
 import argparse
 import pathlib
 
-from sit_jax.cli.verb import TRAINED_MODEL, Verbs, add_checkpoint, add_images, add_verb, integer, positive
+from sit_jax.cli.verb import (
+    TRAINED_MODEL,
+    Verbs,
+    add_checkpoint,
+    add_images,
+    add_kept_tokens,
+    add_verb,
+    integer,
+    positive,
+)
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -13,6 +22,7 @@ def add_parser(verbs: Verbs) -> None:
     add("source", metavar="MODEL", type=pathlib.Path, help=TRAINED_MODEL)
     add_images(parser, "*")
     add_checkpoint(parser)
+    add_kept_tokens(parser)
     add("--split", help="instead of IMAGE: draw the first images of this split of a data set, such as test")
     add("--name", help="with --split: name of the data set; data.name of the run if not given")
     text = "with --split: folder of the data set; data.data_dir of the run if not given"
@@ -36,4 +46,5 @@ def run(arguments: argparse.Namespace) -> None:
     figures = arguments.output or (FIGURES if arguments.arrays is None else None)
     output = OutputSettings(figures, arguments.arrays, arguments.tokens, arguments.dpi, arguments.batch_size)
     data = {"split": arguments.split, "name": arguments.name, "data_dir": arguments.data_dir}
-    command(arguments.source, arguments.images, output, data, arguments.limit, arguments.ema, arguments.step)
+    selected = (arguments.ema, arguments.step, arguments.kept_tokens)
+    command(arguments.source, arguments.images, output, data, arguments.limit, *selected)

@@ -23,6 +23,7 @@ ON_RESUME: dict[str, Effect] = {
     "model.remat": "free",
     "model.attention": "free",
     "epochs": "later",
+    "elastic_rule": "later",
     "optim": "later",
     "loss": "later",
     "augment": "later",

@@ -1,7 +1,6 @@
 """The configuration of a run, as frozen dataclasses.
 
-Configs are written as `ml_collections.ConfigDict`s (one file each, in `configs/`). `from_config_dict` validates them
-once, when they are loaded, and returns a `Config`.
+Configs are `ml_collections.ConfigDict`s (one file each, in `configs/`), which `from_config_dict` validates once.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ from sit_jax.models.regnet import RegNetArchitecture
 
 # An object of a JSON file.
 JsonObject = dict[str, Any]
-# A word or a path; `_check_training` refuses an empty one.
+# A word or a path.
 InitialWeights = Annotated[UserPath, BeforeValidator(lambda value: "" if value is None else value)]
 
 
@@ -232,6 +231,8 @@ class Config:
         eval_batch_size: Global batch size of the evaluation, which is rounded up to a multiple of the devices.
         eval_every_epochs: Epochs between two evaluations; the last step is always evaluated.
         init: Initial weights: `teacher` (random if there is none), `random`, or a run directory.
+        elastic_rule: Which of `model.kept_tokens_choices` a step trains: `random`, one; `sandwich`, the largest, the
+            smallest and one between: three passes of the student.
         optim: Optimizer and schedule.
         loss: Weights of the loss terms.
         teacher: The un-slimmed teacher, if any.
@@ -251,6 +252,7 @@ class Config:
     eval_batch_size: Count = 64
     eval_every_epochs: Count = 1
     init: InitialWeights = "teacher"
+    elastic_rule: Literal["random", "sandwich"] = "random"
     optim: OptimConfig = OptimConfig()
     loss: LossConfig = LossConfig()
     teacher: TeacherConfig | None = None
@@ -262,6 +264,8 @@ class Config:
     def __post_init__(self) -> None:
         arch = self.model.architecture
         _check_training(self)
+        is_elastic = isinstance(arch, Architecture) and bool(arch.kept_tokens_choices)
+        require(is_elastic or self.elastic_rule == "random", "elastic_rule", "needs model.kept_tokens_choices")
         if self.loss.needs_teacher:
             problem = "must be set if loss.token, loss.feature or loss.logits is above 0"
             require(self.teacher is not None, "teacher", problem)
@@ -289,9 +293,8 @@ class Config:
         require(self.teacher is not None, "teacher", problem)
         for name, teacher in self.teachers.items():
             require(bool(teacher.run), f"{name}.run", "must name trained weights if loss.classification is 0")
-        if not self.model.architecture.num_classes:
-            for name in ("logits", "hard", "token_label"):
-                require(getattr(loss, name) == 0, f"loss.{name}", "needs a head, but model.num_classes is 0")
+        for name in ("logits", "hard", "token_label") if not self.model.architecture.num_classes else ():
+            require(getattr(loss, name) == 0, f"loss.{name}", "needs a head, but model.num_classes is 0")
 
     def _check_teacher(self, arch: Architecture | RegNetArchitecture, teacher: object) -> None:
         is_vit = isinstance(arch, Architecture) and isinstance(teacher, Architecture) and not teacher.is_slimmed
@@ -300,9 +303,8 @@ class Config:
         assert isinstance(teacher, Architecture)
         if self.loss.feature > 0 or not self.loss.uses_labels:
             mine, theirs = arch.feature_dim, teacher.feature_dim
-            require(
-                mine == theirs, "loss.feature", f"needs features of one width, got {mine} and the teacher's {theirs}"
-            )
+            problem = f"needs features of one width, got {mine} and the teacher's {theirs}"
+            require(mine == theirs, "loss.feature", problem)
         if self.loss.token > 0 or self.init == "teacher":
             for name in ("image_size", "patch_size", "dim", "depth", "num_classes", "in_channels"):
                 mine, theirs = getattr(arch, name), getattr(teacher, name)
@@ -318,6 +320,7 @@ class Config:
             optim=teacher.optim,
             loss=LossConfig(label_smoothing=teacher.label_smoothing),
             init=teacher.init,
+            elastic_rule="random",
             teacher=None,
             cnn_teacher=None,
         )
@@ -325,8 +328,7 @@ class Config:
     @property
     def teachers(self) -> dict[str, TeacherConfig]:
         """The teachers of the run, by the name of their section."""
-        both = {"teacher": self.teacher, "cnn_teacher": self.cnn_teacher}
-        return {name: teacher for name, teacher in both.items() if teacher is not None}
+        return {name: x for name, x in (("teacher", self.teacher), ("cnn_teacher", self.cnn_teacher)) if x is not None}
 
     @property
     def recovered(self) -> Architecture | None:
@@ -363,10 +365,8 @@ class Config:
     @property
     def scaled_optim(self) -> OptimConfig:
         """The optimizer section with the learning rate scaled to the run's batch size."""
-        optim = self.optim
-        if not optim.lr_batch_size:
-            return optim
-        return dataclasses.replace(optim, lr=optim.lr * self.batch_size / optim.lr_batch_size, lr_batch_size=0)
+        optim, size = self.optim, self.optim.lr_batch_size
+        return dataclasses.replace(optim, lr=optim.lr * self.batch_size / size, lr_batch_size=0) if size else optim
 
     @property
     def needs_classes(self) -> bool:

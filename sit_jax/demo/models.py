@@ -22,7 +22,7 @@ from sit_jax.errors import NotFiniteError, UserError
 from sit_jax.io.load import load
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.trees import Params
+from sit_jax.models.cut import can_cut, scaled_schedule
 from sit_jax.training.metrics import nearest_neighbours, unit_vectors
 from sit_jax.visual.model_input import ModelInput, preprocess
 from sit_jax.visual.token_maps import TokenMaps, model_token_maps
@@ -38,14 +38,13 @@ _FACTORS = (0.8, 0.6, 0.4)
 Counts = tuple[int, ...]
 
 
-def keeps(arch: Architecture) -> dict[str, Counts]:
-    """Returns label -> tokens that each slimming module keeps: as trained, then for smaller keep ratios, at least 1."""
-    trained = arch.token_counts[1:]
-    found = {trained: "as trained"}
-    for factor in _FACTORS:
-        counts = tuple(max(1, int(count * factor ** (stage + 1))) for stage, count in enumerate(trained))
-        ratio = f"keep ratio {arch.keep_ratio * factor:.2g}" if arch.keep_ratio else f"{factor:.0%} per module"
-        found.setdefault(counts, ratio)
+def keeps(arch: Architecture, fewer: bool = True) -> dict[str, Counts]:
+    """Returns label -> tokens that each reducer keeps: as trained, then, if `fewer`, for smaller keep ratios."""
+    found = {counts[1:]: "as trained" for counts in arch.kept_tokens_choices or (arch.token_counts,)}
+    for factor in _FACTORS if fewer and not arch.kept_tokens_choices else ():
+        given = arch.keep_ratio if not arch.kept_tokens else None
+        ratio = f"keep ratio {given * factor:.2g}" if given else f"{factor:.0%} per module"
+        found.setdefault(scaled_schedule(arch.token_counts, factor)[1:], ratio)
     return {f"{label}: {tokens_in_words(counts)}": counts for counts, label in found.items()}
 
 
@@ -54,32 +53,17 @@ def tokens_in_words(counts: Counts) -> str:
     return f"{'/'.join(map(str, counts))} {'token' if counts == (1,) else 'tokens'}"
 
 
-def with_fewer_tokens(arch: Architecture, params: Params, counts: Counts) -> tuple[Architecture, Params]:
-    """Returns a model whose slimming modules output only the first of their tokens, at most as many as trained.
-
-    Each kept token has its own column in the assignment, a softmax over the input tokens that is independent of the
-    other columns, and no weight after a slimming module depends on the number of tokens. Thus columns can be removed,
-    and for the same input the other tokens do not change. The model was not trained for this: the accuracy decreases.
-    """
-    fewer = dict(params)
-    for block, count in zip(arch.slimming, counts, strict=True):
-        module = params[f"slimming_{block}"]
-        last = {name: values[..., :count] for name, values in module["fc2"].items()}
-        fewer[f"slimming_{block}"] = {**module, "fc2": last}
-    return dataclasses.replace(arch, keep_ratio=None, kept_tokens=(arch.num_patches, *counts)), fewer
-
-
 class DemoModel:
     """A model of the page.
 
-    `keeps` are the selectable token counts of its slimming modules, the trained ones first, and empty without such
-    modules. `labels` are its class names; duplicates have their index appended. With a `gallery`, the model shows the
-    most similar of its images instead of classes.
+    `keeps` are the selectable token counts of its reducers, the trained ones first, and empty without reducers.
+    `labels` are its class names; duplicates have their index appended. With a `gallery`, the model shows the most
+    similar of its images instead of classes.
     """
 
     def __init__(self, model: Model, gallery: Gallery | None = None) -> None:
         self.model, self.gallery = model, gallery
-        self.keeps = keeps(model.vit) if model.vit.is_slimmed and model.vit.reducer == "slim" else {}
+        self.keeps = keeps(model.vit, can_cut(model.vit, model.params)) if model.vit.is_slimmed else {}
         times = collections.Counter(model.class_names)
         self.labels = [f"{x} ({n})" if times[x] > 1 else x for n, x in enumerate(model.class_names)]
 
@@ -134,8 +118,7 @@ class DemoModel:
     def _with(self, counts: Counts | None) -> Model:
         if counts is None or counts == self.model.vit.token_counts[1:]:
             return self.model
-        arch, params = with_fewer_tokens(self.model.vit, self.model.params, counts)
-        return dataclasses.replace(self.model, arch=arch, variables={**self.model.variables, "params": params})
+        return self.model.cut((self.model.vit.num_patches, *counts))
 
 
 class DemoModels(NamedTuple):
@@ -164,7 +147,7 @@ def open_demo_models(
     models = DemoModels(*({name: DemoModel(x, gallery) for name, x in group.items()} for group in (opened, given)))
     for name, student in models.students.items():
         if not student.keeps:
-            raise UserError(f"--student: {name} has no slimming modules; give it as --teacher")
+            raise UserError(f"--student: {name} is not slimmed; give it as --teacher")
     for model in (*models.students.values(), *models.teachers.values()) if gallery else ():
         model.gallery_vectors(None)  # The first image would wait for them.
     return models

@@ -24,10 +24,10 @@ A student keeps fewer and fewer tokens. Drop an image: {answer}, and the maps sh
 tokens is made of. The image stays on the machine that serves this page."""
 _CLASSIFY = "both models classify it"
 _COMPARE = "each model finds the most similar of {count} images by its features, with their cosine similarity"
-_WHY_FEWER = """Each token has its own weights, and no weight after a slimming module depends on the number of tokens:
-fewer tokens need no other weights. More are not possible. The model was not trained for fewer, which costs accuracy."""
+_WHY_FEWER = """The tokens of a slimming module do not depend on each other, and other reducers have no weights: fewer
+tokens need no other weights. More are not possible. A model that was not trained for fewer loses accuracy."""
 _TOKENS = "Where each token looks, and how many patches it is made of"
-_WHY_NOT = "No other number of tokens: each of this model's slimming modules makes a single one."
+_WHY_NOT = "No other number of tokens: each of this model's reducers makes a single one, or cannot be cut."
 _SANS_SERIF = ["system-ui", "-apple-system", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]
 _MONOSPACE = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 

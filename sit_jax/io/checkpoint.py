@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import logging
 import math
 import pathlib
@@ -51,19 +52,28 @@ def open_checkpoints(workdir: pathlib.Path, step: int | None = None) -> Iterator
     """Opens Orbax's checkpointer of a run directory for reading; nothing is modified.
 
     Raises:
-        RunError: There is no checkpoint, or none of that step.
+        RunError: There is no checkpoint, none of that step, or the metrics of one are damaged.
     """
     if not (workdir / FOLDER).is_dir():
         raise RunError(f"{workdir} has no checkpoint")
     with contextlib.ExitStack() as stack:
-        with silent_threads():  # Orbax warns of steps without metadata.
-            checkpointer = stack.enter_context(ocp.training.Checkpointer((workdir / FOLDER).absolute()))
-            steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        try:
+            with silent_threads():  # Orbax warns of steps without metadata.
+                checkpointer = stack.enter_context(ocp.training.Checkpointer((workdir / FOLDER).absolute()))
+                steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        except json.JSONDecodeError as error:
+            raise RunError(f"{workdir}: the metrics of a checkpoint are damaged: {one_line(error)}") from None
         if not steps:
             raise RunError(f"{workdir} has no checkpoint")
         if step is not None and step not in steps:
             raise RunError(f"{workdir} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
         yield checkpointer
+
+
+def stored_evaluation(workdir: pathlib.Path) -> dict[str, float]:
+    """Returns the metrics of the newest checkpoint's evaluation; empty if it was not evaluated."""
+    with open_checkpoints(workdir) as checkpointer:
+        return dict(checkpointer.latest.metrics or {})
 
 
 def load_variables(
@@ -83,10 +93,9 @@ def load_variables(
             with silent_threads():
                 loaded = checkpointer.load_checkpointables(chosen, {part: wanted})
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            with silent_threads():
-                problem = f"does not hold this {part}: {one_line(error)}"
-                if is_damaged(checkpointer, chosen, part, wanted):
-                    problem = f"{DAMAGED}; {way_out(checkpointer, chosen, (part,))}"
+            problem = f"does not hold this {part}: {one_line(error)}"
+            if is_damaged(checkpointer, chosen, part, wanted):
+                problem = f"{DAMAGED}; {way_out(checkpointer, chosen, (part,))}"
             raise RunError(f"checkpoint {chosen} in {workdir} {problem}") from None
     _check_finite(loaded[part], f"checkpoint {chosen} in {workdir}")
     return dict(loaded[part]), chosen
@@ -95,7 +104,8 @@ def load_variables(
 def stored_items(checkpointer: Any, step: int) -> dict[str, PyTree]:
     """Returns the items of a checkpoint whose metadata are readable; they are not after an interrupted removal."""
     try:
-        there = checkpointer.checkpointables_metadata(step).metadata
+        with silent_threads():
+            there = checkpointer.checkpointables_metadata(step).metadata
         return {name: item for name, item in there.items() if item is not None}
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
         return {}
@@ -164,7 +174,10 @@ def rename_keys(tree: PyTree, old: str, new: str) -> PyTree:
 
 @contextlib.contextmanager
 def silent_threads() -> Iterator[None]:
-    """Suppresses the hundreds of tracebacks of TensorStore's reads of a damaged file, and Orbax's log messages."""
+    """Suppresses the hundreds of tracebacks of TensorStore's reads of a damaged file, and Orbax's log messages.
+
+    The error of a read must leave the block: an error that is caught inside needs a block of its own around the read.
+    """
     loggers = [logging.getLogger(name) for name in ("asyncio", "absl")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     for logger in loggers:
@@ -172,8 +185,10 @@ def silent_threads() -> Iterator[None]:
     sys.unraisablehook = lambda _: None
     try:
         yield
-    finally:
+    except Exception:
         gc.collect()  # Futures that were not awaited log their errors when they are garbage-collected.
+        raise
+    finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,13 @@ from sit_jax.io.suffixes import ONNX, STABLEHLO
 from sit_jax.models import abstract_variables
 
 
-def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, with_rtsm: bool = False) -> Model:
+def load(
+    path: str | pathlib.Path,
+    ema: bool = False,
+    step: int | None = None,
+    with_rtsm: bool = False,
+    kept_tokens: Sequence[int] = (),
+) -> Model:
     """Loads the model at a path: the only way to open one.
 
     Args:
@@ -32,14 +38,21 @@ def load(path: str | pathlib.Path, ema: bool = False, step: int | None = None, w
         ema: Use the moving average instead of the weights.
         step: Step of a run's checkpoint; the newest if None.
         with_rtsm: Also read the reverse modules.
+        kept_tokens: Patch tokens of each stage that a slimmed model is cut to, without training; see `Model.cut`. The
+            first is the whole grid. Empty for the tokens that it has.
 
     Returns:
         The model, with its arrays on the default device, and all entries of `preprocessing` set in its metadata.
 
     Raises:
         UserError: The path is none of these or is damaged, an option does not apply to it, or a package is missing.
+        ConfigError: `kept_tokens` does not fit the model.
     """
-    path = pathlib.Path(os.path.expanduser(path))
+    model = _load(pathlib.Path(os.path.expanduser(path)), ema, step, with_rtsm)
+    return model.cut(kept_tokens) if len(kept_tokens) else model
+
+
+def _load(path: pathlib.Path, ema: bool, step: int | None, with_rtsm: bool) -> Model:
     if not path.exists():
         raise UserError(f"{path}: there is no such file or folder")
     if is_run(path):

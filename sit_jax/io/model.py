@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -20,6 +20,7 @@ from sit_jax.io.metadata import data_config, evaluated_on
 from sit_jax.io.model_folder import write_folder
 from sit_jax.models import build_model
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.cut import cut_architecture, cut_params, cut_rtsm
 from sit_jax.models.features import Features, Grid
 from sit_jax.models.regnet import RegNetArchitecture
 from sit_jax.models.trees import Params, Variables
@@ -126,6 +127,14 @@ class Model:
         if not self.arch.num_classes:
             raise UserError(f"{self.source}: is a backbone without a head, which predicts no classes")
 
+    def is_labelled(self, named: bool = False) -> bool:
+        """Returns whether the model is evaluated by its head and labels.
+
+        Args:
+            named: Whether the data set was named by the user; then a head that was trained without labels is, too.
+        """
+        return self.arch.num_classes > 0 and (named or self.config is None or self.config.loss.uses_labels)
+
     @property
     def params(self) -> Params:
         """The parameters, without those of the reverse modules."""
@@ -175,6 +184,25 @@ class Model:
         if self.config is None and not evaluated_on(self.metadata) and "name" not in changes:
             raise UserError("--name: which data set? The model does not say what it was trained on")
         return dataclasses.replace(self.data, **changes)
+
+    def cut(self, kept_tokens: Sequence[int]) -> "Model":
+        """Returns the model cut to fewer tokens, without training: reducers give only their first tokens.
+
+        Args:
+            kept_tokens: Patch tokens of each stage, at most as many as in `arch.token_counts`. For one of
+                `arch.kept_tokens_choices`, the model was trained; for others, expect a loss of accuracy.
+
+        Raises:
+            ConfigError: `kept_tokens` does not fit the model, or its reducers cannot be cut.
+            UserError: The model is an exported file or not a vision transformer.
+        """
+        arch = self.vit
+        return dataclasses.replace(
+            self,
+            arch=cut_architecture(arch, kept_tokens),
+            variables={**self.variables, "params": cut_params(arch, self.params, kept_tokens)},
+            rtsm=cut_rtsm(arch, self.rtsm, kept_tokens),
+        )
 
     def save(self, folder: str | pathlib.Path, with_rtsm: bool = False) -> None:
         """Writes a model folder, which `sit_jax.load`, the `sit` commands and PyTorch read.

@@ -1,6 +1,7 @@
 """Architectures as plain values, used by the modules, the cost counter, the converters and the configs."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
@@ -71,6 +72,8 @@ class Architecture:
         reducer: Module that reduces the patch tokens between stages: `slim` (token slimming, of the paper), another
             registered name, or `MODULE:CLASS`.
         kept_tokens: Explicit patch tokens per stage, the first of which is the whole grid; overrides `keep_ratio`.
+        kept_tokens_choices: Token schedules that one model is trained for, from the largest, which is also
+            `kept_tokens`, to the smallest; empty for a model with one schedule. See `sit_jax.models.cut`.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -107,11 +110,16 @@ class Architecture:
     stage_blocks: tuple[int, ...] = ()
     keep_ratio: float | None = None
     kept_tokens: tuple[int, ...] = ()
+    kept_tokens_choices: tuple[tuple[int, ...], ...] = ()
     reducer: str = "slim"
 
     def __post_init__(self) -> None:
         for name in ("stage_blocks", "kept_tokens"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        choices = tuple(tuple(counts) for counts in self.kept_tokens_choices)
+        object.__setattr__(self, "kept_tokens_choices", choices)
+        if choices and not self.kept_tokens:
+            object.__setattr__(self, "kept_tokens", choices[0])
         if not isinstance(self.image_size, int):
             size = tuple(self.image_size)
             require(len(size) == 2, "image_size", f"must be one number, or height and width, got {self.image_size!r}")
@@ -165,8 +173,11 @@ class Architecture:
         blocks, counts, ratio = self.stage_blocks, self.kept_tokens, self.keep_ratio
         if not blocks:
             require(ratio is None, "keep_ratio", "is given, but stage_blocks is empty")
-            require(not counts, "kept_tokens", "is given, but stage_blocks is empty")
+            given = "kept_tokens_choices" if self.kept_tokens_choices else "kept_tokens"
+            require(not counts, given, "is given, but stage_blocks is empty")
             return
+        if self.kept_tokens_choices:
+            self._check_choices()
         total, patches = sum(blocks), self.num_patches
         require(min(blocks) >= 1, "stage_blocks", f"{blocks} has a stage with no block")
         require(total == self.depth, "stage_blocks", f"{blocks} adds up to {total}, but depth is {self.depth}")
@@ -177,11 +188,26 @@ class Architecture:
             problem = f"{ratio} leaves fewer than one token in some stage: {counts} of {patches}"
             require(min(counts) >= 1, "keep_ratio", problem)
             return
-        require(len(counts) == len(blocks), "kept_tokens", f"has {len(counts)} entries for {len(blocks)} stages")
-        problem = f"must begin with the {patches} tokens of the grid, got {counts[0]}"
-        require(counts[0] == patches, "kept_tokens", problem)
+        self._check_schedule("kept_tokens", counts)
+
+    def _check_schedule(self, name: str, counts: tuple[int, ...]) -> None:
+        stages, patches = len(self.stage_blocks), self.num_patches
+        require(len(counts) == stages, name, f"has {len(counts)} entries for {stages} stages")
+        require(counts[0] == patches, name, f"must begin with the {patches} tokens of the grid, got {counts[0]}")
         falling = list(counts) == sorted(counts, reverse=True)
-        require(falling and counts[-1] >= 1, "kept_tokens", f"{counts} must fall, and keep at least one token")
+        require(falling and counts[-1] >= 1, name, f"{counts} must fall, and keep at least one token")
+
+    def _check_choices(self) -> None:
+        name, choices = "kept_tokens_choices", self.kept_tokens_choices
+        require(len(self.stage_blocks) > 1, name, "needs a slimmed model: stage_blocks has one stage")
+        for counts in choices:
+            self._check_schedule(name, counts)
+        for larger, counts in itertools.pairwise(choices):
+            fits = all(mine <= most for mine, most in zip(counts, larger, strict=True))
+            require(fits, name, f"{counts} must be at most the one before, {larger}, in each stage")
+        require(1 < len(choices) == len(set(choices)), name, f"must be at least two different schedules, got {choices}")
+        problem = f"must be empty or the first of kept_tokens_choices, {choices[0]}, got {self.kept_tokens}"
+        require(self.kept_tokens == choices[0], "kept_tokens", problem)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -278,7 +304,13 @@ class Architecture:
     def without_slimming(self) -> "Architecture":
         """Returns the teacher's architecture: the same without slimming modules and without distillation token."""
         return dataclasses.replace(
-            self, stage_blocks=(), keep_ratio=None, kept_tokens=(), reducer="slim", distillation_token=False
+            self,
+            stage_blocks=(),
+            keep_ratio=None,
+            kept_tokens=(),
+            kept_tokens_choices=(),
+            reducer="slim",
+            distillation_token=False,
         )
 
 

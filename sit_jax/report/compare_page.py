@@ -113,8 +113,18 @@ def _speed_chart(result: JsonObject, batch: str) -> Chart:
 def _chart(key: str, title: str, label: str, data: list[JsonObject]) -> Chart:
     front = next(trace for trace in data if trace["name"] == _FRONT)
     summary = f"On the Pareto front: {'; '.join(front['text'])}."
-    layout = {"xaxis": axis(label), "yaxis": axis("top-1 in %"), "height": 480}
+    layout = {"xaxis": axis(label), "yaxis": axis("top-1 in %", **_frame(data)), "height": 480}
     return Chart(key, title, html.unescape(summary), figure(data, layout))
+
+
+def _frame(data: list[JsonObject]) -> JsonObject:
+    """Returns the range of the accuracies, without untrained models that are far below all others."""
+    drawn = {trace["name"]: trace["y"] for trace in data if trace["name"] != _FRONT}
+    trained = [y for name, values in drawn.items() if not name.endswith(", untrained") for y in values]
+    margin = 0.2 * (max(trained) - min(trained))
+    least = min(trained) - margin
+    everything = [y for values in drawn.values() for y in values]
+    return {"range": [least, max(everything) + margin]} if margin and min(everything) < least else {}
 
 
 def _traces(result: JsonObject, value: Callable[[JsonObject], float], more_is_better: bool) -> list[JsonObject]:

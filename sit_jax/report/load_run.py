@@ -16,9 +16,11 @@ from sit_jax.analysis.flops import count_cost
 from sit_jax.config import Config, JsonObject
 from sit_jax.config.config_dict import from_config_dict
 from sit_jax.errors import UserError, one_line
-from sit_jax.io.checkpoint import FOLDER, silent_threads
+from sit_jax.io.checkpoint import FOLDER
 from sit_jax.io.runs import CONFIG, SUMMARY, is_run
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.cut import cut_architecture
+from sit_jax.training.elastic import choices, metric_key
 from sit_jax.training.metrics import MetricLines, evaluations, scan_metrics
 
 _METRICS = "metrics.jsonl"
@@ -109,6 +111,32 @@ class RunInfo:
         return {key: known.get(key) for key in ("top1", "params", "gmac", "images_per_s")}
 
     @property
+    def schedules(self) -> list[dict[str, float | str | None]]:
+        """Accuracy or similarity and cost of each token schedule of the student, None if unknown.
+
+        The accuracies are those of the last evaluation. Empty for a student with one schedule.
+        """
+        if self.config is None:
+            return []
+        arch, last = self.architecture("student"), self.scores[-1] if self.scores else {}
+        stored = self.summary.get("schedules")
+        measured = [x for x in stored if isinstance(x, dict)] if isinstance(stored, list) else []
+        rows: list[dict[str, float | str | None]] = []
+        for kept in choices(self.config):
+            assert arch is not None
+            cut = cut_architecture(arch, kept)
+            found = next((x for x in measured if x.get("kept_tokens") == list(kept)), {})
+            rows.append(
+                {
+                    "tokens": "/".join(map(str, kept)),
+                    **{key: finite(last.get(metric_key(key, arch.token_counts, kept))) for key in ("top1", "cosine")},
+                    "gmac": count_cost(cut).gmac if arch.num_classes or not self.has_labels else None,
+                    "images_per_s": finite(found.get("images_per_s")),
+                }
+            )
+        return rows
+
+    @property
     def teacher_config(self) -> Config | None:
         """The configuration of the teacher's training; None without a teacher."""
         if self.config is None or self.config.teacher is None:
@@ -155,10 +183,9 @@ def read_run(folder: pathlib.Path, name: str = "", is_teacher: bool = False) -> 
     if wrong and str(evaluated[-1]["step"]) in wrong and isinstance(summary.get("student"), dict):
         summary["student"]["top1"] = None  # Older versions counted correct predictions differently.
     metadata: JsonObject = {}
-    with silent_threads():
-        checkpoints: list[Entry] = attempt(lambda: list_checkpoints(folder), [], missing, "The checkpoints")
-        if checkpoints:
-            metadata = attempt(lambda: read_contents(folder).metadata, metadata, missing, "The newest checkpoint")
+    checkpoints: list[Entry] = attempt(lambda: list_checkpoints(folder), [], missing, "The checkpoints")
+    if checkpoints:
+        metadata = attempt(lambda: read_contents(folder).metadata, metadata, missing, "The newest checkpoint")
     run = RunInfo(
         name=name or folder.resolve().name,
         folder=folder,

@@ -33,6 +33,10 @@ from sit_jax.training.state import TrainState, has_finite_weights
 
 _keep = ocp.training.preservation_policies
 _when = ocp.training.save_decision_policies
+# Devices with the same array share writing it only if each has a part of this size: without a limit Orbax slices every
+# bias. Saving DeiT-S from 8 devices blocks training for 0.3 s instead of 1.4 s, and takes 2.7 s instead of 4.9 s.
+_SHARED_PART = 2**20
+_SHARING_DEVICES = 16
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
@@ -47,11 +51,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """Opens the checkpoints of a run directory, of which the `keep` newest and the best one are kept."""
         best = _keep.BestN(get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False)
         logging.getLogger("absl").addFilter(_is_news)
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SHARED_PART
+        context.array.saving.max_replicas_for_replica_parallel = _SHARING_DEVICES
         self._checkpointer = ocp.training.Checkpointer(
             (workdir / FOLDER).absolute(),
             save_decision_policy=_when.FixedIntervalPolicy(1),
             preservation_policy=_keep.AnyPreservationPolicy([_keep.LatestN(keep), best]),
             cleanup_tmp_directories=True,
+            context=context,
         )
 
     def __exit__(self, *_: object) -> None:
@@ -107,8 +115,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             with silent_threads():
                 loaded = self._checkpointer.load_checkpointables(step, parts)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
-            with silent_threads():
-                raise RunError(self._why_not(step, parts["model"], error)) from None
+            raise RunError(self._why_not(step, parts["model"], error)) from None
         model, training = loaded["model"], rename_keys(loaded["training"], STORED_RTSM, "rtsm")
         training["params"]["model"] = model["params"]
         ema = jax.tree.map(jnp.copy, model) if starts_average else loaded.get("ema")

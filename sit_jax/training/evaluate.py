@@ -1,6 +1,7 @@
 """Evaluation on exactly the whole split, on any mesh."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -94,22 +95,30 @@ def model_features(model: Model, data: DataConfig, split: str, labels: bool = Fa
     Raises a UserError if the data cannot be read, or the model is an exported file, or not a vision transformer.
     """
     extract = FeatureExtractor(build_model(model.vit, dtype=model.dtype), data, mesh := sharding.make_mesh())
-    spec = dataclasses.replace(_inputs(model, data, mesh), labels=labels)
+    spec = dataclasses.replace(eval_inputs(model, data, mesh), labels=labels)
     return extract(sharding.place(mesh, model.variables), eval_batches(spec, _open_split(model, data, split)))
 
 
-def evaluate_features(model: Model, teacher: Model | None, data: DataConfig) -> dict[str, float]:
-    """Compares a model's features of the evaluation split with its teacher's; returns `feature_metrics`.
+def feature_comparison(teacher: Model | None, data: DataConfig, source: str) -> Callable[[Model], dict[str, float]]:
+    """Returns the function that compares a model's features of the evaluation split with its teacher's.
 
-    Raises a UserError if there is no teacher, or as `model_features` does.
+    It returns `feature_metrics`, and raises a UserError as `model_features` does. The teacher's features are computed
+    once, for any number of models. Raises a UserError, which names the `source` of the models, without a teacher.
     """
     if teacher is None:
-        raise UserError(f"{model.source}: has no labels to evaluate with, and no teacher; --probe needs none")
-    mine, theirs = (model_features(x, data, data.eval_split) for x in (model, teacher))
-    return compare_features(mine, theirs, model.source)
+        raise UserError(f"{source}: has no labels to evaluate with, and no teacher; sit evaluate --probe needs none")
+
+    @functools.cache
+    def theirs() -> Features:
+        return model_features(teacher, data, data.eval_split)
+
+    def compare(model: Model) -> dict[str, float]:
+        return compare_features(model_features(model, data, data.eval_split), theirs(), model.source)
+
+    return compare
 
 
-def _inputs(model: Model, data: DataConfig, mesh: Mesh) -> InputSpec:
+def eval_inputs(model: Model, data: DataConfig, mesh: Mesh) -> InputSpec:
     """Returns the parameters of a model's evaluation: the batch size is that of its training, if there was one."""
     arch, batch_size = model.arch, _BATCH_SIZE if model.config is None else model.config.eval_batch_size
     return InputSpec(
@@ -135,7 +144,7 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     """
     quiet = data is None or not distributed.is_process_0()  # Training has logged the notes of its own data.
     data, mesh = data or model.data, sharding.make_mesh()
-    spec = _inputs(model, data, mesh)
+    spec = eval_inputs(model, data, mesh)
     names = model.metadata.get("class_names") if match_names else None
     opened = _open_split(model, data, data.eval_split)
     if not quiet:

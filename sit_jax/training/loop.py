@@ -27,10 +27,12 @@ from sit_jax.errors import ConfigError, NotFiniteError, PreemptedError
 from sit_jax.io import runs
 from sit_jax.io.load import load_run
 from sit_jax.io.lock import locked
+from sit_jax.models.cut import cut_params
 from sit_jax.models.trees import Variables
 from sit_jax.parallel import distributed, sharding
 from sit_jax.training.checkpoint import Checkpoints, SaveSchedule
-from sit_jax.training.evaluate import FeatureExtractor, compare_features, evaluate, make_eval_step
+from sit_jax.training.elastic import choices, drawn_schedules, metric_key, schedule_name
+from sit_jax.training.evaluate import FeatureExtractor, Features, compare_features, evaluate, make_eval_step
 from sit_jax.training.init import check_origins, given_teacher, initial_state
 from sit_jax.training.metrics import MetricWriter
 from sit_jax.training.progress import Progress
@@ -58,12 +60,14 @@ class Extensions(NamedTuple):
         losses: Custom loss terms by name; see `make_train_spec`.
         source: Mapping from split to source, which replaces the data set of the configuration.
         callbacks: Functions that are called in every process.
+        finish: Called in every process after the training, while the run directory is still locked.
     """
 
     model: nn.Module | None = None
     losses: Mapping[str, Loss] | None = None
     source: Mapping[str, Source] | None = None
     callbacks: Sequence[Callback] = ()
+    finish: Callable[[], None] | None = None
 
     def open(self, data: DataConfig, split: str) -> Source:
         """Returns the source of a split."""
@@ -102,38 +106,49 @@ def run(
         ConfigError: Values do not match the data or the devices.
         RunError: The folder is in use, a checkpoint is of another model, or the loss is not finite.
     """
-    with distributed.PreemptionMonitor(), contextlib.ExitStack() as stack:
-        if extensions.source is None:  # Opened once, for the runs of the teachers too.
-            sources = open_sources(config.data, quiet=not distributed.is_process_0())
-            extensions = extensions._replace(source=sources)
-        config = resolve_num_classes(config, extensions)
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_mesh(mesh, config)
-        # Errors in the inputs are raised before the run directory is claimed.
-        data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
-        eval_source = extensions.open(config.data, config.data.eval_split)
-        check_classes(config.inputs, eval_source)
-        class_names = data.source.class_names if config.loss.uses_labels else ()
-        check_origins(config, folder, class_names)
-        spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
-        distributed.run_on_process_0(lambda: stack.enter_context(locked(folder)))
-        distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
-        if config.loss.uses_labels:
-            distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
-        teachers = {
-            name: sharding.place(mesh, _teacher_variables(config, name, folder, class_names, extensions))
-            for name in config.teachers
-        }
-        with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
-            state = initial_state(spec, checkpoints, mesh, teachers, class_names)
-            if checkpoints.latest_step is None and distributed.is_process_0():
-                overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
-                print(f"{label}: parameters\n{overview}", file=sys.stderr)
-            teachers = freeze_teachers(spec, teachers)
-            evaluator = _make_evaluator(spec, teachers, eval_source, mesh)
-            return train_loop(
-                spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
-            )
+    with contextlib.ExitStack() as lock:
+        with distributed.PreemptionMonitor():
+            metrics = _run(config, folder, resume, label, extensions, lock)
+        if extensions.finish is not None:
+            extensions.finish()
+    return metrics
+
+
+def _run(
+    config: Config, folder: pathlib.Path, resume: bool, label: str, extensions: Extensions, lock: contextlib.ExitStack
+) -> dict[str, float]:
+    """Trains, after entering the lock of the run directory; see `run`."""
+    if extensions.source is None:  # Opened once, for the runs of the teachers too.
+        sources = open_sources(config.data, quiet=not distributed.is_process_0())
+        extensions = extensions._replace(source=sources)
+    config = resolve_num_classes(config, extensions)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_mesh(mesh, config)
+    # Errors in the inputs are raised before the run directory is claimed.
+    data = TrainData(config.inputs, source=extensions.open(config.data, config.data.train_split))
+    eval_source = extensions.open(config.data, config.data.eval_split)
+    check_classes(config.inputs, eval_source)
+    class_names = data.source.class_names if config.loss.uses_labels else ()
+    check_origins(config, folder, class_names)
+    spec = make_train_spec(config, data.steps_per_epoch, extensions.model, extensions.losses)
+    distributed.run_on_process_0(lambda: lock.enter_context(locked(folder)))
+    distributed.run_on_process_0(lambda: runs.create_or_verify(folder, config, resume))
+    if config.loss.uses_labels:
+        distributed.run_on_process_0(lambda: runs.create_or_verify_class_names(folder, class_names))
+    teachers = {
+        name: sharding.place(mesh, _teacher_variables(config, name, folder, class_names, extensions))
+        for name in config.teachers
+    }
+    with Checkpoints(folder, config.checkpoint.keep) as checkpoints:
+        state = initial_state(spec, checkpoints, mesh, teachers, class_names)
+        if checkpoints.latest_step is None and distributed.is_process_0():
+            overview = parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40)
+            print(f"{label}: parameters\n{overview}", file=sys.stderr)
+        teachers = freeze_teachers(spec, teachers)
+        evaluator = _make_evaluator(spec, teachers, eval_source, mesh)
+        return train_loop(
+            spec, state, teachers, data, mesh, checkpoints, evaluator, folder, label, extensions.callbacks
+        )
 
 
 def resolve_num_classes(config: Config, extensions: Extensions = _NONE) -> Config:
@@ -163,7 +178,7 @@ def train_loop(
 ) -> dict[str, float]:
     """Trains from the state's step to the last one; evaluates and writes metrics and checkpoints.
 
-    The metrics of a step are read while the next step runs.
+    The metrics of a step are read while the next step runs. Each set of token schedules is compiled once.
 
     Raises:
         NotFiniteError: A loss, a gradient, an evaluation or the weights are not finite; such a state is not saved.
@@ -171,7 +186,7 @@ def train_loop(
     """
     config, epoch = spec.config, data.steps_per_epoch
     start, total = int(state.step), (config.epochs + config.optim.cooldown_epochs) * epoch
-    step_fn = make_train_step(spec, mesh)
+    step_fn = functools.cache(functools.partial(make_train_step, spec, mesh))
     due = SaveSchedule(config.checkpoint, epoch, config.log.every_steps)
     stored = checkpoints.metadata()
     changed = _adopt_changes(config, stored, start, total, epoch, folder, label)
@@ -210,7 +225,7 @@ def train_loop(
 
         for step in range(start + 1, total + 1):
             batch = sharding.put_batch(mesh, next(batches))
-            state, metrics = step_fn(state, batch, teachers)
+            state, metrics = step_fn(drawn_schedules(config, step - 1))(state, batch, teachers)
             resolve()
             pending = (step, metrics)
             ends, last = step % epoch == 0, step == total
@@ -326,17 +341,31 @@ def _make_evaluator(spec: TrainSpec, teachers: Teachers, source: Source, mesh: M
     def batches() -> Stream:
         return eval_batches(inputs, source)
 
-    if spec.teacher is None or config.loss.uses_labels:
-        step = make_eval_step(spec.model, config.data)
+    teacher = None if config.loss.uses_labels else spec.teacher
 
-        def score(variables: Variables, what: str) -> dict[str, float]:
-            return evaluate(step, variables, batches(), mesh, what)
-    else:
-        mine, theirs = (FeatureExtractor(x, config.data, mesh) for x in (spec.model, spec.teacher))
-        targets = functools.cache(lambda: theirs(teachers["teacher"], batches()))
+    @functools.cache
+    def targets() -> Features:
+        assert teacher is not None
+        return FeatureExtractor(teacher, config.data, mesh)(teachers["teacher"], batches())
 
-        def score(variables: Variables, what: str) -> dict[str, float]:
-            return compare_features(mine(variables, batches()), targets(), what)
+    def make_score(model: nn.Module) -> Callable[[Variables, str], dict[str, float]]:
+        if teacher is None:
+            step = make_eval_step(model, config.data)
+            return lambda variables, what: evaluate(step, variables, batches(), mesh, what)
+        extract = FeatureExtractor(model, config.data, mesh)
+        return lambda variables, what: compare_features(extract(variables, batches()), targets(), what)
+
+    # The whole model has the metrics without a suffix.
+    whole, others = make_score(spec.model), {kept: make_score(spec.cut(kept).model) for kept in choices(config)[1:]}
+
+    def score(variables: Variables, what: str) -> dict[str, float]:
+        result = whole(variables, what)
+        for kept, score_cut in others.items():
+            name, params = schedule_name(kept), cut_params(spec.vit, variables["params"], kept)
+            scores = score_cut({**variables, "params": params}, f"{what} at {name} tokens")
+            keys = {key: metric_key(key, spec.vit.token_counts, kept) for key in scores if key != "examples"}
+            result |= {full: scores[key] for key, full in keys.items()}
+        return result
 
     def evaluator(state: TrainState) -> dict[str, float]:
         result = score(state.variables, "evaluation")

@@ -3,7 +3,8 @@
 Distillation adds loss terms and a teacher argument; a term with weight 0 is not part of the compiled program.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,13 +17,17 @@ from jaxtyping import PyTree
 from sit_jax import losses
 from sit_jax.config import Config, ModelConfig
 from sit_jax.data.preprocess import prepare_batch, stream_key
-from sit_jax.errors import require
+from sit_jax.errors import ConfigError, require
 from sit_jax.models import Outputs, abstract_variables, build_model, build_rtsm
+from sit_jax.models.architecture import Architecture
+from sit_jax.models.cut import can_cut, cut_architecture, cut_params, cut_rtsm
 from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.trees import Params, Variables
+from sit_jax.models.vit import ViT
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
 from sit_jax.parallel import sharding
+from sit_jax.training.elastic import Schedule, choices
 from sit_jax.training.optim import make_optimizer, schedules
 from sit_jax.training.state import TrainState, update_ema
 
@@ -80,6 +85,19 @@ class TrainSpec(NamedTuple):
     config: Config
     losses: Mapping[str, Loss] = {}
 
+    @property
+    def vit(self) -> Architecture:
+        """The architecture of the model, a vision transformer."""
+        arch = self.config.model.architecture
+        assert isinstance(arch, Architecture)
+        return arch
+
+    def cut(self, kept_tokens: Sequence[int]) -> "TrainSpec":
+        """Returns the modules of a model that is cut to a token schedule; see `sit_jax.models.cut`."""
+        arch, dtype = cut_architecture(self.vit, kept_tokens), self.config.model.dtype
+        rtsm = None if self.rtsm is None else build_rtsm(arch, dtype)
+        return self._replace(model=self.model.clone(arch=arch), rtsm=rtsm)
+
 
 def make_train_spec(
     config: Config, steps_per_epoch: int, model: nn.Module | None = None, losses: Mapping[str, Loss] | None = None
@@ -106,6 +124,9 @@ def make_train_spec(
     problem = "must be above 0 here: only commands that open the data set replace 0"
     require(not config.needs_classes, "model.num_classes", problem)
 
+    if choices(config):
+        _check_elastic(config, model)
+
     def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
 
@@ -119,6 +140,14 @@ def make_train_spec(
         config=config,
         losses=losses,
     )
+
+
+def _check_elastic(config: Config, model: nn.Module | None) -> None:
+    key, arch = "model.kept_tokens_choices", config.model.architecture
+    require(model is None or isinstance(model, ViT), key, "needs sit_jax.ViT, not a module of another class")
+    assert isinstance(arch, Architecture)
+    is_cuttable = can_cut(arch, abstract_variables(arch)["params"])
+    require(is_cuttable, key, f"the reducer {arch.reducer} has parameters and no `first_tokens`, so it cannot be cut")
 
 
 def init_state(spec: TrainSpec, mesh: Mesh, variables: Variables | None = None) -> TrainState:
@@ -189,8 +218,10 @@ def _overlay(mine: PyTree, theirs: PyTree) -> PyTree:
     return {name: _overlay(value, theirs[name]) if name in theirs else value for name, value in mine.items()}
 
 
-def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
+def make_train_step(spec: TrainSpec, mesh: Mesh, schedules: Sequence[Schedule] = ()) -> Step:
     """Returns the jitted train step `(state, batch, teachers) -> (state, metrics)`; the state is donated.
+
+    `schedules` are the token schedules that the step trains, on all of its images; without any, the whole model.
 
     `batch` is a batch of the loader; `prepare_batch` prepares it for the loss. `teachers` has the frozen variables
     under `teacher` and `cnn_teacher`, if the run has these teachers.
@@ -201,19 +232,21 @@ def make_train_step(spec: TrainSpec, mesh: Mesh) -> Step:
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     # The input's sharding comes with the arrays. The output's is fixed, so that the second step reuses the compilation.
     return jax.jit(
-        lambda state, batch, teachers: train_step(spec, state, batch, teachers),
+        lambda state, batch, teachers: train_step(spec, state, batch, teachers, schedules),
         donate_argnums=0,
         out_shardings=(sharded, sharding.replicated(mesh)),
         compiler_options=cpu_options() if on_cpu else None,
     )
 
 
-def train_step(spec: TrainSpec, state: TrainState, batch: Batch, teachers: Teachers) -> tuple[TrainState, Metrics]:
+def train_step(
+    spec: TrainSpec, state: TrainState, batch: Batch, teachers: Teachers, schedules: Sequence[Schedule] = ()
+) -> tuple[TrainState, Metrics]:
     """Takes one optimizer step; a pure function. See `make_train_step`."""
     config = spec.config
     key = stream_key(config.seed, "drop_path", state.step)
     prepared = prepare_batch(config.inputs, batch, state.step)
-    grads, batch_stats, metrics = _accumulated_gradients(spec, state, prepared, teachers, key)
+    grads, batch_stats, metrics = _accumulated_gradients(spec, state, prepared, teachers, key, schedules)
     if config.data.on_decode_error == "skip" and "skipped" in batch:
         metrics["skipped"] = (batch["skipped"] > 0).sum(dtype=jnp.float32)
     updates, opt_state = spec.optimizer.update(grads, state.opt_state, state.params)
@@ -231,14 +264,20 @@ def train_step(spec: TrainSpec, state: TrainState, batch: Batch, teachers: Teach
 
 
 def _accumulated_gradients(
-    spec: TrainSpec, state: TrainState, batch: Batch, teachers: Teachers, key: jax.Array
+    spec: TrainSpec,
+    state: TrainState,
+    batch: Batch,
+    teachers: Teachers,
+    key: jax.Array,
+    schedules: Sequence[Schedule],
 ) -> tuple[Params, Params, Metrics]:
     """Returns gradients, BatchNorm statistics and metrics of a batch, accumulated over micro-batches."""
     optim = spec.config.optim
     parts = optim.accumulate_steps
     # A gradient has the type of its parameter.
     params = cast_kernels(state.params, optim.grad_dtype)
-    gradient = jax.value_and_grad(compute_loss, argnums=1, has_aux=True)
+    loss = functools.partial(compute_loss, schedules=schedules)
+    gradient = jax.value_and_grad(loss, argnums=1, has_aux=True)
     if parts == 1:
         (_, (stats, metrics)), grads = gradient(spec, params, state.batch_stats, batch, teachers, key)
         return jax.tree.map(lambda x: x.astype(jnp.float32), grads), stats, metrics
@@ -258,17 +297,69 @@ def _accumulated_gradients(
     return grads, stats, jax.tree.map(lambda x: x.mean(axis=0), metrics)
 
 
+class _Taught(NamedTuple):
+    """Outputs of the teachers for one (micro-)batch; None without the teacher."""
+
+    logits: jax.Array | None
+    outputs: Outputs | None
+    cnn_logits: jax.Array | None
+
+
 def compute_loss(
-    spec: TrainSpec, params: Params, batch_stats: Params, batch: Batch, teachers: Teachers, key: jax.Array
+    spec: TrainSpec,
+    params: Params,
+    batch_stats: Params,
+    batch: Batch,
+    teachers: Teachers,
+    key: jax.Array,
+    schedules: Sequence[Schedule] = (),
 ) -> tuple[jax.Array, tuple[Params, Metrics]]:
-    """Returns the loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch."""
+    """Returns the loss, the new BatchNorm statistics and the metrics of one prepared (micro-)batch.
+
+    Loss and metrics are means over the models that are cut to `schedules`, by default the whole model alone.
+    """
+    taught = _teach(spec, batch, teachers)
+    models = [_cut(spec, params, kept) for kept in schedules] or [(spec, params)]
+    found = [_student_loss(cut, mine, batch_stats, batch, taught, key) for cut, mine in models]
+    # The stem, which has the BatchNorm, is the same for all schedules.
+    stats = found[0][1][0]
+    metrics = jax.tree.map(lambda *values: jnp.stack(values).mean(axis=0), *(metrics for _, (_, metrics) in found))
+    return jnp.stack([loss for loss, _ in found]).mean(), (stats, metrics)
+
+
+def _cut(spec: TrainSpec, params: Params, kept: Schedule) -> tuple[TrainSpec, Params]:
+    """Returns the modules and the parameters of a model that is cut to a token schedule."""
+    cut = {"model": cut_params(spec.vit, params["model"], kept)}
+    if "rtsm" in params:
+        cut["rtsm"] = cut_rtsm(spec.vit, params["rtsm"], kept)
+    return spec.cut(kept), cut
+
+
+def _teach(spec: TrainSpec, batch: Batch, teachers: Teachers) -> _Taught:
+    """Runs the teachers, without gradients."""
+    images = batch["image"]
+    logits = outputs = cnn_logits = None
+    if spec.teacher is not None:
+        logits, outputs = spec.teacher.bind(teachers["teacher"])(images, **_mixed(batch))
+    if spec.cnn_teacher is not None:
+        cnn_logits, _ = spec.cnn_teacher.bind(teachers["cnn_teacher"])(images)
+    return jax.lax.stop_gradient(_Taught(logits, outputs, cnn_logits))
+
+
+def _mixed(batch: Batch) -> dict[str, Any]:
+    return {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
+
+
+def _student_loss(
+    spec: TrainSpec, params: Params, batch_stats: Params, batch: Batch, taught: _Taught, key: jax.Array
+) -> tuple[jax.Array, tuple[Params, Metrics]]:
+    """Returns what `compute_loss` does, of one model and for the outputs of its teachers."""
     config = spec.config.loss
     weights = {name: getattr(config, name) for name in _TERMS} | dict(config.extra)
     images, labels = batch["image"], batch["label"]
-    mixed: dict[str, Any] = {"token_mix": batch["token_mix"]} if "token_mix" in batch else {}
     variables = {"params": params["model"], "batch_stats": batch_stats}
     (logits, outputs), updated = spec.model.apply(
-        variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **mixed
+        variables, images, train=True, rngs={"drop_path": key}, mutable=["batch_stats"], **_mixed(batch)
     )
     terms: Metrics = {}
     accuracy: Metrics = {}
@@ -276,27 +367,25 @@ def compute_loss(
         terms["classification"] = losses.soft_target_cross_entropy(logits, labels)
         right = logits.argmax(axis=-1) == labels.argmax(axis=-1)
         accuracy["accuracy"] = (right & labels.any(axis=-1)).mean(dtype=jnp.float32)
-    teacher_logits = teacher_outputs = None
-    if spec.teacher is not None:
-        teacher = spec.teacher.bind(teachers["teacher"])
-        teacher_logits, teacher_outputs = jax.lax.stop_gradient(teacher(images, **mixed))
+    if taught.outputs is not None:
+        assert taught.logits is not None
         if config.token > 0 and spec.rtsm is not None:
             rtsm = spec.rtsm.bind({"params": params["rtsm"]})
-            errors = rtsm.errors(outputs.tokens, teacher_outputs.tokens, losses.mean_squared_error)
+            errors = rtsm.errors(outputs.tokens, taught.outputs.tokens, losses.mean_squared_error)
             terms["token"] = jnp.stack(errors).mean()
         elif config.token > 0:
-            terms["token"] = losses.token_distillation(outputs.tokens, teacher_outputs.tokens)
+            terms["token"] = losses.token_distillation(outputs.tokens, taught.outputs.tokens)
         if config.feature > 0:
-            require(outputs.features is not None, "loss.feature", "the model returns no features")
-            terms["feature"] = _FEATURE_ERRORS[config.feature_error](outputs.features, teacher_outputs.features)
+            if outputs.features is None or taught.outputs.features is None:
+                raise ConfigError("loss.feature", "the model or its teacher returns no features")
+            terms["feature"] = _FEATURE_ERRORS[config.feature_error](outputs.features, taught.outputs.features)
         if config.logits > 0:
-            terms["logits"] = losses.logits_distillation(logits, teacher_logits, config.temperature)
+            terms["logits"] = losses.logits_distillation(logits, taught.logits, config.temperature)
     if config.token_label > 0:
         terms["token_label"] = losses.soft_target_cross_entropy(outputs.patch_logits, batch["patch_label"])
-    if spec.cnn_teacher is not None:
-        cnn_logits, _ = jax.lax.stop_gradient(spec.cnn_teacher.bind(teachers["cnn_teacher"])(images))
-        terms["hard"] = losses.hard_distillation(outputs.distillation_logits, cnn_logits)
-    given = LossInputs(images, labels, logits, outputs, teacher_logits, teacher_outputs)
+    if taught.cnn_logits is not None:
+        terms["hard"] = losses.hard_distillation(outputs.distillation_logits, taught.cnn_logits)
+    given = LossInputs(images, labels, logits, outputs, taught.logits, taught.outputs)
     terms |= {name: spec.losses[name](given) for name in config.extra}
     total = sum((weights[name] * value for name, value in terms.items()), start=jnp.zeros(()))
     return total, (updated.get("batch_stats", {}), {"loss": total, **terms, **accuracy})

@@ -61,6 +61,7 @@ def command(
     limit: int | None,
     ema: bool,
     step: int | None,
+    kept_tokens: Sequence[int] = (),
 ) -> None:
     """Implements `sit visualize`; `data` has `split`, `name` and `data_dir` of a data set, which needs no `paths`.
 
@@ -72,7 +73,7 @@ def command(
     if paths and (data["name"] or data["data_dir"]):
         raise UserError("--name and --data_dir are for a --split, not for image files")
     files = _from_files(find_images(paths, read_lines(sys.stdin))) if paths else []
-    model = load(source, ema=ema, step=step)
+    model = load(source, ema=ema, step=step, kept_tokens=kept_tokens)
     if not model.vit.is_slimmed:
         shown = attending_in_words(model.vit)
         print(f"{source}: has no token slimming; what is shown is the attention of {shown}", file=sys.stderr)

@@ -24,6 +24,7 @@ def resize(model: Model, image_size: int | tuple[int, int], log: Callable[[str],
     if arch.is_slimmed:
         patches = dataclasses.replace(arch.without_slimming(), image_size=image_size).num_patches
         changes |= {"kept_tokens": (patches, *arch.token_counts[1:]), "keep_ratio": None}
+        changes["kept_tokens_choices"] = tuple((patches, *kept[1:]) for kept in arch.kept_tokens_choices)
     new = dataclasses.replace(arch, **changes)
     if new.image_size == arch.image_size:
         return model

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from sit_jax.config import JsonObject
 from sit_jax.errors import ConfigError, UserError
-from sit_jax.io.convert.read import Log, Options, silent
+from sit_jax.io.convert.read import SLIMMED, Log, Options, silent
 from sit_jax.io.load import read_weights
 from sit_jax.io.model import Model
 from sit_jax.models.architecture import Architecture
@@ -15,7 +15,7 @@ from sit_jax.models.regnet import RegNetArchitecture
 AnyArchitecture = Architecture | RegNetArchitecture
 
 # Fields in which a model may differ from its initial weights: heads, and modules that are new by design.
-_NEW = ("num_classes", "aux_head", "distillation_token", "stage_blocks", "keep_ratio", "kept_tokens", "reducer")
+_NEW = ("num_classes", "aux_head", "distillation_token", *SLIMMED)
 
 
 def initial_weights(path: str | pathlib.Path, arch: Architecture, log: Log = silent, rtsm: bool = False) -> Model:

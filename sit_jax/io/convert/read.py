@@ -48,7 +48,7 @@ _TEXT = re.compile(r"transformer\.resblocks\.|positional_embedding$")
 
 # Beside weights in another program's layout: the reducers of the slimmed model, and their fields in a JSON file.
 SLIMMING = "slimming.safetensors"
-SLIMMED = ("stage_blocks", "keep_ratio", "kept_tokens", "reducer")
+SLIMMED = ("stage_blocks", "keep_ratio", "kept_tokens", "kept_tokens_choices", "reducer")
 
 
 class Options(NamedTuple):

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +49,7 @@ def export_model(
     like: pathlib.Path | None = None,
     features: bool = False,
     grid: Grid | None = None,
+    kept_tokens: Sequence[int] = (),
 ) -> None:
     """Writes a run or a model folder in another format, atomically; the options are those of `sit export`.
 
@@ -70,7 +71,7 @@ def export_model(
         raise UserError(f"--grid: {kind} holds weights, not a function; it is for onnx and stablehlo")
     if (like is None) == (kind == "source"):
         raise UserError("--like: names the weights whose layout --format source writes, and no other format")
-    model = load(source, ema=ema, step=step, with_rtsm=with_rtsm or grid == "rtsm")
+    model = load(source, ema, step, with_rtsm or grid == "rtsm", kept_tokens)
     model = without_head(model) if features else model
     arch = model.vit
     if grid is not None and (arch.num_classes or not arch.is_slimmed):

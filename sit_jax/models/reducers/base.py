@@ -62,6 +62,9 @@ class Reducer(Protocol):
 
     A reducer with `weighs_attention = True` has the logarithm of each token's mass added to the scores of the attention
     in all later blocks, so that a merged token counts as the patches in it (ToMe's proportional attention).
+
+    A reducer with parameters can be cut to fewer tokens if it has a static method `first_tokens(params, kept)`, which
+    returns the parameters of a reducer whose tokens are its first ones.
     """
 
     needs: ClassVar[frozenset[str]]

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from sit_jax.models.layers import Dense, gelu, layer_norm
 from sit_jax.models.reducers.base import Cues, Place, Reduced, merge, register_reducer
+from sit_jax.models.trees import Params
 
 # The original uses PyTorch's default epsilon in TSM and RTSM, independent of the blocks' epsilon.
 SLIMMING_NORM_EPS = 1e-5
@@ -25,6 +26,14 @@ class TokenSlimming(nn.Module):
     needs: ClassVar[frozenset[str]] = frozenset()
     place: ClassVar[Place] = "behind_block"
     dtype: DTypeLike = jnp.float32
+
+    @staticmethod
+    def first_tokens(params: Params, kept: int) -> Params:
+        """Returns the parameters of a module with only the first kept tokens, which are the same as before.
+
+        Each kept token has a column of its own in the assignment, and the softmax is over the input tokens.
+        """
+        return {**params, "fc2": {name: values[..., :kept] for name, values in params["fc2"].items()}}
 
     @nn.compact
     def __call__(self, cues: Cues, kept: int) -> Reduced:
