@@ -135,6 +135,29 @@ def test_page(compared: pathlib.Path) -> None:
     assert '<a href="../index.html">' in (compared / "slim_0.5_frd_0" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda result: result["teacher"].update(gmac="x"),
+        lambda result: result["teacher"].update(gmac=0),
+        lambda result: result["teacher"].update(images_per_s=[1]),
+        lambda result: result["rows"][0].update(top1="y"),
+        lambda result: result["rows"][0].pop("tokens"),
+        lambda result: result.update(failed=["x"]),
+        lambda result: result.update(rows=7),
+    ],
+)
+def test_a_damaged_result(
+    compared: pathlib.Path, damage: Any, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads((compared / "compare.json").read_text())
+    damage(result)
+    (tmp_path / "compare.json").write_text(json.dumps(result))
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "compare.json" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "index.html").exists()
+
+
 def test_a_training_that_fails(
     compared: pathlib.Path,
     page: pathlib.Path,
@@ -198,11 +221,14 @@ def test_sweeps_that_are_wrong(changes: dict[str, Any], key: str) -> None:
     [
         ("--config digits", "get_sweep"),
         ("--config PAGE --config.model.reducer=slim", "--reducers"),
-        ("--config PAGE --config.model.kept_tokens=(16,8,4,2)", "model.kept_tokens"),
+        ("--config PAGE --config.model.kept_tokens=(16,8,4,2)", "model.kept_tokens: "),
+        ("--config PAGE --config.model.kept_tokens_choices=((16,8,4,2),(16,4,2,1))", "model.kept_tokens_choices: "),
+        ("--config PAGE --config.seed=7", "--seeds"),
         ("--config PAGE --reducers slm", "'slm'"),
         ("--config PAGE --keep_ratios 0.1", "keep_ratio"),
         ("--config PAGE --seeds 1 1", "seeds"),
         ("--config PAGE --reducers slim --objectives untrained", "objectives"),
+        ("--config PAGE --config.model.distillation_token --reducers topk --objectives untrained", "objectives"),
         ("--config PAGE --config.teacher.run=none", "teacher.run"),
         ("--config PAGE --config.teacher=None --config.loss.token=0 --config.loss.logits=0", "teacher"),
     ],

@@ -8,17 +8,20 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_weights
 import tiny
+from PIL import Image
 
 import sit_jax
 from sit_jax.analysis.flops import count_cost
 from sit_jax.analysis.redundancy import propose, redundancy
-from sit_jax.analysis.tune import candidate_schedules
+from sit_jax.analysis.tune import Budget, Runtime, candidate_schedules, tune
 from sit_jax.cli import app as cli
+from sit_jax.cli.config_file import load_config
 from sit_jax.config.config_dict import from_config_dict
 from sit_jax.config.files import get_config
 from sit_jax.data.config import DataConfig, InputSpec
@@ -72,6 +75,7 @@ def test_the_best_schedule_within_a_budget(elastic_run: pathlib.Path, capsys: py
     ("words", "key"),
     [
         (["--latency_ms", "1e-6"], "--latency_ms"),
+        (["--images_per_s", "1e8"], "--images_per_s"),
         ([], "--gmac"),
         (["--gmac", "1e-9"], "--gmac"),
         (["--gmac", "1", "--topology", "v5e:2x4"], "--topology"),
@@ -82,6 +86,7 @@ def test_the_best_schedule_within_a_budget(elastic_run: pathlib.Path, capsys: py
         (["--gmac", "1", "--before_training", "--batch", "5"], "--batch"),
         (["--gmac", "1", "--target", "onnxruntime", "--dtype", "bfloat16"], "--dtype"),
         (["--gmac", "1", "--split", "nowhere"], "nowhere"),
+        (["--gmac", "1", "--name", "images", "--data_dir", "docs/figures", "--split", "train"], "data.name"),
     ],
 )
 def test_budgets_that_are_not_possible(
@@ -90,6 +95,25 @@ def test_budgets_that_are_not_possible(
     short = [] if "--before_training" in words else ["--seconds", "0.1", "--between", "0"]
     assert cli.main(["tune", str(elastic_run), *short, *words]) == 2
     assert key in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_printed_cost_is_a_possible_budget(elastic_run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = ["tune", str(elastic_run), "--gmac", "1e-9", "--between", "0"]
+    assert cli.main(refused) == 2
+    words = capsys.readouterr().err.split()
+    cost = words[words.index("GMAC") - 1]
+    result = tuned(capsys, elastic_run, "--gmac", cost, "--between", "0")
+    assert result["rows"][result["chosen"]]["kept_tokens"] == list(tiny.CHOICES[-1])
+
+
+def test_the_fastest_of_equally_accurate_schedules(elastic_run: pathlib.Path) -> None:
+    model = sit_jax.load(elastic_run)
+    params = {**model.params, "head": jax.tree.map(jnp.zeros_like, model.params["head"])}
+    model = dataclasses.replace(model, variables={**model.variables, "params": params})
+    result = tune(model, Budget("gmac", 1), Runtime(seconds=0.1), model.data, between=0)
+    rows = result["rows"]
+    assert len({row["score"] for row in rows}) == 1
+    assert rows[result["chosen"]]["latency_ms"] == min(row["latency_ms"] for row in rows)
 
 
 @pytest.mark.slow
@@ -110,11 +134,11 @@ def test_a_misspelt_budget_is_named(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_redundancy_is_the_error_of_the_best_tokens(digits_dir: str) -> None:
     model = random_weights.draw(tiny.plain(image_size=48))
-    data = DataConfig(data_dir=digits_dir, mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = DataConfig(data_dir=digits_dir, train_split="train[:3]", mean=(0.5,) * 3, std=(0.5,) * 3)
     curves = redundancy(model, data, 3)
 
     spec = InputSpec(data=data, image_size=(48, 48), channels=1, num_classes=10, eval_batch_size=3, labels=False)
-    pixels = next(iter(eval_batches(spec, open_source(data, "train"), Hosts())))["image"]
+    pixels = next(iter(eval_batches(spec, open_source(data, data.train_split), Hosts())))["image"]
     module: Any = build_model(model.vit).bind(random_weights.variables(model))
     _, outputs = module(normalize(jnp.asarray(pixels), data))
     rng = np.random.default_rng(0)
@@ -142,6 +166,20 @@ def test_redundancy_of_a_bfloat16_model(digits_dir: str) -> None:
     curves = redundancy(model, data, 20)
     rounded = redundancy(dataclasses.replace(model, dtype="bfloat16"), data, 20)
     np.testing.assert_allclose(rounded, curves, atol=0.02)
+
+
+def test_redundancy_is_of_all_classes(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, levels in (("flat", 1), ("noise", 256)):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = rng.integers(levels, size=(48, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{index}.png")
+    model = random_weights.draw(tiny.plain(image_size=48))
+    data = DataConfig(name="folder", data_dir=str(tmp_path), eval_split="train")
+    some, every = redundancy(model, data, 8), redundancy(model, data, 16)
+    # Half of the images of each class, which come one after the other: noise differs little from noise.
+    np.testing.assert_allclose(some, every, atol=0.05)
 
 
 def test_the_proposal_has_the_least_error_for_its_cost() -> None:
@@ -194,3 +232,6 @@ def test_a_proposal_can_be_trained(
     assert make_train_spec(config, 10).rtsm is not None
     assert config.loss.token == get_config("digits").loss.token  # The weight for teachers with whole residual branches.
     assert cli.main([*words, "--limit", "32", "--output", str(page)]) == 2  # It is not overwritten.
+    fewer = (*arch.token_counts[:-1], 1)  # type: ignore[union-attr]
+    changed = load_config(str(page), [f"--config.model.kept_tokens={fewer}"])
+    assert changed.model.architecture.token_counts == fewer  # type: ignore[union-attr]

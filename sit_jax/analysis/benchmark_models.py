@@ -71,7 +71,7 @@ class BenchmarkModel:
         arch = self.model.arch
         choices = arch.kept_tokens_choices if isinstance(arch, Architecture) and self.model.exported is None else ()
         return [
-            BenchmarkModel(f"{self.name} {'/'.join(map(str, kept))}", self.model.cut(kept)) for kept in choices
+            BenchmarkModel(f"{self.name} {','.join(map(str, kept))}", self.model.cut(kept)) for kept in choices
         ] or [self]
 
     def compile(self, batch: int, dtype: str) -> Compiled:

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from flax.traverse_util import flatten_dict
+
 from sit_jax.analysis.benchmark_models import random_benchmark_model
 from sit_jax.analysis.benchmark_table import Settings, benchmark
 from sit_jax.analysis.flops import count_cost
@@ -20,7 +22,7 @@ from sit_jax.errors import ConfigError, RunError, listed, require
 from sit_jax.io import runs
 from sit_jax.io.lock import locked
 from sit_jax.io.model import Model
-from sit_jax.models import reducer_params
+from sit_jax.models import abstract_variables
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import find_reducer
 from sit_jax.training.evaluate import evaluate_model
@@ -127,11 +129,15 @@ def make_plan(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path) -> Plan:
     require(base.teacher is not None, "teacher", "must be set for a comparison: the reducers start from its weights")
     require(base.loss.uses_labels, "loss.classification", "must be above 0 for a comparison, which is by accuracy")
     arch = base.model.architecture
-    has_counts = isinstance(arch, Architecture) and arch.kept_tokens
-    require(not has_counts, "model.kept_tokens", "must be empty for a comparison, which sets model.keep_ratio")
+    for name in ("kept_tokens_choices", "kept_tokens"):
+        has_counts = isinstance(arch, Architecture) and getattr(arch, name)
+        require(not has_counts, f"model.{name}", "must be empty for a comparison, which sets model.keep_ratio")
     assert base.teacher is not None
     is_own = not base.teacher.run
     # The absolute path is in the configurations of the runs, so that they can be opened from anywhere.
+    cnn = base.cnn_teacher
+    problem = "must be set for a comparison: every training would train that teacher anew"
+    require(cnn is None or bool(cnn.run), "cnn_teacher.run", problem)
     overrides = [f"--config.teacher.run={(workdir / TEACHER).resolve()}"] if is_own else []
     if not is_own:
         given = base.teacher.run
@@ -141,8 +147,10 @@ def make_plan(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path) -> Plan:
         find_reducer(reducer)
     for point in sweep.points:
         config = recipe.load([*point.overrides, *overrides])
-        if point.objective == "untrained" and _has_parameters(config):
-            notes.append(f"{point.reducer}: is not compared untrained, since it has parameters")
+        if point.objective == "untrained" and not _can_start_from_teacher(config):
+            notes.append(
+                f"{point.reducer}: is not compared untrained: it has parameters that the teacher does not have"
+            )
         else:
             configs[point] = config
     notes = list(dict.fromkeys(notes))
@@ -155,10 +163,16 @@ def make_plan(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path) -> Plan:
     return plan
 
 
-def _has_parameters(config: Config) -> bool:
-    arch = config.model.architecture
+def _can_start_from_teacher(config: Config) -> bool:
+    """Returns whether the teacher has every parameter of the student, so that the student needs no training."""
+    assert config.teacher is not None
+    mine, theirs = (_parameters(section.architecture) for section in (config.model, config.teacher.model))
+    return mine <= theirs
+
+
+def _parameters(arch: object) -> set[tuple[str, ...]]:
     assert isinstance(arch, Architecture)
-    return bool(reducer_params(dataclasses.replace(arch, num_classes=arch.num_classes or 1)))
+    return set(flatten_dict(abstract_variables(dataclasses.replace(arch, num_classes=arch.num_classes or 1))["params"]))
 
 
 def _check_runs(plan: Plan, workdir: pathlib.Path) -> None:
@@ -213,7 +227,8 @@ def _measure(plan: Plan, sweep: Sweep, workdir: pathlib.Path, seconds: float) ->
         assert isinstance(arch, Architecture)
         if objective == "untrained":
             log(f"evaluating {next(iter(members)).name}")
-            seeds, scores = {}, [_evaluate(dataclasses.replace(teacher, arch=arch, config=config))]
+            model = dataclasses.replace(teacher, arch=arch, config=config, dtype=config.model.dtype)
+            seeds, scores = {}, [_evaluate(model)]
         else:
             found = {str(point.seed): _top1(workdir / point.name) for point in members}
             seeds = {seed: top1 for seed, top1 in found.items() if top1 is not None}

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from sit_jax.errors import ConfigError, PreemptedError
+from sit_jax.errors import ConfigError, PreemptedError, require
 from sit_jax.io.lock import lock_holder
 from sit_jax.io.runs import writing
 
 _POLL_S = 0.2
 LOG = "train.log"
+# A TPU's first chip, by the generation of its driver.
+_TPU = ("/dev/accel0", "/dev/vfio/0")
 
 
 class Job(NamedTuple):
@@ -59,12 +61,17 @@ def devices_of_slots(parallel: int) -> list[str | None]:
     """Returns the CUDA_VISIBLE_DEVICES of each of several simultaneous trainings; None for all devices.
 
     Raises:
-        ConfigError: There are GPUs, but fewer than trainings.
+        ConfigError: There are GPUs, but fewer than trainings; or a TPU, which one process opens at a time.
     """
+    if parallel == 1 or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return [None] * parallel
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     numbers = [match[1] for path in pathlib.Path("/dev").glob("nvidia*") if (match := re.search(r"(\d+)$", path.name))]
     devices = sorted(numbers, key=int) if given is None else [part for part in given.split(",") if part]
-    if parallel == 1 or not devices or os.environ.get("JAX_PLATFORMS") == "cpu":
+    if not devices:
+        # JAX would silently train on the CPU in the processes that come second.
+        has_tpu = any(pathlib.Path(path).exists() for path in _TPU)
+        require(not has_tpu, "--parallel", "must be 1 on a TPU, which one process opens at a time")
         return [None] * parallel
     if len(devices) < parallel:
         raise ConfigError("--parallel", f"must be at most the number of GPUs, {len(devices)}, got {parallel}")

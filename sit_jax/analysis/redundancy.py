@@ -10,7 +10,7 @@ import itertools
 import pathlib
 import pprint
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.pipeline import Hosts, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
+from sit_jax.data.sources import Example, Source
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.model import Model
@@ -57,12 +58,12 @@ class Proposal(NamedTuple):
 
 
 def redundancy(model: Model, data: DataConfig, limit: int) -> Float[np.ndarray, "depth tokens"]:
-    """Measures the redundancy curves of a model on images of the training split, as the evaluation reads them.
+    """Measures the redundancy curves of a model on training images, preprocessed as for evaluation.
 
     Args:
         model: A vision transformer.
         data: The data set.
-        limit: Number of images, the first of the split.
+        limit: Number of images, evenly spaced over the split.
 
     Returns:
         For each block and each K from 1, the squared error of the block's patch tokens if they are recovered from the
@@ -91,18 +92,30 @@ def redundancy(model: Model, data: DataConfig, limit: int) -> Float[np.ndarray, 
 
 
 def _pixels(model: Model, data: DataConfig, limit: int) -> Iterator[np.ndarray]:
-    """Yields batches of the first readable images of the training split, uint8."""
+    """Yields batches of readable images of the training split, uint8."""
     inputs = dataclasses.replace(eval_inputs(model, data, sharding.make_mesh()), labels=False, eval_batch_size=_BATCH)
     read = 0
-    for batch in eval_batches(inputs, open_source(data, data.train_split), Hosts()):
-        images = np.asarray(batch["image"])[np.asarray(batch["mask"]) > 0][: limit - read]
+    for batch in eval_batches(inputs, _EvenlySpaced(open_source(data, data.train_split), limit), Hosts()):
+        images = np.asarray(batch["image"])[np.asarray(batch["mask"]) > 0]
         read += len(images)
         if len(images):
             yield images
-        if read >= limit:
-            return
     if not read:
         raise UserError(f"{data.train_split}: has no image that can be read")
+
+
+class _EvenlySpaced:
+    """A number of examples of a source, evenly spaced: folders of images are sorted by class."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        self.class_names, self.multi_label = source.class_names, source.multi_label
+        self._source, self._count = source, min(count, len(source))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Example:
+        return self._source[index * len(self._source) // self._count]
 
 
 def propose(arch: Architecture, curves: Float[np.ndarray, "depth tokens"], reducers: int, gmac: float) -> Proposal:
@@ -145,7 +158,9 @@ def propose(arch: Architecture, curves: Float[np.ndarray, "depth tokens"], reduc
             break
         high -= 1
     if best is None:
-        raise UserError(f"--gmac: {gmac:g} is not possible with {reducers} reducers; the least is {cheapest:.4g}")
+        raise UserError(
+            f"--gmac: {gmac:g} is not possible with {reducers} reducers; the least is {cheapest * 1.001:.4g}"
+        )
     return best
 
 
@@ -188,7 +203,7 @@ def write_config(path: pathlib.Path, proposal: Proposal, model: Model, data: Dat
         init="teacher",
         loss=loss if uses_head else LossConfig(classification=0.0, token=token, feature=1.0),
     )
-    values = pprint.pformat(to_dict(config), width=112, sort_dicts=False)
+    values = pprint.pformat(_with_tuples(to_dict(config)), width=112, sort_dicts=False)
     words = (
         f"after blocks {', '.join(map(str, proposal.after))}: {'/'.join(map(str, proposal.arch.token_counts))} tokens"
     )
@@ -208,6 +223,13 @@ VALUES = {values}
 '''
     with atomic_create(path) as part:
         part.write_text(text)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns JSON values with tuples for lists: ml_collections overrides only those on the command line."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(x) for key, x in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def print_proposal(proposal: Proposal, curves: Float[np.ndarray, "depth tokens"], arch: Architecture) -> None:

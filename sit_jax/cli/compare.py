@@ -9,7 +9,7 @@ from sit_jax.cli.verb import Verbs, above_0, add_verb, folder, integer, positive
 from sit_jax.errors import ConfigError, PartialFailureError, listed
 
 # Keys of the recipe that the sweep sets, and the options that select their values.
-_SET_BY_SWEEP = {"model.reducer": "--reducers", "model.keep_ratio": "--keep_ratios"}
+_SET_BY_SWEEP = {"model.reducer": "--reducers", "model.keep_ratio": "--keep_ratios", "seed": "--seeds"}
 
 
 def add_parser(verbs: Verbs) -> None:
@@ -23,6 +23,8 @@ def add_parser(verbs: Verbs) -> None:
     text = "frd, ce or untrained; as in get_sweep() if not given"
     add("--objectives", metavar="NAME", nargs="+", choices=("frd", "ce", "untrained"), help=text)
     add("--seeds", metavar="N", nargs="+", type=integer(0), help="seeds; as in get_sweep() if not given")
+    text = "batch sizes at which the models are timed; as in get_sweep() if not given"
+    add("--batch_sizes", metavar="N", nargs="+", type=positive, help=text)
     add("--parallel", metavar="N", type=positive, default=1, help="number of trainings at once, each on its own GPU")
     text = "measuring time of each model and batch size, in seconds"
     add("--seconds", type=above_0(1e6), default=3.0, help=text)
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Trains, measures, prints the table and writes the page."""
     from sit_jax.config.files import get_sweep
 
-    names = ("reducers", "keep_ratios", "objectives", "seeds")
+    names = ("reducers", "keep_ratios", "objectives", "seeds", "batch_sizes")
     changes = {name: tuple(values) for name in names if (values := getattr(arguments, name)) is not None}
     sweep = dataclasses.replace(get_sweep(arguments.config), **changes)
     for override in arguments.overrides:

@@ -126,6 +126,8 @@ def _propose(arguments: argparse.Namespace, options: dict[str, Any], model: "Mod
     """Measures the redundancy of a model's tokens, and prints and writes a proposal."""
     from sit_jax.analysis.redundancy import print_proposal, propose, redundancy, write_config
     from sit_jax.analysis.tune import log
+    from sit_jax.io.checkpoint import FOLDER
+    from sit_jax.io.runs import find_checkpoint
 
     if arguments.gmac is None:
         raise UserError("--before_training: needs --gmac; the cost of a model that is not trained is counted")
@@ -137,7 +139,8 @@ def _propose(arguments: argparse.Namespace, options: dict[str, Any], model: "Mod
     output = options["output"]
     if output is not None:
         if arguments.step is not None:
-            model = dataclasses.replace(model, source=str(arguments.source / "checkpoints" / str(arguments.step)))
+            folder, _ = find_checkpoint(arguments.source)
+            model = dataclasses.replace(model, source=str(folder / FOLDER / str(arguments.step)))
         write_config(output, proposal, model, data)
     if arguments.json:
         arch = proposal.arch

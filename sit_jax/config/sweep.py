@@ -13,7 +13,7 @@ Objective = Literal["frd", "ce", "untrained"]
 # Overrides of the recipe by which an objective trains.
 _OBJECTIVES: dict[str, tuple[str, ...]] = {
     "frd": (),
-    "ce": ("loss.token=0.0", "loss.logits=0.0", "loss.feature=0.0"),
+    "ce": ("loss.token=0", "loss.logits=0", "loss.feature=0", "loss.hard=0"),
     "untrained": (),
 }
 _LARGEST_SEED = 2**31 - 1

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from sit_jax.errors import ConfigError, require
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.reducers.base import find_reducer
@@ -21,7 +23,10 @@ def cut_architecture(arch: Architecture, kept_tokens: Sequence[int]) -> Architec
         ConfigError: `kept_tokens` does not fit the architecture.
     """
     require(arch.is_slimmed, "kept_tokens", "is for slimmed models; this one has all tokens in every block")
-    cut = dataclasses.replace(arch, keep_ratio=None, kept_tokens=tuple(kept_tokens), kept_tokens_choices=())
+    fits = bool(kept_tokens) and all(isinstance(count, int | np.integer) for count in kept_tokens)
+    require(fits, "kept_tokens", f"must be integers, as {arch.token_counts}, got {tuple(kept_tokens)}")
+    schedule = tuple(map(int, kept_tokens))
+    cut = dataclasses.replace(arch, keep_ratio=None, kept_tokens=schedule, kept_tokens_choices=())
     trained = arch.token_counts
     fits = all(mine <= most for mine, most in zip(cut.kept_tokens, trained, strict=True))
     require(fits, "kept_tokens", f"must be at most {trained} in each stage, got {cut.kept_tokens}")

@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from jinja2 import TemplateError
+
 from sit_jax.analysis.compare import TEACHER, pareto_front
 from sit_jax.analysis.table import cell
 from sit_jax.config import JsonObject
@@ -42,7 +44,7 @@ def write_page(result: JsonObject, output: pathlib.Path, key: str) -> None:
     """
     try:
         page = render_comparison(result, datetime.datetime.now(datetime.UTC))
-    except (KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
         raise RunError(f"compare.json is damaged ({type(error).__name__}: {error}); sit compare writes it") from None
     with writing(output, key=key), atomic_replace(output) as part:
         part.write_text(page, encoding="utf-8", errors="replace")

@@ -135,6 +135,21 @@ def _open_split(model: Model, data: DataConfig, split: str) -> Source:
     return open_source(dataclasses.replace(data, eval_split=model.data.eval_split), split)
 
 
+def labelled_source(model: Model, data: DataConfig, match_names: bool = True, quiet: bool = True) -> Source:
+    """Opens the evaluation split, with the labels in the order of a model's classes; see `evaluate_model`.
+
+    Prints the notes of the data unless `quiet`. Raises a UserError if the data does not exist, has no labels, or has
+    other classes than the model.
+    """
+    source = _open_split(model, data, data.eval_split)
+    if not quiet:
+        log_notes([source])
+    names = model.metadata.get("class_names") if match_names else None
+    matched = match_classes(source, names, model.source)
+    check_classes(eval_inputs(model, data, sharding.make_mesh()), matched)
+    return matched
+
+
 def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bool = True) -> dict[str, float]:
     """Evaluates a model on the whole evaluation split: loss, top-1, top-5 (as `evaluate`), number of examples.
 
@@ -145,12 +160,7 @@ def evaluate_model(model: Model, data: DataConfig | None = None, match_names: bo
     quiet = data is None or not distributed.is_process_0()  # Training has logged the notes of its own data.
     data, mesh = data or model.data, sharding.make_mesh()
     spec = eval_inputs(model, data, mesh)
-    names = model.metadata.get("class_names") if match_names else None
-    opened = _open_split(model, data, data.eval_split)
-    if not quiet:
-        log_notes([opened])
-    source = match_classes(opened, names, model.source)
-    check_classes(spec, source)
+    source = labelled_source(model, data, match_names, quiet)
     if model.exported is None:
         variables = sharding.place(mesh, model.variables)
         batches = eval_batches(spec, source)
