@@ -244,14 +244,34 @@ def test_arguments_that_are_wrong(
     assert not (tmp_path / "w").exists()
 
 
+def test_a_cnn_teacher(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "hard.py"
+    hard = "config = sit_jax.get_config('digits')\n    config.cnn_teacher = config.teacher\n    config.loss.hard = 1"
+    page.write_text(PAGE.replace('return sit_jax.get_config("digits")', f"{hard}\n    return config"))
+    words = [f"--config.{part}model.distillation_token" for part in ("", "teacher.")]
+    for point in get_sweep(str(page)).points:
+        alone = load_config(str(page), [*words, *point.overrides])
+        assert (alone.loss.hard == 0) == (point.objective == "ce")
+    assert cli.main(["compare", "--config", str(page), "--workdir", str(tmp_path / "w"), *words]) == 2
+    assert "cnn_teacher.run" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_front() -> None:
     points = [(1.0, 0.7), (2.0, 0.8), (2.0, 0.75), (3.0, 0.8), (4.0, None), (0.5, 0.1)]
     assert pareto_front(points) == [True, True, False, False, False, True]
     assert pareto_front(points, more_is_better=True) == [False, False, False, True, False, False]
 
 
-def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices_of_slots(2, tmp_path) == [None, None]
+    (tmp_path / "accel0").touch()
+    with pytest.raises(ConfigError):
+        devices_of_slots(2, tmp_path)
+    for name in ("nvidiactl", "nvidia10", "nvidia9"):
+        (tmp_path / name).touch()
+    assert devices_of_slots(2, tmp_path) == ["9", "10"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7")
     assert devices_of_slots(1) == [None]
     assert devices_of_slots(2) == ["4", "6"]

@@ -18,8 +18,8 @@ from sit_jax.io.runs import writing
 
 _POLL_S = 0.2
 LOG = "train.log"
-# A TPU's first chip, by the generation of its driver.
-_TPU = ("/dev/accel0", "/dev/vfio/0")
+# The first chip of a TPU, by the generation of its driver.
+_TPU = ("accel0", "vfio/0")
 
 
 class Job(NamedTuple):
@@ -57,8 +57,10 @@ def log(line: str) -> None:
     print(f"compare: {line}", file=sys.stderr, flush=True)
 
 
-def devices_of_slots(parallel: int) -> list[str | None]:
+def devices_of_slots(parallel: int, dev: pathlib.Path = pathlib.Path("/dev")) -> list[str | None]:
     """Returns the CUDA_VISIBLE_DEVICES of each of several simultaneous trainings; None for all devices.
+
+    `dev` is the folder of device files.
 
     Raises:
         ConfigError: There are GPUs, but fewer than trainings; or a TPU, which one process opens at a time.
@@ -66,11 +68,11 @@ def devices_of_slots(parallel: int) -> list[str | None]:
     if parallel == 1 or os.environ.get("JAX_PLATFORMS") == "cpu":
         return [None] * parallel
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    numbers = [match[1] for path in pathlib.Path("/dev").glob("nvidia*") if (match := re.search(r"(\d+)$", path.name))]
+    numbers = [match[1] for path in dev.glob("nvidia*") if (match := re.search(r"(\d+)$", path.name))]
     devices = sorted(numbers, key=int) if given is None else [part for part in given.split(",") if part]
     if not devices:
         # JAX would silently train on the CPU in the processes that come second.
-        has_tpu = any(pathlib.Path(path).exists() for path in _TPU)
+        has_tpu = any((dev / name).exists() for name in _TPU)
         require(not has_tpu, "--parallel", "must be 1 on a TPU, which one process opens at a time")
         return [None] * parallel
     if len(devices) < parallel:
