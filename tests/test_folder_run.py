@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sit_jax
 from sit_jax.cli import app as cli
 from sit_jax.data.config import DataConfig
 from sit_jax.data.folder import FolderSource
@@ -119,6 +120,9 @@ def test_token_labelling(finished: pathlib.Path, folder: pathlib.Path, tmp_path:
     assert cli.main([*train, "--workdir", second, *dense, *mixed, "--config.log.every_steps=1"]) == 0
     lines = [line for line in read_metrics(pathlib.Path(second)) if line["kind"] == "train"]
     assert all(np.isfinite(line["token_label"]) for line in lines)
+    # Both start with the same random dense head, which token labelling alone trains.
+    before, after = (sit_jax.load(run).params["aux_head"]["kernel"] for run in (first, second))
+    assert not np.array_equal(before, after)
     for wrong, key in (
         (["--config.loss.token_label=0.5"], "data.label_maps"),
         ([*dense, "--config.model.aux_head=False"], "loss.token_label"),

@@ -44,26 +44,28 @@ def schedules(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> dict[str
     }
 
 
-def make_optimizer(optim: OptimConfig, epochs: int, steps_per_epoch: int) -> optax.GradientTransformation:
+def make_optimizer(
+    optim: OptimConfig, epochs: int, steps_per_epoch: int, train_aux_head: bool = False
+) -> optax.GradientTransformation:
     """Returns AdamW over the parameters `{'model': ..., 'rtsm': ...}`.
 
-    As in the original, the auxiliary head of the token-labelled teachers is frozen.
+    As in the original, the auxiliary head is frozen, unless `train_aux_head`: only token labelling has gradients of it.
     """
     steps = {
         group: optax.scale_by_learning_rate(rate) for group, rate in schedules(optim, epochs, steps_per_epoch).items()
     }
+
+    def group(path: tuple[Hashable, ...], _: object) -> str:
+        names = path_names(path)
+        return "frozen" if "aux_head" in names and not train_aux_head else names[0]
+
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(
         clip,
         optax.scale_by_adam(optim.b1, optim.b2, optim.eps),
         optax.add_decayed_weights(optim.weight_decay, lambda params: decay_mask(params, optim.decay_like_original)),
-        optax.partition({**steps, "frozen": optax.set_to_zero()}, functools.partial(tree_map_with_path, _group)),
+        optax.partition({**steps, "frozen": optax.set_to_zero()}, functools.partial(tree_map_with_path, group)),
     )
-
-
-def _group(path: tuple[Hashable, ...], _: object) -> str:
-    names = path_names(path)
-    return "frozen" if "aux_head" in names else names[0]
 
 
 def decay_mask(params: Params, decay_like_original: bool = False) -> PyTree[bool]:

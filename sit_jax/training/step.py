@@ -135,7 +135,9 @@ def make_train_spec(
         rtsm=build_rtsm(config.recovered, config.model.dtype) if config.recovered else None,
         teacher=build(config.used_teacher.model) if config.used_teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if config.loss.hard > 0 and config.cnn_teacher else None,
-        optimizer=make_optimizer(config.scaled_optim, config.epochs, steps_per_epoch),
+        optimizer=make_optimizer(
+            config.scaled_optim, config.epochs, steps_per_epoch, train_aux_head=config.loss.token_label > 0
+        ),
         rates=schedules(config.scaled_optim, config.epochs, steps_per_epoch),
         config=config,
         losses=losses,
