@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -164,3 +165,24 @@ def test_more_epochs_for_a_finished_run(
         run(dataclasses.replace(longer, epochs=2), folder, resume=True)
     assert caught.value.key == "epochs"
     assert runs.read_config(folder) == longer
+
+
+def test_a_metric_that_is_new_since_the_restart(digits_dir: str, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "run"
+    config = tiny.config(
+        loss=LossConfig(),
+        model=ModelConfig(architecture=tiny.TWO_BLOCKS),
+        teacher=None,
+        data=DataConfig(data_dir=digits_dir),
+        batch_size=128,
+        epochs=2,
+        log=LogConfig(every_steps=2 * EPOCH),
+    )
+    run(config, folder)
+    shutil.rmtree(folder / "checkpoints" / str(2 * EPOCH))
+    # The checkpoint has the metrics of the steps since the last line, without the number of skipped images.
+    skipping = dataclasses.replace(config, data=dataclasses.replace(config.data, on_decode_error="skip"))
+    run(skipping, folder, resume=True)
+    last = [line for line in read_metrics(folder) if line["kind"] == "train"][-1]
+    assert last["step"] == 2 * EPOCH
+    assert last["skipped"] == 0

@@ -15,6 +15,8 @@ from tiny import small
 
 from sit_jax.analysis.flops import count_cost, count_step_macs
 from sit_jax.config import Config, LossConfig, ModelConfig, OptimConfig, TeacherConfig
+from sit_jax.data.config import MixConfig
+from sit_jax.data.preprocess import prepare_batch
 from sit_jax.errors import ConfigError
 from sit_jax.models import build_model
 from sit_jax.parallel import sharding
@@ -71,11 +73,17 @@ def test_distillation_trains_the_student_and_leaves_the_teacher() -> None:
     assert not np.array_equal(mine, theirs)
 
 
-def test_accumulation_equals_the_large_batch() -> None:
+@pytest.mark.parametrize("mix", [MixConfig(), MixConfig(mix_token=1.0)], ids=["plain", "mix_token"])
+def test_accumulation_equals_the_large_batch(mix: MixConfig) -> None:
+    # Sixteen patches, of which MixToken replaces a box.
+    student, teacher = (dataclasses.replace(arch, patch_size=8) for arch in (tiny.SLIMMED, tiny.TWO_BLOCKS))
     results = []
     for parts in (1, 4):
         optim = OptimConfig(lr=1e-3, accumulate_steps=parts, eps=1e-3)
-        results.append(train(make_spec(small(optim=optim)), {"teacher": variables()}))
+        config = small(optim=optim, mix=mix, student=student, teacher=teacher)
+        drawn = prepare_batch(config.inputs, tiny.batch(config.batch_size), jnp.asarray(0))
+        assert drawn["token_mix"].any() if mix.mix_token else "token_mix" not in drawn
+        results.append(train(make_spec(config), {"teacher": variables(teacher)}))
     ((one,), first), ((four,), second) = results
     assert one["loss"] == pytest.approx(float(four["loss"]), rel=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), first.params, second.params)

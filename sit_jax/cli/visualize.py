@@ -34,7 +34,13 @@ def add_parser(verbs: Verbs) -> None:
     add("--arrays", metavar="PATH", type=pathlib.Path, help=text)
     # A figure has no room for more than 32.
     tokens = integer(1, 32, "; --arrays holds all tokens")
-    add("--tokens", metavar="N", type=tokens, default=8, help="tokens shown per module, the most attended first, and blocks whose attention is shown")
+    add(
+        "--tokens",
+        metavar="N",
+        type=tokens,
+        default=8,
+        help="tokens shown per module, the most attended first, and blocks whose attention is shown",
+    )
     add("--dpi", type=integer(20, 1200), default=150, help="dots per inch of the figures; 300 is good for print")
     add("--batch_size", metavar="N", type=positive, default=8, help="batch size")
 

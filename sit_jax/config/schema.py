@@ -282,6 +282,9 @@ class Config:
         if self.mix.mix_token > 0:
             mixes = isinstance(arch, Architecture) and self.loss.hard == 0
             require(mixes, "mix.mix_token", "needs a vision transformer, and no convolutional teacher")
+            steps = self.optim.accumulate_steps
+            pairs = steps == 1 or self.batch_size % (2 * steps) == 0
+            require(pairs, "optim.accumulate_steps", "must divide half of the batch size if mix.mix_token is above 0")
         if self.teacher is not None:
             self._check_teacher(arch, self.teacher.model.architecture)
 

@@ -65,8 +65,8 @@ class Architecture:
         projection: Width of the projection without bias after the pool (CLIP's embedding); 0 for none.
         distillation_token: Whether there is a second learned token with a head, trained on a CNN teacher's hard labels
             (DeiT).
-        aux_head: Whether there is the per-patch head of token-labelled teachers; only token labelling trains or uses
-            it.
+        aux_head: Whether there is the per-patch head of token-labelled teachers; only token labelling, and
+            custom loss terms, train or use it.
         stage_blocks: Blocks per stage; empty for a model without slimming.
         keep_ratio: Fraction of the tokens that each stage keeps of the previous one.
         reducer: Module that reduces the patch tokens between stages: `slim` (token slimming, of the paper), another

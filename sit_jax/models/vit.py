@@ -49,7 +49,8 @@ class ViT(nn.Module):
     Attributes:
         arch: The model's architecture.
         drop_path: Stochastic depth rate of the last block; it grows linearly from 0 in the first block.
-        dtype: Type of the matrix products: float32 or bfloat16. Softmax, norms and logits are always float32.
+        dtype: Type of the matrix products: float32 or bfloat16. Softmax and norms are always
+            computed in float32; logits are rounded to `dtype` and returned as float32.
         remat: Whether to recompute each block's activations in the backward pass.
         attention: Name of the softmax attention; see `sit_jax.ops.attention`.
         batch_norm: False if BatchNorm is folded into the stem's convolutions; see `fold_batch_norm`.

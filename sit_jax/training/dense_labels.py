@@ -72,5 +72,7 @@ def _dense_forward(model: Model) -> tuple[Callable[[Array], Array], int]:
         return jax.nn.softmax(outputs.patch_logits)
 
     shape = (1, *arch.image_shape, arch.in_channels)
+    if len(set(arch.image_shape)) > 1:
+        raise UserError("--workdir: its model has images that are not square; label maps are square")
     positions = jax.eval_shape(forward, jax.ShapeDtypeStruct(shape, jnp.uint8)).shape[1]
     return jax.jit(forward), round(positions**0.5)

@@ -220,7 +220,9 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                report(step, "train", {name: sum(x[name] for x in window) / len(window) for name in values})
+                # Steps before a restart with another configuration have other terms.
+                found = {name: [x[name] for x in window if name in x] for name in values}
+                report(step, "train", {name: sum(x) / len(x) for name, x in found.items()})
                 window.clear()
 
         for step in range(start + 1, total + 1):

@@ -49,7 +49,7 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Returns AdamW over the parameters `{'model': ..., 'rtsm': ...}`.
 
-    As in the original, the auxiliary head is frozen, unless `train_aux_head`: only token labelling has gradients of it.
+    As in the original, the auxiliary head is frozen, unless `train_aux_head`: in most runs, no loss reads it.
     """
     steps = {
         group: optax.scale_by_learning_rate(rate) for group, rate in schedules(optim, epochs, steps_per_epoch).items()

@@ -136,12 +136,19 @@ def make_train_spec(
         teacher=build(config.used_teacher.model) if config.used_teacher else None,
         cnn_teacher=build(config.cnn_teacher.model) if config.loss.hard > 0 and config.cnn_teacher else None,
         optimizer=make_optimizer(
-            config.scaled_optim, config.epochs, steps_per_epoch, train_aux_head=config.loss.token_label > 0
+            config.scaled_optim, config.epochs, steps_per_epoch, train_aux_head=_trains_aux_head(config)
         ),
         rates=schedules(config.scaled_optim, config.epochs, steps_per_epoch),
         config=config,
         losses=losses,
     )
+
+
+def _trains_aux_head(config: Config) -> bool:
+    """Returns whether a loss term may read the auxiliary head: token labelling, or a custom one."""
+    arch = config.model.architecture
+    reads = config.loss.token_label > 0 or bool(config.loss.extra)
+    return reads and isinstance(arch, Architecture) and not arch.is_slimmed
 
 
 def _check_elastic(config: Config, model: nn.Module | None) -> None:
@@ -265,6 +272,12 @@ def train_step(
     return state, metrics
 
 
+def _is_second_half(x: jax.Array) -> jax.Array:
+    """Returns True for the rows of the second half of an array, in a shape that broadcasts to it."""
+    rows = x.shape[0]
+    return (jnp.arange(rows) >= rows // 2).reshape(rows, *[1] * (x.ndim - 1))
+
+
 def _accumulated_gradients(
     spec: TrainSpec,
     state: TrainState,
@@ -284,7 +297,11 @@ def _accumulated_gradients(
         (_, (stats, metrics)), grads = gradient(spec, params, state.batch_stats, batch, teachers, key)
         return jax.tree.map(lambda x: x.astype(jnp.float32), grads), stats, metrics
     # Each micro-batch takes every n-th example, so that each device keeps its own examples and none is transferred.
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
+    if "token_mix" in batch:
+        # The model mixes mirrored examples of a micro-batch: those of the whole batch must come into the same one.
+        split = jax.tree.map(lambda x: jnp.where(_is_second_half(x), x[:, ::-1], x), split)
+    split = jax.tree.map(lambda x: x.swapaxes(0, 1), split)
 
     def work(carry: tuple[Params, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[Params, Params], Metrics]:
         summed, stats = carry
