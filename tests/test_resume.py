@@ -120,20 +120,17 @@ def test_the_documentation_has_the_same_table() -> None:
     assert sections - documented.keys() == set()
 
 
+def plain(digits_dir: str, **changes: Any) -> Config:
+    """A run without a teacher."""
+    model, data = ModelConfig(architecture=tiny.TWO_BLOCKS), DataConfig(data_dir=digits_dir)
+    return tiny.config(loss=LossConfig(), model=model, teacher=None, data=data, batch_size=128, **changes)
+
+
 def test_more_epochs_for_a_finished_run(
     digits_dir: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
-    config = tiny.config(
-        loss=LossConfig(),
-        model=ModelConfig(architecture=tiny.TWO_BLOCKS),
-        teacher=None,
-        data=DataConfig(data_dir=digits_dir),
-        batch_size=128,
-        epochs=1,
-        optim=OptimConfig(lr=1e-3),
-        log=LogConfig(every_steps=EPOCH),
-    )
+    config = plain(digits_dir, epochs=1, optim=OptimConfig(lr=1e-3), log=LogConfig(every_steps=EPOCH))
     run(config, folder)
     runs.write_json(folder / "summary.json", {})
     optim = dataclasses.replace(config.optim, lr=2e-3, ema_decay=0.5)
@@ -169,15 +166,7 @@ def test_more_epochs_for_a_finished_run(
 
 def test_a_metric_that_is_new_since_the_restart(digits_dir: str, tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "run"
-    config = tiny.config(
-        loss=LossConfig(),
-        model=ModelConfig(architecture=tiny.TWO_BLOCKS),
-        teacher=None,
-        data=DataConfig(data_dir=digits_dir),
-        batch_size=128,
-        epochs=2,
-        log=LogConfig(every_steps=2 * EPOCH),
-    )
+    config = plain(digits_dir, epochs=2, log=LogConfig(every_steps=2 * EPOCH))
     run(config, folder)
     shutil.rmtree(folder / "checkpoints" / str(2 * EPOCH))
     # The checkpoint has the metrics of the steps since the last line, without the number of skipped images.
