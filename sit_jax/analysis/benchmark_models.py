@@ -23,7 +23,7 @@ from sit_jax.io.runs import find_checkpoint
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.trees import Params, Variables
 from sit_jax.models.variants import VARIANTS
-from sit_jax.training.elastic import metric_key
+from sit_jax.training.elastic import metric_key, schedule_text
 from sit_jax.training.metrics import evaluations, read_metrics
 
 _BUFFERS = 4
@@ -70,9 +70,9 @@ class BenchmarkModel:
         """Returns the model at each of the token schedules that it was trained for; the model itself if at one only."""
         arch = self.model.arch
         choices = arch.kept_tokens_choices if isinstance(arch, Architecture) and self.model.exported is None else ()
-        return [
-            BenchmarkModel(f"{self.name} {','.join(map(str, kept))}", self.model.cut(kept)) for kept in choices
-        ] or [self]
+        return [BenchmarkModel(f"{self.name} {schedule_text(kept)}", self.model.cut(kept)) for kept in choices] or [
+            self
+        ]
 
     def compile(self, batch: int, dtype: str) -> Compiled:
         """Compiles the model for a batch size and type of the matrix products; exported files keep their own type."""

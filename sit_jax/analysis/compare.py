@@ -134,10 +134,10 @@ def make_plan(recipe: Recipe, sweep: Sweep, workdir: pathlib.Path) -> Plan:
         require(not has_counts, f"model.{name}", "must be empty for a comparison, which sets model.keep_ratio")
     assert base.teacher is not None
     is_own = not base.teacher.run
-    # The absolute path is in the configurations of the runs, so that they can be opened from anywhere.
     cnn = base.cnn_teacher
     problem = "must be set for a comparison: every training would train that teacher anew"
     require(cnn is None or bool(cnn.run), "cnn_teacher.run", problem)
+    # The absolute path is in the configurations of the runs, so that they can be opened from anywhere.
     overrides = [f"--config.teacher.run={(workdir / TEACHER).resolve()}"] if is_own else []
     if not is_own:
         given = base.teacher.run

@@ -25,7 +25,7 @@ from sit_jax.data.config import DataConfig
 from sit_jax.data.pipeline import Hosts, eval_batches
 from sit_jax.data.preprocess import normalize
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Example, Source
+from sit_jax.data.sources import Example, Source, evenly_spread
 from sit_jax.errors import UserError
 from sit_jax.io.atomic_write import atomic_create
 from sit_jax.io.model import Model
@@ -109,13 +109,13 @@ class _EvenlySpaced:
 
     def __init__(self, source: Source, count: int) -> None:
         self.class_names, self.multi_label = source.class_names, source.multi_label
-        self._source, self._count = source, min(count, len(source))
+        self._source, self._indices = source, evenly_spread(len(source), count).tolist()
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self._source[index * len(self._source) // self._count]
+        return self._source[self._indices[index]]
 
 
 def propose(arch: Architecture, curves: Float[np.ndarray, "depth tokens"], reducers: int, gmac: float) -> Proposal:

@@ -32,6 +32,7 @@ from sit_jax.io.model import Model
 from sit_jax.io.runs import find_checkpoint
 from sit_jax.models.architecture import Architecture
 from sit_jax.models.cut import scaled_schedule
+from sit_jax.training.elastic import schedule_text
 from sit_jax.training.evaluate import evaluate_model, feature_comparison, labelled_source
 
 Target = Literal["jax", "onnxruntime"]
@@ -192,11 +193,6 @@ def _tile_rows(runtime: Runtime) -> int:
 def _digits(value: float) -> str:
     """Returns a number with at least four digits, as the options take it."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def schedule_text(kept: Sequence[int]) -> str:
-    """Returns a schedule as the options take it: `196,98,49,24`."""
-    return ",".join(map(str, kept))
 
 
 def _scorer(model: Model, data: DataConfig, by_labels: bool) -> Callable[[Model], float]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TextIO
 
 import numpy as np
+from jaxtyping import Int
 
 from sit_jax.errors import ImageDecodeError, UserError, one_line
 
@@ -76,6 +77,11 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example:
         """Returns the stored image; raises an ImageDecodeError if only this one cannot be read, else a UserError."""
         ...
+
+
+def evenly_spread(total: int, count: int) -> Int[np.ndarray, " chosen"]:
+    """Returns up to `count` indices below `total`, evenly spread, from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(int))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from PIL import Image
 from sit_jax.data.decode import decode_image
 from sit_jax.data.folder import find_images
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Example, read_image
+from sit_jax.data.sources import Example, evenly_spread, read_image
 from sit_jax.errors import ImageDecodeError, UserError
 from sit_jax.io.model import Model
 
@@ -39,7 +39,7 @@ def open_gallery(paths: Sequence[str], model: Model, max_pixels: int) -> Gallery
     source = None if paths else open_source(model.data, model.data.eval_split)
     count = len(names) if source is None else len(source)
     gallery = Gallery([], [])
-    for index in np.unique(np.linspace(0, count - 1, min(count, _MOST_IMAGES)).round().astype(int)).tolist():
+    for index in evenly_spread(count, _MOST_IMAGES).tolist():
         try:
             example = read_image(names[index]) if source is None else source[index]
             image = decode_image(example.image, 3, example.name, max_pixels)

@@ -14,7 +14,7 @@ from sit_jax.analysis.summary import trained_teacher
 from sit_jax.config import Config
 from sit_jax.data.pipeline import Hosts, check_classes, eval_batches
 from sit_jax.data.registry import open_source
-from sit_jax.data.sources import Source
+from sit_jax.data.sources import Source, evenly_spread
 from sit_jax.errors import ImageDecodeError, NotFiniteError
 from sit_jax.io.inference import softmax
 from sit_jax.io.load import load_run
@@ -133,7 +133,7 @@ def evaluate(run: RunInfo, examples: int) -> EvalReport:
     classes, outcomes = _per_class(labels, top1, source.class_names), _outcomes(labels, top1)
     if not isinstance(student.arch, Architecture):  # A model without tokens.
         return EvalReport(classes, outcomes, [], [], None)
-    spread, lost = _spread(np.arange(len(source)), examples), _lost(top1)[:examples]
+    spread, lost = evenly_spread(len(source), examples), _lost(top1)[:examples]
     shown, maps = _with_maps(student, _load(source, student, top1, spread[labels[spread] >= 0]))
     lost_images = [image for image, _ in _load(source, student, top1, lost)]
     return EvalReport(classes, outcomes, lost_images, shown, maps)
@@ -148,7 +148,7 @@ def _compare(models: dict[str, Model], config: Config, source: Source, examples:
     for name, x in vectors.items():
         if not np.isfinite(x).all():
             raise NotFiniteError(f"the features of the {name} are not finite")
-    rows = _spread(np.arange(len(readable)), examples)
+    rows = evenly_spread(len(readable), examples)
     shown, maps = _with_maps(student, _load(source, student, {}, readable[rows]))
     k = min(_NEIGHBOURS, len(readable) - 1)
     if k < 1:
@@ -169,11 +169,6 @@ def _compare(models: dict[str, Model], config: Config, source: Source, examples:
         }
         similar.append(SimilarImages(images[int(readable[query])], neighbours))
     return EvalReport([], collections.Counter(), [], shown, maps, similar)
-
-
-def _spread(values: Int[ndarray, " values"], count: int) -> Int[ndarray, " chosen"]:
-    """Returns up to `count` of the values, evenly spread."""
-    return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int))]
 
 
 def _with_maps(

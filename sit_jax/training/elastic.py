@@ -6,11 +6,17 @@ Yu and Huang, *Universally Slimmable Networks*, ICCV 2019.
 """
 
 import zlib
+from collections.abc import Sequence
 
+import flax.linen as nn
 import numpy as np
 
 from sit_jax.config import Config
+from sit_jax.errors import require
+from sit_jax.models import abstract_variables
 from sit_jax.models.architecture import Architecture
+from sit_jax.models.cut import can_cut
+from sit_jax.models.vit import ViT
 
 Schedule = tuple[int, ...]
 
@@ -19,6 +25,17 @@ def choices(config: Config) -> tuple[Schedule, ...]:
     """Returns the token schedules that a run trains; empty for a model with one schedule."""
     arch = config.model.architecture
     return arch.kept_tokens_choices if isinstance(arch, Architecture) else ()
+
+
+def check_elastic(config: Config, model: nn.Module | None) -> None:
+    """Raises a ConfigError if a run for several token schedules cannot cut its model, the given one or its own."""
+    key, arch = "model.kept_tokens_choices", config.model.architecture
+    if not choices(config):
+        return
+    require(model is None or isinstance(model, ViT), key, "needs sit_jax.ViT, not a module of another class")
+    assert isinstance(arch, Architecture)
+    is_cuttable = can_cut(arch, abstract_variables(arch)["params"])
+    require(is_cuttable, key, f"the reducer {arch.reducer} has parameters and no `first_tokens`, so it cannot be cut")
 
 
 def drawn_schedules(config: Config, step: int) -> tuple[Schedule, ...]:
@@ -63,3 +80,8 @@ def metric_key(metric: str, trained: Schedule, kept: Schedule) -> str:
 def schedule_name(schedule: Schedule) -> str:
     """Returns the name of a schedule in metrics, `98-49-24`: the tokens that the reducers keep."""
     return "-".join(map(str, schedule[1:]))
+
+
+def schedule_text(kept: Sequence[int]) -> str:
+    """Returns a schedule as the options take it: `196,98,49,24`."""
+    return ",".join(map(str, kept))

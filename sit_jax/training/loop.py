@@ -220,9 +220,7 @@ def train_loop(
             window.append(values)
             progress.update(step, values)
             if step % config.log.every_steps == 0 or step == total:
-                # Steps before a restart with another configuration have other terms.
-                found = {name: [x[name] for x in window if name in x] for name in values}
-                report(step, "train", {name: sum(x) / len(x) for name, x in found.items()})
+                report(step, "train", {name: _mean(window, name) for name in values})
                 window.clear()
 
         for step in range(start + 1, total + 1):
@@ -307,6 +305,12 @@ def _save(
         step = int(state.step)
         raise not_finite(f"step {step}: its weights are not finite", before=step)
     checkpoints.save(state, scores, about)
+
+
+def _mean(window: Sequence[Mapping[str, float]], name: str) -> float:
+    """Returns the mean of a metric; steps before a restart with another configuration may not have it."""
+    values = [line[name] for line in window if name in line]
+    return sum(values) / len(values)
 
 
 def _report(callbacks: Sequence[Callback], step: int, kind: str, values: dict[str, float]) -> None:

@@ -16,6 +16,7 @@ from clu import metrics as clu_metrics
 
 from sit_jax import losses
 from sit_jax.config import JsonObject
+from sit_jax.data.sources import evenly_spread
 from sit_jax.errors import NotFiniteError, RunError
 from sit_jax.io.atomic_write import atomic_replace
 from sit_jax.io.runs import writing
@@ -79,7 +80,7 @@ def feature_metrics(student: np.ndarray, teacher: np.ndarray, what: str = "evalu
         raise NotFiniteError(f"{what}: the features of {len(student)} examples are not finite")
     mine, theirs = unit_vectors(student), unit_vectors(teacher)
     result = {"cosine": float((mine * theirs).sum(axis=1, dtype=np.float64).mean())}
-    chosen = np.unique(np.linspace(0, len(mine) - 1, min(len(mine), _MOST_COMPARED)).round().astype(int))
+    chosen = evenly_spread(len(mine), _MOST_COMPARED)
     ks = [k for k in (1, 5) if k < len(chosen)]
     if ks:
         nearest = [other_neighbours(x[chosen], max(ks)) for x in (mine, theirs)]

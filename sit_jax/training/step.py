@@ -20,14 +20,13 @@ from sit_jax.data.preprocess import prepare_batch, stream_key
 from sit_jax.errors import ConfigError, require
 from sit_jax.models import Outputs, abstract_variables, build_model, build_rtsm
 from sit_jax.models.architecture import Architecture
-from sit_jax.models.cut import can_cut, cut_architecture, cut_params, cut_rtsm
+from sit_jax.models.cut import cut_architecture, cut_params, cut_rtsm
 from sit_jax.models.reverse import ReverseSlimming
 from sit_jax.models.trees import Params, Variables
-from sit_jax.models.vit import ViT
 from sit_jax.ops.linear import cast_kernels
 from sit_jax.ops.xla_options import cpu_options
 from sit_jax.parallel import sharding
-from sit_jax.training.elastic import Schedule, choices
+from sit_jax.training.elastic import Schedule, check_elastic
 from sit_jax.training.optim import make_optimizer, schedules
 from sit_jax.training.state import TrainState, update_ema
 
@@ -124,8 +123,7 @@ def make_train_spec(
     problem = "must be above 0 here: only commands that open the data set replace 0"
     require(not config.needs_classes, "model.num_classes", problem)
 
-    if choices(config):
-        _check_elastic(config, model)
+    check_elastic(config, model)
 
     def build(section: ModelConfig) -> nn.Module:
         return build_model(section.architecture, section.drop_path, section.dtype, section.remat, section.attention)
@@ -149,14 +147,6 @@ def _trains_aux_head(config: Config) -> bool:
     arch = config.model.architecture
     reads = config.loss.token_label > 0 or bool(config.loss.extra)
     return reads and isinstance(arch, Architecture) and not arch.is_slimmed
-
-
-def _check_elastic(config: Config, model: nn.Module | None) -> None:
-    key, arch = "model.kept_tokens_choices", config.model.architecture
-    require(model is None or isinstance(model, ViT), key, "needs sit_jax.ViT, not a module of another class")
-    assert isinstance(arch, Architecture)
-    is_cuttable = can_cut(arch, abstract_variables(arch)["params"])
-    require(is_cuttable, key, f"the reducer {arch.reducer} has parameters and no `first_tokens`, so it cannot be cut")
 
 
 def init_state(spec: TrainSpec, mesh: Mesh, variables: Variables | None = None) -> TrainState:
